@@ -1,0 +1,83 @@
+"""Errors for bad input: each names the argument, what it was, what was expected and what to do."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnlab.types import PyTree
+
+
+def is_concrete(tree: PyTree) -> bool:
+    """Whether no leaf of `tree` is a tracer, so that its values can be looked at."""
+    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def check_finite(name: str, tree: PyTree) -> None:
+    """Raise `ValueError` if a floating-point leaf of `tree` holds a NaN or an infinity (skipped while tracing)."""
+    if not is_concrete(tree):
+        return
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        array = jnp.asarray(leaf)
+        if not jnp.issubdtype(array.dtype, jnp.inexact):
+            continue
+        bad = int(array.size - jnp.sum(jnp.isfinite(array)))
+        if bad:
+            where = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(
+                f"{name}{': ' + where if where else ''} has {bad} non-finite of {array.size} values; "
+                "expected finite numbers. Look at the step or the input that made them."
+            )
+
+
+def check_not_empty(name: str, tree: PyTree) -> None:
+    """Raise `ValueError` if `tree` has no leaf, or a leaf with no element (an empty batch)."""
+    leaves = jax.tree.leaves_with_path(tree)
+    if not leaves:
+        raise ValueError(f"{name} holds no array; expected at least one.")
+    for path, leaf in leaves:
+        if np.size(leaf) == 0:
+            where = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(
+                f"{name}{': ' + where if where else ''} has shape {np.shape(leaf)}, which holds no element; "
+                "expected a batch of at least one example."
+            )
+
+
+def check_floating(name: str, tree: PyTree) -> None:
+    """Raise `TypeError` if a leaf of `tree` is not a real floating-point array."""
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            where = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise TypeError(
+                f"{name}: {where or 'the leaf'} has dtype {dtype}; expected real floating-point parameters. "
+                "Cast it, or keep it out of the parameters (bind it inside predict)."
+            )
+
+
+def check_same_structure(name: str, tree: PyTree, expected: PyTree) -> None:
+    """Raise `ValueError` if `tree` differs from `expected` in structure or in the shape of a leaf."""
+    found, wanted = jax.tree.structure(tree), jax.tree.structure(expected)
+    if not found == wanted:  # noqa: SIM201 (the type of tree structures declares no !=)
+        raise ValueError(f"{name} has the structure {found}; expected that of the parameters, {wanted}.")
+    for (path, leaf), other in zip(jax.tree.leaves_with_path(tree), jax.tree.leaves(expected), strict=True):
+        if np.shape(leaf) != np.shape(other):
+            where = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(f"{name}: {where} has shape {np.shape(leaf)}; expected {np.shape(other)}.")
+
+
+def check_range(name: str, value: float, low: float, high: float, remedy: str) -> None:
+    """Raise `ValueError` unless `low <= value <= high`."""
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {value}; expected {low} <= {name} <= {high}. {remedy}")
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> ValueError:
+    """The error for a name that is not in a table: it lists the table and the nearest match."""
+    known = list(known)
+    near = get_close_matches(name, known, n=1)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    return ValueError(f"there is no {kind} '{name}'; expected one of: {', '.join(known) or '(none)'}.{hint}")

@@ -1,0 +1,1 @@
+"""Curvature of any objective, without forming the matrix: it knows no model."""

@@ -1,0 +1,1 @@
+"""Data: generators that are pure functions of a key, and the real data that packages carry."""

@@ -1,0 +1,1 @@
+"""Models: pure equations and the Flax modules over them."""

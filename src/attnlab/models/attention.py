@@ -1,0 +1,111 @@
+"""One self-attention layer as a Flax module with the parameters that the theory names."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float
+
+from attnlab.checks import unknown_name
+from attnlab.models import heads as equations
+from attnlab.models.initializers import initializer
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Every choice of an attention layer; hashable, so that it can be static under `jit`.
+
+    Attributes:
+        key_dim: width K of queries and keys per head; with `merged` it only sets the default scale.
+        value_dim: width V of values per head.
+        heads: number of heads H.
+        weights: `softmax`, or `linear` for the bare scores (linear attention, not normalised).
+        merged: one matrix `query_key` = W_Q W_K^T per head instead of `query` and `key`.
+        scale: factor of the scores; None is 1/sqrt(key_dim), 1.0 is no scale, any temperature is 1/temperature.
+        causal: each token sees itself and what precedes it.
+        output_dim: width of the output projection `output`; None is no projection.
+        bias: add `query_bias`, `key_bias`, `value_bias` (and `output_bias`), zero at initialisation.
+        init: name of the initialisation scheme of the matrices.
+        gain: scale of that scheme.
+    """
+
+    key_dim: int
+    value_dim: int
+    heads: int = 1
+    weights: Literal["softmax", "linear"] = "softmax"
+    merged: bool = False
+    scale: float | None = None
+    causal: bool = False
+    output_dim: int | None = None
+    bias: bool = False
+    init: str = "lecun_normal"
+    gain: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("key_dim", "value_dim", "heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a positive whole number.")
+        if self.weights not in equations.WEIGHTS:
+            raise unknown_name("kind of attention weights", self.weights, equations.WEIGHTS)
+        if self.merged and self.bias:
+            raise ValueError("merged and bias are both true; a merged query-key matrix has no biases: choose one.")
+
+    @property
+    def score_scale(self) -> float:
+        """The factor of the scores."""
+        return self.key_dim**-0.5 if self.scale is None else self.scale
+
+
+class SelfAttention(nn.Module):
+    """Self-attention F = A X W_V (W_O), A = softmax(scale X W_Q W_K^T X^T) or the scores themselves.
+
+    Parameters: `query`, `key` (D x H K) or `query_key` (D x H D), `value` (D x H V), and `output` (H V x O) where the
+    config has an `output_dim`. Call with inputs (..., L, D) and optionally a boolean mask that broadcasts against
+    (..., H, L, L), true where a query may look; returns (..., L, H V) or (..., L, O).
+    """
+
+    config: AttentionConfig
+
+    @nn.compact
+    def __call__(
+        self, inputs: Float[Array, "*B L D"], mask: Bool[Array, "..."] | None = None
+    ) -> Float[Array, "*B L O"]:
+        """See the class."""
+        config = self.config
+        if inputs.ndim < 2:
+            raise ValueError(
+                f"inputs have shape {inputs.shape}; expected (..., tokens, token dimension). Add the missing axes."
+            )
+        attention_weights = self.attention_weights(inputs, mask)
+        values = equations.split_heads(self._linear("value", inputs, config.heads * config.value_dim), config.heads)
+        merged = equations.merge_heads(equations.attend(attention_weights, values))
+        return merged if config.output_dim is None else self._linear("output", merged, config.output_dim)
+
+    def attention_weights(
+        self, inputs: Float[Array, "*B L D"], mask: Bool[Array, "..."] | None = None
+    ) -> Float[Array, "*B H L L"]:
+        """The matrix A of every head."""
+        config = self.config
+        if config.causal:
+            causal = equations.causal_mask(inputs.shape[-2])
+            mask = causal if mask is None else mask & causal
+        scores = equations.attention_scores(*self._queries_and_keys(inputs), config.score_scale)
+        return equations.WEIGHTS[config.weights](scores, mask)
+
+    def _queries_and_keys(self, inputs: Float[Array, "*B L D"]) -> tuple[Array, Array]:
+        heads, width = self.config.heads, inputs.shape[-1]
+        if self.config.merged:
+            # X W_QK X^T per head: the query is X W_QK, the key X itself.
+            queries = equations.split_heads(self._linear("query_key", inputs, heads * width), heads)
+            return queries, jnp.broadcast_to(inputs[..., None, :, :], queries.shape)
+        projected = (self._linear(name, inputs, heads * self.config.key_dim) for name in ("query", "key"))
+        queries, keys = (equations.split_heads(x, heads) for x in projected)
+        return queries, keys
+
+    def _linear(self, name: str, x: Float[Array, "*B L I"], width: int) -> Float[Array, "*B L O"]:
+        init = initializer(self.config.init, self.config.gain)
+        projected = x @ self.param(name, init, (x.shape[-1], width), x.dtype)
+        if self.config.bias:
+            projected = projected + self.param(f"{name}_bias", nn.initializers.zeros, (width,), x.dtype)
+        return projected

@@ -1,0 +1,62 @@
+"""The equations of one attention layer as pure functions: no parameters of their own, no state.
+
+Shapes stand in the names: B sequences (any leading axes), L tokens, D token dimension, H heads, K query/key dimension
+per head, V value dimension per head. Weights are two-dimensional, heads side by side: `query` and `key` D x (H K), `value`
+D x (H V), `output` (H V) x O, `query_key` D x (H D). With one head they are the W_Q, W_K, W_V of the papers.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+
+def split_heads(x_BxLxHK: Float[Array, "*B L HK"], heads: int) -> Float[Array, "*B H L K"]:
+    """Separate the heads that stand side by side in the last axis."""
+    *batch, length, width = x_BxLxHK.shape
+    return jnp.moveaxis(x_BxLxHK.reshape(*batch, length, heads, width // heads), -2, -3)
+
+
+def merge_heads(x_BxHxLxV: Float[Array, "*B H L V"]) -> Float[Array, "*B L HV"]:
+    """Put the heads side by side again: the inverse of `split_heads`."""
+    x_BxLxHxV = jnp.moveaxis(x_BxHxLxV, -3, -2)
+    return x_BxLxHxV.reshape(*x_BxLxHxV.shape[:-2], -1)
+
+
+def attention_scores(
+    queries_BxHxLxK: Float[Array, "*B H L K"], keys_BxHxMxK: Float[Array, "*B H M K"], scale: float
+) -> Float[Array, "*B H L M"]:
+    """T = scale * Q K^T; the papers' temperature 1/sqrt(d_k) is `scale`."""
+    return scale * jnp.einsum("...lk,...mk->...lm", queries_BxHxLxK, keys_BxHxMxK)
+
+
+def softmax_weights(
+    scores_BxHxLxL: Float[Array, "*B L M"], mask: Bool[Array, "..."] | None = None
+) -> Float[Array, "*B L M"]:
+    """Softmax over the last axis; `mask` (broadcast against the scores) is true where a query may look.
+
+    Every row of the mask must allow at least one token. Written out in the dtype of the scores: the fused kernel of JAX
+    takes its softmax in float32 even in 64-bit mode.
+    """
+    if mask is not None:
+        scores_BxHxLxL = jnp.where(mask, scores_BxHxLxL, -jnp.inf)
+    return jax.nn.softmax(scores_BxHxLxL, axis=-1)
+
+
+def linear_weights(
+    scores_BxHxLxL: Float[Array, "*B L M"], mask: Bool[Array, "..."] | None = None
+) -> Float[Array, "*B L M"]:
+    """The scores themselves, zero where `mask` is false: linear attention, not normalised."""
+    return scores_BxHxLxL if mask is None else jnp.where(mask, scores_BxHxLxL, 0)
+
+
+WEIGHTS = {"softmax": softmax_weights, "linear": linear_weights}
+
+
+def attend(weights_BxHxLxL: Float[Array, "*B L M"], values_BxHxLxV: Float[Array, "*B M V"]) -> Float[Array, "*B L V"]:
+    """Average the values: A V."""
+    return jnp.einsum("...lm,...mv->...lv", weights_BxHxLxL, values_BxHxLxV)
+
+
+def causal_mask(length: int) -> Bool[Array, "L L"]:
+    """True where the key stands at or before the query."""
+    return jnp.tril(jnp.ones((length, length), dtype=bool))

@@ -1,0 +1,45 @@
+"""Initialisation schemes by name. Each takes the scale that the scheme leaves open and returns a Flax initialiser."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from attnlab.checks import unknown_name
+from attnlab.types import PRNGKey
+
+Initializer = Callable[[PRNGKey, tuple[int, ...], jnp.dtype], jax.Array]
+
+
+def orthogonal(gain: float = 1.0) -> Initializer:
+    """`gain` times a Haar-distributed matrix with orthonormal columns (rows, if it is wide)."""
+    return nn.initializers.orthogonal(gain)
+
+
+def identity(gain: float = 1.0) -> Initializer:
+    """`gain` times ones on the diagonal, zeros elsewhere; deterministic."""
+    return lambda key, shape, dtype: gain * jnp.eye(shape[0], shape[1], dtype=dtype)
+
+
+INITIALIZERS: dict[str, Callable[[float], Initializer]] = {
+    # entries N(0, gain^2 / fan_in), N(0, 2 gain^2 / (fan_in + fan_out)), N(0, 2 gain^2 / fan_in), N(0, gain^2)
+    "lecun_normal": lambda gain: nn.initializers.variance_scaling(gain**2, "fan_in", "normal"),
+    "xavier_normal": lambda gain: nn.initializers.variance_scaling(gain**2, "fan_avg", "normal"),
+    "xavier_uniform": lambda gain: nn.initializers.variance_scaling(gain**2, "fan_avg", "uniform"),
+    "he_normal": lambda gain: nn.initializers.variance_scaling(2 * gain**2, "fan_in", "normal"),
+    "normal": lambda gain: nn.initializers.normal(gain),
+    "orthogonal": orthogonal,
+    "identity": identity,
+    "zeros": lambda gain: nn.initializers.zeros,
+}
+
+
+def initializer(name: str, gain: float = 1.0) -> Initializer:
+    """The scheme called `name`, one of the keys of `INITIALIZERS`, scaled by `gain`.
+
+    Raises `ValueError` for another name.
+    """
+    if name not in INITIALIZERS:
+        raise unknown_name("initialisation scheme", name, INITIALIZERS)
+    return INITIALIZERS[name](gain)

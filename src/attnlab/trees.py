@@ -1,0 +1,95 @@
+"""Parameter pytrees: names of their leaves, blocks of them, flat vectors.
+
+A *block* is named by a path such as `layer_0/attention/query`, or by any run of whole path components: `query` is
+every leaf with a component `query`, `layer_0` every leaf below it.
+"""
+
+import re
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+from attnlab.checks import unknown_name
+from attnlab.types import Params, PyTree
+
+
+def leaf_names(tree: PyTree) -> tuple[str, ...]:
+    """Slash-joined path of every leaf, in flattening order (the order of every flat vector in attnlab)."""
+    return tuple(jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(tree))
+
+
+def leaf_sizes(tree: PyTree) -> tuple[int, ...]:
+    """Number of elements of every leaf, in flattening order."""
+    return tuple(int(np.size(leaf)) for leaf in jax.tree.leaves(tree))
+
+
+def block_slices(tree: PyTree) -> dict[str, slice]:
+    """Where each leaf stands in the flat vector of `tree`."""
+    ends = np.cumsum(leaf_sizes(tree)).tolist()
+    starts = [0, *ends[:-1]]
+    return {name: slice(a, b) for name, a, b in zip(leaf_names(tree), starts, ends, strict=True)}
+
+
+def _contains(name: str, block: str) -> bool:
+    parts, wanted = name.split("/"), block.strip("/").split("/")
+    return any(parts[i : i + len(wanted)] == wanted for i in range(len(parts) - len(wanted) + 1))
+
+
+def matching_leaves(tree: PyTree, block: str | re.Pattern[str]) -> tuple[int, ...]:
+    """Positions of the leaves that belong to `block`: a run of path components, or a compiled regular expression
+    that is searched in the whole path. Raises `ValueError`, listing the names, when none does."""
+    names = leaf_names(tree)
+    if isinstance(block, re.Pattern):
+        found = tuple(i for i, name in enumerate(names) if block.search(name))
+        block = block.pattern
+    else:
+        found = tuple(i for i, name in enumerate(names) if _contains(name, block))
+    if not found:
+        raise unknown_name("parameter block", block, names)
+    return found
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Some leaves of a pytree of known structure: takes them out, and puts others in their place. Static, hashable."""
+
+    treedef: jax.tree_util.PyTreeDef
+    positions: tuple[int, ...]
+    names: tuple[str, ...]
+
+    def take(self, tree: PyTree) -> dict[str, PyTree]:
+        """The selected leaves, as a dict from leaf name to leaf."""
+        leaves = self.treedef.flatten_up_to(tree)
+        return {name: leaves[i] for name, i in zip(self.names, self.positions, strict=True)}
+
+    def put(self, tree: PyTree, block: dict[str, PyTree]) -> PyTree:
+        """`tree` with the selected leaves replaced by those of `block`."""
+        leaves = self.treedef.flatten_up_to(tree)
+        for name, i in zip(self.names, self.positions, strict=True):
+            leaves[i] = block[name]
+        return self.treedef.unflatten(leaves)
+
+
+def select(tree: PyTree, block: str | re.Pattern[str]) -> Selection:
+    """The leaves of `tree` that belong to `block` (see `matching_leaves`)."""
+    positions = matching_leaves(tree, block)
+    names = leaf_names(tree)
+    return Selection(jax.tree.structure(tree), positions, tuple(names[i] for i in positions))
+
+
+def zeros_like(tree: PyTree) -> PyTree:
+    """A pytree of zeros with the structure, shapes and dtypes of `tree`."""
+    return jax.tree.map(jnp.zeros_like, tree)
+
+
+def ravel(tree: Params) -> jax.Array:
+    """All leaves as one flat vector, in flattening order."""
+    return ravel_pytree(tree)[0]
+
+
+def dimension(tree: Params) -> int:
+    """Number of parameters."""
+    return sum(leaf_sizes(tree))
