@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 from attnlab.checks import unknown_name
 from attnlab.models import heads as equations
 from attnlab.models.initializers import initializer
+from attnlab.models.layers import check_inputs, check_positive, linear
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,9 @@ class AttentionConfig:
     gain: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("key_dim", "value_dim", "heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a positive whole number.")
+        check_positive(key_dim=self.key_dim, value_dim=self.value_dim, heads=self.heads)
+        check_positive(output_dim=1 if self.output_dim is None else self.output_dim)
+        initializer(self.init, self.gain)
         if self.weights not in equations.WEIGHTS:
             raise unknown_name("kind of attention weights", self.weights, equations.WEIGHTS)
         if self.merged and self.bias:
@@ -73,10 +74,7 @@ class SelfAttention(nn.Module):
     ) -> Float[Array, "*B L O"]:
         """See the class."""
         config = self.config
-        if inputs.ndim < 2:
-            raise ValueError(
-                f"inputs have shape {inputs.shape}; expected (..., tokens, token dimension). Add the missing axes."
-            )
+        check_inputs(inputs, ("tokens", "token dimension"))
         attention_weights = self.attention_weights(inputs, mask)
         values = equations.split_heads(self._linear("value", inputs, config.heads * config.value_dim), config.heads)
         merged = equations.merge_heads(equations.attend(attention_weights, values))
@@ -89,7 +87,7 @@ class SelfAttention(nn.Module):
         config = self.config
         if config.causal:
             causal = equations.causal_mask(inputs.shape[-2])
-            mask = causal if mask is None else mask & causal
+            mask = causal if mask is None else mask & jnp.broadcast_to(causal, (*mask.shape[:-2], *causal.shape))
         scores = equations.attention_scores(*self._queries_and_keys(inputs), config.score_scale)
         return equations.WEIGHTS[config.weights](scores, mask)
 
@@ -104,8 +102,4 @@ class SelfAttention(nn.Module):
         return queries, keys
 
     def _linear(self, name: str, x: Float[Array, "*B L I"], width: int) -> Float[Array, "*B L O"]:
-        init = initializer(self.config.init, self.config.gain)
-        projected = x @ self.param(name, init, (x.shape[-1], width), x.dtype)
-        if self.config.bias:
-            projected = projected + self.param(f"{name}_bias", nn.initializers.zeros, (width,), x.dtype)
-        return projected
+        return linear(self, name, x, width, initializer(self.config.init, self.config.gain), self.config.bias)

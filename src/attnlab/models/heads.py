@@ -1,8 +1,8 @@
 """The equations of one attention layer as pure functions: no parameters of their own, no state.
 
 Shapes stand in the names: B sequences (any leading axes), L tokens, D token dimension, H heads, K query/key dimension
-per head, V value dimension per head. Weights are two-dimensional, heads side by side: `query` and `key` D x (H K), `value`
-D x (H V), `output` (H V) x O, `query_key` D x (H D). With one head they are the W_Q, W_K, W_V of the papers.
+per head, V value dimension per head. Weights are two-dimensional, heads side by side: `query` and `key` D x (H K),
+`value` D x (H V), `output` (H V) x O, `query_key` D x (H D). With one head they are the W_Q, W_K, W_V of the papers.
 """
 
 import jax

@@ -1,0 +1,94 @@
+"""Small objectives, model x loss, that every operator and claim is tested on: `CASES["softmax/square"](key)`.
+
+Each case is a function of a key that returns an `Objective` and a point of its parameters, all in float64, away from
+special points: no bias is zero and no LayerNorm scale one. All models are smooth, so that every derivative exists.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from attnlab.losses import loss_by_name
+from attnlab.models.adapters import from_linen
+from attnlab.models.attention import AttentionConfig, SelfAttention
+from attnlab.models.networks import MLP, ConvNet, ConvNetConfig, MLPConfig
+from attnlab.models.transformer import LanguageModel, LanguageModelConfig, Transformer, TransformerConfig
+from attnlab.objective import objective
+
+BATCH, LENGTH, DIM = 2, 3, 3
+VOCABULARY = 5
+
+
+def attention(**options):
+    return SelfAttention(AttentionConfig(key_dim=2, value_dim=2, **options))
+
+
+def transformer(layers=1, **options):
+    attention_config = AttentionConfig(key_dim=2, value_dim=2, output_dim=DIM)
+    options = {"mlp_width": 4, "activation": "gelu", "bias": True, **options}
+    return Transformer(TransformerConfig(attention_config, layers, **options))
+
+
+def language_model():
+    attention_config = AttentionConfig(key_dim=2, value_dim=2, causal=True, output_dim=2)
+    blocks = TransformerConfig(attention_config, mlp_width=3, activation="tanh", norm=None, bias=True)
+    return LanguageModel(LanguageModelConfig(blocks, VOCABULARY, length=4, width=2, dtype="float64"))
+
+
+def tokens(key):
+    return jax.random.normal(key, (BATCH, LENGTH, DIM), jnp.float64)
+
+
+def symbols(key):
+    return jax.random.randint(key, (BATCH, 4), 0, VOCABULARY)
+
+
+def images(key):
+    return jax.random.normal(key, (BATCH, 4, 4, 1), jnp.float64)
+
+
+MODELS: dict[str, tuple[nn.Module, object]] = {
+    "softmax": (attention(), tokens),
+    "linear": (attention(weights="linear"), tokens),
+    "temperature": (attention(scale=2.0), tokens),
+    "merged": (attention(merged=True), tokens),
+    "causal": (attention(causal=True), tokens),
+    "multi_head": (attention(heads=2, output_dim=2), tokens),
+    "biases": (attention(heads=2, output_dim=2, bias=True), tokens),
+    "block_pre": (transformer(norm="pre", final_norm=True), tokens),
+    "block_post": (transformer(norm="post", activation="tanh"), tokens),
+    "block_no_norm": (transformer(norm=None), tokens),
+    "two_layers": (transformer(layers=2, norm="pre"), tokens),
+    "language_model": (language_model(), symbols),
+    "mlp": (MLP(MLPConfig((4, 3, 2), "tanh", bias=True)), tokens),
+    "deep_linear": (MLP(MLPConfig((3, 3, 2), "identity")), tokens),
+    "convnet": (ConvNet(ConvNetConfig((2, 2), outputs=2, activation="gelu", bias=True)), images),
+}
+
+
+def build(model, loss, key):
+    """The objective and the parameters of one case."""
+    module, draw = MODELS[model]
+    input_key, init_key, shift_key, target_key = jax.random.split(key, 4)
+    inputs = draw(input_key)
+    params = shifted(shift_key, module.init(init_key, inputs)["params"])
+    predict = from_linen(module)
+    shape = jax.eval_shape(predict, params, inputs).shape
+    if loss == "square":
+        targets = jax.random.normal(target_key, shape, jnp.float64)
+    else:
+        targets = jax.random.randint(target_key, shape[:-1], 0, shape[-1])
+    return objective(predict, loss_by_name(loss), inputs, targets), params
+
+
+def shifted(key, params, std=0.3):
+    """The parameters plus Gaussian noise."""
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(key, len(leaves))
+    moved = [leaf + std * jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(structure, moved)
+
+
+CASES = {f"{model}/{loss}": partial(build, model, loss) for model in MODELS for loss in ("square", "cross_entropy")}
