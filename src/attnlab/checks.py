@@ -75,6 +75,13 @@ def check_range(name: str, value: float, low: float, high: float, remedy: str) -
         raise ValueError(f"{name} is {value}; expected {low} <= {name} <= {high}. {remedy}")
 
 
+def check_positive(**numbers: int) -> None:
+    """Raise `ValueError` unless every number, given by name, is a positive whole number."""
+    for name, value in numbers.items():
+        if value != int(value) or value < 1:
+            raise ValueError(f"{name} is {value}; expected a positive whole number.")
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> ValueError:
     """The error for a name that is not in a table: it lists the table and the nearest match."""
     known = list(known)

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from attnlab.checks import unknown_name
+from attnlab.checks import check_positive, unknown_name
 from attnlab.models import heads as equations
 from attnlab.models.initializers import initializer
-from attnlab.models.layers import check_inputs, check_positive, linear
+from attnlab.models.layers import check_inputs, linear
 
 
 @dataclass(frozen=True)

@@ -82,13 +82,6 @@ def bias_like(module: nn.Module, name: str, x: Float[Array, "*B O"]) -> Float[Ar
     return jnp.broadcast_to(bias, x.shape)
 
 
-def check_positive(**widths: int) -> None:
-    """Raise `ValueError` unless every width, given by name, is a positive whole number."""
-    for name, value in widths.items():
-        if value != int(value) or value < 1:
-            raise ValueError(f"{name} is {value}; expected a positive whole number.")
-
-
 def check_inputs(inputs: jax.Array, axes: tuple[str, ...]) -> None:
     """Raise unless `inputs` are real floating-point numbers, at least one, that end in the named `axes`.
 

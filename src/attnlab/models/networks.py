@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from attnlab.checks import check_positive
 from attnlab.models.initializers import initializer
-from attnlab.models.layers import activation_by_name, bias_like, check_inputs, check_positive, linear
+from attnlab.models.layers import activation_by_name, bias_like, check_inputs, linear
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from attnlab.checks import is_concrete, unknown_name
+from attnlab.checks import check_positive, is_concrete, unknown_name
 from attnlab.models.attention import AttentionConfig, SelfAttention
 from attnlab.models.initializers import initializer
-from attnlab.models.layers import LayerNorm, activation_by_name, check_inputs, check_positive, linear
+from attnlab.models.layers import LayerNorm, activation_by_name, check_inputs, linear
 
 NORMS = ("pre", "post")
 
