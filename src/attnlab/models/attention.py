@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
@@ -11,6 +12,8 @@ from attnlab.checks import check_positive, unknown_name
 from attnlab.models import heads as equations
 from attnlab.models.initializers import initializer
 from attnlab.models.layers import check_inputs, linear
+from attnlab.trees import leaf_names
+from attnlab.types import Params
 
 
 @dataclass(frozen=True)
@@ -75,21 +78,18 @@ class SelfAttention(nn.Module):
         """See the class."""
         config = self.config
         check_inputs(inputs, ("tokens", "token dimension"))
-        attention_weights = self.attention_weights(inputs, mask)
+        attention_weights = self._attention_weights(inputs, mask)
+        self.sow("intermediates", "attention_weights", attention_weights, reduce_fn=lambda _, new: new)
         values = equations.split_heads(self._linear("value", inputs, config.heads * config.value_dim), config.heads)
         merged = equations.merge_heads(equations.attend(attention_weights, values))
         return merged if config.output_dim is None else self._linear("output", merged, config.output_dim)
 
-    def attention_weights(
-        self, inputs: Float[Array, "*B L D"], mask: Bool[Array, "..."] | None = None
+    def _attention_weights(
+        self, inputs: Float[Array, "*B L D"], mask: Bool[Array, "..."] | None
     ) -> Float[Array, "*B H L L"]:
-        """The matrix A of every head."""
-        config = self.config
-        if config.causal:
-            causal = equations.causal_mask(inputs.shape[-2])
-            mask = causal if mask is None else mask & jnp.broadcast_to(causal, (*mask.shape[:-2], *causal.shape))
-        scores = equations.attention_scores(*self._queries_and_keys(inputs), config.score_scale)
-        return equations.WEIGHTS[config.weights](scores, mask)
+        mask = equations.with_causal(mask, inputs.shape[-2]) if self.config.causal else mask
+        scores = equations.attention_scores(*self._queries_and_keys(inputs), self.config.score_scale)
+        return equations.WEIGHTS[self.config.weights](scores, mask)
 
     def _queries_and_keys(self, inputs: Float[Array, "*B L D"]) -> tuple[Array, Array]:
         heads, width = self.config.heads, inputs.shape[-1]
@@ -103,3 +103,14 @@ class SelfAttention(nn.Module):
 
     def _linear(self, name: str, x: Float[Array, "*B L I"], width: int) -> Float[Array, "*B L O"]:
         return linear(self, name, x, width, initializer(self.config.init, self.config.gain), self.config.bias)
+
+
+def attention_maps(module: nn.Module, params: Params, *inputs: jax.Array) -> dict[str, Float[Array, "*B H L L"]]:
+    """The matrix A of every attention layer within `module` called on `inputs` (and a mask, if it takes one).
+
+    Keyed by the path of the layer, such as `layer_0/attention`; that of a bare `SelfAttention` is empty.
+    """
+    _, variables = module.apply({"params": params}, *inputs, mutable=["intermediates"])
+    maps = variables.get("intermediates", {})
+    names = (name.removesuffix("attention_weights").rstrip("/") for name in leaf_names(maps))
+    return dict(zip(names, jax.tree.leaves(maps), strict=True))

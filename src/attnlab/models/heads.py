@@ -7,7 +7,10 @@ per head, V value dimension per head. Weights are two-dimensional, heads side by
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
+
+from attnlab.checks import is_concrete
 
 
 def split_heads(x_BxLxHK: Float[Array, "*B L HK"], heads: int) -> Float[Array, "*B H L K"]:
@@ -30,23 +33,30 @@ def attention_scores(
 
 
 def softmax_weights(
-    scores_BxHxLxL: Float[Array, "*B L M"], mask: Bool[Array, "..."] | None = None
+    scores_BxHxLxM: Float[Array, "*B L M"], mask: Bool[Array, "..."] | None = None
 ) -> Float[Array, "*B L M"]:
     """Softmax over the last axis; `mask` (broadcast against the scores) is true where a query may look.
 
-    Every row of the mask must allow at least one token. Written out in the dtype of the scores: the fused kernel of JAX
-    takes its softmax in float32 even in 64-bit mode.
+    Every row of the mask must allow at least one token: `ValueError` if one does not, NaN under `jit`, where the mask
+    cannot be looked at. Written out in the dtype of the scores: the fused kernel of JAX takes its softmax in float32
+    even in 64-bit mode.
     """
     if mask is not None:
-        scores_BxHxLxL = jnp.where(mask, scores_BxHxLxL, -jnp.inf)
-    return jax.nn.softmax(scores_BxHxLxL, axis=-1)
+        check_mask(mask, scores_BxHxLxM.shape)
+        if is_concrete(mask) and not np.asarray(mask).any(axis=-1).all():
+            raise ValueError("a row of mask is all false; softmax expects at least one token that each query may see.")
+        scores_BxHxLxM = jnp.where(mask, scores_BxHxLxM, -jnp.inf)
+    return jax.nn.softmax(scores_BxHxLxM, axis=-1)
 
 
 def linear_weights(
-    scores_BxHxLxL: Float[Array, "*B L M"], mask: Bool[Array, "..."] | None = None
+    scores_BxHxLxM: Float[Array, "*B L M"], mask: Bool[Array, "..."] | None = None
 ) -> Float[Array, "*B L M"]:
     """The scores themselves, zero where `mask` is false: linear attention, not normalised."""
-    return scores_BxHxLxL if mask is None else jnp.where(mask, scores_BxHxLxL, 0)
+    if mask is None:
+        return scores_BxHxLxM
+    check_mask(mask, scores_BxHxLxM.shape)
+    return jnp.where(mask, scores_BxHxLxM, 0)
 
 
 WEIGHTS = {"softmax": softmax_weights, "linear": linear_weights}
@@ -60,3 +70,27 @@ def attend(weights_BxHxLxL: Float[Array, "*B L M"], values_BxHxLxV: Float[Array,
 def causal_mask(length: int) -> Bool[Array, "L L"]:
     """True where the key stands at or before the query."""
     return jnp.tril(jnp.ones((length, length), dtype=bool))
+
+
+def with_causal(mask: Bool[Array, "..."] | None, length: int) -> Bool[Array, "*B L L"]:
+    """The causal mask, and `mask` besides if there is one."""
+    causal = causal_mask(length)
+    if mask is None:
+        return causal
+    check_mask(mask, (*mask.shape[:-2], length, length))
+    shape = jnp.broadcast_shapes(mask.shape, causal.shape)
+    return jnp.broadcast_to(mask, shape) & jnp.broadcast_to(causal, shape)
+
+
+def check_mask(mask: jax.Array, shape: tuple[int, ...]) -> None:
+    """Raise unless `mask` is boolean (`TypeError`) and broadcasts to `shape`, that of the scores (`ValueError`)."""
+    if mask.dtype != jnp.dtype(bool):
+        raise TypeError(f"mask has dtype {mask.dtype}; expected bool, true where a query may look. Compare it with 0.")
+    broadcasts = len(mask.shape) <= len(shape) and all(
+        m in (1, s) for m, s in zip(reversed(mask.shape), reversed(shape), strict=False)
+    )
+    if not broadcasts:
+        raise ValueError(
+            f"mask has shape {mask.shape}, which does not broadcast to that of the scores, {shape} "
+            "(..., heads, queries, keys)."
+        )

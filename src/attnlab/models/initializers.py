@@ -18,8 +18,14 @@ def orthogonal(gain: float = 1.0) -> Initializer:
 
 
 def identity(gain: float = 1.0) -> Initializer:
-    """`gain` times ones on the diagonal, zeros elsewhere; deterministic."""
-    return lambda key, shape, dtype: gain * jnp.eye(shape[0], shape[1], dtype=dtype)
+    """`gain` times ones on the diagonal, zeros elsewhere; deterministic, for matrices only."""
+
+    def init(key: PRNGKey, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+        if len(shape) != 2:
+            raise ValueError(f"the identity scheme makes matrices; shape {shape} has {len(shape)} axes. Take another.")
+        return gain * jnp.eye(*shape, dtype=dtype)
+
+    return init
 
 
 INITIALIZERS: dict[str, Callable[[float], Initializer]] = {
@@ -38,8 +44,11 @@ INITIALIZERS: dict[str, Callable[[float], Initializer]] = {
 def initializer(name: str, gain: float = 1.0) -> Initializer:
     """The scheme called `name`, one of the keys of `INITIALIZERS`, scaled by `gain`.
 
-    Raises `ValueError` for another name.
+    Fan-in is the number of rows of a matrix (inputs times kernel area for a convolution). Raises `ValueError` for
+    another name or a negative or non-finite gain.
     """
     if name not in INITIALIZERS:
         raise unknown_name("initialisation scheme", name, INITIALIZERS)
+    if not 0 <= gain < float("inf"):
+        raise ValueError(f"gain is {gain}; expected zero or a positive finite number.")
     return INITIALIZERS[name](gain)

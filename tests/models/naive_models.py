@@ -1,0 +1,110 @@
+"""The models' equations once more, as plain loops in numpy over one sequence."""
+
+import math
+
+import numpy as np
+
+
+def attention(params, tokens, config, mask=None):
+    """One sequence (L, D) through the layer of `config`; the mask is (L, L)."""
+    params = {name: np.asarray(value) for name, value in params.items()}
+    tokens, length = np.asarray(tokens), len(tokens)
+    outputs = [[] for _ in range(length)]
+    for head in range(config.heads):
+        for i in range(length):
+            scores = [score(params, tokens, config, head, i, j) for j in range(length)]
+            seen = [(not config.causal or j <= i) and (mask is None or bool(mask[i, j])) for j in range(length)]
+            if config.weights == "softmax":
+                powers = [math.exp(s) if see else 0.0 for s, see in zip(scores, seen, strict=True)]
+                weights = [p / sum(powers) for p in powers]
+            else:
+                weights = [s if see else 0.0 for s, see in zip(scores, seen, strict=True)]
+            values = [columns(params, "value", head, config.value_dim, tokens[j]) for j in range(length)]
+            outputs[i].append(sum(w * v for w, v in zip(weights, values, strict=True)))
+    merged = np.array([np.concatenate(parts) for parts in outputs])
+    if config.output_dim is None:
+        return merged
+    return merged @ params["output"] + params.get("output_bias", 0)
+
+
+def columns(params, name, head, width, token):
+    """The part of token @ W + b that belongs to one head."""
+    own = slice(head * width, (head + 1) * width)
+    bias = params.get(f"{name}_bias")
+    return token @ params[name][:, own] + (0 if bias is None else bias[own])
+
+
+def score(params, tokens, config, head, i, j):
+    scale = 1 / math.sqrt(config.key_dim) if config.scale is None else config.scale
+    if config.merged:
+        return scale * columns(params, "query_key", head, tokens.shape[1], tokens[i]) @ tokens[j]
+    query = columns(params, "query", head, config.key_dim, tokens[i])
+    return scale * query @ columns(params, "key", head, config.key_dim, tokens[j])
+
+
+def layer_norm(token, params, epsilon):
+    token = np.asarray(token)
+    variance = sum((x - token.mean()) ** 2 for x in token) / len(token)
+    return (token - token.mean()) / math.sqrt(variance + epsilon) * params["scale"] + params["bias"]
+
+
+ACTIVATIONS = {
+    "relu": lambda x: max(x, 0.0),
+    "gelu": lambda x: x * (1 + math.erf(x / math.sqrt(2))) / 2,
+    "tanh": math.tanh,
+    "identity": lambda x: x,
+}
+
+
+def feed_forward(params, token, activation):
+    hidden = np.vectorize(ACTIVATIONS[activation])(token @ params["up"] + params.get("up_bias", 0))
+    return hidden @ params["down"] + params.get("down_bias", 0)
+
+
+def transformer(params, tokens, config):
+    """One sequence through the stack of `config`."""
+    tokens = np.asarray(tokens)
+    for index in range(config.layers):
+        layer = params[f"layer_{index}"]
+        tokens = sublayer(layer, "attention", tokens, config, lambda x, p: attention(p, x, config.attention))
+        if config.mlp_width is not None:
+            tokens = sublayer(layer, "mlp", tokens, config, lambda x, p: feed_forward(p, x, config.activation))
+    return normalize(tokens, params["final_norm"], config) if config.final_norm else tokens
+
+
+def sublayer(layer, name, tokens, config, function):
+    norm = layer.get(f"{name}_norm")
+    seen = normalize(tokens, norm, config) if config.norm == "pre" else tokens
+    updated = function(seen, layer[name]) + (tokens if config.residual else 0)
+    return normalize(updated, norm, config) if config.norm == "post" else updated
+
+
+def normalize(tokens, params, config):
+    return np.array([layer_norm(token, params, config.epsilon) for token in tokens])
+
+
+def language_model(params, symbols, config):
+    embedded = [params["token_embedding"][s] + params["position_embedding"][i] for i, s in enumerate(symbols)]
+    return transformer(params["transformer"], np.array(embedded), config.transformer) @ params["unembedding"]
+
+
+def mlp(params, token, config):
+    hidden = np.asarray(token)
+    for index in range(len(config.widths)):
+        hidden = hidden @ params[f"layer_{index}"] + params.get(f"layer_{index}_bias", 0)
+        if index + 1 < len(config.widths):
+            hidden = np.vectorize(ACTIVATIONS[config.activation])(hidden)
+    return hidden
+
+
+def convnet(params, image, config):
+    hidden, reach = np.asarray(image), (config.kernel - 1) // 2
+    for index in range(len(config.channels)):
+        kernel, height, width = params[f"conv_{index}"], *hidden.shape[:2]
+        convolved = np.zeros((height, width, kernel.shape[-1])) + params.get(f"conv_{index}_bias", 0)
+        for y, x, i, j in np.ndindex(height, width, config.kernel, config.kernel):
+            row, column = y + i - reach, x + j - reach
+            if 0 <= row < height and 0 <= column < width:
+                convolved[y, x] += hidden[row, column] @ kernel[i, j]
+        hidden = np.vectorize(ACTIVATIONS[config.activation])(convolved)
+    return hidden.mean(axis=(0, 1)) @ params["output"] + params.get("output_bias", 0)
