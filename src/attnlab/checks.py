@@ -61,7 +61,7 @@ def check_floating(name: str, tree: PyTree) -> None:
 def check_same_structure(name: str, tree: PyTree, expected: PyTree) -> None:
     """Raise `ValueError` if `tree` differs from `expected` in structure or in the shape of a leaf."""
     found, wanted = jax.tree.structure(tree), jax.tree.structure(expected)
-    if not found == wanted:  # noqa: SIM201 (the type of tree structures declares no !=)
+    if found != wanted:  # type: ignore[operator]
         raise ValueError(f"{name} has the structure {found}; expected that of the parameters, {wanted}.")
     for (path, leaf), other in zip(jax.tree.leaves_with_path(tree), jax.tree.leaves(expected), strict=True):
         if np.shape(leaf) != np.shape(other):

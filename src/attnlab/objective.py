@@ -1,5 +1,6 @@
 """The objective: what a model predicts, how that is scored, and on which data. All that curvature ever sees."""
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,11 +76,11 @@ class _PredictFromBlock:
 
     selection: Selection
 
-    def __call__(self, params: Params, predict: Partial, block: dict[str, PyTree], inputs: PyTree) -> PyTree:
+    def __call__(self, params: Params, predict: Partial, block: OrderedDict[str, PyTree], inputs: PyTree) -> PyTree:
         return predict(self.selection.put(params, block), inputs)
 
 
-def restrict_to(risk: Objective, params: Params, selection: Selection) -> tuple[Objective, dict[str, PyTree]]:
+def restrict_to(risk: Objective, params: Params, selection: Selection) -> tuple[Objective, Params]:
     """The objective as a function of the selected leaves, the others held at `params`; and those leaves.
 
     Linearised there, nothing is computed for the held leaves, so a product with one block costs less than a full one.

@@ -5,6 +5,7 @@ every leaf with a component `query`, `layer_0` every leaf below it.
 """
 
 import re
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import jax
@@ -60,12 +61,12 @@ class Selection:
     positions: tuple[int, ...]
     names: tuple[str, ...]
 
-    def take(self, tree: PyTree) -> dict[str, PyTree]:
-        """The selected leaves, as a dict from leaf name to leaf."""
+    def take(self, tree: PyTree) -> OrderedDict[str, PyTree]:
+        """The selected leaves by name, in their order in the whole (plain dicts are flattened in sorted order)."""
         leaves = self.treedef.flatten_up_to(tree)
-        return {name: leaves[i] for name, i in zip(self.names, self.positions, strict=True)}
+        return OrderedDict((name, leaves[i]) for name, i in zip(self.names, self.positions, strict=True))
 
-    def put(self, tree: PyTree, block: dict[str, PyTree]) -> PyTree:
+    def put(self, tree: PyTree, block: OrderedDict[str, PyTree]) -> PyTree:
         """`tree` with the selected leaves replaced by those of `block`."""
         leaves = self.treedef.flatten_up_to(tree)
         for name, i in zip(self.names, self.positions, strict=True):
