@@ -1,1 +1,22 @@
 """The exact curvature of attention, in closed form, from data, weights and attention moments."""
+
+from attnlab.attention.blocks import PARTS, AttentionHessian, attention_hessian, attention_hessian_from_downstream
+from attnlab.attention.downstream import downstream_derivatives
+from attnlab.attention.kronecker import KroneckerSum, Leaf, Term
+from attnlab.attention.moments import AttentionMoments, attention_moments
+from attnlab.attention.nearest import NearestKronecker, nearest_kronecker
+
+__all__ = [
+    "PARTS",
+    "AttentionHessian",
+    "AttentionMoments",
+    "KroneckerSum",
+    "Leaf",
+    "NearestKronecker",
+    "Term",
+    "attention_hessian",
+    "attention_hessian_from_downstream",
+    "attention_moments",
+    "downstream_derivatives",
+    "nearest_kronecker",
+]

@@ -1,0 +1,256 @@
+"""Sums of small Kronecker products: the exact form of every block of an attention layer's Hessian.
+
+A block couples a parameter matrix P (the row) with a parameter matrix P' (the column): it is an array
+[P's row, P's column, P''s row, P''s column]. Its terms are sums over tokens of products of a factor that couples one
+axis of P with one of P' and a factor that couples the remaining two. There are two ways to pair the axes,
+
+    straight: (row, row') x (column, column'),      crossed: (row, column') x (column, row'),
+
+and a block of the full Hessian holds both. A term is therefore kept as a small network of arrays with named axes, and
+every question about the block (product with a matrix, norm, trace, inner product) is one contraction of the network,
+in an order chosen by shape. The block itself is formed by `dense` alone.
+
+Axes are named `h r c` for the row parameter (head, row, column) and `g s d` for the column parameter; all other letters
+are summed, `n` being the token.
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Pairing = Literal["straight", "crossed"]
+
+_TRANSPOSED = str.maketrans("hrcgsd", "gsdhrc")
+_DIAGONAL = str.maketrans("gsd", "hrc")
+_SECOND_COPY = str.maketrans("bnmop", "BNMOP")
+_WORKING_ELEMENTS = 2**22
+"""Intermediates of an inner product beyond this size (or the largest factor's) are made in pieces over the tokens."""
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A parameter matrix whose axis `head_axis` holds `heads` heads side by side."""
+
+    shape: tuple[int, int]
+    heads: int = 1
+    head_axis: int = 1
+
+    @property
+    def size(self) -> int:
+        """Number of entries."""
+        return math.prod(self.shape)
+
+    @property
+    def order(self) -> str:
+        """The axes `hrc` in the order in which they stand in the matrix."""
+        return "hrc" if self.head_axis == 0 else "rhc"
+
+    def sizes(self, letters: str) -> dict[str, int]:
+        """Sizes of head, row and column axis, under three letters."""
+        rows, columns = self.shape
+        split = (rows // self.heads, columns) if self.head_axis == 0 else (rows, columns // self.heads)
+        return dict(zip(letters, (self.heads, *split), strict=True))
+
+    @property
+    def axes(self) -> tuple[str, str]:
+        """Which of the axes `hrc` make up the rows and which the columns of the matrix."""
+        return ("hr", "c") if self.head_axis == 0 else ("r", "hc")
+
+    def split(self, matrix: Float[Array, "R C"]) -> Float[Array, "H r c"]:
+        """The matrix of every head."""
+        rows, columns = self.shape
+        if self.head_axis == 0:
+            return matrix.reshape(self.heads, rows // self.heads, columns)
+        return jnp.moveaxis(matrix.reshape(rows, self.heads, columns // self.heads), 1, 0)
+
+    def merge(self, heads: Float[Array, "H r c"]) -> Float[Array, "R C"]:
+        """Inverse of `split`."""
+        return (heads if self.head_axis == 0 else jnp.moveaxis(heads, 0, 1)).reshape(self.shape)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Term:
+    """A product of arrays with named axes, summed over all axes but `hrcgsd`; see the module.
+
+    `pairing` says which axes its two factors pair, `formula` the term in the symbols of the theory.
+    """
+
+    operands: tuple[Array, ...]
+    indices: tuple[str, ...] = field(metadata={"static": True})
+    pairing: Pairing = field(default="straight", metadata={"static": True})
+    formula: str = field(default="", metadata={"static": True})
+
+    def relabelled(self, table: dict[int, int]) -> tuple[str, ...]:
+        """The indices after a translation of letters."""
+        return tuple(index.translate(table) for index in self.indices)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KroneckerSum:
+    """A block of a Hessian as a sum of terms; a pytree, so it crosses `jit`.
+
+    Attributes:
+        terms: the terms; none is the zero block.
+        row: the parameter matrix of the block's rows.
+        column: the parameter matrix of the block's columns.
+        dtype: name of the dtype.
+    """
+
+    terms: tuple[Term, ...]
+    row: Leaf = field(metadata={"static": True})
+    column: Leaf = field(metadata={"static": True})
+    dtype: str = field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the block as a matrix."""
+        return self.row.size, self.column.size
+
+    @property
+    def T(self) -> "KroneckerSum":
+        """The transposed block: rows and columns change places."""
+        terms = tuple(replace(t, indices=t.relabelled(_TRANSPOSED)) for t in self.terms)
+        return KroneckerSum(terms, self.column, self.row, self.dtype)
+
+    def mv(self, matrix: Float[Array, "Rp Cp"]) -> Float[Array, "R C"]:
+        """The block times a matrix of the shape of the column parameter."""
+        if jnp.shape(matrix) != self.column.shape:
+            raise ValueError(f"matrix has shape {jnp.shape(matrix)}; this block acts on {self.column.shape}.")
+        heads = self.column.split(jnp.asarray(matrix, self.dtype))
+        products = (_einsum((*t.indices, "gsd"), "hrc", (*t.operands, heads)) for t in self.terms)
+        return sum(map(self.row.merge, products), jnp.zeros(self.row.shape, self.dtype))
+
+    def inner(self, other: "KroneckerSum") -> Float[Array, ""]:
+        """Frobenius inner product of two blocks of the same parameters."""
+        self._check_same_parameters(other)
+        zero = jnp.zeros((), self.dtype)
+        return sum((_inner(mine, theirs) for mine in self.terms for theirs in other.terms), zero)
+
+    def norm(self) -> Float[Array, ""]:
+        """Frobenius norm: with N tokens the root of an N x N sum, not of one over the entries of the block."""
+        zero = jnp.zeros((), self.dtype)
+        squares = sum((_inner(t, t) for t in self.terms), zero)
+        pairs = ((a, b) for i, a in enumerate(self.terms) for b in self.terms[:i])
+        mixed = sum((_inner(a, b) for a, b in pairs), zero)
+        return jnp.sqrt(jnp.maximum(squares + 2 * mixed, 0))
+
+    def trace(self) -> Float[Array, ""]:
+        """Sum of the diagonal of a block whose rows and columns are the same parameter."""
+        if self.row != self.column:
+            raise ValueError(f"the block couples {self.row} with {self.column}; only a diagonal block has a trace.")
+        zero = jnp.zeros((), self.dtype)
+        return sum((_einsum(t.relabelled(_DIAGONAL), "", t.operands) for t in self.terms), zero)
+
+    def dense(self) -> Float[Array, "rows columns"]:
+        """The block as a matrix, both parameters in row-major order."""
+        output = self.row.order + self.column.order.translate(_TRANSPOSED)
+        blocks = (_einsum(t.indices, output, t.operands).reshape(self.shape) for t in self.terms)
+        return sum(blocks, jnp.zeros(self.shape, self.dtype))
+
+    def product(self, left: Float[Array, "..."], right: Float[Array, "..."], pairing: Pairing = "straight") -> "KroneckerSum":
+        """The Kronecker product of two matrices as a block of the same two parameters.
+
+        `left` couples the first pair of axes of `pairing`, `right` the second (a K-FAC pair is straight: `left` of the
+        inputs' second moment, `right` of the gradients'). A leading axis of both is summed.
+        """
+        left, right = (jnp.asarray(x, self.dtype) for x in (left, right))
+        expected = tuple(tuple(math.prod(axes) for axes in self._grouped(side, pairing)) for side in (0, 1))
+        if (left.shape[-2:], right.shape[-2:]) != expected or left.shape[:-2] != right.shape[:-2]:
+            raise ValueError(
+                f"left and right have shapes {left.shape} and {right.shape}; a {pairing} product for parameters of "
+                f"shapes {self.row.shape} and {self.column.shape} takes {expected}."
+            )
+        token = "n" * (left.ndim - 2)
+        sizes = (sum(self._grouped(side, pairing), ()) for side in (0, 1))
+        operands = tuple(x.reshape(*x.shape[:-2], *size) for x, size in zip((left, right), sizes, strict=True))
+        indices = tuple(token + "".join(self.axes(side, pairing)) for side in (0, 1))
+        return replace(self, terms=(Term(operands, indices, pairing, "A ⊗ B"),))
+
+    def axes(self, side: int, pairing: Pairing) -> tuple[str, str]:
+        """The row's and the column's axes that factor `side` (0 left, 1 right) of a product pairs."""
+        other = side if pairing == "straight" else 1 - side
+        return self.row.axes[side], self.column.axes[other].translate(_TRANSPOSED)
+
+    def _grouped(self, side: int, pairing: Pairing) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Sizes of those axes."""
+        sizes = {**self.row.sizes("hrc"), **self.column.sizes("gsd")}
+        row, column = self.axes(side, pairing)
+        return tuple(sizes[a] for a in row), tuple(sizes[a] for a in column)
+
+    def zeros(self, axes: str) -> Float[Array, "..."]:
+        """Zeros with the sizes of the named axes."""
+        sizes = {**self.row.sizes("hrc"), **self.column.sizes("gsd")}
+        return jnp.zeros([sizes[a] for a in axes], self.dtype)
+
+    def merged(self, factor: Float[Array, "..."], side: int, pairing: Pairing) -> Float[Array, "p q"]:
+        """A factor with separate head axes as the matrix that `product` takes."""
+        rows, columns = (math.prod(sizes) for sizes in self._grouped(side, pairing))
+        return factor.reshape(rows, columns)
+
+    def contract(self, matrix: Float[Array, "..."], axes: str, output: str) -> Float[Array, "..."]:
+        """Contract the block with an array whose axes are `axes`, leaving the axes `output`."""
+        zero = jnp.zeros((), self.dtype)
+        return sum((_einsum((*t.indices, axes), output, (*t.operands, matrix)) for t in self.terms), zero)
+
+    def __add__(self, other: "KroneckerSum") -> "KroneckerSum":
+        self._check_same_parameters(other)
+        return replace(self, terms=self.terms + other.terms)
+
+    def __mul__(self, factor: float | Float[Array, ""]) -> "KroneckerSum":
+        scaled = (replace(t, operands=(factor * t.operands[0], *t.operands[1:])) for t in self.terms)
+        return replace(self, terms=tuple(scaled))
+
+    __rmul__ = __mul__
+
+    def __sub__(self, other: "KroneckerSum") -> "KroneckerSum":
+        return self + (-1) * other
+
+    def _check_same_parameters(self, other: "KroneckerSum") -> None:
+        if (self.row, self.column) != (other.row, other.column):
+            raise ValueError(
+                f"the blocks couple {self.row} with {self.column} and {other.row} with {other.column}; "
+                "expected the same parameters. Is one to be transposed?"
+            )
+
+
+def _einsum(indices: tuple[str, ...], output: str, operands: tuple[Array, ...]) -> Array:
+    return jnp.einsum(",".join(indices) + "->" + output, *operands, precision="highest")
+
+
+def _inner(first: Term, second: Term) -> Float[Array, ""]:
+    """sum over all entries of the product of two terms; the tokens of the second get letters of their own."""
+    indices = (*first.indices, *second.relabelled(_SECOND_COPY))
+    operands = (*first.operands, *second.operands)
+    pieces = _pieces(indices, operands)
+    if pieces == 1:
+        return _einsum(indices, "", operands)
+    split = [i for i, index in enumerate(indices) if index.startswith("n")]
+
+    def piece(parts: list[Array]) -> Array:
+        replaced = dict(zip(split, parts, strict=True))
+        return _einsum(indices, "", tuple(replaced.get(i, operand) for i, operand in enumerate(operands)))
+
+    return jnp.sum(jax.lax.map(piece, [_in_pieces(operands[i], pieces) for i in split]))
+
+
+def _pieces(indices: tuple[str, ...], operands: tuple[Array, ...]) -> int:
+    """In how many pieces over the first term's tokens its intermediates are about as small as its factors."""
+    tokens = [x.shape[0] for index, x in zip(indices, operands, strict=True) if index.startswith("n")]
+    if not tokens:
+        return 1
+    plan = jnp.einsum_path(",".join(indices) + "->", *operands, optimize="auto")[1]
+    allowed = max(_WORKING_ELEMENTS, *(x.size for x in operands))
+    return min(tokens[0], math.ceil(plan.largest_intermediate / allowed))
+
+
+def _in_pieces(operand: Array, pieces: int) -> Array:
+    """The token axis cut in equal pieces, filled up with zeros: a zero token adds nothing to a product."""
+    size = math.ceil(operand.shape[0] / pieces)
+    filled = jnp.pad(operand, [(0, size * pieces - operand.shape[0]), *[(0, 0)] * (operand.ndim - 1)])
+    return filled.reshape(pieces, size, *operand.shape[1:])

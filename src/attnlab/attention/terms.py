@@ -1,0 +1,259 @@
+"""The terms of every Hessian block, one row of a table each.
+
+Per token i every parameter matrix P enters the layer's output f_i through
+
+    df_i/dP = l_i (x) M_i,       l_i a vector on one axis of P, M_i a matrix from the other axis to the features of f_i:
+
+    value  [a, α]   l = m_i             M = W_O^T
+    query  [a, p]   l = scale x_i       M = (Σ_i W_V W_O)^T W_K      since dz_i/dQ = scale x_i (x) W_K, dm_i/dz_i = Σ_i
+    key    [b, p]   l = scale q_i       M = (Σ_i W_V W_O)^T          on axis b, and l on axis p
+    query_key [a,b] l = scale x_i       M = (Σ_i W_V W_O)^T
+    output [α, o]   l = W_V^T m_i       M = 1
+
+for each head. With Λ the curvature of everything downstream, the outer-product Hessian is
+
+    H_o[P, P'] = Σ_i (l_i l'_i^T) (x) (M_i^T Λ_i M'_i)
+
+and a double sum over tokens where Λ couples them. The functional Hessian Σ_i g_i . d²f_i follows from the same chain rule;
+its terms stay within a head. For one head without projection these are the blocks of Ormaniec, Dangel, Singh
+(arXiv 2410.10986, theorems 3.1 and 3.2), without their L^2 x L^2 and L x d x d^2 arrays.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from attnlab.attention.kronecker import KroneckerSum, Leaf, Pairing, Term
+from attnlab.attention.layer import Layer
+from attnlab.attention.moments import AttentionMoments
+
+SCORE_PARAMETERS = ("query", "key", "query_key")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TokenQuantities:
+    """What the terms are made of, tokens of all sequences in one axis N.
+
+    x, q (scaled by the score scale), first and second moments, gradient g at the layer's output, and g pulled back to
+    the values (gamma = W_O g), with the third moment along W_V W_O g.
+    """
+
+    x: Float[Array, "N D"]
+    q: Float[Array, "N H K"]
+    first: Float[Array, "N H D"]
+    second: Float[Array, "N H D D"]
+    third: Float[Array, "N H D D"]
+    gradient: Float[Array, "N O"]
+    gamma: Float[Array, "N H V"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TokenJacobian:
+    """df_i/dP = l_i (x) M_i of one parameter; axes named as in `kronecker`, `o` the output feature.
+
+    `symbols` writes l, M^T and M.
+    """
+
+    vector: Array
+    matrix: Array
+    vector_indices: str = field(metadata={"static": True})
+    matrix_indices: str = field(metadata={"static": True})
+    symbols: tuple[str, str, str] = field(metadata={"static": True})
+
+    @property
+    def side(self) -> int:
+        """The axis of the parameter on which the vector stands: 0 its rows, 1 its columns."""
+        return 0 if self.vector_indices[-1] == "r" else 1
+
+
+def by_token(per_head: Float[Array, "B H L *rest"]) -> Float[Array, "N H *rest"]:
+    """Heads last, tokens of all sequences in one axis."""
+    moved = jnp.moveaxis(per_head, 1, 2)
+    return moved.reshape(-1, *moved.shape[2:])
+
+
+def token_quantities(point: Layer, moments: AttentionMoments, gradient: Float[Array, "B L O"]) -> TokenQuantities:
+    """The quantities of all tokens; O(L^2 D^2) operations a head."""
+    scale = point.config.score_scale
+    gamma = jnp.einsum("hvo,bio->bhiv", point.output, gradient)
+    third = moments.third_along(jnp.einsum("hav,bhiv->bhia", point.value, gamma))
+    x = point.inputs.reshape(-1, point.inputs.shape[-1])
+    q = scale * jnp.einsum("na,hak->nhk", x, point.query)
+    per_head = (moments.first, moments.second, third)
+    g = gradient.reshape(-1, gradient.shape[-1])
+    return TokenQuantities(scale * x, q, *map(by_token, per_head), g, by_token(gamma))
+
+
+def leaves(point: Layer) -> dict[str, Leaf]:
+    """How every parameter holds its heads."""
+    heads = point.config.heads
+    return {name: Leaf(jnp.shape(w), heads, 0 if name == "output" else 1) for name, w in point.params.items()}
+
+
+def token_jacobians(point: Layer, tokens: TokenQuantities) -> dict[str, TokenJacobian]:
+    """The table of the module docstring."""
+    values = jnp.einsum("hav,hvo->hao", point.value, point.output)
+    moved = jnp.einsum("nhab,hbo->nhao", tokens.second, values)  # Σ_i W_V W_O, shared by queries and keys
+    projected = "output" in point.params
+    out, outT, both, bothT = ("W_O", "W_Oᵀ", "W_V W_O", "W_Oᵀ W_Vᵀ") if projected else ("I", "I", "W_V", "W_Vᵀ")
+    table = {"value": TokenJacobian(tokens.first, point.output, "nhr", "hco", ("m_i", out, outT))}
+    if projected:
+        mixed = jnp.einsum("nha,hav->nhv", tokens.first, point.value)
+        identity = jnp.eye(point.output_features, dtype=mixed.dtype)
+        table["output"] = TokenJacobian(mixed, identity, "nhr", "co", ("W_Vᵀ m_i", "I", "I"))
+    if point.config.merged:
+        table["query_key"] = TokenJacobian(tokens.x, moved, "nr", "nhco", ("τ x_i", f"Σ_i {both}", f"{bothT} Σ_i"))
+        return table
+    through_keys = jnp.einsum("nhao,hak->nhko", moved, point.key)
+    symbols = ("τ x_i", f"W_Kᵀ Σ_i {both}", f"{bothT} Σ_i W_K")
+    table["query"] = TokenJacobian(tokens.x, through_keys, "nr", "nhco", symbols)
+    table["key"] = TokenJacobian(tokens.q, moved, "nhc", "nhro", ("τ q_i", f"Σ_i {both}", f"{bothT} Σ_i"))
+    return table
+
+
+def outer_term(row: TokenJacobian, column: TokenJacobian, curvature: Array) -> Term:
+    """H_o[P, P'] = Σ_i (l_i l'_i^T) (x) (M_i^T Λ_i M'_i), or the double sum over tokens where Λ couples them.
+
+    `curvature` is a scalar times the identity, N x O x O, or B x L x O x L x O.
+    """
+    pairing: Pairing = "straight" if row.side == column.side else "crossed"
+    if curvature.ndim == 5:
+        return _coupled_term(row, column, curvature, pairing)
+    one_token = str.maketrans("hrc", "gsd")
+    ours, theirs = row.matrix_indices, column.matrix_indices.translate(one_token)
+    middle = "" if curvature.ndim == 0 else "nop"
+    theirs = theirs if curvature.ndim == 0 else theirs.replace("o", "p")
+    token = "n" if "n" in ours + middle + theirs else ""
+    indices = token + "".join(letter for letter in ours + theirs if letter in "hrcgsd")
+    operands = (row.matrix, curvature, column.matrix)
+    matrix = jnp.einsum(f"{ours},{middle},{theirs}->{indices}", *operands, precision="highest")
+    formula = f"Σ_i {row.symbols[0]} ({column.symbols[0]})ᵀ ⊗ {row.symbols[1]} Λ_i {column.symbols[2]}"
+    vectors = (row.vector_indices, column.vector_indices.translate(one_token))
+    return Term((row.vector, column.vector, matrix), (*vectors, indices), pairing, formula)
+
+
+def _coupled_term(row: TokenJacobian, column: TokenJacobian, curvature: Array, pairing: Pairing) -> Term:
+    """Σ_ij (l_i l'_j^T) (x) (M_i^T Λ_ij M'_j), kept in factors: the sandwich would hold N^2 matrices."""
+    second_token = str.maketrans("hrcno", "gsdmp")
+    batch, length = curvature.shape[:2]
+    pieces = (
+        (row.vector, row.vector_indices),
+        (row.matrix, row.matrix_indices),
+        (column.vector, column.vector_indices.translate(second_token)),
+        (column.matrix, column.matrix_indices.translate(second_token)),
+    )
+    operands, indices = [curvature], ["bnomp"]
+    for array, index in pieces:
+        has_token = index[0] in "nm"
+        operands.append(array.reshape(batch, length, *array.shape[1:]) if has_token else array)
+        indices.append("b" + index if has_token else index)
+    theirs = tuple(symbol.replace("_i", "_j") for symbol in column.symbols)
+    formula = f"Σ_ij {row.symbols[0]} ({theirs[0]})ᵀ ⊗ {row.symbols[1]} Λ_ij {theirs[2]}"
+    return Term(tuple(operands), tuple(indices), pairing, formula)
+
+
+def functional_terms(point: Layer, tokens: TokenQuantities) -> dict[tuple[str, str], tuple[Term, ...]]:
+    """H_f = Σ_i g_i . d²f_i for every pair of different or equal parameters, in one order each; absent pairs are zero.
+
+    d²(g.f)/dz² = κ̂_i (the third moment along W_V W_O g_i), d²z/dQdK = scale x_i (x) 1, and the layer is linear in the
+    values and in the projection. `hg` is the identity over heads: two heads never meet in one feature of f_i.
+    """
+    table = _score_terms(point, tokens) | _value_terms(point, tokens)
+    if "output" in point.params:
+        table |= _output_terms(point, tokens)
+    return table
+
+
+def _with_heads(point: Layer, *factors: tuple[Array, str], pairing: Pairing, formula: str) -> tuple[Term, ...]:
+    same_head = jnp.eye(point.config.heads, dtype=point.inputs.dtype)
+    operands, indices = zip(*factors, (same_head, "hg"), strict=True)
+    return (Term(operands, indices, pairing, formula),)
+
+
+def _score_terms(point: Layer, tokens: TokenQuantities) -> dict[tuple[str, str], tuple[Term, ...]]:
+    """Second derivatives in query and key (or in their product), by way of z_i = scale W_K q_i."""
+    x, q, third = tokens.x, tokens.q, tokens.third
+    softmax = point.config.weights == "softmax"
+    if point.config.merged:
+        term = _with_heads(
+            point, (x, "nr"), (x, "ns"), (third, "nhcd"), pairing="straight", formula="Σ_i τ x_i (τ x_i)ᵀ ⊗ κ̂_i"
+        )
+        return {("query_key", "query_key"): term} if softmax else {}
+    slope = jnp.einsum("nhab,hbv,nhv->nha", tokens.second, point.value, tokens.gamma)
+    mixed = jnp.einsum("nr,nhs->hrs", x, slope)
+    identity = jnp.eye(point.config.key_dim, dtype=x.dtype)
+    formula = "(Σ_i τ x_i (Σ_i W_V γ_i)ᵀ) ⊗ I"
+    delta = _with_heads(point, (mixed, "hrs"), (identity, "cd"), pairing="straight", formula=formula)
+    if not softmax:
+        return {("query", "key"): delta}
+    half = jnp.einsum("nhab,hak->nhkb", third, point.key)  # W_K^T κ̂
+    full = jnp.einsum("nhkb,hbl->nhkl", half, point.key)
+    queries = _with_heads(
+        point, (x, "nr"), (x, "ns"), (full, "nhcd"), pairing="straight", formula="Σ_i τ x_i (τ x_i)ᵀ ⊗ W_Kᵀ κ̂_i W_K"
+    )
+    keys = _with_heads(
+        point, (q, "nhc"), (q, "ngd"), (third, "nhrs"), pairing="straight", formula="Σ_i τ q_i (τ q_i)ᵀ ⊗ κ̂_i"
+    )
+    both = _with_heads(
+        point, (x, "nr"), (q, "ngd"), (half, "nhcs"), pairing="crossed", formula="Σ_i τ x_i (τ q_i)ᵀ ⊗ W_Kᵀ κ̂_i"
+    )
+    return {("query", "query"): queries, ("key", "key"): keys, ("query", "key"): both + delta}
+
+
+def _score_directions(point: Layer, tokens: TokenQuantities) -> dict[str, tuple[tuple[Array, str], Array, str, Pairing]]:
+    """dz_i/dP for the score parameters as a column: its vector; Σ_i times its matrix, whose column axis comes last;
+    that matrix's symbol; and the pairing of a term that couples the vector with a column axis of the row parameter."""
+    second = tokens.second
+    if point.config.merged:
+        return {"query_key": ((tokens.x, "ns"), second, "Σ_i", "crossed")}
+    through_keys = jnp.einsum("nhab,hbk->nhak", second, point.key)
+    return {
+        "query": ((tokens.x, "ns"), through_keys, "Σ_i W_K", "crossed"),
+        "key": ((tokens.q, "ngd"), second, "Σ_i", "straight"),
+    }
+
+
+def _mixed_terms(
+    point: Layer, tokens: TokenQuantities, name: str, vector: tuple[Array, str], symbol: str, values: Array | None
+) -> dict[tuple[str, str], tuple[Term, ...]]:
+    """Second derivatives in `name` (value or output, entering linearly through `vector`) and the score parameters."""
+    table = {}
+    for score, (direction, matrix, matrix_symbol, pairing) in _score_directions(point, tokens).items():
+        if values is not None:
+            matrix, matrix_symbol = jnp.einsum("hav,nhab->nhvb", values, matrix), f"W_Vᵀ {matrix_symbol}"
+        axes = "nhrd" if pairing == "crossed" else "nhrs"
+        formula = f"Σ_i {symbol} (τ {'x' if score != 'key' else 'q'}_i)ᵀ ⊗ {matrix_symbol}"
+        table[name, score] = _with_heads(point, vector, direction, (matrix, axes), pairing=pairing, formula=formula)
+    return table
+
+
+def _value_terms(point: Layer, tokens: TokenQuantities) -> dict[tuple[str, str], tuple[Term, ...]]:
+    """g.f = Σ_h m^T W_V gamma: its derivative in z is Σ_i W_V gamma."""
+    return _mixed_terms(point, tokens, "value", (tokens.gamma, "nhc"), "γ_i", None)
+
+
+def _output_terms(point: Layer, tokens: TokenQuantities) -> dict[tuple[str, str], tuple[Term, ...]]:
+    """g.f = Σ_h (W_V^T m)^T W_O g."""
+    table = _mixed_terms(point, tokens, "output", (tokens.gradient, "nc"), "g_i", point.value)
+    gradient_by_mean = jnp.einsum("no,nha->hoa", tokens.gradient, tokens.first)
+    identity = jnp.eye(point.config.value_dim, dtype=tokens.x.dtype)
+    formula = "(Σ_i g_i m_iᵀ) ⊗ I"
+    factors = ((gradient_by_mean, "hcs"), (identity, "rd"))
+    return table | {("output", "value"): _with_heads(point, *factors, pairing="crossed", formula=formula)}
+
+
+def merge_full(outer: KroneckerSum, functional: KroneckerSum) -> KroneckerSum:
+    """The sum of two parts, where both start with terms of the same vectors as one such term: half the work.
+
+    That is so for pairs of score parameters: H_o has (l l'^T) (x) B_i, H_f has (l l'^T) (x) C_i within a head.
+    """
+    ours, theirs = outer.terms[0], functional.terms[0]
+    matrix, same_head = theirs.operands[2:]
+    merged = ours.operands[2] + jnp.einsum(f"{theirs.indices[2]},hg->{ours.indices[2]}", matrix, same_head)
+    formula = f"{ours.formula} + {theirs.formula}"
+    first = replace(ours, operands=(*ours.operands[:2], merged), formula=formula)
+    return replace(outer, terms=(first, *outer.terms[1:], *functional.terms[1:]))
