@@ -1,0 +1,159 @@
+"""Algorithms that a transformer may implement in context, with one call: `baseline(name, **options)(prompt)`.
+
+Every algorithm sees all N examples of one prompt and returns its prediction for the query; `jax.vmap` it over prompts.
+Throughout G = (1/N) X^T X, g = (1/N) X^T y, and iterations start from the weights 0.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from attnlab.checks import is_concrete, unknown_name
+from attnlab.icl.tasks import Prompt, check_prompt
+from attnlab.types import Scalar
+
+
+def empirical_moments(prompt: Prompt) -> tuple[Float[Array, "d d"], Float[Array, " d"]]:
+    """G = (1/N) X^T X and g = (1/N) X^T y of one prompt."""
+    check_prompt(prompt)
+    length = prompt.labels.shape[0]
+    return prompt.inputs.T @ prompt.inputs / length, prompt.labels @ prompt.inputs / length
+
+
+def check_stable(name: str, step_size: float | Array, curvature: Float[Array, "d d"], steps: int) -> None:
+    """Raise `ValueError` if several steps of this size diverge on a quadratic of this curvature (skipped while tracing)."""
+    if steps < 2 or not (is_concrete(step_size) and is_concrete(curvature)):
+        return
+    top = float(jnp.max(jnp.abs(jnp.linalg.eigvals(curvature))))
+    if float(step_size) * top > 2 * (1 + 1e-9):
+        raise ValueError(
+            f"{name} is {float(step_size):.4g}; expected at most 2 / lambda_max = {2 / top:.4g}, beyond which {steps} "
+            "steps diverge on this prompt. Lower it, or take one step."
+        )
+
+
+def _check_steps(steps: int) -> None:
+    if steps < 0:
+        raise ValueError(f"steps is {steps}; expected a whole number of at least 0.")
+
+
+def gradient_descent(prompt: Prompt, *, steps: int, step_size: float | Scalar) -> Scalar:
+    """`steps` steps on ||Xw - y||^2 / (2N): residual polynomial (1 - step_size lambda)^steps.
+
+    Raises `ValueError` for a step size that diverges, where the prompt's values are known.
+    """
+    identity = jnp.eye(prompt.query.shape[-1], dtype=prompt.query.dtype)
+    return preconditioned_gradient_descent(prompt, steps=steps, preconditioner=step_size * identity)
+
+
+def preconditioned_gradient_descent(prompt: Prompt, *, steps: int, preconditioner: Float[Array, "d d"]) -> Scalar:
+    """`steps` steps w <- w + P (g - G w) with the `preconditioner` P."""
+    _check_steps(steps)
+    covariance, moment = empirical_moments(prompt)
+    check_stable("the step size (1 with this preconditioner)", 1.0, preconditioner @ covariance, steps)
+
+    def step(weights: Array, _: None) -> tuple[Array, None]:
+        return weights + preconditioner @ (moment - covariance @ weights), None
+
+    weights, _ = jax.lax.scan(step, jnp.zeros_like(moment), length=steps)
+    return prompt.query @ weights
+
+
+def gradient_descent_plus_plus(
+    prompt: Prompt, *, step_sizes: Float[Array, " L"], contractions: Float[Array, " L"]
+) -> Scalar:
+    """GD++ of arXiv 2212.07677, section 3: steps on data that each step also transforms, x <- (I - b_k G_k) x.
+
+    Per eigenvalue lambda of G the residual goes r <- r (1 - a_k lambda), and then lambda <- lambda (1 - b_k lambda)^2.
+    """
+    covariance, moment = empirical_moments(prompt)
+    identity = jnp.eye(len(moment), dtype=moment.dtype)
+
+    def step(state: tuple[Array, Array], sizes: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
+        transform, solution = state  # M_k and P_k, the residual being I - G P_k; all are polynomials in G
+        size, contraction = sizes
+        solution = solution + size * transform @ transform @ (identity - covariance @ solution)
+        transform = transform - contraction * transform @ transform @ covariance @ transform
+        return (transform, solution), None
+
+    (_, solution), _ = jax.lax.scan(step, (identity, jnp.zeros_like(identity)), (step_sizes, contractions))
+    return prompt.query @ solution @ moment
+
+
+def newton(prompt: Prompt, *, steps: int, scale: float | Scalar) -> Scalar:
+    """Newton's iteration X <- X (2 I - G X) for the inverse of G from scale * G: residual (1 - scale lambda^2)^(2^steps).
+
+    Fu et al., arXiv 2310.17086, section 3. Raises `ValueError` for a scale that diverges, where the values are known.
+    """
+    _check_steps(steps)
+    covariance, moment = empirical_moments(prompt)
+    check_stable("scale", scale, covariance @ covariance, 2**steps)
+
+    def step(inverse: Array, _: None) -> tuple[Array, None]:
+        return 2 * inverse - inverse @ covariance @ inverse, None
+
+    inverse, _ = jax.lax.scan(step, scale * covariance, length=steps)
+    return prompt.query @ inverse @ moment
+
+
+def ridge(prompt: Prompt, *, penalty: float | Scalar) -> Scalar:
+    """argmin ||Xw - y||^2 + penalty ||w||^2; the Bayes estimate for w ~ N(0, I) when `penalty` is the noise variance."""
+    check_prompt(prompt)
+    if is_concrete(penalty) and not penalty > 0:
+        raise ValueError(f"penalty is {penalty}; expected a positive number. Use least_squares for 0.")
+    dimension = prompt.query.shape[-1]
+    gram = prompt.inputs.T @ prompt.inputs + penalty * jnp.eye(dimension, dtype=prompt.query.dtype)
+    return prompt.query @ jnp.linalg.solve(gram, prompt.inputs.T @ prompt.labels)
+
+
+def least_squares(prompt: Prompt) -> Scalar:
+    """The interpolant or least-squares fit of least norm."""
+    check_prompt(prompt)
+    return prompt.query @ jnp.linalg.pinv(prompt.inputs) @ prompt.labels
+
+
+def nearest_neighbours(prompt: Prompt, *, neighbours: int) -> Scalar:
+    """Mean label of the examples nearest to the query."""
+    check_prompt(prompt)
+    length = prompt.labels.shape[0]
+    if not 1 <= neighbours <= length:
+        raise ValueError(f"neighbours is {neighbours}; expected 1 <= neighbours <= {length}, the length of the context.")
+    distances = jnp.sum((prompt.inputs - prompt.query[None, :]) ** 2, axis=1)
+    _, nearest = jax.lax.top_k(-distances, neighbours)
+    return jnp.mean(prompt.labels[nearest])
+
+
+def discrete_bayes(prompt: Prompt, *, tasks: Float[Array, "M d"], noise_variance: float | Scalar) -> Scalar:
+    """Posterior mean when the task is one of the rows of `tasks`, all equally likely (arXiv 2306.15063, equation 4)."""
+    check_prompt(prompt)
+    if tasks.ndim != 2 or tasks.shape[1] != prompt.query.shape[-1]:
+        raise ValueError(f"tasks have shape {tasks.shape}; expected (tasks, {prompt.query.shape[-1]}) for this query.")
+    if is_concrete(noise_variance) and not noise_variance > 0:
+        raise ValueError(f"noise_variance is {noise_variance}; expected a positive number: without noise one task fits.")
+    misfit = jnp.sum((prompt.labels[None, :] - tasks @ prompt.inputs.T) ** 2, axis=1)
+    return jax.nn.softmax(-misfit / (2 * noise_variance)) @ (tasks @ prompt.query)
+
+
+BASELINES: dict[str, Callable[..., Scalar]] = {
+    "gradient_descent": gradient_descent,
+    "preconditioned_gradient_descent": preconditioned_gradient_descent,
+    "gradient_descent_plus_plus": gradient_descent_plus_plus,
+    "newton": newton,
+    "ridge": ridge,
+    "least_squares": least_squares,
+    "nearest_neighbours": nearest_neighbours,
+    "discrete_bayes": discrete_bayes,
+}
+
+
+def baseline(name: str, **options: float | Array) -> Callable[[Prompt], Scalar]:
+    """The algorithm called `name`, one of the keys of `BASELINES`, as a function of one prompt.
+
+    `options` are the keyword arguments of that function. Raises `ValueError` for another name.
+    """
+    if name not in BASELINES:
+        raise unknown_name("baseline", name, BASELINES)
+    return partial(BASELINES[name], **options)
