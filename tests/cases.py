@@ -8,6 +8,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from attnlab.losses import loss_by_name
@@ -37,16 +38,16 @@ def language_model():
     return LanguageModel(LanguageModelConfig(blocks, VOCABULARY, length=4, width=2, dtype="float64"))
 
 
-def tokens(key):
-    return jax.random.normal(key, (BATCH, LENGTH, DIM), jnp.float64)
+def tokens(random):
+    return jnp.asarray(random.standard_normal((BATCH, LENGTH, DIM)))
 
 
-def symbols(key):
-    return jax.random.randint(key, (BATCH, 4), 0, VOCABULARY)
+def symbols(random):
+    return jnp.asarray(random.integers(VOCABULARY, size=(BATCH, 4)))
 
 
-def images(key):
-    return jax.random.normal(key, (BATCH, 4, 4, 1), jnp.float64)
+def images(random):
+    return jnp.asarray(random.standard_normal((BATCH, 4, 4, 1)))
 
 
 MODELS: dict[str, tuple[nn.Module, object]] = {
@@ -68,27 +69,25 @@ MODELS: dict[str, tuple[nn.Module, object]] = {
 }
 
 
+def generator(key):
+    """NumPy's generator seeded by a key of JAX: it draws small arrays without compiling anything."""
+    return np.random.default_rng(np.asarray(jax.random.key_data(key)))
+
+
+def generic_params(module, inputs, random, std=0.6):
+    """A point with every entry N(0, std^2), biases and LayerNorm scales included, in the module's shapes and dtypes."""
+    shapes = jax.eval_shape(module.init, jax.random.key(0), inputs)["params"]
+    return jax.tree.map(lambda leaf: jnp.asarray(std * random.standard_normal(leaf.shape), leaf.dtype), shapes)
+
+
 def build(model, loss, key):
     """The objective and the parameters of one case."""
-    module, draw = MODELS[model]
-    input_key, init_key, shift_key, target_key = jax.random.split(key, 4)
-    inputs = draw(input_key)
-    params = shifted(shift_key, module.init(init_key, inputs)["params"])
-    predict = from_linen(module)
+    random, (module, draw) = generator(key), MODELS[model]
+    inputs, predict = draw(random), from_linen(module)
+    params = generic_params(module, inputs, random)
     shape = jax.eval_shape(predict, params, inputs).shape
-    if loss == "square":
-        targets = jax.random.normal(target_key, shape, jnp.float64)
-    else:
-        targets = jax.random.randint(target_key, shape[:-1], 0, shape[-1])
-    return objective(predict, loss_by_name(loss), inputs, targets), params
-
-
-def shifted(key, params, std=0.3):
-    """The parameters plus Gaussian noise."""
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(key, len(leaves))
-    moved = [leaf + std * jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(structure, moved)
+    drawn = random.standard_normal(shape) if loss == "square" else random.integers(shape[-1], size=shape[:-1])
+    return objective(predict, loss_by_name(loss), inputs, jnp.asarray(drawn)), params
 
 
 CASES = {f"{model}/{loss}": partial(build, model, loss) for model in MODELS for loss in ("square", "cross_entropy")}

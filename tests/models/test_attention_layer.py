@@ -4,14 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import shifted
-from compare import assert_close
 from naive_models import attention as naive_attention
 
 from attnlab.models import heads
 from attnlab.models.adapters import from_linen
 from attnlab.models.attention import AttentionConfig, SelfAttention, attention_maps
 from attnlab.trees import leaf_names
+from cases import generator, generic_params
+from compare import assert_close
 
 BATCH, LENGTH, DIM = 2, 4, 3
 
@@ -32,10 +32,9 @@ CONFIGS = {
 
 def layer(key, dtype=jnp.float64, **options):
     config = AttentionConfig(**{"key_dim": 2, "value_dim": 4, **options})
-    input_key, init_key, shift_key = jax.random.split(key, 3)
-    tokens = jax.random.normal(input_key, (BATCH, LENGTH, DIM), dtype)
-    module = SelfAttention(config)
-    return module, shifted(shift_key, module.init(init_key, tokens)["params"]), tokens
+    random, module = generator(key), SelfAttention(config)
+    tokens = jnp.asarray(random.standard_normal((BATCH, LENGTH, DIM)), dtype)
+    return module, generic_params(module, tokens, random), tokens
 
 
 def random_mask(key):

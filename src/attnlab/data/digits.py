@@ -27,7 +27,7 @@ def digit_images(key: PRNGKey, count: int, *, scaling: Scaling = "unit", targets
     """
     check_range("count", count, 1, IMAGES, f"There are {IMAGES} images.")
     _check_name("scaling", scaling, SCALINGS)
-    _check_name("targets", targets, TARGETS)
+    _check_name("kind of targets", targets, TARGETS)
     images, labels = _load()
     chosen = jax.random.permutation(key, IMAGES)[:count]
     pixels = jnp.asarray(SCALINGS[scaling](images)[..., None], dtype=float)
@@ -61,7 +61,7 @@ def digits(
     """
     _check_patch(patch, (SIDE, SIDE))
     if positions is not None:
-        _check_name("positions", positions, POSITION_CODES)
+        _check_name("position code", positions, POSITION_CODES)
     images, wanted = digit_images(key, count, scaling=scaling, targets=targets)
     tokens = patches(images[..., 0], patch)
     if positions is not None:
@@ -100,15 +100,14 @@ def _one_hot_code(rows: int, columns: int) -> np.ndarray:
 
 
 def _sinusoidal_code(rows: int, columns: int) -> np.ndarray:
-    """(L, 4): cosine and sine of the angle pi (i + 1/2) / n for the row and for the column: all places differ."""
+    """(L, 4): cosine and sine of the angle pi (i + 1/2) / n for the row, then for the column; all places differ."""
     row, column = _places(rows, columns)
-    angles = np.pi * np.stack([(row + 0.5) / rows, (column + 0.5) / columns], axis=-1)
-    return np.concatenate([np.cos(angles), np.sin(angles)], axis=-1)
+    angles = (np.pi * (row + 0.5) / rows, np.pi * (column + 0.5) / columns)
+    return np.stack([wave(angle) for angle in angles for wave in (np.cos, np.sin)], axis=-1)
 
 
 def _places(rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
-    row, column = np.divmod(np.arange(rows * columns), columns)
-    return row, column
+    return np.divmod(np.arange(rows * columns), columns)
 
 
 def _load() -> tuple[np.ndarray, np.ndarray]:
