@@ -1,5 +1,7 @@
 """The Hessian of a loss in the parameters of one attention layer, as an object."""
 
+import itertools
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -231,6 +233,13 @@ def _mv(hessian: AttentionHessian, vector: Params, part: Part) -> Params:
 
 @jax.jit(static_argnames="part")
 def _dense(hessian: AttentionHessian, part: Part) -> Array:
-    upper = {pair: hessian.block(*pair, part).dense() for pair in hessian.outer}
-    rows = [[upper[r, c] if (r, c) in upper else upper[c, r].T for c in hessian.names] for r in hessian.names]
-    return jnp.block(rows)
+    ends = [0, *itertools.accumulate(math.prod(hessian.point.params[name].shape) for name in hessian.names)]
+    start = dict(zip(hessian.names, ends, strict=False))
+    matrix = jnp.zeros((ends[-1], ends[-1]), hessian.point.inputs.dtype)
+    # Written block by block into one array: joining finished blocks would take the memory, and its first touch, twice.
+    for row, column in hessian.outer:
+        block = hessian.block(row, column, part).dense()
+        matrix = jax.lax.dynamic_update_slice(matrix, block, (start[row], start[column]))
+        if row != column:
+            matrix = jax.lax.dynamic_update_slice(matrix, block.T, (start[column], start[row]))
+    return matrix

@@ -123,7 +123,7 @@ class KroneckerSum:
         if jnp.shape(matrix) != self.column.shape:
             raise ValueError(f"matrix has shape {jnp.shape(matrix)}; this block acts on {self.column.shape}.")
         heads = self.column.split(jnp.asarray(matrix, self.dtype))
-        products = (_einsum((*t.indices, "gsd"), "hrc", (*t.operands, heads)) for t in self.terms)
+        products = (contract((*t.indices, "gsd"), "hrc", (*t.operands, heads)) for t in self.terms)
         return sum(map(self.row.merge, products), jnp.zeros(self.row.shape, self.dtype))
 
     def inner(self, other: "KroneckerSum") -> Float[Array, ""]:
@@ -145,12 +145,12 @@ class KroneckerSum:
         if self.row != self.column:
             raise ValueError(f"the block couples {self.row} with {self.column}; only a diagonal block has a trace.")
         zero = jnp.zeros((), self.dtype)
-        return sum((_einsum(t.relabelled(_DIAGONAL), "", t.operands) for t in self.terms), zero)
+        return sum((contract(t.relabelled(_DIAGONAL), "", t.operands) for t in self.terms), zero)
 
     def dense(self) -> Float[Array, "rows columns"]:
         """The block as a matrix, both parameters in row-major order."""
         output = self.row.order + self.column.order.translate(_TRANSPOSED)
-        blocks = (_einsum(t.indices, output, t.operands).reshape(self.shape) for t in self.terms)
+        blocks = (contract(t.indices, output, t.operands).reshape(self.shape) for t in self.terms)
         return sum(blocks, jnp.zeros(self.shape, self.dtype))
 
     def product(self, left: Float[Array, "..."], right: Float[Array, "..."], pairing: Pairing = "straight") -> "KroneckerSum":
@@ -195,8 +195,8 @@ class KroneckerSum:
 
     def contract(self, matrix: Float[Array, "..."], axes: str, output: str) -> Float[Array, "..."]:
         """Contract the block with an array whose axes are `axes`, leaving the axes `output`."""
-        zero = jnp.zeros((), self.dtype)
-        return sum((_einsum((*t.indices, axes), output, (*t.operands, matrix)) for t in self.terms), zero)
+        parts = (contract((*t.indices, axes), output, (*t.operands, matrix)) for t in self.terms)
+        return sum(parts, self.zeros(output))
 
     def __add__(self, other: "KroneckerSum") -> "KroneckerSum":
         self._check_same_parameters(other)
@@ -219,8 +219,17 @@ class KroneckerSum:
             )
 
 
-def _einsum(indices: tuple[str, ...], output: str, operands: tuple[Array, ...]) -> Array:
-    return jnp.einsum(",".join(indices) + "->" + output, *operands, precision="highest")
+def contract(indices: tuple[str, ...], output: str, operands: tuple[Array, ...]) -> Array:
+    """Contract the network. Axes of size 1, of a single head above all, are left out: they cost time in transposes.
+
+    A letter of `output` that no operand has is such an axis.
+    """
+    sizes = {a: n for index, x in zip(indices, operands, strict=True) for a, n in zip(index, x.shape, strict=True)}
+    thin = ["".join(a for a in index if sizes[a] > 1) for index in indices]
+    arrays = [x.reshape([sizes[a] for a in index]) for index, x in zip(thin, operands, strict=True)]
+    kept = "".join(a for a in output if sizes.get(a, 1) > 1)
+    result = jnp.einsum(",".join(thin) + "->" + kept, *arrays, precision="highest")
+    return result.reshape([sizes.get(a, 1) for a in output])
 
 
 def _inner(first: Term, second: Term) -> Float[Array, ""]:
@@ -229,12 +238,12 @@ def _inner(first: Term, second: Term) -> Float[Array, ""]:
     operands = (*first.operands, *second.operands)
     pieces = _pieces(indices, operands)
     if pieces == 1:
-        return _einsum(indices, "", operands)
+        return contract(indices, "", operands)
     split = [i for i, index in enumerate(indices) if index.startswith("n")]
 
     def piece(parts: list[Array]) -> Array:
         replaced = dict(zip(split, parts, strict=True))
-        return _einsum(indices, "", tuple(replaced.get(i, operand) for i, operand in enumerate(operands)))
+        return contract(indices, "", tuple(replaced.get(i, operand) for i, operand in enumerate(operands)))
 
     return jnp.sum(jax.lax.map(piece, [_in_pieces(operands[i], pieces) for i in split]))
 

@@ -60,7 +60,7 @@ def nearest_kronecker(
     # For a unit a the best right factor is R^T a, and ||R - a (R^T a)^T||^2 = ||R||^2 - ||R^T a||^2: exact for any a.
     other = to_right(unit)
     scale, norm = jnp.linalg.norm(other.ravel()), block.norm()
-    error = jnp.sqrt(jnp.maximum(1 - (scale / _positive(norm)) ** 2, 0)) * (norm > 0)
+    error = jnp.where(norm > 0, jnp.sqrt(jnp.maximum(1 - (scale / _positive(norm)) ** 2, 0)), 0)
     left = block.merged(unit * jnp.sqrt(scale), 0, pairing)
     right = block.merged(other / _positive(jnp.sqrt(scale)), 1, pairing)
     sign = jnp.where(jnp.trace(left) < 0, -1, 1).astype(left.dtype)

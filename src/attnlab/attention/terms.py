@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attnlab.attention.kronecker import KroneckerSum, Leaf, Pairing, Term
+from attnlab.attention.kronecker import KroneckerSum, Leaf, Pairing, Term, contract
 from attnlab.attention.layer import Layer
 from attnlab.attention.moments import AttentionMoments
 
@@ -169,8 +169,8 @@ def functional_terms(point: Layer, tokens: TokenQuantities) -> dict[tuple[str, s
 
 
 def _with_heads(point: Layer, *factors: tuple[Array, str], pairing: Pairing, formula: str) -> tuple[Term, ...]:
-    same_head = jnp.eye(point.config.heads, dtype=point.inputs.dtype)
-    operands, indices = zip(*factors, (same_head, "hg"), strict=True)
+    same_head = (jnp.eye(point.config.heads, dtype=point.inputs.dtype), "hg")
+    operands, indices = zip(*factors, *([same_head] if point.config.heads > 1 else []), strict=True)
     return (Term(operands, indices, pairing, formula),)
 
 
@@ -252,8 +252,7 @@ def merge_full(outer: KroneckerSum, functional: KroneckerSum) -> KroneckerSum:
     That is so for pairs of score parameters: H_o has (l l'^T) (x) B_i, H_f has (l l'^T) (x) C_i within a head.
     """
     ours, theirs = outer.terms[0], functional.terms[0]
-    matrix, same_head = theirs.operands[2:]
-    merged = ours.operands[2] + jnp.einsum(f"{theirs.indices[2]},hg->{ours.indices[2]}", matrix, same_head)
+    merged = ours.operands[2] + contract(theirs.indices[2:], ours.indices[2], theirs.operands[2:])
     formula = f"{ours.formula} + {theirs.formula}"
     first = replace(ours, operands=(*ours.operands[:2], merged), formula=formula)
     return replace(outer, terms=(first, *outer.terms[1:], *functional.terms[1:]))
