@@ -20,10 +20,10 @@ def check_finite(name: str, tree: PyTree) -> None:
     if not is_concrete(tree):
         return
     for path, leaf in jax.tree.leaves_with_path(tree):
-        array = jnp.asarray(leaf)
-        if not jnp.issubdtype(array.dtype, jnp.inexact):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             continue
-        bad = int(array.size - jnp.sum(jnp.isfinite(array)))
+        array = np.asarray(leaf)  # NumPy, since under jit a JAX operation on a constant gives a tracer
+        bad = int(array.size - np.sum(np.isfinite(array)))
         if bad:
             where = jax.tree_util.keystr(path, simple=True, separator="/")
             raise ValueError(
