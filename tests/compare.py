@@ -16,7 +16,7 @@ def relative_error(found, expected):
 
 
 def assert_close(found, expected, tolerance=None, scale=None):
-    """Assert that the relative error (or, with `scale`, the error over it) is at most `tolerance` (1e-10 in float64)."""
+    """Assert that the relative error (with `scale`, the error over it) is at most `tolerance` (1e-10 in float64)."""
     first = np.asarray(jax.tree.leaves(found)[0])
     tolerance = TOLERANCE[first.dtype] if tolerance is None else tolerance
     if scale is None:

@@ -1,7 +1,11 @@
 """Strict numerics for every test: 64 bits, no silent promotion of dtypes or ranks, a compile cache."""
 
+import os
 import tempfile
 from pathlib import Path
+
+# Test programs run once: compiling them quickly beats running them quickly. Set before JAX reads it.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
 import jax
 import pytest

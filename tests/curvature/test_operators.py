@@ -60,7 +60,7 @@ def test_products_are_symmetric_and_linear(name, part, key):
     assert_close(ravel_pytree(combined)[0], separate, 1e-12)
 
 
-@pytest.mark.parametrize("name", ["softmax/square", "two_layers/cross_entropy", "mlp/square"])
+@pytest.mark.parametrize("name", ["softmax/square", "multi_head/cross_entropy", "mlp/square"])
 def test_every_diagonal_block_is_that_of_the_whole(name):
     risk, params, dense = case(name)
     for block, rows in block_slices(params).items():

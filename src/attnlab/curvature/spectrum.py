@@ -62,8 +62,9 @@ def eigenpairs(
     """
     if which not in ("low", "high", "both"):
         raise unknown_name("end of the spectrum", which, ("low", "high", "both"))
-    wanted = count * (2 if which == "both" else 1)
-    check_range("count", count, 1, operator.dimension // (wanted // count), "Ask for fewer eigenpairs.")
+    ends = 2 if which == "both" else 1
+    check_range("count", count, 1, operator.dimension // ends, "Ask for as many pairs as the operator has.")
+    wanted = ends * count
     low, high = count if which != "high" else 0, count if which != "low" else 0
     dtype = ravel_pytree(operator.point)[0].dtype
     tolerance = float(jnp.finfo(dtype).eps) ** 0.5 if tolerance is None else tolerance

@@ -1,0 +1,148 @@
+"""Eigenpairs and densities of operators, against dense eigenvalues and exact traces."""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import CASES
+from compare import assert_close
+from jax.flatten_util import ravel_pytree
+
+from attnlab.curvature import spectrum
+from attnlab.curvature.operators import ggn, hessian
+from attnlab.curvature.spectrum import eigenpairs, spectral_density, standard_error
+from attnlab.losses import square_loss
+from attnlab.models.adapters import from_linen
+from attnlab.models.attention import AttentionConfig, SelfAttention
+from attnlab.objective import objective
+
+
+@cache
+def wide_attention():
+    """An attention layer with 736 parameters: beyond the dimension where eigenpairs are taken densely."""
+    inputs, targets = jax.random.normal(jax.random.key(0), (2, 4, 6, 16))
+    module = SelfAttention(AttentionConfig(key_dim=15, value_dim=16))
+    params = module.init(jax.random.key(1), inputs)["params"]
+    operator = hessian(objective(from_linen(module), square_loss, inputs, targets), params)
+    return operator, np.linalg.eigvalsh(operator.dense())
+
+
+@pytest.mark.parametrize("which", ["low", "high", "both"])
+def test_eigenpairs_of_a_wide_layer(which, key):
+    operator, exact = wide_attention()
+    pairs = eigenpairs(operator, key, 5, which=which)
+    expected = {"low": exact[:5], "high": exact[-5:], "both": np.r_[exact[:5], exact[-5:]]}[which]
+    assert np.max(np.abs(pairs.values - expected)) <= 1e-8 * exact[-1]
+    for i, value in enumerate(pairs.values):
+        vector = jax.tree.map(lambda leaf, i=i: leaf[i], pairs.vectors)
+        image = ravel_pytree(operator.mv(vector))[0]
+        residual = np.linalg.norm(image - value * ravel_pytree(vector)[0])
+        assert residual <= pairs.residuals[i] + 1e-13 * exact[-1]
+
+
+def test_small_operators_are_solved_densely(key):
+    operator = hessian(*CASES["softmax/square"](key))
+    pairs = eigenpairs(operator, key, 3, which="both")
+    exact = np.linalg.eigvalsh(operator.dense())
+    assert_close(pairs.values, np.r_[exact[:3], exact[-3:]], 1e-12)
+    assert pairs.products == operator.dimension
+
+
+def test_a_tolerance_out_of_reach_is_said(key):
+    operator, exact = wide_attention()
+    with pytest.warns(UserWarning, match="eigenpairs have residuals above"):
+        pairs = eigenpairs(operator, key, 2, tolerance=1e-18)
+    assert abs(pairs.values[-1] - exact[-1]) <= 1e-10 * exact[-1]
+
+
+def test_moments_of_the_density_lie_in_their_own_error_band():
+    operator, exact = wide_attention()
+    deviations = []
+    for seed in range(20):
+        density = spectral_density(operator, jax.random.key(seed), probes=12, steps=12)
+        for power in (1, 2, 3, 4):
+            value, error = density.moment(power)
+            deviations.append((value - np.mean(exact**power)) / error)
+    # Student's t with 11 degrees of freedom: 2.2 standard errors cover 95 %.
+    assert 0.85 <= np.mean(np.abs(deviations) <= 2.2) <= 1.0
+    assert np.max(np.abs(deviations)) > 0.5
+
+
+def test_first_two_moments_are_exact_for_each_probe(key):
+    # <z, A z> and |A z|^2 by the Gauss rule: degrees 1 and 2 need two steps.
+    operator, _ = wide_attention()
+    density = spectral_density(operator, key, probes=3, steps=2)
+    keys = jax.random.split(key, 3)
+    for row, probe_key in enumerate(keys):
+        z = jax.random.rademacher(probe_key, (operator.dimension,), float)
+        image = operator.flat_mv(z)
+        for power, expected in ((0, 1.0), (1, z @ image / z.size), (2, image @ image / z.size)):
+            assert abs(density.nodes[row] ** power @ density.weights[row] - expected) <= 1e-12
+
+
+def test_density_and_cumulative_agree_with_the_exact_spectrum(key):
+    operator, exact = wide_attention()
+    density = spectral_density(operator, key, probes=40, steps=60)
+    grid = jnp.linspace(1.1 * exact[0], 1.1 * exact[-1], 200)
+    width = 0.05 * (exact[-1] - exact[0])
+    smooth, error = density.density(grid, width)
+    kernel = np.exp(-0.5 * ((np.asarray(grid)[:, None] - exact) / width) ** 2) / (width * np.sqrt(2 * np.pi))
+    expected = kernel.mean(axis=1)
+    assert np.mean(np.abs(smooth - expected) <= 3 * error + 1e-3 * expected.max()) >= 0.95
+    fraction, _ = density.cumulative(grid)
+    assert np.all(np.diff(fraction) >= -1e-12)
+    assert abs(fraction[-1] - 1) <= 1e-12
+    middle = 0.5 * exact[-1]
+    value, error = density.cumulative(jnp.array([middle]))
+    assert abs(value[0] - np.mean(exact <= middle)) <= 4 * error[0] + 1e-3
+
+
+def test_scaling_the_loss_scales_the_spectrum(key):
+    risk, params = CASES["softmax/square"](key)
+    tiny = objective(risk.predict, lambda o, t: 1e-6 * square_loss(o, t), risk.inputs, risk.targets)
+    whole, scaled = (spectral_density(hessian(r, params), key, probes=2, steps=10) for r in (risk, tiny))
+    assert_close(1e6 * scaled.nodes, whole.nodes, 1e-8)
+    assert_close(scaled.weights, whole.weights, 1e-6)
+
+
+def test_one_probe_bounds_nothing():
+    assert np.isinf(standard_error(jnp.ones((1, 3)))).all()
+
+
+def test_a_second_point_compiles_nothing(key):
+    risk, params = CASES["softmax/square"](key)
+    spectral_density(hessian(risk, params), key, probes=2, steps=5)
+    compiled = spectrum._spectral_density._cache_size()
+    moved = jax.tree.map(lambda leaf: 2.0 * leaf, params)
+    spectral_density(hessian(risk, moved), key, probes=2, steps=5)
+    assert spectrum._spectral_density._cache_size() == compiled
+
+
+class TestBadInput:
+    def test_too_many_steps(self, key):
+        operator = ggn(*CASES["softmax/square"](key))
+        with pytest.raises(ValueError, match="steps is 19; expected 1 <= steps <= 18"):
+            spectral_density(operator, key, steps=19)
+
+    def test_no_probe(self, key):
+        with pytest.raises(ValueError, match="probes is 0"):
+            spectral_density(ggn(*CASES["softmax/square"](key)), key, probes=0)
+
+    @pytest.mark.parametrize(("which", "count"), [("high", 19), ("both", 10), ("low", 0)])
+    def test_counts_that_do_not_fit(self, which, count, key):
+        with pytest.raises(ValueError, match=f"count is {count}; expected 1 <= count <= "):
+            eigenpairs(ggn(*CASES["softmax/square"](key)), key, count, which=which)
+
+    def test_unknown_end(self, key):
+        with pytest.raises(ValueError, match="no end of the spectrum 'highest'.*Did you mean 'high'"):
+            eigenpairs(ggn(*CASES["softmax/square"](key)), key, which="highest")
+
+    def test_a_product_that_is_not_finite(self, key):
+        risk = objective(lambda params, x: jnp.sqrt(params) * x, square_loss, jnp.ones(4), jnp.zeros(4))
+        operator = hessian(risk, jnp.array([0.0, 1.0, 2.0, 3.0]))
+        with pytest.raises(ValueError, match="the operator's product has .* non-finite"):
+            spectral_density(operator, key, steps=3)
+        with pytest.raises(ValueError, match="the operator's product has .* non-finite"):
+            eigenpairs(operator, key)
