@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from compare import assert_close
 
 from attnlab.icl.baselines import baseline, empirical_moments
 from attnlab.icl.constructions import (
@@ -25,6 +24,7 @@ from attnlab.icl.constructions import (
 )
 from attnlab.icl.models import stack_predict
 from attnlab.icl.tasks import Prompt, isotropic, sample_prompts
+from compare import assert_close
 
 DIMENSION, LENGTH = 4, 9
 

@@ -9,6 +9,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from attnlab.checks import is_concrete, unknown_name
@@ -24,10 +25,11 @@ def empirical_moments(prompt: Prompt) -> tuple[Float[Array, "d d"], Float[Array,
 
 
 def check_stable(name: str, step_size: float | Array, curvature: Float[Array, "d d"], steps: int) -> None:
-    """Raise `ValueError` if several steps of this size diverge on a quadratic of this curvature (skipped while tracing)."""
+    """Raise `ValueError` if several steps of this size diverge on a quadratic of this curvature (skipped while
+    tracing)."""
     if steps < 2 or not (is_concrete(step_size) and is_concrete(curvature)):
         return
-    top = float(jnp.max(jnp.abs(jnp.linalg.eigvals(curvature))))
+    top = float(np.max(np.abs(np.linalg.eigvals(np.asarray(curvature)))))
     if float(step_size) * top > 2 * (1 + 1e-9):
         raise ValueError(
             f"{name} is {float(step_size):.4g}; expected at most 2 / lambda_max = {2 / top:.4g}, beyond which {steps} "
@@ -84,7 +86,8 @@ def gradient_descent_plus_plus(
 
 
 def newton(prompt: Prompt, *, steps: int, scale: float | Scalar) -> Scalar:
-    """Newton's iteration X <- X (2 I - G X) for the inverse of G from scale * G: residual (1 - scale lambda^2)^(2^steps).
+    """Newton's iteration X <- X (2 I - G X) for the inverse of G from scale * G: residual (1 - scale
+    lambda^2)^(2^steps).
 
     Fu et al., arXiv 2310.17086, section 3. Raises `ValueError` for a scale that diverges, where the values are known.
     """
@@ -100,9 +103,10 @@ def newton(prompt: Prompt, *, steps: int, scale: float | Scalar) -> Scalar:
 
 
 def ridge(prompt: Prompt, *, penalty: float | Scalar) -> Scalar:
-    """argmin ||Xw - y||^2 + penalty ||w||^2; the Bayes estimate for w ~ N(0, I) when `penalty` is the noise variance."""
+    """argmin ||Xw - y||^2 + penalty ||w||^2; the Bayes estimate for w ~ N(0, I) when `penalty` is the noise
+    variance."""
     check_prompt(prompt)
-    if is_concrete(penalty) and not penalty > 0:
+    if is_concrete(penalty) and not float(penalty) > 0:
         raise ValueError(f"penalty is {penalty}; expected a positive number. Use least_squares for 0.")
     dimension = prompt.query.shape[-1]
     gram = prompt.inputs.T @ prompt.inputs + penalty * jnp.eye(dimension, dtype=prompt.query.dtype)
@@ -120,7 +124,9 @@ def nearest_neighbours(prompt: Prompt, *, neighbours: int) -> Scalar:
     check_prompt(prompt)
     length = prompt.labels.shape[0]
     if not 1 <= neighbours <= length:
-        raise ValueError(f"neighbours is {neighbours}; expected 1 <= neighbours <= {length}, the length of the context.")
+        raise ValueError(
+            f"neighbours is {neighbours}; expected 1 <= neighbours <= {length}, the length of the context."
+        )
     distances = jnp.sum((prompt.inputs - prompt.query[None, :]) ** 2, axis=1)
     _, nearest = jax.lax.top_k(-distances, neighbours)
     return jnp.mean(prompt.labels[nearest])
@@ -131,8 +137,10 @@ def discrete_bayes(prompt: Prompt, *, tasks: Float[Array, "M d"], noise_variance
     check_prompt(prompt)
     if tasks.ndim != 2 or tasks.shape[1] != prompt.query.shape[-1]:
         raise ValueError(f"tasks have shape {tasks.shape}; expected (tasks, {prompt.query.shape[-1]}) for this query.")
-    if is_concrete(noise_variance) and not noise_variance > 0:
-        raise ValueError(f"noise_variance is {noise_variance}; expected a positive number: without noise one task fits.")
+    if is_concrete(noise_variance) and not float(noise_variance) > 0:
+        raise ValueError(
+            f"noise_variance is {noise_variance}; expected a positive number: without noise one task fits."
+        )
     misfit = jnp.sum((prompt.labels[None, :] - tasks @ prompt.inputs.T) ** 2, axis=1)
     return jax.nn.softmax(-misfit / (2 * noise_variance)) @ (tasks @ prompt.query)
 

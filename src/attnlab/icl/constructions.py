@@ -94,9 +94,9 @@ def plus_plus_residual(
 def newton_layers(dimension: int, steps: int, scale: float | Scalar, dtype: jnp.dtype | None = None) -> list[Layer]:
     """Newton's iteration for the inverse of G as `steps` + 2 linear attention layers, for `newton_predict`.
 
-    Tokens are (x, u, y) with u_i = X_k x_i / 2^k. Since X_k G X_k x_i = (1/N) sum_j u_j (x_j^T u_i) up to that scale, the
-    step X <- 2X - X G X is attention with query u_i, key x_j and value u_j; dividing by 2^k turns the factor 2 into the
-    residual stream. The last layer reads (1/N) sum_j y_j x_j^T X_k x_q. (Fu et al., arXiv 2310.17086, theorem 5, need
+    Tokens are (x, u, y) with u_i = X_k x_i / 2^k. Since X_k G X_k x_i = (1/N) sum_j u_j (x_j^T u_i) up to that scale,
+    the step X <- 2X - X G X is attention with query u_i, key x_j and value u_j; dividing by 2^k turns the factor 2 into
+    the residual stream. The last layer reads (1/N) sum_j y_j x_j^T X_k x_q. (Fu et al., arXiv 2310.17086, theorem 5, need
     more width because they keep queries and keys equal across steps.)
     """
     inputs, iterate, label = slice(0, dimension), slice(dimension, 2 * dimension), 2 * dimension
@@ -123,9 +123,7 @@ def newton_predict(layers: list[Layer], prompt: Prompt) -> Scalar:
     return -tokens[-1, -1]
 
 
-def newton_residual(
-    eigenvalues: Float[Array, "*n"], steps: int, scale: float | Scalar
-) -> Float[Array, "*n"]:
+def newton_residual(eigenvalues: Float[Array, "*n"], steps: int, scale: float | Scalar) -> Float[Array, "*n"]:
     """(1 - scale lambda^2)^(2^steps): what Newton's iteration from scale * G leaves of each eigendirection of G."""
     return (1 - scale * eigenvalues**2) ** (2**steps)
 

@@ -71,7 +71,7 @@ def looped_predict(layer: Layer, prompt: Prompt, loops: int, *, weights: str = "
 def init_layer(key: PRNGKey, width: int, scale: float, *, heads: int = 1, head_dim: int | None = None) -> Layer:
     """A layer for tokens of the given width with N(0, scale^2) entries; heads of width `head_dim` (the tokens' own)."""
     head_dim = width if head_dim is None else head_dim
-    shapes = {name: (width, heads * head_dim) for name in ("query", "key", "value")}
+    shapes = dict.fromkeys(("query", "key", "value"), (width, heads * head_dim))
     shapes["output"] = (heads * head_dim, width)
     keys = jax.random.split(key, len(shapes))
     return {name: scale * jax.random.normal(k, shape) for k, (name, shape) in zip(keys, shapes.items(), strict=True)}
@@ -92,8 +92,8 @@ def layer_predict(effective: dict[str, Array], prompt: Prompt) -> Scalar:
 def effective_weights(layer: Layer, heads: int = 1) -> dict[str, Array]:
     """The `value` a_h (H, d+1) and `query_key` B_h (H, d+1, d) of a linear layer for tokens (x, y).
 
-    The query token is (x_q, 0), so only the first d rows of W_Q count, and only the label slot is read, so only the last
-    column of W_O does; its sign turns since the prediction is minus that slot. The label slot must not feed back
+    The query token is (x_q, 0), so only the first d rows of W_Q count, and only the label slot is read, so only the
+    last column of W_O does; its sign turns since the prediction is minus that slot. The label slot must not feed back
     (no `hidden` network).
     """
     query, key, value = (jnp.stack(jnp.split(layer[name], heads, axis=1)) for name in ("query", "key", "value"))

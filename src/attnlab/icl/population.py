@@ -1,14 +1,16 @@
 """The exact population risk of one linear self-attention layer, in closed form and O(d^3).
 
-One layer predicts f = sum_h x_q^T B_h^T G a_h with G = (1/N) sum z_i z_i^T, z = (x, y) and y = <w, x> + noise. Given the
-task w, E G = S_w = Cov(z), and for tokens with fourth cumulants kappa_p C_p C_p C_p C_p (C_p the p-th column of [A; w^T A])
+One layer predicts f = sum_h x_q^T B_h^T G a_h with G = (1/N) sum z_i z_i^T, z = (x, y) and y = <w, x> + noise. Given
+the task w, E G = S_w = Cov(z), and with the fourth cumulants kappa_p C_p C_p C_p C_p of the tokens, C_p column p of
+[A; w^T A],
 
     E G M G = S M S + (1/N) [S M^T S + tr(M S) S + sum_p kappa_p (C_p^T M C_p) C_p C_p^T].                       (1)
 
-With E x_q x_q^T = Lambda and M = B_h Lambda B_k^T the risk of task w, E (f - <w, x_q>)^2, is therefore a sum over pairs of
-heads of products of two polynomials of degree at most 2 in w, minus a linear term. `_Quadratic` is such a polynomial,
-and `_mean_product` averages a product over the tasks: by Isserlis' theorem for Gaussian tasks, by the plain mean for a
-finite set. For one head this is (1 + 1/N) v^T L v + (1/N) tr(L B^T S B)(a^T S a) - 2 v^T L w + w^T L w, v = B^T S a.
+With E x_q x_q^T = Lambda and M = B_h Lambda B_k^T the risk of task w, E (f - <w, x_q>)^2, is therefore a sum over pairs
+of heads of products of two polynomials of degree at most 2 in w, minus a linear term. `_Quadratic` is such a
+polynomial, and `_mean_product` averages a product over the tasks: by Isserlis' theorem for Gaussian tasks, by the plain
+mean for a finite set. For one head this is (1 + 1/N) v^T L v + (1/N) tr(L B^T S B)(a^T S a) - 2 v^T L w + w^T L w, v =
+B^T S a.
 """
 
 from collections.abc import Callable
@@ -52,13 +54,13 @@ def _mean_product(
     if problem.tasks is not None:
         left, right = (_evaluate(r, problem.tasks, covariance) for r in (p, q))
         return jnp.mean(jnp.sum((left @ metric) * right, axis=-1))
-    product = covariance @ problem.task_covariance
+    product = covariance @ problem.task_moment
     first = jnp.trace(product)  # E w^T L w
     second = first**2 + 2 * jnp.sum(product * product.T)  # E (w^T L w)^2 = t^2 + 2 tr (L Omega)^2
     return (
         p.constant @ metric @ q.constant
         + (p.constant @ metric @ q.square + p.square @ metric @ q.constant) * first
-        + jnp.sum((metric @ q.linear) * (p.linear @ problem.task_covariance))
+        + jnp.sum((metric @ q.linear) * (p.linear @ problem.task_moment))
         + p.square @ metric @ q.square * second
     )
 
@@ -106,7 +108,7 @@ def _component_moments(problem: LinearRegression) -> Float[Array, "5 p"]:
     if problem.tasks is not None:
         projected = problem.tasks @ problem.mixing
         return jnp.stack([jnp.mean(projected**j, axis=0) for j in range(5)])
-    variance = jnp.sum(problem.mixing * (problem.task_covariance @ problem.mixing), axis=0)
+    variance = jnp.sum(problem.mixing * (problem.task_moment @ problem.mixing), axis=0)
     zero = jnp.zeros_like(variance)
     return jnp.stack([zero + 1, zero, variance, zero, 3 * variance**2])
 
@@ -160,7 +162,7 @@ def _check_effective(effective: Effective, problem: LinearRegression, length: in
         shape = jnp.shape(effective[name])
         if shape[1:] != trailing or len(shape) != len(trailing) + 1:
             raise ValueError(f"{name} has shape {shape}; for inputs of dimension {d} expected (heads, *{trailing}).")
-    if is_concrete(length) and not length >= 1:
+    if is_concrete(length) and not float(length) >= 1:
         raise ValueError(f"length is {length}; expected a context of at least one example.")
 
 
@@ -207,10 +209,10 @@ def population_objective(
 ) -> Objective:
     """The exact population risk as an `Objective`, ready for curvature and training.
 
-    `predict` maps parameters to effective weights (`parametrization` is a key of `PARAMETRIZATIONS`; `options` are those
-    of that function: `heads` of `layer`), `loss` is `population_risk`, and the data are the law of the prompts. The
-    loss is not convex in the effective weights, so its Gauss-Newton part is the curvature of the risk in them pulled
-    back, and need not be positive semi-definite.
+    `predict` maps parameters to effective weights (`parametrization` is a key of `PARAMETRIZATIONS`; `options` are
+    those of that function: `heads` of `layer`), `loss` is `population_risk`, and the data are the law of the prompts.
+    The loss is not convex in the effective weights, so its Gauss-Newton part is the curvature of the risk in them
+    pulled back, and need not be positive semi-definite.
     """
     if parametrization not in PARAMETRIZATIONS:
         raise unknown_name("parametrization", parametrization, PARAMETRIZATIONS)

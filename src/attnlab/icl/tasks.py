@@ -6,11 +6,12 @@ them over a batch.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from attnlab.checks import check_finite, is_concrete, unknown_name
@@ -66,12 +67,13 @@ INPUT_LAWS: dict[str, InputLaw] = {
 class LinearRegression:
     """The law of a linear regression prompt: x = A s, y = <w, x> + sqrt(noise_variance) * N(0, 1).
 
-    The components of s are independent with the law `inputs`; A = Lambda^(1/2) is `mixing`. The task w is N(0, Omega)
-    where `task_covariance` is given, otherwise uniform on the rows of `tasks`. Build it with `linear_regression`.
+    The components of s are independent with the law `inputs`; A = Lambda^(1/2) is `mixing`. The task w is uniform on the
+    rows of `tasks`, or N(0, Omega) if there are none; Omega = E w w^T is `task_moment` in both cases. Build it with
+    `linear_regression`.
     """
 
     mixing: Float[Array, "d d"]
-    task_covariance: Float[Array, "d d"] | None
+    task_moment: Float[Array, "d d"]
     tasks: Float[Array, "M d"] | None
     noise_variance: Scalar
     inputs: str = field(metadata={"static": True})
@@ -85,13 +87,6 @@ class LinearRegression:
     def covariance(self) -> Float[Array, "d d"]:
         """Lambda, the covariance of the inputs."""
         return self.mixing @ self.mixing.T
-
-    @property
-    def task_moment(self) -> Float[Array, "d d"]:
-        """E w w^T: Omega, or the average over the finite task set."""
-        if self.tasks is None:
-            return self.task_covariance
-        return self.tasks.T @ self.tasks / len(self.tasks)
 
     @property
     def signal(self) -> Scalar:
@@ -118,22 +113,23 @@ def linear_regression(
         raise unknown_name("input law", inputs, INPUT_LAWS)
     if tasks is not None and task_covariance is not None:
         raise ValueError("task_covariance and tasks are both given; expected one law of the tasks: leave one out.")
-    covariance = _check_covariance("covariance", covariance)
-    dimension = covariance.shape[0]
-    if tasks is None:
-        given = jnp.eye(dimension, dtype=covariance.dtype) if task_covariance is None else task_covariance
-        task_covariance = _check_covariance("task_covariance", given)
-    width = (tasks if tasks is not None else task_covariance).shape[-1]  # type: ignore[union-attr]
-    if width != dimension or (tasks is not None and (tasks.ndim != 2 or len(tasks) == 0)):
-        given = tasks.shape if tasks is not None else task_covariance.shape  # type: ignore[union-attr]
-        raise ValueError(
-            f"the tasks have shape {given} but the inputs have dimension {dimension}; expected task_covariance "
-            f"({dimension}, {dimension}) or a non-empty tasks (M, {dimension})."
-        )
+    covariance = check_covariance("covariance", covariance)
+    given = jnp.eye(len(covariance), dtype=covariance.dtype) if task_covariance is None else task_covariance
+    moment = check_covariance("task_covariance", given)
+    if moment.shape != covariance.shape:
+        raise ValueError(f"task_covariance has shape {moment.shape}; expected that of covariance, {covariance.shape}.")
     noise_variance = jnp.asarray(noise_variance, covariance.dtype)
-    if is_concrete(noise_variance) and not 0 <= noise_variance < jnp.inf:
+    if is_concrete(noise_variance) and not 0 <= float(noise_variance) < float("inf"):
         raise ValueError(f"noise_variance is {noise_variance}; expected a finite variance of at least 0.")
-    return LinearRegression(_root(covariance), task_covariance, tasks, noise_variance, inputs)
+    problem = LinearRegression(_root(covariance), moment, None, noise_variance, inputs)
+    return problem if tasks is None else with_tasks(problem, tasks)
+
+
+def with_tasks(problem: LinearRegression, tasks: Float[Array, "M d"]) -> LinearRegression:
+    """The same problem with tasks uniform on the rows of `tasks`."""
+    if jnp.ndim(tasks) != 2 or tasks.shape[0] == 0 or tasks.shape[1] != problem.dimension:
+        raise ValueError(f"tasks have shape {jnp.shape(tasks)}; expected (M, {problem.dimension}) with M at least 1.")
+    return replace(problem, tasks=tasks, task_moment=tasks.T @ tasks / len(tasks))
 
 
 def isotropic(dimension: int, noise_variance: float = 0.0, dtype: jnp.dtype | None = None) -> LinearRegression:
@@ -147,25 +143,30 @@ def _root(covariance: Float[Array, "d d"]) -> Float[Array, "d d"]:
     return (vectors * jnp.sqrt(jnp.maximum(values, 0))[None, :]) @ vectors.T
 
 
-def _check_covariance(name: str, matrix: Float[Array, "d d"]) -> Float[Array, "d d"]:
-    matrix = jnp.asarray(matrix)
-    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.size == 0:
-        raise ValueError(f"{name} has shape {matrix.shape}; expected a square matrix (d, d).")
+def check_covariance(name: str, matrix: Float[Array, "d d"]) -> Float[Array, "d d"]:
+    """The matrix as an array; raise `ValueError` unless it is symmetric positive semi-definite (values of concrete
+    matrices only)."""
+    if jnp.ndim(matrix) != 2 or matrix.shape[0] != matrix.shape[1] or matrix.size == 0:
+        raise ValueError(f"{name} has shape {jnp.shape(matrix)}; expected a square matrix (d, d).")
     check_finite(name, matrix)
-    if not is_concrete(matrix):
-        return matrix
-    size = float(jnp.max(jnp.abs(matrix)))
-    tolerance = 100 * float(jnp.finfo(matrix.dtype).eps) * size * len(matrix)
-    asymmetry = float(jnp.max(jnp.abs(matrix - matrix.T)))
+    if is_concrete(matrix):
+        _check_semidefinite(name, np.asarray(matrix))
+    return jnp.asarray(matrix)
+
+
+def _check_semidefinite(name: str, matrix: np.ndarray) -> None:
+    tolerance = 100 * float(jnp.finfo(matrix.dtype).eps) * float(np.max(np.abs(matrix))) * len(matrix)
+    asymmetry = float(np.max(np.abs(matrix - matrix.T)))
     if asymmetry > tolerance:
-        raise ValueError(f"{name} is not symmetric (by {asymmetry:.3g}); pass ({name} + {name}.T) / 2 if that is meant.")
-    smallest = float(jnp.linalg.eigvalsh(matrix)[0])
+        raise ValueError(
+            f"{name} is not symmetric (by {asymmetry:.3g}); pass ({name} + {name}.T) / 2 if that is meant."
+        )
+    smallest = float(np.linalg.eigvalsh(matrix)[0])
     if smallest < -tolerance:
         raise ValueError(
             f"{name} has the eigenvalue {smallest:.3g}; expected a positive semi-definite matrix. "
             "Project it onto that cone, or check that it is a covariance and not its inverse or logarithm."
         )
-    return matrix
 
 
 def sample_tasks(key: PRNGKey, problem: LinearRegression, count: int) -> Float[Array, "count d"]:
@@ -173,7 +174,7 @@ def sample_tasks(key: PRNGKey, problem: LinearRegression, count: int) -> Float[A
     if problem.tasks is not None:
         return problem.tasks[jax.random.randint(key, (count,), 0, len(problem.tasks))]
     normal = jax.random.normal(key, (count, problem.dimension), problem.mixing.dtype)
-    return normal @ _root(problem.task_covariance)
+    return normal @ _root(problem.task_moment)
 
 
 def sample_inputs(key: PRNGKey, problem: LinearRegression, shape: tuple[int, ...]) -> Float[Array, "*shape d"]:
@@ -241,7 +242,7 @@ def drifting_prompts(
 
     Temporal heterogeneity in the sense of Li, Rawat, Oymak, arXiv 2407.10005, section 3.1.
     """
-    correlation = _check_covariance("task_correlation", task_correlation)
+    correlation = check_covariance("task_correlation", task_correlation)
     length = len(correlation) - 1
     _check_size(length, batch)
     key_task, key_inputs, key_noise = jax.random.split(key, 3)
@@ -293,20 +294,22 @@ def composition_prompts(
 
 
 def shuffle_labels(key: PRNGKey, prompts: Prompt) -> Prompt:
-    """The same prompts with the labels permuted inside each context: inputs and labels keep their laws, not their tie."""
+    """The same prompts with the labels permuted inside each context: inputs and labels keep their laws, not their
+    tie."""
     shuffled = jax.random.permutation(key, prompts.labels, axis=-1, independent=True)
     return Prompt(prompts.inputs, shuffled, prompts.query, prompts.target)
 
 
 def scale_prompts(prompts: Prompt, inputs: float = 1.0, tasks: float = 1.0) -> Prompt:
-    """Linear prompts with every input multiplied by `inputs` and every task by `tasks` (noise scales with the labels)."""
+    """Linear prompts with every input multiplied by `inputs` and every task by `tasks` (noise scales with the
+    labels)."""
     both = inputs * tasks
     return Prompt(inputs * prompts.inputs, both * prompts.labels, inputs * prompts.query, both * prompts.target)
 
 
 def check_alignment(alignment: float) -> None:
     """Raise `ValueError` unless 0 <= alignment <= 1."""
-    if is_concrete(alignment) and not 0 <= alignment <= 1:
+    if is_concrete(alignment) and not 0 <= float(alignment) <= 1:
         raise ValueError(f"alignment is {alignment}; expected a correlation, 0 <= alignment <= 1.")
 
 
@@ -319,4 +322,6 @@ def _label(key: PRNGKey, inputs: Array, query: Array, task: Array, noise_varianc
 def _check_size(length: int, batch: int) -> None:
     for name, value in (("length", length), ("batch", batch)):
         if value < 1:
-            raise ValueError(f"{name} is {value}; expected at least 1: a context of length 0 has nothing to learn from.")
+            raise ValueError(
+                f"{name} is {value}; expected at least 1: a context of length 0 has nothing to learn from."
+            )
