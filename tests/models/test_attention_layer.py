@@ -45,15 +45,15 @@ def random_mask(key):
 @pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS)
 def test_layer_is_the_loop(key, options):
     module, params, tokens = layer(key, **options)
-    expected = np.stack([naive_attention(params, sequence, module.config) for sequence in tokens])
-    assert_close(module.apply({"params": params}, tokens), expected, 1e-13)
+    expected = np.stack([naive_attention(params, sequence, module.config) for sequence in np.asarray(tokens)])
+    assert_close(jax.jit(module.apply)({"params": params}, tokens), expected, 1e-13)
 
 
 @pytest.mark.parametrize("name", ["softmax", "linear", "causal", "causal_linear"])
 def test_masked_layer_is_the_loop(key, name):
     module, params, tokens = layer(key, **CONFIGS[name])
     mask = random_mask(key)
-    expected = np.stack([naive_attention(params, sequence, module.config, mask) for sequence in tokens])
+    expected = np.stack([naive_attention(params, sequence, module.config, mask) for sequence in np.asarray(tokens)])
     assert_close(module.apply({"params": params}, tokens, mask), expected, 1e-13)
     per_sequence = jnp.broadcast_to(mask, (BATCH, 1, LENGTH, LENGTH))
     assert_close(module.apply({"params": params}, tokens, per_sequence), expected, 1e-13)
@@ -70,7 +70,7 @@ def test_without_mask_the_layer_commutes_with_permutations(key, name):
 @pytest.mark.parametrize("name", ["causal", "causal_linear"])
 def test_causal_layer_does_not_depend_on_later_tokens(key, name):
     module, params, tokens = layer(key, **CONFIGS[name])
-    jacobian = jax.jit(jax.jacobian(lambda x: module.apply({"params": params}, x)))(tokens[0])
+    jacobian = jax.jit(jax.jacobian(from_linen(module), argnums=1))(params, tokens[0])
     size = np.asarray(jnp.max(jnp.abs(jacobian), axis=(1, 3)))  # (query, key)
     assert np.all(size[np.triu_indices(LENGTH, 1)] == 0)
     assert np.all(size[np.tril_indices(LENGTH)] > 0)
@@ -117,7 +117,7 @@ def test_large_scores_do_not_overflow():
 
 def test_masked_softmax_has_finite_second_derivatives():
     scores, mask = jnp.arange(9.0).reshape(3, 3), heads.causal_mask(3)
-    hessian = jax.hessian(lambda x: jnp.sum(heads.softmax_weights(x, mask) ** 3))(scores)
+    hessian = jax.jit(jax.hessian(lambda x: jnp.sum(heads.softmax_weights(x, mask) ** 3)))(scores)
     assert bool(jnp.all(jnp.isfinite(hessian)))
 
 

@@ -42,7 +42,7 @@ def network(name, key, dtype=jnp.float64):
 def test_network_is_the_loop(key, name):
     module, params, inputs, naive = network(name, key)
     numbers = jax.tree.map(np.asarray, params)
-    expected = np.stack([naive(numbers, example, module.config) for example in inputs])
+    expected = np.stack([naive(numbers, example, module.config) for example in np.asarray(inputs)])
     assert_close(module.apply({"params": params}, inputs), expected, 1e-13)
 
 
@@ -56,8 +56,8 @@ def test_deep_linear_network_is_one_product(key):
 def test_leading_axes_jit_and_vmap_change_nothing(name):
     module, params, inputs, _ = network(name, jax.random.key(1))
     predict = from_linen(module)
-    outputs = predict(params, inputs)
-    assert_close(jax.jit(predict)(params, inputs), outputs, 1e-13)
+    outputs = jax.jit(predict)(params, inputs)
+    assert_close(predict(params, inputs), outputs, 1e-13)
     assert_close(jax.vmap(predict, (None, 0))(params, inputs), outputs, 1e-13)
     assert_close(predict(params, inputs[:, None]), outputs[:, None], 1e-13)
     assert_close(predict(params, inputs[0]), outputs[0], 1e-13)

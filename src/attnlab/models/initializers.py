@@ -5,11 +5,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from attnlab.checks import unknown_name
 from attnlab.types import PRNGKey
 
-Initializer = Callable[[PRNGKey, tuple[int, ...], jnp.dtype], jax.Array]
+Initializer = Callable[[PRNGKey, tuple[int, ...], DTypeLike], jax.Array]
 
 
 def orthogonal(gain: float = 1.0) -> Initializer:
@@ -20,7 +21,7 @@ def orthogonal(gain: float = 1.0) -> Initializer:
 def identity(gain: float = 1.0) -> Initializer:
     """`gain` times ones on the diagonal, zeros elsewhere; deterministic, for matrices only."""
 
-    def init(key: PRNGKey, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    def init(key: PRNGKey, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
         if len(shape) != 2:
             raise ValueError(f"the identity scheme makes matrices; shape {shape} has {len(shape)} axes. Take another.")
         return gain * jnp.eye(*shape, dtype=dtype)
