@@ -96,8 +96,8 @@ def newton_layers(dimension: int, steps: int, scale: float | Scalar, dtype: jnp.
 
     Tokens are (x, u, y) with u_i = X_k x_i / 2^k. Since X_k G X_k x_i = (1/N) sum_j u_j (x_j^T u_i) up to that scale,
     the step X <- 2X - X G X is attention with query u_i, key x_j and value u_j; dividing by 2^k turns the factor 2 into
-    the residual stream. The last layer reads (1/N) sum_j y_j x_j^T X_k x_q. (Fu et al., arXiv 2310.17086, theorem 5, need
-    more width because they keep queries and keys equal across steps.)
+    the residual stream. The last layer reads (1/N) sum_j y_j x_j^T X_k x_q. (Fu et al., arXiv 2310.17086, theorem 5,
+    need more width because they keep queries and keys equal across steps.)
     """
     inputs, iterate, label = slice(0, dimension), slice(dimension, 2 * dimension), 2 * dimension
     zero = jnp.zeros((2 * dimension + 1, 2 * dimension + 1), dtype)

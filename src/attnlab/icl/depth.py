@@ -3,8 +3,8 @@
 L linear layers that leave the inputs alone make the error x_q^T R(G) w with a polynomial R of degree L, R(0) = 1, and
 for isotropic x and w the risk is E tr R(G)^2. It is a quadratic form in the coefficients of R with the Hankel matrix
 H_ij = m_{i+j} of the moments m_k = E tr(G^k) / d, so the least value under R(0) = 1 is d / (H^-1)_00, and the best
-steps are one over the roots of R, which are real and positive (R is orthogonal in the weight lambda). Moments and solutions
-are exact rational numbers: the Hankel matrix loses all digits of a float by L = 8.
+steps are one over the roots of R, which are real and positive (R is orthogonal in the weight lambda). Moments and
+solutions are exact rational numbers: the Hankel matrix loses all digits of a float by L = 8.
 """
 
 from collections.abc import Iterator, Sequence

@@ -72,15 +72,14 @@ def balance(effective: Effective) -> Effective:
 
 
 def swapped_start(problem: LinearRegression, strength: float = 0.4) -> Effective:
-    """One head that takes the top direction of the inputs along the swapped path and the others along the usual one.
+    """One head that takes the top direction e of the inputs along the swapped path, the others along the usual one.
 
-    With top eigenvector e and strength s: value (-s^(1/2) 4 e, 1) / ..., see the code; a start for `stationary_point`
-    or for training, in the basin of the local minimum where there is one.
+    The value is (-4 e, 1) and `query_key` [strength (I - e e^T); -(strength / 4) e^T], so the preconditioner is about
+    `strength` times the identity. A start for `stationary_point` or for training, in the basin of the local minimum
+    where there is one.
     """
-    values, vectors = jnp.linalg.eigh(problem.covariance)
+    _, vectors = jnp.linalg.eigh(problem.covariance)
     top = vectors[:, -1]
-    others = jnp.eye(len(values), dtype=values.dtype) - jnp.outer(top, top)
-    key_reads_label = strength / 4 * top
-    value = jnp.append(-4 * top, jnp.ones((), top.dtype))
-    query_key = jnp.concatenate([strength * others, -key_reads_label[None, :]])
-    return {"value": value[None], "query_key": query_key[None]}
+    others = jnp.eye(len(top), dtype=top.dtype) - jnp.outer(top, top)
+    query_key = jnp.concatenate([strength * others, -strength / 4 * top[None, :]])
+    return {"value": jnp.append(-4 * top, jnp.ones((), top.dtype))[None], "query_key": query_key[None]}

@@ -67,8 +67,8 @@ INPUT_LAWS: dict[str, InputLaw] = {
 class LinearRegression:
     """The law of a linear regression prompt: x = A s, y = <w, x> + sqrt(noise_variance) * N(0, 1).
 
-    The components of s are independent with the law `inputs`; A = Lambda^(1/2) is `mixing`. The task w is uniform on the
-    rows of `tasks`, or N(0, Omega) if there are none; Omega = E w w^T is `task_moment` in both cases. Build it with
+    The components of s are independent with the law `inputs`; A = Lambda^(1/2) is `mixing`. The task w is uniform on
+    the rows of `tasks`, or N(0, Omega) if there are none; Omega = E w w^T is `task_moment` in both cases. Build it with
     `linear_regression`.
     """
 

@@ -1,0 +1,151 @@
+"""Probes find what they are shown, and their nulls do not."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnlab.icl.baselines import baseline
+from attnlab.icl.constructions import gradient_descent_stack, plus_plus_stack
+from attnlab.icl.identification import best_family, fitted_residual, identify, identify_shuffled
+from attnlab.icl.models import attention_layer, init_layer, stack_predict
+from attnlab.icl.probes import (
+    alignment,
+    copying,
+    estimate,
+    interpolate,
+    iterated,
+    predictions,
+    residual_cosine,
+    risk,
+    scaled_risks,
+    with_nulls,
+)
+from attnlab.icl.tasks import isotropic, sample_prompts
+from compare import assert_close
+
+DIMENSION, LENGTH, BATCH = 4, 10, 256
+IDENTITY = jnp.eye(DIMENSION)[None]
+STEP = gradient_descent_stack(0.5 * IDENTITY)
+ONE_STEP = partial(stack_predict, STEP)
+ALGORITHM = baseline("gradient_descent", steps=1, step_size=0.5)
+
+
+def prompts_of(seed, batch=BATCH):
+    return sample_prompts(jax.random.key(seed), isotropic(DIMENSION, 0.1), LENGTH, batch)
+
+
+def untrained(seed):
+    return partial(stack_predict, [init_layer(jax.random.key(seed), DIMENSION + 1, 0.5)])
+
+
+def test_alignment_of_the_construction_is_exact():
+    found = alignment(ONE_STEP, ALGORITHM, prompts_of(1))
+    assert found.prediction_difference.value < 1e-13
+    assert found.sensitivity_difference.value < 1e-13
+    assert_close(found.sensitivity_cosine.value, jnp.ones(()), 1e-13)
+
+
+@pytest.mark.parametrize(
+    ("measure", "read"),
+    [(alignment, lambda found: found.sensitivity_cosine), (residual_cosine, lambda found: found)],
+    ids=["alignment", "residual_cosine"],
+)
+def test_nulls_score_below_the_model(measure, read):
+    found = with_nulls(measure, ONE_STEP, untrained(7), ALGORITHM, prompts_of(2), jax.random.key(0))
+    assert read(found.model).value > 1 - 1e-12
+    for null in (read(found.untrained), read(found.shuffled)):
+        assert null.value + 5 * null.standard_error < 0.95
+
+
+def test_shuffled_labels_leave_no_sensitivity():
+    found = with_nulls(alignment, ONE_STEP, untrained(7), ALGORITHM, prompts_of(3), jax.random.key(1))
+    assert abs(found.shuffled.sensitivity_cosine.value) < 0.2
+
+
+LEARNERS = {
+    "gradient_descent": baseline("gradient_descent", steps=2, step_size=0.4),
+    "gradient_descent_plus_plus": partial(
+        stack_predict,
+        plus_plus_stack(jnp.array([0.4, 0.5])[:, None, None] * IDENTITY, 0.3 * jnp.ones((2, 1, 1)) * IDENTITY),
+    ),
+    "newton": baseline("newton", steps=2, scale=0.05),
+    "ridge": baseline("ridge", penalty=3.0),
+}
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_identification_names_the_algorithm(name):
+    fits = identify(LEARNERS[name], prompts_of(4), 2, jax.random.key(0))
+    assert best_family(fits) == name
+    assert fits[name].held_out_error.value < 1e-10
+    others = [fit.held_out_error.value for other, fit in fits.items() if other != name and "descent" not in other]
+    assert all(error > 1e-4 for error in others)
+
+
+def test_identified_parameters_are_the_algorithms_own():
+    fit = identify(LEARNERS["newton"], prompts_of(5), 2, jax.random.key(0))["newton"]
+    assert_close(fit.parameters, jnp.array([0.05]), 1e-6)
+    eigenvalues = jnp.linspace(0.1, 2.0, 5)
+    assert_close(fitted_residual(fit, "newton", eigenvalues, 2), (1 - 0.05 * eigenvalues**2) ** 4, 1e-6)
+
+
+def test_identification_nulls():
+    prompts = prompts_of(6)
+    shuffled = identify_shuffled(LEARNERS["newton"], prompts, 2, jax.random.key(0))
+    assert all(fit.held_out_error.value > 0.7 for fit in shuffled.values())
+    fits = identify(untrained(3), prompts, 1, jax.random.key(0))
+    assert all(fit.held_out_error.value > 0.05 for fit in fits.values())
+
+
+def test_interpolated_weights_between_equal_models():
+    middle = interpolate(STEP, STEP, 0.5)
+    assert_close(middle, STEP, 1e-15)
+    with pytest.raises(ValueError, match=r"fraction is 1\.5"):
+        interpolate(STEP, STEP, 1.5)
+
+
+def test_linear_algorithms_do_not_notice_the_scale_of_tasks():
+    relative = scaled_risks(ONE_STEP, prompts_of(8), [0.5, 1.0, 4.0], "tasks").value
+    assert_close(relative, jnp.full(3, relative[1]), 1e-12)
+    by_input = scaled_risks(ONE_STEP, prompts_of(8), [1.0, 3.0], "inputs").value
+    assert by_input[1] > 5 * by_input[0]  # a step of fixed size diverges
+    with pytest.raises(ValueError, match="expected one of: inputs, tasks"):
+        scaled_risks(ONE_STEP, prompts_of(8), [1.0], "task")
+
+
+def test_iterating_the_layer_goes_on_descending():
+    layer = partial(attention_layer, STEP[0])
+    prompts = prompts_of(9)
+    expected = predictions(baseline("gradient_descent", steps=3, step_size=0.5), prompts)
+    assert_close(predictions(iterated(layer, 3), prompts), expected, 1e-12)
+
+
+def test_copying_tells_a_shift_from_a_map():
+    tokens = jax.random.normal(jax.random.key(0), (64, 9, 3))
+    matrix = jax.random.normal(jax.random.key(1), (3, 3))
+
+    def shift(z):
+        return z + jnp.roll(z, 1, axis=0) @ matrix
+
+    def own(z):
+        return z + z @ matrix
+
+    assert copying(shift, tokens).value > 0.9
+    assert copying(own, tokens).value < -0.9
+
+
+def test_risk_covers_the_exact_one():
+    exact = 1.0 * DIMENSION
+    found = risk(lambda prompt: 0.0 * prompt.target, prompts_of(10, 4096))
+    assert abs(found.value - exact) < 5 * found.standard_error
+    assert np.isinf(estimate(jnp.ones((1,))).standard_error)
+
+
+def test_models_of_the_wrong_shape_are_refused():
+    with pytest.raises(ValueError, match=r"output of shape \(1,\) for one prompt; expected one number"):
+        predictions(lambda prompt: prompt.query[:1], prompts_of(1))
+    with pytest.raises(ValueError, match="expected at least 32"):
+        identify(ONE_STEP, prompts_of(1, 16), 2, jax.random.key(0))
