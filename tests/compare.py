@@ -12,7 +12,7 @@ def relative_error(found, expected):
         np.concatenate([np.ravel(np.asarray(leaf)) for leaf in jax.tree.leaves(tree)]) for tree in (found, expected)
     )
     assert found.shape == expected.shape, f"{found.shape} against {expected.shape}"
-    return float(np.linalg.norm(found - expected) / max(np.linalg.norm(expected), 1e-300))
+    return float(np.linalg.norm(found - expected) / max(float(np.linalg.norm(expected)), 1e-300))
 
 
 def assert_close(found, expected, tolerance=None, scale=None):

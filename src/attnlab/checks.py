@@ -69,7 +69,7 @@ def check_same_structure(name: str, tree: PyTree, expected: PyTree) -> None:
             raise ValueError(f"{name}: {where} has shape {np.shape(leaf)}; expected {np.shape(other)}.")
 
 
-def check_range(name: str, value: float, low: float, high: float, remedy: str) -> None:
+def check_range(name: str, value: int | float, low: int | float, high: int | float, remedy: str) -> None:
     """Raise `ValueError` unless `low <= value <= high`."""
     if not low <= value <= high:
         raise ValueError(f"{name} is {value}; expected {low} <= {name} <= {high}. {remedy}")

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
-from compare import assert_close
 
 from attnlab.curvature.lanczos import gauss_quadrature, plan_restarts, thick_restart, tridiagonalize
+from compare import assert_close
 
 
 def symmetric(eigenvalues, key):

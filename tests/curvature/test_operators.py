@@ -6,16 +6,16 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
-from cases import CASES, build
-from compare import assert_close
 from jax.flatten_util import ravel_pytree
 
+import oracles
 from attnlab.curvature.operators import PARTS, functional, ggn, hessian, restrict
 from attnlab.losses import cross_entropy, square_loss
 from attnlab.objective import objective
 from attnlab.trees import block_slices
+from cases import CASES, build
+from compare import assert_close
 
 SEED = 1
 

@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CASES
-from compare import assert_close
 from jax.flatten_util import ravel_pytree
 
 from attnlab.curvature import spectrum
@@ -17,6 +15,8 @@ from attnlab.losses import square_loss
 from attnlab.models.adapters import from_linen
 from attnlab.models.attention import AttentionConfig, SelfAttention
 from attnlab.objective import objective
+from cases import CASES
+from compare import assert_close
 
 
 @cache

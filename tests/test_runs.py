@@ -1,0 +1,52 @@
+"""Results are written whole or not at all, with a manifest."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from attnlab.runs import load_arrays, manifest, replace_directory, replace_file, save_result
+
+
+def test_arrays_come_back_as_they_went(tmp_path):
+    arrays = {"a/b": np.arange(6.0).reshape(2, 3), "flag": np.array(True)}
+    save_result(tmp_path / "deep" / "run", arrays, {"seed": 1})
+    found = load_arrays(tmp_path / "deep" / "run")
+    assert set(found) == set(arrays)
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(found[name], array)
+    assert json.loads((tmp_path / "deep" / "run" / "manifest.json").read_text()) == {"seed": 1}
+
+
+def test_a_failure_leaves_the_old_result_and_nothing_else(tmp_path):
+    save_result(tmp_path / "run", {"x": np.ones(2)}, {})
+    with pytest.raises(RuntimeError), replace_directory(tmp_path / "run") as partial:
+        (partial / "half").write_text("written")
+        raise RuntimeError
+    with pytest.raises(RuntimeError), replace_file(tmp_path / "file.txt") as partial:
+        partial.write_text("half")
+        raise RuntimeError
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    np.testing.assert_array_equal(load_arrays(tmp_path / "run")["x"], np.ones(2))
+
+
+def test_objects_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="pickle"):
+        save_result(tmp_path / "run", {"x": np.array([object()])}, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_manifest_says_how_to_make_it_again(tmp_path):
+    @dataclasses.dataclass
+    class Config:
+        seed: int = 3
+        output: object = tmp_path
+
+    record = manifest(Config(), seconds=1.26)
+    json.dumps(record)
+    assert record["config"] == {"seed": 3, "output": str(tmp_path)}
+    assert record["seconds"] == 1.3
+    assert record["dtype"] == "float64"
+    assert {"python", "attnlab", "jax", "flax", "numpy"} <= set(record["versions"])
+    assert {"command", "git_commit", "git_dirty", "device", "device_count"} <= set(record)
