@@ -1,0 +1,202 @@
+"""Training on the exact risk: closed-form times, the published optimum from every seed, and bad local minima."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from icl_cases import assert_within_error
+
+from attnlab.icl.landscape import balance, stationary_point, swapped_start
+from attnlab.icl.models import init_layer, layer_predict
+from attnlab.icl.optima import adapted_risks, optimal_risk
+from attnlab.icl.population import PARAMETRIZATIONS, population_objective
+from attnlab.icl.tasks import isotropic, linear_regression, sample_prompts
+from attnlab.icl.training_time import direction_forces, merged_growth, staircase_times
+from compare import assert_close
+
+
+def descend(risk, params, optimizer, steps):
+    """The risk before every step, and the last parameters."""
+
+    def step(state, _):
+        params, memory = state
+        value, gradient = jax.value_and_grad(risk)(params)
+        with jax.numpy_dtype_promotion("standard"):
+            updates, memory = optimizer.update(gradient, memory, params)
+            params = optax.apply_updates(params, updates)
+        return (params, memory), value
+
+    (params, _), values = jax.lax.scan(step, (params, optimizer.init(params)), length=steps)
+    return values, params
+
+
+def flow(risk, params, times, substeps):
+    """Gradient flow at equally spaced times by Runge and Kutta's fourth order."""
+    width = (times[1] - times[0]) / substeps
+
+    def slope(params):
+        return jax.tree.map(jnp.negative, jax.grad(risk)(params))
+
+    def ahead(params, direction, size):
+        return jax.tree.map(lambda p, v: p + size * v, params, direction)
+
+    def small(params, _):
+        one = slope(params)
+        two = slope(ahead(params, one, width / 2))
+        three = slope(ahead(params, two, width / 2))
+        four = slope(ahead(params, three, width))
+        mean = jax.tree.map(lambda a, b, c, d: (a + 2 * b + 2 * c + d) / 6, one, two, three, four)
+        return ahead(params, mean, width), None
+
+    def large(params, _):
+        return jax.lax.scan(small, params, length=substeps)[0], params
+
+    return jax.jit(lambda start: jax.lax.scan(large, start, length=len(times))[1])(params)
+
+
+def test_merged_growth_is_gradient_flow():
+    """The full merged layer from a balanced small start, against the logistic curve."""
+    d, length, noise, size = 3, 8, 0.2, 0.1
+    times = jnp.linspace(0.0, 1.0, 9)
+    risk = population_objective(isotropic(d, noise), length)
+    start = {
+        "value": jnp.zeros((1, d + 1)).at[0, -1].set(size),
+        "query_key": jnp.zeros((1, d + 1, d)).at[0, :d].set(size / d**0.5 * jnp.eye(d)),
+    }
+    path = flow(risk, start, times, 40)
+    growth = path["value"][:, 0, -1] * path["query_key"][:, 0, 0, 0]
+    assert_close(growth, merged_growth(times, size**2 / d**0.5, d, length, noise), 1e-6)
+    assert growth[-1] > 20 * growth[0]
+
+
+def test_staircase_is_gradient_flow():
+    """Aligned rank-one heads: each level is reached at its closed-form time, and the flow passes near the plateaus."""
+    problem, length = linear_regression(jnp.diag(jnp.array([2.0, 0.5]))), 10
+    gain, curvature = direction_forces(problem, length)
+    size = 0.2
+    start = {"value": size * jnp.ones(2), "key": size * jnp.eye(2), "query": size * jnp.eye(2)}
+    times = jnp.linspace(0.0, 20.0, 201)
+    path = flow(population_objective(problem, length, "rank_one"), start, times, 10)
+    levels = path["value"] ** 3
+    assert_close(jnp.linalg.norm(path["key"], axis=-1), path["value"], 1e-9)  # balance is conserved
+    reached = levels < 0.99 * (gain / curvature)[None, :]
+    for m in range(2):
+        before = int(jnp.sum(reached[:, m]))
+        found = staircase_times(levels[:before, m], size**3, gain[m], curvature[m])
+        assert_close(found[1:], times[1:before], 1e-5)
+    plateau = adapted_risks(problem, length)[1]
+    risks = problem.signal + levels**2 @ curvature - 2 * levels @ gain
+    assert jnp.min(jnp.abs(risks - plateau)) < 0.05 * plateau
+    assert_close(jnp.sum(gain**2 / curvature), problem.signal - optimal_risk(problem, length), 1e-12)
+
+
+def test_every_seed_of_the_published_recipe_reaches_the_optimum():
+    """d = N = 10, x ~ U(-1/2, 1/2), all four weight matrices trained: half the risk is 0.20623."""
+    problem = linear_regression(jnp.eye(10) / 12, inputs="uniform")
+    risk = population_objective(problem, 10, "layer")
+
+    @jax.jit
+    @jax.vmap
+    def train(key):
+        return descend(risk, init_layer(key, 11, 0.3), optax.adam(optax.cosine_decay_schedule(0.02, 1500)), 1500)[0]
+
+    finals = train(jax.random.split(jax.random.key(0), 8))[:, -1] / 2
+    assert jnp.all(jnp.abs(finals - 0.20623) < 1e-5)
+
+
+ANISOTROPIC = jnp.array([2.0, 1.0, 0.5, 0.25, 0.1])
+
+
+@pytest.fixture(scope="module")
+def bad_minimum():
+    problem = linear_regression(jnp.diag(ANISOTROPIC), noise_variance=0.1)
+    risk = population_objective(problem, 20)
+    return problem, risk, jax.jit(stationary_point)(risk, balance(swapped_start(problem)))
+
+
+def test_bad_local_minimum_is_strict(bad_minimum):
+    """Gradient zero to rounding, one flat direction (the scale), the other curvatures positive; far from optimal."""
+    problem, risk, point = bad_minimum
+    assert point.gradient_norm < 1e-12
+    assert point.is_strict_minimum(symmetries=1)
+    assert abs(point.risk - 1.936) < 1e-3
+    assert abs(optimal_risk(problem, 20) - 0.792) < 1e-3
+    # The Hessian by central differences of the gradient, along its softest and hardest directions.
+    flat, unravel = jax.flatten_util.ravel_pytree(point.params)
+    vectors = jnp.linalg.eigh(jax.jit(jax.hessian(lambda v: risk(unravel(v))))(flat))[1]
+    gradient = jax.jit(jax.grad(lambda v: risk(unravel(v))))
+    for index in (1, 2, -1):
+        direction = vectors[:, index]
+        slope = (gradient(flat + 1e-4 * direction) - gradient(flat - 1e-4 * direction)) @ direction / 2e-4
+        assert_close(slope, point.hessian_eigenvalues[index], 1e-4)
+
+
+def test_bad_local_minimum_against_monte_carlo(bad_minimum):
+    """Its risk and a zero mean gradient, from sampled prompts that know nothing of the closed form."""
+    problem, _, point = bad_minimum
+    prompts = sample_prompts(jax.random.key(8), problem, 20, 100_000)
+
+    def squared(params, prompt):
+        return (layer_predict(params, prompt) - prompt.target) ** 2
+
+    errors, gradients = jax.jit(jax.vmap(jax.value_and_grad(squared), (None, 0)))(point.params, prompts)
+    assert_within_error(errors, point.risk)
+    assert_within_error(gradients, jax.tree.map(jnp.zeros_like, point.params))
+
+
+def test_bad_local_minimum_mixes_both_paths(bad_minimum):
+    """Along the top direction the value reads x and the key y; the other directions use the usual path."""
+    _, _, point = bad_minimum
+    value, query_key = point.params["value"][0], point.params["query_key"][0]
+    usual = jnp.diag(query_key[:-1]) * value[-1]
+    swapped = query_key[-1] * value[:-1]
+    assert abs(usual[0]) < 0.1
+    assert 0.3 < swapped[0] < 0.5
+    assert jnp.all(usual[1:] > 0.3)
+    assert jnp.all(jnp.abs(swapped[1:]) < 1e-8)
+
+
+def test_training_returns_to_the_bad_minimum_and_random_starts_find_it(bad_minimum):
+    _, risk, point = bad_minimum
+    kick = jax.tree.map(lambda x: x + 0.02 * jnp.sin(jnp.arange(x.size)).reshape(x.shape), balance(point.params))
+
+    def random_start(key):
+        one, two = jax.random.split(key)
+        return {"value": 0.1 * jax.random.normal(one, (1, 6)), "query_key": 0.1 * jax.random.normal(two, (1, 6, 5))}
+
+    starts = jax.vmap(random_start)(jax.random.split(jax.random.key(0), 31))
+    starts = jax.tree.map(lambda one, more: jnp.concatenate([one[None], more]), kick, starts)
+    values, _ = jax.jit(jax.vmap(lambda start: descend(risk, start, optax.adam(0.02), 6000)))(starts)
+    finals = values[:, -1]
+    assert abs(finals[0] - point.risk) < 1e-3
+    bad = jnp.abs(finals - point.risk) < 1e-2
+    good = jnp.abs(finals - optimal_risk(bad_minimum[0], 20)) < 1e-2
+    assert jnp.all(bad | good)
+    assert 4 <= jnp.sum(bad[1:]) <= 20
+
+
+def test_isotropic_inputs_have_no_such_minimum():
+    problem = isotropic(4)
+    risk = population_objective(problem, 20)
+    values, _ = jax.jit(lambda start: descend(risk, start, optax.adam(0.02), 4000))(swapped_start(problem))
+    assert_close(values[-1], optimal_risk(problem, 20), 1e-3)  # what Adam at a constant rate leaves
+
+
+def test_balance_keeps_the_layer():
+    start = swapped_start(linear_regression(jnp.diag(ANISOTROPIC)))
+    balanced = balance(start)
+    risk = population_objective(linear_regression(jnp.diag(ANISOTROPIC)), 20)
+    assert_close(risk(balanced), risk(start), 1e-13)
+    assert_close(jnp.linalg.norm(balanced["value"]), jnp.linalg.norm(balanced["query_key"]), 1e-13)
+    assert set(PARAMETRIZATIONS) == {"merged", "layer", "reduced", "rank_one"}
+
+
+def test_bad_input_is_refused():
+    with pytest.raises(ValueError, match="expected a start between 0 and the optimum"):
+        merged_growth(jnp.zeros(1), 2.0, 3, 8)
+    with pytest.raises(ValueError, match="covariance is not diagonal"):
+        direction_forces(linear_regression(jnp.array([[1.0, 0.5], [0.5, 1.0]])), 8)
+    with pytest.raises(ValueError, match="expected 'gaussian'"):
+        direction_forces(linear_regression(jnp.eye(2), inputs="uniform"), 8)
+    with pytest.raises(ValueError, match="start and levels are"):
+        staircase_times(jnp.array([2.0]), 0.1, 1.0, 1.0)
