@@ -22,7 +22,7 @@ nightly: $(READY)
 	$(BIN)/python -m pytest -m "slow or not slow"
 
 figures: $(READY)
-	$(BIN)/python analyses/all_figures.py
+	for script in analyses/*.py; do $(BIN)/python $$script || exit 1; done
 
 bench: $(READY)
 	for script in benchmarks/*.py; do $(BIN)/python $$script --quick || exit 1; done

@@ -1,0 +1,319 @@
+"""The Hessian of an attention layer on handwritten digits, at initialisation and after training.
+
+Shows the block grid, the spectra of H and of its outer-product and functional parts H_o and H_f (exact against
+stochastic Lanczos quadrature), the spectra and norms of the value, query and key blocks, and what the blocks are made
+of: data, weights and attention moments.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+from rich.progress import Progress
+from rich.table import Table
+
+from attnlab.analysis import Analysis, AnalysisConfig, Arrays
+
+STAGES = ("initial", "trained")
+PARTS = {"hessian": "H", "ggn": "H_o", "functional": "H_f"}
+BLOCKS = {"key": "K", "query": "Q", "value": "V"}
+RELATIVE_RANGE = 1e3  # the asinh axis of the spectra is linear below a thousandth of the largest eigenvalue of H
+
+
+@dataclass(frozen=True)
+class Config(AnalysisConfig):
+    """Options of the analysis."""
+
+    SMOKE: ClassVar = {"images": 8, "steps": 20, "key_dim": 2, "probes": 3, "lanczos_steps": 10}
+
+    images: int = 128
+    """How many of the 1,797 images."""
+    patch: int = 2
+    """Side of the square patches of pixels that are the tokens: 1, 2, 4 or 8."""
+    key_dim: int = 8
+    """Width of queries and keys."""
+    weights: Literal["softmax", "linear"] = "softmax"
+    """Softmax attention, or linear attention."""
+    loss: Literal["square", "cross_entropy"] = "square"
+    """Square loss to one-hot targets, or cross-entropy; each token predicts the image's class."""
+    steps: int = 600
+    """Training steps; a multiple of 20."""
+    learning_rate: float = 0.02
+    """Of Adam."""
+    probes: int = 20
+    """Random probes of the Lanczos density."""
+    lanczos_steps: int = 120
+    """Lanczos steps a probe."""
+
+
+def compute(config: Config, progress: Progress) -> Arrays:
+    """Train, then take the curvature at both ends."""
+    import jax
+    import optax
+
+    from attnlab.training import train
+
+    keys = jax.random.split(jax.random.key(config.seed), 4)
+    layer, risk, params = problem(config, keys[0], keys[1])
+    task = progress.add_task("training", total=config.steps, status="")
+
+    def report(now):
+        progress.update(task, completed=now.step, status=f"loss {now.loss:.4g}")
+
+    trained = train(
+        risk, params, optax.adam(config.learning_rate), keys[2], steps=config.steps, every=20, report=report
+    )
+    arrays = {"losses": np.asarray(trained.records.losses)}
+    task = progress.add_task("curvature", total=len(STAGES) * len(PARTS), status="")
+    for stage, point in zip(STAGES, (params, trained.params), strict=True):
+        measured = curvature(config, risk, point, keys[3], lambda: progress.advance(task))
+        measured |= decomposition(config, layer, risk, point, measured)
+        arrays |= {f"{stage}/{name}": np.asarray(array) for name, array in measured.items()}
+    return arrays
+
+
+def problem(config: Config, data_key, init_key):
+    """The layer's config, the objective on the digits, and the initial parameters."""
+    from attnlab.data.digits import digits
+    from attnlab.losses import loss_by_name
+    from attnlab.models.adapters import from_linen
+    from attnlab.models.attention import AttentionConfig, SelfAttention
+    from attnlab.objective import objective
+
+    targets = "one_hot" if config.loss == "square" else "labels"
+    data = digits(
+        data_key,
+        config.images,
+        patch=(config.patch, config.patch),
+        positions="one_hot",
+        targets=targets,
+        per_token=True,
+    )
+    layer = AttentionConfig(key_dim=config.key_dim, value_dim=10, weights=config.weights)
+    module = SelfAttention(layer)
+    params = module.init(init_key, data.inputs)["params"]
+    return layer, objective(from_linen(module), loss_by_name(config.loss), data.inputs, data.targets), params
+
+
+def curvature(config: Config, risk, params, key, advance):
+    """Matrices, eigenvalues and Lanczos densities of H, H_o and H_f, and norms and spectra of their diagonal blocks."""
+    import jax.numpy as jnp
+
+    from attnlab.curvature.operators import PARTS as OPERATORS
+    from attnlab.curvature.spectrum import spectral_density
+    from attnlab.trees import block_slices
+
+    measured = {"accuracy": accuracy(risk, params), "loss": risk(params)}
+    for part in PARTS:
+        operator = OPERATORS[part](risk, params)
+        matrix = operator.dense()
+        eigenvalues = jnp.linalg.eigvalsh(matrix)
+        measured |= {f"matrix/{part}": matrix, f"eigenvalues/{part}": eigenvalues}
+        for block, rows in block_slices(params).items():
+            measured[f"norm/{part}/{block}"] = jnp.linalg.norm(matrix[rows, rows])
+            measured[f"eigenvalues/{part}/{block}"] = jnp.linalg.eigvalsh(matrix[rows, rows])
+        steps = min(config.lanczos_steps, operator.dimension)
+        density = spectral_density(operator, key, probes=config.probes, steps=steps)
+        measured |= smoothed(part, density, eigenvalues, measured["eigenvalues/hessian"])
+        advance()
+    return measured
+
+
+def smoothed(part: str, density, eigenvalues, of_hessian):
+    """Density in u = asinh(lambda / s), smoothed by a Gaussian of width 0.15: the estimate, its error, the exact one.
+
+    With s = max |eigenvalue of H| / RELATIVE_RANGE it is linear around zero and logarithmic in the tails.
+    """
+    import jax.numpy as jnp
+
+    scale = jnp.max(jnp.abs(of_hessian)) / RELATIVE_RANGE
+    grid, width = jnp.linspace(-8.0, 8.0, 400), 0.15
+
+    def kernel(values):
+        distance = (grid[:, None] - jnp.arcsinh(values / scale)[None, :]) / width
+        return jnp.exp(-0.5 * distance**2) / (width * (2 * jnp.pi) ** 0.5)
+
+    mean, error = density.integral(kernel)
+    exact = jnp.mean(kernel(eigenvalues), axis=1)
+    return {f"density/{part}": jnp.stack([mean, error, exact]), "grid": grid, "scale": scale}
+
+
+def decomposition(config: Config, layer, risk, params, measured):
+    """Size of every factor of the closed form (root mean square over tokens), and its error against autodiff."""
+    import jax.numpy as jnp
+
+    from attnlab.attention import attention_hessian, describe
+
+    exact = attention_hessian(layer, params, risk.inputs, risk.targets, loss=config.loss)
+    factors = {factor.symbol: factor for term in describe(exact) for factor in term.factors}
+    token_count = risk.inputs.shape[0] * risk.inputs.shape[1]
+    sizes = {}
+    for symbol, factor in factors.items():
+        # One matrix or vector a token, but one for all of a weight, or of the square loss's scalar curvature.
+        count = 1 if factor.role == "weight" or factor.array.ndim == 0 else token_count
+        sizes[f"factor/{factor.role}/{symbol}"] = jnp.sqrt(jnp.sum(factor.array**2) / count)
+    errors = {
+        f"closed_form_error/{part}": jnp.linalg.norm(exact.dense(name) - measured[f"matrix/{part}"])
+        / jnp.linalg.norm(measured["matrix/hessian"])
+        for part, name in (("hessian", "full"), ("ggn", "outer"), ("functional", "functional"))
+    }
+    return sizes | errors
+
+
+def accuracy(risk, params):
+    """Share of images whose class the mean over the tokens predicts."""
+    import jax.numpy as jnp
+
+    labels = risk.targets[:, 0] if risk.targets.ndim == 2 else jnp.argmax(risk.targets[:, 0], axis=-1)
+    return jnp.mean(jnp.argmax(jnp.mean(risk.outputs(params), axis=1), axis=-1) == labels)
+
+
+def plot(arrays: Arrays, config: Config):
+    """Rows: initialisation and training; columns: block grid, spectra, block spectra. Below: norms and factors."""
+    import matplotlib.pyplot as plt
+
+    figure = plt.figure(figsize=(12, 11))
+    grid = figure.add_gridspec(3, 6, height_ratios=(1, 1, 0.85))
+    for row, stage in enumerate(STAGES):
+        now = {name.removeprefix(f"{stage}/"): array for name, array in arrays.items() if name.startswith(f"{stage}/")}
+        title = {"initial": "at initialisation", "trained": f"after {config.steps} steps"}[stage]
+        plot_grid(figure, figure.add_subplot(grid[row, :2]), now, title, top_decade(arrays))
+        plot_densities(figure, grid[row, 2:4], now, title)
+        plot_block_spectra(figure.add_subplot(grid[row, 4:]), now, title)
+    plot_norms(figure.add_subplot(grid[2, :3]), arrays)
+    plot_factors(figure.add_subplot(grid[2, 3:]), arrays)
+    return figure
+
+
+def top_decade(arrays: Arrays) -> float:
+    return float(np.log10(max(np.abs(arrays[f"{stage}/matrix/hessian"]).max() for stage in STAGES)))
+
+
+def plot_grid(figure, axes, now: Arrays, title: str, top: float) -> None:
+    from attnlab.plotting.matrices import block_grid
+
+    sizes = {block: len(now[f"eigenvalues/hessian/{block}"]) for block in BLOCKS}
+    image = block_grid(axes, now["matrix/hessian"], sizes, (top - 6, top), BLOCKS)
+    axes.set_title(f"Hessian blocks, {title}")
+    figure.colorbar(image, ax=axes, label=r"$\log_{10}|\mathrm{entry}|$", shrink=0.85, extend="min")
+
+
+def plot_densities(figure, place, now: Arrays, title: str) -> None:
+    """H, H_o and H_f above one another on one axis of eigenvalues."""
+    from attnlab.plotting.matrices import density_with_band
+
+    ticks = np.array([-1, -0.1, -0.01, 0, 0.01, 0.1, 1])
+    rows = place.subgridspec(len(PARTS), 1, hspace=0.08).subplots(sharex=True, sharey=True)
+    for color, (axes, (part, label)) in enumerate(zip(rows, PARTS.items(), strict=True)):
+        mean, error, exact = now[f"density/{part}"]
+        density_with_band(axes, now["grid"], mean, error, exact, f"C{color}", f"${label}$: Lanczos")
+        axes.legend(loc="upper left", handlelength=1)
+    axes.set(yscale="log", ylim=(1e-3, 9), xlim=(now["grid"][0], now["grid"][-1]), yticks=(1e-2, 1))
+    axes.set_xticks(np.arcsinh(ticks * RELATIVE_RANGE), [f"{tick:g}" for tick in ticks])
+    axes.set_xlabel(rf"eigenvalue / $\|H\|$, $\|H\|$ = {float(now['scale']) * RELATIVE_RANGE:.2g} (asinh axis)")
+    rows[1].set_ylabel("density per unit of asinh")
+    rows[0].set_title(f"spectra, {title} (dashed: exact)")
+
+
+def plot_block_spectra(axes, now: Arrays, title: str) -> None:
+    from attnlab.plotting.matrices import signed_spectrum
+
+    top = 0.0
+    for color, (block, label) in enumerate(reversed(BLOCKS.items())):
+        eigenvalues = now[f"eigenvalues/hessian/{block}"]
+        top = max(top, np.abs(eigenvalues).max())
+        signed_spectrum(axes, eigenvalues, f"C{color}", f"{label} block")
+    axes.plot([], [], "v", color="gray", markerfacecolor="none", label="negative")
+    axes.set(ylim=(1e-7 * top, 3 * top), xlabel="rank", ylabel="|eigenvalue|")
+    axes.set_title(f"blocks of $H$, {title}")
+    axes.legend(loc="upper right")
+
+
+def plot_norms(axes, arrays: Arrays) -> None:
+    from attnlab.plotting.matrices import before_and_after
+
+    for color, (part, label) in enumerate(PARTS.items()):
+        before, after = (np.array([arrays[f"{stage}/norm/{part}/{block}"] for block in BLOCKS]) for stage in STAGES)
+        names = [f"{name}{name}" for name in BLOCKS.values()]
+        before_and_after(axes, names, before, after, f"C{color}", f"${label}$", 0.22 * (1 - color))
+    axes.set_xlabel("Frobenius norm of the diagonal block (open: initial, filled: trained)")
+    axes.set_title("block norms ($H_f$ of VV is zero: no mark)")
+    axes.legend(loc="best")
+
+
+def plot_factors(axes, arrays: Arrays) -> None:
+    from attnlab.plotting.matrices import before_and_after
+
+    names = [name.removeprefix("initial/factor/") for name in arrays if name.startswith("initial/factor/")]
+    kinds = [("data", "data"), ("weight", "weights"), ("moment", "attention moments"), ("loss", "loss")]
+    ordered = [(name, color) for color, (word, _) in enumerate(kinds) for name in names if kind_of(name) == word]
+    before, after = (np.array([arrays[f"{stage}/factor/{name}"] for name, _ in ordered]) for stage in STAGES)
+    for color, (_, label) in enumerate(kinds):
+        mine = np.array([place == color for _, place in ordered])
+        values = (np.where(mine, value, 0.0) for value in (before, after))
+        before_and_after(axes, [SYMBOLS[name.split("/")[1]] for name, _ in ordered], *values, f"C{color}", label, 0.0)
+    axes.invert_yaxis()
+    axes.set_xlabel("norm, root mean square over tokens (open: initial, filled: trained)")
+    axes.set_title("what the blocks are made of")
+    axes.legend(loc="best")
+
+
+def kind_of(name: str) -> str:
+    """Data, weight, moment or loss: the kind of a factor by its role (queries count as data)."""
+    role = name.split("/")[0]
+    return next(word for word in ("moment", "data", "weight", "loss") if word in role)
+
+
+SYMBOLS = {
+    "x_i": "token $x_i$",
+    "q_i": "query $q_i$",
+    "m_i": "mean $m_i$",
+    "Σ_i": r"covariance $\Sigma_i$",
+    "κ̂_i": r"third moment $\hat\kappa_i$",
+    "W_K": "$W_K$",
+    "W_V": "$W_V$",
+    "W_O": "$W_O$",
+    "γ_i": r"gradient $\gamma_i$",
+    "g_i": "gradient $g_i$",
+    "Λ_i": r"curvature $\Lambda_i$",
+}
+
+
+def tables(arrays: Arrays, config: Config) -> list[Table]:
+    """Norms, extreme eigenvalues and checks at both stages."""
+    norms = Table(
+        "quantity", "at initialisation", f"after {config.steps} steps", title="Hessian of the attention layer"
+    )
+
+    def row(name: str, key: str, pick=float) -> None:
+        norms.add_row(name, *(f"{pick(arrays[f'{stage}/{key}']):.4g}" for stage in STAGES))
+
+    row("loss", "loss")
+    row("accuracy on these images", "accuracy")
+    for part, label in PARTS.items():
+        row(f"largest eigenvalue of {label}", f"eigenvalues/{part}", np.max)
+        row(f"smallest eigenvalue of {label}", f"eigenvalues/{part}", np.min)
+    for block, label in BLOCKS.items():
+        for part, name in PARTS.items():
+            row(f"norm of the {label}{label} block of {name}", f"norm/{part}/{block}")
+    checks = Table("check", "at initialisation", f"after {config.steps} steps", title="Agreement")
+    for part, name in PARTS.items():
+        errors = (f"{float(arrays[f'{stage}/closed_form_error/{part}']):.1e}" for stage in STAGES)
+        checks.add_row(f"closed form of {name} against autodiff, relative error", *errors)
+        checks.add_row(
+            f"Lanczos density of {name} within 3 standard errors", *(covered(arrays, s, part) for s in STAGES)
+        )
+    return [norms, checks]
+
+
+def covered(arrays: Arrays, stage: str, part: str) -> str:
+    """Share of the grid where the Lanczos density is within three of its standard errors of the exact one."""
+    mean, error, exact = arrays[f"{stage}/density/{part}"]
+    shown = exact > 1e-3
+    return f"{np.mean(np.abs(mean - exact)[shown] <= 3 * error[shown] + 1e-3):.0%}"
+
+
+ANALYSIS = Analysis("attention-spectrum", Config, compute, plot, tables, __doc__)
+
+if __name__ == "__main__":
+    ANALYSIS.main()

@@ -1,0 +1,130 @@
+"""The frame of an analysis script: its config is its command line; compute gives arrays, plot gives the figure.
+
+No heavy import at the top: `--help` answers at once. Scripts import JAX inside `compute` and matplotlib inside `plot`.
+"""
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.figure import Figure
+
+Arrays = dict[str, "np.ndarray"]
+
+
+@dataclass(frozen=True)
+class AnalysisConfig:
+    """Options that every analysis has. Subclasses add theirs, and the sizes that `--smoke` puts in their place."""
+
+    SMOKE: ClassVar[Mapping[str, Any]] = {}
+
+    seed: int = 1
+    """Seed of all random numbers."""
+    dtype: Literal["float64", "float32"] = "float64"
+    """Precision of the computation."""
+    smoke: bool = False
+    """Tiny sizes, in seconds, to see that it runs; the files' names then end in -smoke."""
+    output: Path = Path()
+    """Folder under which results/ and figures/ are written."""
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """One figure of the lab.
+
+    Attributes:
+        name: of the command and the files.
+        config: a subclass of `AnalysisConfig`.
+        compute: `compute(config, progress) -> arrays`, under a rich progress display.
+        plot: `plot(arrays, config) -> Figure`, from the arrays alone.
+        tables: `tables(arrays, config) -> rich tables` for the terminal.
+        description: what the command's help says first.
+    """
+
+    name: str
+    config: type[AnalysisConfig]
+    compute: Callable[[Any, Progress], Arrays]
+    plot: Callable[[Arrays, Any], "Figure"]
+    tables: Callable[[Arrays, Any], Sequence[Table]]
+    description: str
+
+    def main(self, arguments: Sequence[str] | None = None) -> None:
+        """Parse the command line, compute, and write results/NAME and figures/NAME.{png,pdf,json}.
+
+        Ends with status 1 and one line on standard error when the input or the training is at fault.
+        """
+        config = tyro.cli(
+            self.config, prog=f"attnlab run {self.name}", description=self.description, args=arguments, config=()
+        )
+        console = Console()
+        try:
+            self.run(config, console)
+        except (ValueError, ArithmeticError, ModuleNotFoundError, OSError) as error:
+            Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False)
+            raise SystemExit(1) from error
+
+    def run(self, config: AnalysisConfig, console: Console) -> Arrays:
+        """Compute, write and show the analysis for one config; returns the arrays."""
+        configure_jax(config.dtype)
+        config = dataclasses.replace(config, **config.SMOKE) if config.smoke else config
+        started = time.perf_counter()
+        with progress_display(console) as progress:
+            arrays = self.compute(config, progress)
+        written = self._write(arrays, config, time.perf_counter() - started)
+        for table in self.tables(arrays, config):
+            console.print(table)
+        for path in written:
+            console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+        return arrays
+
+    def _write(self, arrays: Arrays, config: AnalysisConfig, seconds: float) -> list[Path]:
+        from attnlab.plotting.style import save_figure, style
+        from attnlab.runs import manifest, save_result, write_json
+
+        name = self.name + ("-smoke" if config.smoke else "")
+        record = {"analysis": self.name, **manifest(config, seconds)}
+        with style():
+            figure = self.plot(arrays, config)
+            png, pdf = save_figure(figure, config.output / "figures" / name)
+        write_json(png.with_suffix(".json"), record)
+        save_result(config.output / "results" / name, arrays, record)
+        return [png, pdf, config.output / "results" / name]
+
+
+def progress_display(console: Console) -> Progress:
+    """A progress bar with counts, time taken and time left; `status` is a free text field of each task."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[status]}"),
+        console=console,
+    )
+
+
+def configure_jax(dtype: str) -> None:
+    """Set the precision, and keep compiled programs between runs in the user's cache folder.
+
+    For commands, which own their process; a library call never does this.
+    """
+    import jax
+
+    jax.config.update("jax_enable_x64", dtype == "float64")
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "attnlab" / "compiled"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

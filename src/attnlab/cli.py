@@ -1,0 +1,75 @@
+"""The command `attnlab`. JAX is imported only once there is something to compute."""
+
+import argparse
+import ast
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+from rich.console import Console
+from rich.table import Table
+
+
+def analyses_folder() -> Path:
+    """Where the analysis scripts are: inside an installed package, or beside src/ in a checkout."""
+    package = Path(__file__).parent
+    return next(folder for folder in (package / "_analyses", package.parents[1] / "analyses") if folder.is_dir())
+
+
+def analysis_scripts() -> dict[str, Path]:
+    """Script of every analysis by name (`attention-spectrum` is attention_spectrum.py)."""
+    scripts = sorted(analyses_folder().glob("*.py"))
+    return {path.stem.replace("_", "-"): path for path in scripts if not path.stem.startswith("_")}
+
+
+def first_sentence(script: Path) -> str:
+    """What a script's docstring says first, read without running it."""
+    docstring = ast.get_docstring(ast.parse(script.read_text())) or ""
+    return docstring.split("\n\n")[0].replace("\n", " ")
+
+
+def load_script(path: Path) -> ModuleType:
+    """The script as a module."""
+    specification = importlib.util.spec_from_file_location(path.stem, path)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[path.stem] = module
+    specification.loader.exec_module(module)
+    return module
+
+
+def run(name: str, arguments: Sequence[str]) -> None:
+    """Run the analysis called `name` with its own flags."""
+    load_script(analysis_scripts()[name]).ANALYSIS.main(arguments)
+
+
+def list_analyses(console: Console) -> None:
+    """Print every analysis with its first sentence."""
+    table = Table("analysis", "what it shows")
+    for name, script in analysis_scripts().items():
+        table.add_row(name, first_sentence(script))
+    console.print(table)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="attnlab", description="A theory lab for attention, in JAX.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    run_parser = commands.add_parser("run", help="run an analysis: attnlab run NAME [flags], or NAME --help")
+    names = sorted(analysis_scripts())
+    run_parser.add_argument("name", metavar="NAME", choices=names, help=f"one of: {', '.join(names)}")
+    run_parser.add_argument("flags", nargs=argparse.REMAINDER, help="the analysis's own flags")
+    commands.add_parser("list", help="list the analyses")
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point. Ends with status 2 for an unknown command or analysis, 1 for a run that failed."""
+    given = parser().parse_args(arguments)
+    if given.command == "list":
+        list_analyses(Console())
+    else:
+        run(given.name, given.flags)

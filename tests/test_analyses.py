@@ -1,0 +1,50 @@
+"""Every analysis at smoke size: what it computes is finite and what it writes is complete and repeatable."""
+
+import json
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from attnlab.analysis import Analysis
+from attnlab.cli import analysis_scripts, first_sentence, load_script
+from attnlab.plotting.style import save_figure, style
+from attnlab.runs import load_arrays
+
+mpl.use("agg")
+
+
+@pytest.mark.parametrize("name", analysis_scripts())
+def test_smoke_run_writes_a_whole_result(name, tmp_path):
+    script = analysis_scripts()[name]
+    analysis = load_script(script).ANALYSIS
+    assert isinstance(analysis, Analysis)
+    assert analysis.name == name
+    assert len(first_sentence(script)) > 20
+    config = analysis.config(smoke=True, output=tmp_path)
+    arrays = analysis.run(config, Console(quiet=True))
+    assert arrays
+    saved = load_arrays(tmp_path / "results" / f"{name}-smoke")
+    for key, array in arrays.items():
+        np.testing.assert_array_equal(saved[key], array)
+    figures = tmp_path / "figures"
+    assert {path.name for path in figures.iterdir()} == {f"{name}-smoke.{kind}" for kind in ("png", "pdf", "json")}
+    record = json.loads((figures / f"{name}-smoke.json").read_text())
+    assert record["analysis"] == name
+    assert record["config"]["smoke"] is True
+    assert record["config"]["seed"] == config.seed
+    check_axes(analysis, arrays, config, tmp_path)
+
+
+def check_axes(analysis, arrays, config, folder):
+    """The figure shows something on labelled axes, and is the same file when it is drawn again."""
+    with style():
+        figure = analysis.plot(arrays, config)
+    assert isinstance(figure, Figure)
+    assert all(axes.has_data() for axes in figure.axes)
+    assert any(axes.get_xlabel() for axes in figure.axes)
+    with style():
+        again, _ = save_figure(analysis.plot(arrays, config), folder / "again")
+    assert again.read_bytes() == (folder / "figures" / f"{analysis.name}-smoke.png").read_bytes()
