@@ -7,15 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.optimize
 from icl_cases import assert_within_error
 
+from attnlab.icl.baselines import baseline
 from attnlab.icl.constructions import gradient_descent_stack
 from attnlab.icl.depth import (
     depth_risk,
     depth_step_sizes,
+    gauss_rule,
     looped_residual,
     looped_risk,
     marchenko_pastur_moments,
+    plus_plus_risk,
     wishart_moments,
 )
 from attnlab.icl.models import looped_predict, stack_predict
@@ -111,6 +115,71 @@ def test_depth_laws_at_equal_dimension_and_length():
         assert_close(jnp.asarray(value), jnp.asarray(comb(2 * loops, loops) / 4**loops), 1e-12)
 
 
+LONG = wishart_moments(5, 20, 27)
+
+
+@pytest.mark.parametrize("nodes", [1, 3, 14])
+def test_gauss_rule_reproduces_its_moments(nodes):
+    eigenvalues, weights = gauss_rule(LONG, nodes)
+    found = jnp.array([weights @ eigenvalues**k / float(LONG[k]) for k in range(2 * nodes)])
+    assert_close(found, jnp.ones(2 * nodes), 1e-12)
+
+
+def test_gauss_rule_of_the_uniform_density():
+    """Moments 1 / (k + 1): Legendre's rule on (0, 1)."""
+    nodes, weights = np.polynomial.legendre.leggauss(6)
+    found = gauss_rule([Fraction(1, k + 1) for k in range(12)], 6)
+    assert_close(found, ((nodes + 1) / 2, weights / 2), 1e-13)
+
+
+def test_plus_plus_risk_against_prompts():
+    steps, contractions = jnp.array([0.5, 0.9]), jnp.array([0.3, 0.1])
+    exact = 5 * plus_plus_risk(steps, contractions, gauss_rule(LONG, 5))
+    algorithm = baseline("gradient_descent_plus_plus", step_sizes=steps, contractions=contractions)
+    prompts = sample_prompts(jax.random.key(5), isotropic(5), 20, 20_000)
+    assert_within_error((jax.vmap(algorithm)(prompts) - prompts.target) ** 2, exact)
+
+
+# Best step sizes and first contractions (the last one has no effect) for d = 5, N = 20, and their risk.
+PLUS_PLUS = {
+    1: ([0.769231, 0.0], 1.153846),
+    2: ([0.516763, 3.474664, 0.448787, 0.0], 0.0575012),
+    3: ([0.338297, 2.090850, 8.568058, 0.296883, 1.208846, 0.0], 0.000961311),
+}
+
+
+@pytest.mark.parametrize("layers", PLUS_PLUS)
+def test_best_plus_plus(layers):
+    """Stationary, with the stated risk, and below plain descent of the same depth."""
+    parameters, expected = PLUS_PLUS[layers]
+    rule = gauss_rule(LONG, 14)
+
+    def total(vector):
+        return 5 * plus_plus_risk(vector[:layers], vector[layers:], rule)
+
+    descent = jax.jit(jax.value_and_grad(total))
+    assert_close(descent(jnp.array(parameters))[0], jnp.asarray(expected), 1e-5)
+    best = scipy.optimize.minimize(descent, np.array(parameters), jac=True, method="BFGS", options={"gtol": 1e-12})
+    assert_close(jnp.asarray(best.x[: 2 * layers - 1]), jnp.array(parameters[:-1]), 1e-4)
+    assert best.fun <= 5 * depth_risk(LONG, layers) * (1 + 1e-9)
+
+
+def test_fitting_plus_plus_to_a_sample_misses_rare_eigenvalues():
+    """The best three layers for 4,000 sampled prompts look better than the optimum, and are 20 times worse in truth."""
+    inputs = jax.random.normal(jax.random.key(0), (4_000, 20, 5))
+    sampled = jnp.ravel(jnp.linalg.eigvalsh(jnp.einsum("bni,bnj->bij", inputs, inputs) / 20))
+    weights = jnp.full(sampled.shape, 1 / sampled.size)
+    rule = gauss_rule(LONG, 14)
+    parameters, optimum = PLUS_PLUS[3]
+
+    def on(rule):
+        return jax.jit(jax.value_and_grad(lambda vector: 5 * plus_plus_risk(vector[:3], vector[3:], rule)))
+
+    fitted = scipy.optimize.minimize(on((sampled, weights)), np.array(parameters), jac=True, method="BFGS")
+    assert fitted.fun < 0.8 * optimum
+    assert on(rule)(jnp.asarray(fitted.x))[0] > 20 * optimum
+
+
 def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="layers is 7 with 13 moments"):
         depth_risk(WISHART, 7)
@@ -120,3 +189,5 @@ def test_bad_input_is_refused():
         wishart_moments(5, 0, 3)
     with pytest.raises(ValueError, match="expected a positive d/N"):
         marchenko_pastur_moments(0, 3)
+    with pytest.raises(ValueError, match="nodes is 7 with 13 moments"):
+        gauss_rule(WISHART, 7)

@@ -138,8 +138,12 @@ def population_risk(effective: Effective, problem: LinearRegression, length: int
     O(H^2 d^3), and O(H^2 M d^2) more for a set of M tasks. Raises `ValueError` for shapes that do not fit `problem`.
     """
     _check_effective(effective, problem, length)
+    return _risk(effective, problem, jnp.asarray(length, problem.mixing.dtype))
+
+
+@jax.jit
+def _risk(effective: Effective, problem: LinearRegression, length: Scalar) -> Scalar:
     heads = _split(effective)
-    length = jnp.asarray(length, problem.mixing.dtype)
     parts = [_quadratic_part] + ([_cumulant_part] if INPUT_LAWS[problem.inputs].excess_kurtosis else [])
 
     def pair(one: tuple, two: tuple) -> Scalar:
