@@ -69,6 +69,17 @@ def check_same_structure(name: str, tree: PyTree, expected: PyTree) -> None:
             raise ValueError(f"{name}: {where} has shape {np.shape(leaf)}; expected {np.shape(other)}.")
 
 
+def check_leading_axis(name: str, tree: PyTree, size: int, remedy: str) -> None:
+    """Raise `ValueError` unless the first axis of every leaf of `tree` has `size` entries."""
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        if np.ndim(leaf) == 0 or np.shape(leaf)[0] != size:
+            where = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(
+                f"{name}{': ' + where if where else ''} has shape {np.shape(leaf)}; expected a first axis of {size}. "
+                f"{remedy}"
+            )
+
+
 def check_range(name: str, value: int | float, low: int | float, high: int | float, remedy: str) -> None:
     """Raise `ValueError` unless `low <= value <= high`."""
     if not low <= value <= high:

@@ -71,7 +71,7 @@ def counting():
     """A probe that counts its own measurements and draws a number."""
     return Probe(
         lambda risk, state, memory, key: ((memory, jax.random.normal(key)), memory + 1),
-        start=lambda params: jnp.array(0),
+        start=lambda risk, state, key: jnp.array(0),
     )
 
 
@@ -153,7 +153,8 @@ class TestBadInput:
 
     def test_memory_that_changes_shape(self, key):
         growing = Probe(
-            lambda risk, state, memory, key: ((), jnp.concatenate([memory, memory])), start=lambda params: jnp.ones(1)
+            lambda risk, state, memory, key: ((), jnp.concatenate([memory, memory])),
+            start=lambda risk, state, key: jnp.ones(1),
         )
         with pytest.raises(TypeError, match="probe 'growing' starts with a memory of"):
             train(*CASES["softmax/square"](key), optax.sgd(0.1), key, steps=2, probes={"growing": growing})

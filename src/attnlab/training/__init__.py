@@ -1,6 +1,19 @@
 """The training loop and the probes inside it."""
 
+from attnlab.training.batches import minibatches
 from attnlab.training.loop import DivergenceError, Progress, Records, Trajectory, train
 from attnlab.training.probe import Probe, TrainingState, probe
+from attnlab.training.report import show_progress
 
-__all__ = ["DivergenceError", "Probe", "Progress", "Records", "TrainingState", "Trajectory", "probe", "train"]
+__all__ = [
+    "DivergenceError",
+    "Probe",
+    "Progress",
+    "Records",
+    "TrainingState",
+    "Trajectory",
+    "minibatches",
+    "probe",
+    "show_progress",
+    "train",
+]

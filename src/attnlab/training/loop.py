@@ -1,4 +1,4 @@
-"""The one training loop: any objective, any optax optimizer, probes inside the scan, resumable."""
+"""The one training loop: any objective, any optax optimizer, probes inside the scan, ensembles, resumable."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 
-from attnlab.checks import check_positive
+from attnlab.checks import check_finite, check_leading_axis, check_positive
 from attnlab.objective import Objective, check_objective
 from attnlab.training.checkpoint import Checkpoint, fingerprint
 from attnlab.training.probe import Probe, TrainingState
@@ -25,15 +25,21 @@ PARTS = 50
 
 
 class Records(NamedTuple):
-    """What was measured: at `steps` (r,), by probe name, `values` (r, ...); `losses` (s,) at the start of each step."""
+    """What was measured: at `steps` (r,), by probe name, `values` (r, ...); `losses` (s,) at the start of each step.
+
+    Of an ensemble of m members: `values` (r, m, ...) and `losses` (s, m).
+    """
 
     steps: Array
     values: dict[str, PyTree]
-    losses: Float[Array, " s"]
+    losses: Float[Array, "s ..."]
 
 
 class Progress(NamedTuple):
-    """What a progress report sees: steps done, steps in all, the newest loss, the newest values of each probe."""
+    """What a progress report sees: steps done, steps in all, the newest loss, the newest values of each probe.
+
+    Of an ensemble: the median loss of the members that have not diverged, and the values of all.
+    """
 
     step: int
     steps: int
@@ -43,7 +49,7 @@ class Progress(NamedTuple):
 
 @dataclass(frozen=True)
 class Trajectory:
-    """A finished run: what was measured, and the state that it ended in."""
+    """A finished run: what was measured, and the state that it ended in (an ensemble's with a leading axis)."""
 
     records: Records
     state: TrainingState
@@ -55,7 +61,7 @@ class Trajectory:
 
 
 class DivergenceError(ArithmeticError):
-    """The loss became infinite or NaN; `records` holds what was measured until then."""
+    """The loss became infinite or NaN, of every member of an ensemble; `records` is what was measured until then."""
 
     def __init__(self, message: str, records: Records):
         super().__init__(message)
@@ -70,6 +76,7 @@ class _Plan:
     probes: tuple[tuple[str, Probe], ...]
     every: int
     resample: Resample | None
+    members: int | None
 
 
 def train(
@@ -82,10 +89,20 @@ def train(
     every: int = 1,
     probes: Mapping[str, Probe] | None = None,
     resample: Resample | None = None,
+    hyperparameters: Mapping[str, ArrayLike] | None = None,
     directory: Path | None = None,
     report: Callable[[Progress], Any] | None = None,
 ) -> Trajectory:
     """Minimise `risk` from `params` for `steps` steps of an optax optimizer, measuring `probes` on the way.
+
+    Many runs in one: with keys (m,) instead of one key, and a leading axis m on every leaf of `params` (and on each of
+    the `hyperparameters`), it trains m members side by side, over seeds, learning rates or both:
+
+        keys = jax.random.split(key, 3)
+        train(risk, jax.vmap(init)(keys), optax.inject_hyperparams(optax.sgd)(learning_rate=0.1), keys,
+              hyperparameters={"learning_rate": jnp.array([0.05, 0.1, 0.2])}, steps=1000)
+
+    A member that diverges carries its NaN, and the others go on.
 
     Args:
         risk: the objective; full batch unless `resample` is given.
@@ -96,30 +113,78 @@ def train(
         every: the probes are taken before step 0, `every`, 2 `every`, ..., and after the last: steps / every + 1 times.
         probes: by name.
         resample: draws the objective of each step from a key; the probes always see `risk`.
+        hyperparameters: values by name that take the place of those in the state of an optimizer that was wrapped in
+            `optax.inject_hyperparams`.
         directory: where to save; a run that was killed resumes there, and gives the same numbers on the same machine.
             It loses at most one of the `PARTS` parts.
         report: called between the parts.
 
-    Raises `ValueError` for steps that `every` does not divide or a directory of another run, `TypeError` for a probe
-    whose memory changes structure, `DivergenceError` when the loss is no longer finite: what was saved until then
-    stays.
+    Raises `ValueError` for steps that `every` does not divide, an unknown hyperparameter, leaves without an ensemble's
+    axis or a directory of another run, `TypeError` for a probe whose memory changes structure, `DivergenceError` when
+    the loss or the parameters are no longer finite: what was saved until then stays.
     """
     check_positive(steps=steps, every=every)
     if steps % every:
         raise ValueError(f"steps is {steps}; expected a multiple of every, which is {every}. Change one of them.")
-    check_objective(risk, params)
-    plan = _Plan(optimizer, tuple(sorted((probes or {}).items())), every, resample)
-    memory = {name: probe.start(params) for name, probe in plan.probes}
-    start = TrainingState(jnp.array(0), params, _standard_promotion(optimizer.init)(params), key, memory)
-    _check_probes(risk, start, plan)
+    members = key.shape[0] if key.ndim else None
+    plan = _Plan(optimizer, tuple(sorted((probes or {}).items())), every, resample, members)
+    start = _first_state(risk, params, key, plan, hyperparameters or {})
     checkpoint = None
     if directory is not None:
         names = ",".join(name for name, _ in plan.probes)
         checkpoint = Checkpoint(Path(directory), fingerprint((risk, start)) + f"/{steps}/{every}/{names}")
     parts, state = _run_parts(risk, start, plan, steps, checkpoint, report)
-    final = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], _measure(risk, state, plan)[0])
-    last = Records(jnp.asarray(state.step)[None], final, parts[0].losses[:0])
-    return Trajectory(_concatenate([*parts, last]), state)
+    final = jax.tree.map(lambda leaf: leaf[None], _measure_last(risk, state, plan))
+    last = Records(_step_of(state)[None], final, parts[0].losses[:0])
+    records = _concatenate([*parts, last])
+    _check_finite_end(state, records, plan)
+    return Trajectory(records, state)
+
+
+def _first_state(
+    risk: Objective, params: Params, key: PRNGKey, plan: _Plan, hyperparameters: Mapping[str, ArrayLike]
+) -> TrainingState:
+    """The state before the first step, all but the memory of the probes; checks all that can be checked by then."""
+    check_finite("params", params)
+    if plan.members is not None:
+        check_leading_axis("params", params, plan.members, "Stack one point a key.")
+    check_objective(risk, _one_member(params, plan))
+
+    def build(params: Params, key: PRNGKey, values: dict[str, Array]) -> TrainingState:
+        optimizer_state = _standard_promotion(plan.optimizer.init)(params)
+        return TrainingState(jnp.array(0), params, _set(optimizer_state, values), key, {})
+
+    values = {name: jnp.asarray(value) for name, value in hyperparameters.items()}
+    if plan.members is not None:
+        values = {name: jnp.broadcast_to(value, (plan.members,)) for name, value in values.items()}
+        build = jax.vmap(build)
+    state = build(jax.tree.map(jnp.asarray, params), key, values)
+    _check_probes(risk, _one_member(state, plan), plan)
+    return state
+
+
+def _one_member(tree: PyTree, plan: _Plan) -> PyTree:
+    return tree if plan.members is None else jax.tree.map(lambda leaf: jnp.asarray(leaf)[0], tree)
+
+
+def _set(optimizer_state: optax.OptState, values: dict[str, Array]) -> optax.OptState:
+    for name, value in values.items():
+        held = [leaf for _, leaf in optax.tree.get_all_with_path(optimizer_state, name)]
+        if not held:
+            raise ValueError(
+                f"the optimizer's state holds no hyperparameter '{name}'; expected an optimizer that takes it, wrapped "
+                f"as optax.inject_hyperparams(optax.sgd)({name}=0.1)."
+            )
+        optimizer_state = optax.tree.set(optimizer_state, **{name: value.astype(jnp.asarray(held[0]).dtype)})
+    return optimizer_state
+
+
+def _each_member(function: Callable, plan: _Plan, out_axes: Any = 0) -> Callable:
+    return function if plan.members is None else jax.vmap(function, in_axes=(None, 0), out_axes=out_axes)
+
+
+def _step_of(state: TrainingState) -> Array:
+    return jnp.ravel(state.step)[0]  # all members stand at one step
 
 
 def _run_parts(
@@ -134,25 +199,31 @@ def _run_parts(
     size = -(-intervals // PARTS)
     sizes = [min(size, intervals - done) for done in range(0, intervals, size)]
     parts: list[Records] = []
-    if checkpoint is not None:
-        template = jax.eval_shape(lambda risk, state: _advance(risk, state, plan, 1)[1], risk, state)
-        parts, state = checkpoint.restore(template, state) or (parts, state)
+    state_shapes = jax.eval_shape(lambda risk, state: _start_probes(risk, state, plan), risk, state)
+    record_shapes = jax.eval_shape(lambda risk, state: _advance(risk, state, plan, 1)[1], risk, state_shapes)
+    restored = None if checkpoint is None else checkpoint.restore(record_shapes, state_shapes)
+    parts, state = restored or (parts, _start_probes(risk, state, plan))
     for number in range(len(parts), len(sizes)):
         state, records = _advance(risk, state, plan, sizes[number])
         parts.append(records)
-        _check_finite_losses(parts, records)
+        _check_finite_losses(parts, records, checkpoint)
         if checkpoint is not None:
             checkpoint.save(number, records, state)
         if report is not None:
             newest = jax.tree.map(lambda leaf: np.asarray(leaf[-1]), records.values)
-            report(Progress(int(state.step), steps, float(records.losses[-1]), newest))
+            report(Progress(int(_step_of(state)), steps, float(np.nanmedian(records.losses[-1])), newest))
     return parts, state
 
 
 @jax.jit(static_argnames=("plan", "intervals"))
 def _advance(risk: Objective, state: TrainingState, plan: _Plan, intervals: int) -> tuple[TrainingState, Records]:
     """`intervals` times: measure, then `plan.every` steps."""
+    advance = _each_member(lambda risk, state: _advance_one(risk, state, plan, intervals), plan, out_axes=(0, 1))
+    state, records = advance(risk, state)
+    return state, records if plan.members is None else records._replace(steps=records.steps[:, 0])
 
+
+def _advance_one(risk: Objective, state: TrainingState, plan: _Plan, intervals: int) -> tuple[TrainingState, Records]:
     def step(state: TrainingState, _: None) -> tuple[TrainingState, Array]:
         key, batch_key = jax.random.split(state.key)
         batch = risk if plan.resample is None else plan.resample(batch_key, risk)
@@ -177,8 +248,31 @@ def _measure(risk: Objective, state: TrainingState, plan: _Plan) -> tuple[dict[s
     values, memory = {}, {}
     for number, (name, probe) in enumerate(plan.probes):
         key = jax.random.fold_in(state.key, number)
-        values[name], memory[name] = probe.measure(risk, state, state.memory[name], key)
+        measured = probe.measure(risk, state, state.memory[name], key)
+        if not (isinstance(measured, tuple) and len(measured) == 2):
+            raise TypeError(
+                f"probe '{name}' returned a {type(measured).__name__}; expected the pair (values, memory). "
+                "A plain function of (risk, params) becomes a probe by attnlab.training.probe."
+            )
+        values[name], memory[name] = measured
     return values, memory
+
+
+@jax.jit(static_argnames=("plan",))
+def _measure_last(risk: Objective, state: TrainingState, plan: _Plan) -> dict[str, PyTree]:
+    return _each_member(lambda risk, state: _measure(risk, state, plan)[0], plan)(risk, state)
+
+
+@jax.jit(static_argnames=("plan",))
+def _start_probes(risk: Objective, state: TrainingState, plan: _Plan) -> TrainingState:
+    return _each_member(lambda risk, state: _with_memory(risk, state, plan), plan)(risk, state)
+
+
+def _with_memory(risk: Objective, state: TrainingState, plan: _Plan) -> TrainingState:
+    memory = {}
+    for number, (name, probe) in enumerate(plan.probes):
+        memory[name] = probe.start(risk, state, jax.random.fold_in(state.key, number))
+    return state._replace(memory=memory)
 
 
 def _standard_promotion(function: Callable) -> Callable:
@@ -191,30 +285,51 @@ def _standard_promotion(function: Callable) -> Callable:
 
 
 def _check_probes(risk: Objective, state: TrainingState, plan: _Plan) -> None:
-    _, memory = jax.eval_shape(lambda risk, state: _measure(risk, state, plan), risk, state)
+    state = jax.eval_shape(lambda risk, state: _with_memory(risk, state, plan), risk, state)
+    values, memory = jax.eval_shape(lambda risk, state: _measure(risk, state, plan), risk, state)
     for name, _ in plan.probes:
         before, after = (
             [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree[name])] for tree in (state.memory, memory)
         )
-        if before != after:
+        structures = {str(jax.tree.structure(tree[name])) for tree in (state.memory, memory)}
+        if before != after or len(structures) > 1:
             raise TypeError(
                 f"probe '{name}' starts with a memory of {before} and returns one of {after}; expected the "
-                "same shapes and dtypes. Return the values and the memory, in this order."
+                "same structure, shapes and dtypes. Return the values and the memory, in this order."
             )
+        if not jax.tree.leaves(values[name]):
+            raise TypeError(f"probe '{name}' returns no array; expected at least one number to record.")
 
 
-def _check_finite_losses(parts: list[Records], newest: Records) -> None:
-    finite = np.isfinite(np.asarray(newest.losses))
-    if finite.all():
+def _check_finite_losses(parts: list[Records], newest: Records, checkpoint: Checkpoint | None) -> None:
+    if _any_finite(newest.losses).all():
         return
     records = _concatenate(parts)
-    first = int(np.argmin(np.isfinite(np.asarray(records.losses))))
-    last = f"; the last finite loss was {records.losses[first - 1]:.6g}" if first else ""
+    losses = np.asarray(records.losses)
+    first = int(np.argmin(_any_finite(losses)))
+    last = f"; the last finite loss was {np.nanmin(losses[first - 1]):.6g}" if first else ""
+    saved = f", and {checkpoint.directory} holds the parts before" if checkpoint is not None else ""
     raise DivergenceError(
-        f"the loss at step {first} is {records.losses[first]}{last}. Lower the learning rate, or warm it up. "
-        f"Measurements until then are in this error's records.",
+        f"the loss at step {first} is {losses[first]}{last}. Lower the learning rate, or warm it up. "
+        f"Measurements until then are in this error's records{saved}.",
         records,
     )
+
+
+def _any_finite(losses: ArrayLike) -> np.ndarray:
+    """At each step, whether the loss of at least one member is finite."""
+    finite = np.isfinite(np.asarray(losses))
+    return finite.reshape(len(finite), -1).any(axis=1)
+
+
+def _check_finite_end(state: TrainingState, records: Records, plan: _Plan) -> None:
+    # the loss is taken before each step, so the very last step shows in the parameters only
+    if plan.members is None and not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params)):
+        raise DivergenceError(
+            f"the parameters after the last step, {int(state.step)}, are not finite; the last finite loss was "
+            f"{float(records.losses[-1]):.6g}. Lower the learning rate, or warm it up.",
+            records,
+        )
 
 
 def _concatenate(parts: list[Records]) -> Records:

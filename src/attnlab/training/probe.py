@@ -31,13 +31,23 @@ class Probe:
     Attributes:
         measure: `measure(risk, state, memory, key) -> (values, memory)`, pure; `values` is a pytree of arrays whose
             shapes do not depend on the data, `memory` has one structure throughout.
-        start: `start(params) -> memory` before the first measurement.
+        start: `start(risk, state, key) -> memory`, once before the first step; the memory in `state` is still empty.
     """
 
     measure: Callable[[Objective, TrainingState, Any, PRNGKey], tuple[PyTree, Any]]
-    start: Callable[[Params], Any] = lambda params: ()
+    start: Callable[[Objective, TrainingState, PRNGKey], Any] = lambda risk, state, key: ()
 
 
 def probe(function: Callable[[Objective, Params], PyTree]) -> Probe:
     """The probe that measures `function(risk, params) -> pytree of arrays` and remembers nothing."""
-    return Probe(lambda risk, state, memory, key: (function(risk, state.params), memory))
+    return Probe(_WithoutMemory(function))
+
+
+@dataclass(frozen=True)
+class _WithoutMemory:
+    """Hashed by the function, so that probes of one function share one compiled loop."""
+
+    function: Callable[[Objective, Params], PyTree]
+
+    def __call__(self, risk: Objective, state: TrainingState, memory: Any, key: PRNGKey) -> tuple[PyTree, Any]:
+        return self.function(risk, state.params), memory

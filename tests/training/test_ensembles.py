@@ -1,0 +1,152 @@
+"""Ensembles against their members one by one, minibatches, and what a progress bar shows."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from rich.console import Console
+from rich.progress import Progress, TextColumn
+
+from attnlab.losses import square_loss
+from attnlab.objective import objective
+from attnlab.training import DivergenceError, Probe, minibatches, probe, show_progress, train
+from attnlab.trees import ravel
+from cases import CASES
+from compare import assert_close
+
+RATES = (0.01, 0.05, 0.1)
+OPTIMIZERS = {"sgd": optax.sgd, "adam": optax.adam}
+
+
+def members(key):
+    """A risk, three points and three keys."""
+    risk, params = CASES["softmax/square"](key)
+    keys = jax.random.split(key, 3)
+    points = jax.tree.map(lambda leaf: jnp.stack([leaf, 0.5 * leaf, 2 * leaf]), params)
+    return risk, points, keys
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_ensemble_is_its_members(name, key):
+    risk, points, keys = members(key)
+    options = {
+        "steps": 6,
+        "every": 3,
+        "probes": {"norm": probe(lambda risk, params: ravel(params) @ ravel(params))},
+        "resample": minibatches(1),
+    }
+    optimizer = optax.inject_hyperparams(OPTIMIZERS[name])(learning_rate=1.0)
+    together = train(risk, points, optimizer, keys, hyperparameters={"learning_rate": jnp.array(RATES)}, **options)
+    assert together.records.steps.tolist() == [0, 3, 6]
+    assert together.records.losses.shape == (6, 3)
+    for i, rate in enumerate(RATES):
+        point = jax.tree.map(lambda leaf, i=i: leaf[i], points)
+        alone = train(risk, point, OPTIMIZERS[name](rate), keys[i], **options)
+        assert_close(together.records.losses[:, i], alone.records.losses, 1e-12)
+        assert_close(together.records.values["norm"][:, i], alone.records.values["norm"], 1e-12)
+        assert_close(jax.tree.map(lambda leaf, i=i: leaf[i], together.params), alone.params, 1e-12)
+
+
+def test_an_ensemble_resumes_with_equal_bits(tmp_path, key):
+    risk, points, keys = members(key)
+    options = {"steps": 100, "every": 1, "resample": minibatches(1)}
+    whole = train(risk, points, optax.adam(1e-2), keys, **options)
+
+    def kill(progress):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(risk, points, optax.adam(1e-2), keys, **options, directory=tmp_path, report=kill)
+    resumed = train(risk, points, optax.adam(1e-2), keys, **options, directory=tmp_path)
+    for found, expected in zip(jax.tree.leaves(resumed.params), jax.tree.leaves(whole.params), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(resumed.records.losses, whole.records.losses)
+
+
+def quadratic():
+    return objective(lambda params, x: params * x, square_loss, jnp.ones(3), jnp.zeros(3))
+
+
+def sweep(rates):
+    optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=0.1)
+    keys = jax.random.split(jax.random.key(0), len(rates))
+    rates = jnp.array(rates)
+    return train(
+        quadratic(), jnp.ones((len(rates), 3)), optimizer, keys, steps=200, hyperparameters={"learning_rate": rates}
+    )
+
+
+def test_a_member_that_diverges_leaves_the_others():
+    losses = sweep([0.1, 1e4]).records.losses
+    assert np.isfinite(losses[:, 0]).all()
+    assert not np.isfinite(losses[-1, 1])
+    assert_close(losses[:, 0], (1 - 0.2 / 3) ** (2 * np.arange(200)), 1e-12)
+
+
+def test_all_members_diverging_stops_the_run():
+    with pytest.raises(DivergenceError, match=r"the last finite loss was \d"):
+        sweep([1e3, 1e4])
+
+
+def test_a_last_step_that_overflows_is_seen():
+    risk = objective(lambda params, x: params * x, lambda outputs, targets: jnp.sum(outputs), jnp.ones(1), jnp.ones(1))
+    with pytest.raises(DivergenceError, match="the parameters after the last step, 1, are not finite"):
+        train(risk, jnp.array([-1e308]), optax.sgd(1.79e308), jax.random.key(0), steps=1)
+
+
+def test_minibatches_are_different_rows_drawn_evenly(key):
+    count, size, draws = 12, 5, 3000
+    risk = objective(lambda p, x: x, square_loss, jnp.arange(count, dtype=float), jnp.arange(count, dtype=float))
+    batches = jax.vmap(lambda key: minibatches(size)(key, risk))(jax.random.split(key, draws))
+    rows = np.asarray(batches.inputs)
+    np.testing.assert_array_equal(rows, batches.targets)
+    assert all(len(set(row)) == size for row in rows[:100])
+    frequency = np.bincount(rows.astype(int).ravel(), minlength=count) / draws
+    deviation = np.sqrt(size / count * (1 - size / count) / draws)
+    assert np.abs(frequency - size / count).max() <= 5 * deviation
+
+
+def test_the_bar_shows_loss_and_probes():
+    with Progress(TextColumn("{task.fields[status]}"), console=Console(quiet=True)) as bar:
+        train(
+            quadratic(),
+            jnp.ones(3),
+            optax.sgd(0.1),
+            jax.random.key(0),
+            steps=4,
+            every=2,
+            probes={"size": probe(lambda risk, params: params @ params)},
+            report=show_progress(bar, "training"),
+        )
+        (task,) = bar.tasks
+    assert (task.completed, task.total) == (4, 4)
+    assert task.fields["status"].startswith("loss 0.")
+    assert " size 2." in task.fields["status"]
+
+
+class TestBadInput:
+    def test_points_without_the_axis_of_the_members(self, key):
+        risk, params = CASES["softmax/square"](key)
+        with pytest.raises(ValueError, match=r"expected a first axis of 4\. Stack one point a key"):
+            train(risk, params, optax.sgd(0.1), jax.random.split(key, 4), steps=1)
+
+    def test_hyperparameter_that_the_optimizer_does_not_hold(self, key):
+        risk, params = CASES["softmax/square"](key)
+        with pytest.raises(ValueError, match=r"no hyperparameter 'learning_rate'.*inject_hyperparams"):
+            train(risk, params, optax.sgd(0.1), key, steps=1, hyperparameters={"learning_rate": 0.2})
+
+    def test_minibatches_larger_than_the_data(self, key):
+        risk, params = CASES["softmax/square"](key)
+        with pytest.raises(ValueError, match="size is 3; expected 1 <= size <= 2"):
+            train(risk, params, optax.sgd(0.1), key, steps=1, resample=minibatches(3))
+
+    def test_probes_of_the_wrong_shape(self, key):
+        risk, params = CASES["softmax/square"](key)
+        wrong = {
+            "expected the pair": Probe(lambda risk, state, memory, key: jnp.ones(3)),
+            "returns no array": Probe(lambda risk, state, memory, key: ((), memory)),
+        }
+        for message, bad in wrong.items():
+            with pytest.raises(TypeError, match=message):
+                train(risk, params, optax.sgd(0.1), key, steps=1, probes={"bad": bad})
