@@ -1,0 +1,165 @@
+"""Proof of an answer: bounds on the maximal margin from both sides, or a Gordan certificate of infeasibility.
+
+For any feasible W and any multipliers lambda (non-negative on inequalities), with gamma* the maximal margin,
+
+    min_k <a_k, W> / ||W||  <=  gamma*  <=  ||sum_k lambda_k a_k||_dual / sum_{k: bound 1} lambda_k:
+
+sum lambda_k <a_k, W> is at least gamma* ||W|| sum lambda for the optimal W and at most ||W|| ||sum lambda_k a_k||_dual.
+The right side is 0 exactly if the constraints contradict each other (Gordan's alternative).
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum
+from types import ModuleType
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from attnlab.margin.problems import MarginProblem, Norm
+from attnlab.margin.rows import Rows
+
+INFEASIBLE_BELOW = 1e-10
+"""A margin of at most this times the largest row norm, proved by multipliers, counts as none."""
+
+
+class Status(IntEnum):
+    """What is proved."""
+
+    SOLVED = 0
+    INFEASIBLE = 1
+    INACCURATE = 2
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Certificate:
+    """Bounds on the maximal margin (see the module).
+
+    Attributes:
+        margin: lower bound, from a direction.
+        bound: upper bound, from multipliers.
+        violation: largest violation of an equality or sign row, as a cosine; the lower bound holds up to it.
+        residual: ||sum lambda_k a_k||_F over the sum of lambda_k ||a_k|| on rows with bound 1. A Gordan certificate of
+            infeasibility has residual 0.
+    """
+
+    margin: Float[Array, ""]
+    bound: Float[Array, ""]
+    violation: Float[Array, ""]
+    residual: Float[Array, ""]
+
+    @property
+    def gap(self) -> Float[Array, ""]:
+        """1 - margin / bound: the relative distance from optimality, at most."""
+        return 1 - self.margin / self.bound
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class MaxMargin:
+    """A maximal margin with its proof.
+
+    Attributes:
+        direction: the maximiser, of unit norm (the problem's norm); zeros if the problem is infeasible.
+        multipliers: lambda, scaled so that sum_k lambda_k a_k is `solution` in the Frobenius norm, and of dual norm 1
+            otherwise. For an infeasible problem: Gordan's alternative, sum_k lambda_k a_k = 0 with the sum of lambda_k 1.
+        support: rows with a positive multiplier that hold with equality at the solution.
+        status: a `Status`.
+        certificate: bounds on the maximal margin.
+    """
+
+    direction: Float[Array, "..."]
+    multipliers: Float[Array, " m"]
+    support: Bool[Array, " m"]
+    status: Int[Array, ""]
+    certificate: Certificate
+
+    @property
+    def margin(self) -> Float[Array, ""]:
+        """The certified margin, min_k <a_k, direction>."""
+        return self.certificate.margin
+
+    @property
+    def gap(self) -> Float[Array, ""]:
+        """See `Certificate.gap`."""
+        return self.certificate.gap
+
+    @property
+    def solution(self) -> Float[Array, "..."]:
+        """The minimal W with margin 1: direction / margin."""
+        return self.direction / self.margin
+
+
+def matrix_norm(matrix: Any, norm: Norm, xp: ModuleType = np) -> Any:
+    """||matrix|| in `norm`."""
+    if norm == "frobenius":
+        return xp.sqrt(xp.vdot(matrix, matrix))
+    if norm == "nuclear":
+        return xp.sum(xp.linalg.svd(matrix, compute_uv=False))
+    return xp.linalg.norm(xp.ravel(matrix), ord=norm[1])
+
+
+def dual_norm(matrix: Any, norm: Norm, xp: ModuleType = np) -> Any:
+    """The norm dual to `norm`: Frobenius, operator, or l_q with 1/p + 1/q = 1."""
+    if norm == "frobenius":
+        return matrix_norm(matrix, norm, xp)
+    if norm == "nuclear":
+        return xp.max(xp.linalg.svd(matrix, compute_uv=False))
+    p = norm[1]
+    return xp.linalg.norm(xp.ravel(matrix), ord=np.inf if p == 1 else 1 if p == np.inf else p / (p - 1))
+
+
+def bounds(
+    norm: Norm,
+    matrix: Any,
+    scores: Any,
+    multipliers: Any,
+    combined: Any,
+    bound: Any,
+    free: Any,
+    xp: ModuleType = np,
+) -> Certificate:
+    """The certificate of W = `matrix` with its `scores` and of `multipliers` with their combination sum lambda_k a_k.
+
+    All of one problem whose rows have unit norm (so `bound` is 1 / ||a_k||, or 0).
+    """
+    strict = bound > 0
+    size, frobenius = matrix_norm(matrix, norm, xp), matrix_norm(matrix, "frobenius", xp)
+    margin = xp.min(xp.where(strict, scores / xp.where(strict, bound, 1.0), xp.inf)) / size
+    broken = xp.where(strict, 0.0, xp.where(free, xp.abs(scores), -scores))
+    upper = dual_norm(combined, norm, xp) / xp.vdot(bound, multipliers)
+    weight = xp.sum(xp.where(strict, multipliers, 0.0))
+    return Certificate(
+        margin, upper, xp.max(xp.maximum(broken, 0.0)) / frobenius, matrix_norm(combined, "frobenius", xp) / weight
+    )
+
+
+def certificate(problem: MarginProblem, direction: Float[Array, "..."], multipliers: Float[Array, " m"]) -> Certificate:
+    """The certificate of any direction and any multipliers of `problem` (negative ones of inequalities are set to 0).
+
+    Both are judged apart, so a direction of gradient descent can be held against the multipliers of a solver.
+    """
+    rows = Rows(problem)
+    matrix = np.asarray(direction, float).reshape(rows.differences.shape[1], rows.queries.shape[1])
+    return certify(problem.norm, rows, matrix, np.asarray(multipliers, float) * rows.scale)
+
+
+def certify(
+    norm: Norm, rows: Rows, matrix: np.ndarray, multipliers: np.ndarray, combined: np.ndarray | None = None
+) -> Certificate:
+    """`certificate` in the scaled rows; `combined` is sum lambda_k a_k if it is known."""
+    negative = (multipliers < 0) & ~rows.free
+    if combined is None or negative.any():
+        multipliers = np.where(negative, 0.0, multipliers)
+        combined = rows.combine(multipliers)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return bounds(norm, matrix, rows.scores(matrix), multipliers, combined, rows.bound, rows.free)
+
+
+def verdict(proof: Certificate, tolerance: float) -> Status:
+    """What a certificate proves: optimality to `tolerance`, infeasibility, or neither."""
+    if proof.gap <= tolerance and proof.violation <= tolerance:
+        return Status.SOLVED
+    return Status.INFEASIBLE if proof.residual <= INFEASIBLE_BELOW else Status.INACCURATE

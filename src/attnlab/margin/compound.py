@@ -1,0 +1,73 @@
+"""Problems made of the others: next-token prediction, and attention trained jointly with its classifier."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from attnlab.margin.certificates import MaxMargin, Status
+from attnlab.margin.problems import MarginProblem, Norm, attention_problem, margin_problem, vector_problem
+from attnlab.margin.solve import max_margin
+
+
+def next_token_problem(
+    contexts: Float[Array, "n d"], supports: Bool[Array, "n vocabulary"], *, norm: Norm = "frobenius"
+) -> MarginProblem:
+    """The next-token SVM of a linear decoder W (arXiv 2402.18551, NTP-SVM), for contexts h_j with several next tokens,
+
+        minimise ||W|| : (e_x - e_x')^T W h_j = 0 for x, x' in the support of h_j, >= 1 for x in it and x' out of it.
+
+    It is the attention SVM on one-hot tokens with the supports as selected sets; W is (vocabulary, d). Equality rows:
+    first token of the support against each other one, in order.
+    """
+    supports = np.asarray(supports, bool)
+    tokens = np.broadcast_to(np.eye(supports.shape[1]), (*supports.shape, supports.shape[1]))
+    return attention_problem(tokens, contexts, supports, norm=norm)
+
+
+def log_odds(problem: MarginProblem, probabilities: Float[Array, "n vocabulary"]) -> Float[Array, " q"]:
+    """log(p(x) / p(x')) for the equality rows of a next-token problem: the values for `equality_solution`, whose W* makes
+    the decoder's odds inside each support those of the data."""
+    rows = np.flatnonzero(np.asarray(problem.equality))
+    differences, owner = np.asarray(problem.differences)[rows], np.asarray(problem.owner)[rows]
+    chosen = np.asarray(probabilities, float)[owner]
+    first, second = differences.argmax(axis=1), differences.argmin(axis=1)
+    at = np.arange(len(rows))
+    return np.log(chosen[at, first]) - np.log(chosen[at, second])
+
+
+@dataclass(frozen=True)
+class JointMargin:
+    """The pair that attention with a trained classifier converges to: classifier v and query p."""
+
+    classifier: MaxMargin
+    query: MaxMargin
+
+
+def joint_max_margin(
+    tokens: Float[Array, "n T d"],
+    labels: Float[Array, " n"],
+    selection: Int[Array, " n"],
+    *,
+    keys: Float[Array, "n T d"] | None = None,
+    relaxed: bool = True,
+) -> JointMargin:
+    """v is the SVM of the selected tokens with labels +-1; p selects them (arXiv 2306.13596, theorem 5).
+
+    minimise ||v|| : Y_i v^T x_{i alpha_i} >= 1. Then p: p^T (k_{i alpha_i} - k_it) >= 1 for sequences i that support v,
+    and with `relaxed` only >= 0 for the others, whose attention need not saturate; else >= 1 for all. `keys` are the
+    tokens by default. Raises `ValueError` for labels other than -1 and 1, or if no v classifies the selected tokens.
+    """
+    tokens, labels, selection = np.asarray(tokens, float), np.asarray(labels), np.asarray(selection)
+    if not np.isin(labels, (-1, 1)).all():
+        raise ValueError(f"labels hold {np.unique(labels)}; expected -1 and 1.")
+    problem = vector_problem(tokens if keys is None else keys, selection)
+    n = len(tokens)
+    selected = tokens[np.arange(n), selection]
+    classes = margin_problem(selected * labels[:, None], np.ones((1, 1)), owner=np.zeros(n, int), vector=True)
+    classifier = max_margin(classes)
+    if classifier.status == Status.INFEASIBLE:
+        raise ValueError("no v classifies the selected tokens: select others, or use a larger token dimension.")
+    bound = np.where(classifier.support[problem.owner], 1.0, 0.0) if relaxed else problem.bound
+    query = margin_problem(problem.differences, problem.queries, owner=problem.owner, bound=bound, vector=True)
+    return JointMargin(classifier, max_margin(query))

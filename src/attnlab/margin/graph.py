@@ -1,0 +1,128 @@
+"""Graph-SVM: the token-priority graph of next-token prediction with one attention layer (arXiv 2403.08081).
+
+For each last token k the edges y -> x lead from the label y of a sequence that ends in k to every token x of that
+sequence. Inside a strongly connected component no token can win, so scores stay finite; between components the
+earlier one must win.
+"""
+
+import numpy as np
+import scipy.sparse
+import scipy.special
+from jaxtyping import Array, Float, Int
+
+from attnlab.margin.equalities import equality_basis
+from attnlab.margin.problems import MarginProblem, Norm, margin_problem
+
+ABSENT = -1
+
+
+def priority_components(
+    sequences: Int[Array, "n T"], labels: Int[Array, " n"], vocabulary: int
+) -> Int[Array, "vocabulary vocabulary"]:
+    """Entry (k, x): the strongly connected component of token x in the graph of last token k; -1 if x is not in it."""
+    sequences, labels = _check(sequences, labels, vocabulary)
+    components = np.full((vocabulary, vocabulary), ABSENT)
+    for last in np.unique(sequences[:, -1]):
+        ours = sequences[:, -1] == last
+        present = np.unique(sequences[ours])
+        edges = scipy.sparse.coo_matrix(
+            (np.ones(sequences[ours].size), (np.repeat(labels[ours], sequences.shape[1]), sequences[ours].ravel())),
+            shape=(vocabulary, vocabulary),
+        )
+        component = scipy.sparse.csgraph.connected_components(edges, connection="strong")[1]
+        components[last, present] = component[present]
+    return components
+
+
+def graph_problem(
+    sequences: Int[Array, "n T"],
+    labels: Int[Array, " n"],
+    embeddings: Float[Array, "vocabulary d"],
+    *,
+    norm: Norm = "frobenius",
+) -> MarginProblem:
+    """minimise ||W|| : (e_x - e_x')^T W e_k = 0 inside a component of the graph of k, >= 1 along edges between two.
+
+    The label of a sequence must be one of its tokens. Raises `ValueError` where it is not, for token numbers outside
+    the vocabulary, and if every edge stays inside a component (then there is only the finite part).
+    """
+    embeddings = np.asarray(embeddings, float)
+    components = priority_components(sequences, labels, len(embeddings))
+    sequences, labels = np.asarray(sequences), np.asarray(labels)
+    pairs, owner, equality = [], [], []
+    for last in np.unique(sequences[:, -1]):
+        component = components[last]
+        for members in (np.flatnonzero(component == c) for c in np.unique(component[component != ABSENT])):
+            pairs += [(members[0], other) for other in members[1:]]
+            equality += [True] * (len(members) - 1)
+        ours = sequences[:, -1] == last
+        edges = {(y, x) for y, row in zip(labels[ours], sequences[ours], strict=True) for x in row}
+        strict = sorted((int(y), int(x)) for y, x in edges if component[y] != component[x])
+        pairs += strict
+        equality += [False] * len(strict)
+        owner += [last] * (len(pairs) - len(owner))
+    first, second = np.array(pairs, int).reshape(-1, 2).T
+    return margin_problem(
+        embeddings[first] - embeddings[second],
+        embeddings,
+        owner=np.array(owner),
+        equality=np.array(equality),
+        norm=norm,
+    )
+
+
+def finite_component(
+    sequences: Int[Array, "n T"],
+    labels: Int[Array, " n"],
+    embeddings: Float[Array, "vocabulary d"],
+    *,
+    steps: int = 100,
+) -> Float[Array, "d d"]:
+    """W_fin: the minimiser, in the span of the equality rows, of the loss of what the components leave undecided,
+
+        mean_i -log sum_{t: x_it = y_i} softmax((e_{x_it}^T W e_{k_i})_{t in the component of y_i})_t,
+
+    convex there, by Newton's method to rounding (arXiv 2403.08081, equation 4, with the log loss). Zero if nothing is
+    cyclic.
+    """
+    embeddings = np.asarray(embeddings, float)
+    basis = equality_basis(graph_problem(sequences, labels, embeddings))
+    sequences, labels = np.asarray(sequences), np.asarray(labels)
+    components = priority_components(sequences, labels, len(embeddings))
+    last = sequences[:, -1]
+    inside = components[last[:, None], sequences] == components[last, labels][:, None]
+    # features_itr: score of token t of sequence i under basis matrix r, less that of its label
+    features = np.einsum(
+        "itd,rde,ie->itr", embeddings[sequences] - embeddings[labels][:, None], basis, embeddings[last], optimize=True
+    )
+    weights = np.zeros(len(basis))
+    for _ in range(steps):
+        # loss_i = log sum_{t inside} exp(features . weights) - log(copies of the label)
+        probabilities = scipy.special.softmax(np.where(inside, features @ weights, -np.inf), axis=1)
+        means = np.einsum("it,itr->ir", probabilities, features)
+        gradient = means.mean(0)
+        second = np.einsum("it,itr,its->rs", probabilities, features, features) / len(features)
+        hessian = second - means.T @ means / len(features)
+        step = np.linalg.lstsq(hessian, gradient, rcond=1e-14)[0]
+        weights = weights - step / (1 + np.sqrt(max(gradient @ step, 0.0)))  # damped as for self-concordant functions
+        if np.abs(step).max(initial=0.0) <= 1e-14 * (1 + np.abs(weights).max(initial=0.0)):
+            break
+    return np.einsum("rde,r->de", basis, weights)
+
+
+def _check(sequences: np.ndarray, labels: np.ndarray, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
+    sequences, labels = np.asarray(sequences), np.asarray(labels)
+    if sequences.ndim != 2 or labels.shape != sequences.shape[:1]:
+        raise ValueError(
+            f"sequences and labels have shapes {sequences.shape} and {labels.shape}; expected (n, T) and (n,)."
+        )
+    if sequences.min() < 0 or sequences.max() >= vocabulary:
+        raise ValueError(
+            f"sequences hold token numbers from {sequences.min()} to {sequences.max()}; expected 0 to {vocabulary - 1}, "
+            "one row of the embeddings each."
+        )
+    absent = ~(sequences == labels[:, None]).any(axis=1)
+    if absent.any():
+        i = int(absent.argmax())
+        raise ValueError(f"labels[{i}] is {labels[i]}, which is no token of sequence {i}; expected one of its tokens.")
+    return sequences, labels

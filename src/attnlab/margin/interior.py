@@ -1,0 +1,137 @@
+"""Interior point for the least-norm point of the constraint rows' convex hull: well posed, feasible or not.
+
+    minimise (1/2) ||sum_k lambda_k a_k||^2  :  bound^T lambda = 1, lambda >= 0 (free on equalities),
+
+whose dual is: maximise t - ||W||^2 / 2 over scores(W) >= t bound. Both always have interior points. At the solution
+W = sum lambda_k a_k and t = ||W||^2, so that W / t solves the max-margin problem if t > 0; if t = 0, lambda is Gordan's
+certificate that no W does.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.linalg
+
+from attnlab.margin.rows import Rows
+
+EQUALITY_SHIFT = 1e-10
+"""Proximal weight on the multipliers of equalities, in place of lambda / slack of an inequality."""
+
+Solver = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass
+class HullPoint:
+    """A state of the method: multipliers, level t, slacks scores - t bound (0 on equalities)."""
+
+    multipliers: np.ndarray
+    level: float
+    slacks: np.ndarray
+
+
+def nearest_hull_point(rows: Rows, *, steps: int = 60, tolerance: float = 1e-15) -> HullPoint:
+    """Mehrotra's predictor-corrector method, until the mean of lambda_k slack_k is below `tolerance`, or stalls."""
+    point = _start(rows)
+    inequalities = ~rows.free
+    for _ in range(steps):
+        if _complementarity(point, inequalities) <= tolerance:
+            break
+        with np.errstate(all="ignore"):
+            moved = _step(rows, point, inequalities)
+        if moved is None:
+            break
+        point = moved
+    return point
+
+
+def _start(rows: Rows) -> HullPoint:
+    multipliers = np.where(rows.free, 0.0, 1.0 / rows.bound.sum())
+    scores = rows.normal(multipliers)
+    slacks = np.where(rows.free, 0.0, np.maximum(scores + rows.bound, 1.0))
+    return HullPoint(multipliers, -1.0, slacks)
+
+
+def _complementarity(point: HullPoint, inequalities: np.ndarray) -> float:
+    return float(point.multipliers[inequalities] @ point.slacks[inequalities]) / inequalities.sum()
+
+
+def _step(rows: Rows, point: HullPoint, inequalities: np.ndarray) -> HullPoint | None:
+    """One predictor-corrector step, or None if the linear algebra broke down (at the end of the road)."""
+    multipliers, slacks, mu = point.multipliers, point.slacks, _complementarity(point, inequalities)
+    weights = np.where(rows.free, 1 / EQUALITY_SHIFT, multipliers / np.where(rows.free, 1.0, slacks))
+    solve = shifted_solver(rows, weights)
+    if solve is None:
+        return None
+    # Newton: (G + diag(1 / weights)) d lambda - bound dt = residual + complementarity / lambda, bound^T d lambda = missing
+    residual = point.level * rows.bound + slacks - rows.normal(multipliers)
+    missing = 1.0 - rows.bound @ multipliers
+    towards_level = solve(rows.bound)
+
+    def newton_step(target: np.ndarray) -> tuple[np.ndarray, float, np.ndarray]:
+        pull = np.where(rows.free, 0.0, target / np.where(rows.free, 1.0, multipliers))
+        plain = solve(residual + pull)
+        dlevel = (missing - rows.bound @ plain) / (rows.bound @ towards_level)
+        dmultipliers = plain + dlevel * towards_level
+        dslacks = np.where(rows.free, 0.0, pull - dmultipliers / weights)
+        return dmultipliers, dlevel, dslacks
+
+    dmultipliers, _, dslacks = newton_step(-multipliers * slacks)
+    length = _longest(multipliers, dmultipliers, slacks, dslacks, inequalities)
+    after = (multipliers + length * dmultipliers) * (slacks + length * dslacks)
+    centering = max(after[inequalities].mean() / mu, 0.0) ** 3
+    dmultipliers, dlevel, dslacks = newton_step(centering * mu - multipliers * slacks - dmultipliers * dslacks)
+    length = 0.995 * _longest(multipliers, dmultipliers, slacks, dslacks, inequalities)
+    if not (np.isfinite(dmultipliers).all() and length > 1e-6):
+        return None
+    return HullPoint(multipliers + length * dmultipliers, point.level + length * dlevel, slacks + length * dslacks)
+
+
+def _longest(
+    multipliers: np.ndarray, dmultipliers: np.ndarray, slacks: np.ndarray, dslacks: np.ndarray, inequalities: np.ndarray
+) -> float:
+    """The longest step up to 1 that keeps multipliers and slacks of inequalities non-negative."""
+    shrink = max(
+        (-dmultipliers[inequalities] / multipliers[inequalities]).max(),
+        (-dslacks[inequalities] / slacks[inequalities]).max(),
+    )
+    return 1.0 / max(shrink, 1.0)
+
+
+def shifted_solver(rows: Rows, weights: np.ndarray) -> Solver | None:
+    """v -> (G + diag(1 / weights))^-1 v, factored in the smaller of the rows' number and dimension; None if singular.
+
+    With A the matrix of rows, Woodbury: (A A^T + D^-1)^-1 v = D (v - A (1 + A^T D A)^-1 A^T D v).
+    """
+    try:
+        if len(rows) <= rows.dimension:
+            matrix = rows.gram(np.arange(len(rows)))
+            matrix.flat[:: len(rows) + 1] += 1 / weights
+            factor = scipy.linalg.cho_factor(matrix, lower=True, overwrite_a=True, check_finite=False)
+            return lambda v: scipy.linalg.cho_solve(factor, v, check_finite=False)
+        matrix = rows.normal_matrix(weights)
+        matrix.flat[:: len(matrix) + 1] += 1.0
+        factor = scipy.linalg.cho_factor(matrix, lower=True, overwrite_a=True, check_finite=False)
+    except (np.linalg.LinAlgError, ValueError):
+        return None
+    shape = (rows.differences.shape[1], rows.queries.shape[1])
+
+    def solve(v: np.ndarray) -> np.ndarray:
+        inner = scipy.linalg.cho_solve(factor, rows.combine(weights * v).ravel(), check_finite=False)
+        return weights * (v - rows.scores(inner.reshape(shape)))
+
+    return solve
+
+
+def gordan_multipliers(rows: Rows, multipliers: np.ndarray, *, steps: int = 4) -> np.ndarray:
+    """Drive sum_k lambda_k a_k to zero: each step is the least change of lambda, relative to lambda, that does so."""
+    for _ in range(steps):
+        with np.errstate(all="ignore"):
+            solve = shifted_solver(rows, np.where(rows.free, 1.0, multipliers**2) * (1e14 / np.max(multipliers**2)))
+        if solve is None:
+            break
+        change = solve(rows.normal(multipliers))
+        if (multipliers - change)[~rows.free].min() < 0 or not np.isfinite(change).all():
+            break
+        multipliers = multipliers - change
+    return multipliers / (rows.bound @ multipliers)

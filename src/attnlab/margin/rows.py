@@ -1,0 +1,137 @@
+"""The constraint map of a problem and its adjoint, without its matrix: on the host, in double precision."""
+
+from copy import copy
+from functools import cached_property
+
+import numpy as np
+
+from attnlab.margin.problems import MarginProblem
+
+DENSE_BELOW = 300
+"""Up to so many rows the Gram matrix is kept: it then costs less than the products it replaces."""
+
+
+class Rows:
+    """The rows a_k = Delta_k z_{o(k)}^T of a problem, each divided by its norm ||Delta_k|| ||z_{o(k)}||.
+
+    With `bound` divided likewise the feasible set is the same, and the Gram matrix has a unit diagonal; `multipliers`
+    turns multipliers of the scaled rows into those of the problem's own.
+    """
+
+    def __init__(self, problem: MarginProblem):
+        self.queries = np.asarray(problem.queries, float)
+        self.owner = np.asarray(problem.owner)
+        differences = np.asarray(problem.differences, float)
+        squared = np.einsum("kd,kd->k", differences, differences)
+        squared *= np.einsum("ne,ne->n", self.queries, self.queries)[self.owner]
+        # A zero row stays zero: it is void with bound 0, and proves infeasibility with bound 1.
+        self.scale = np.sqrt(np.where(squared > 0, squared, 1.0))
+        self.differences = differences / self.scale[:, None]
+        self.bound = np.asarray(problem.bound, float) / self.scale
+        self.free = np.asarray(problem.equality)
+        self.any_free = bool(self.free.any())
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        """First row of every owner that has one."""
+        return np.flatnonzero(np.diff(self.owner, prepend=-1))
+
+    def __len__(self) -> int:
+        return len(self.bound)
+
+    @property
+    def dimension(self) -> int:
+        """Largest possible rank of the rows."""
+        (m, d), (n, e) = self.differences.shape, self.queries.shape
+        return min(d, m) * min(n, e)
+
+    def scores(self, matrix: np.ndarray) -> np.ndarray:
+        """<a_k, W> = Delta_k . (W z_{o(k)}), of all rows."""
+        return np.einsum("kd,kd->k", self.differences, (self.queries @ matrix.T)[self.owner])
+
+    def combine(self, multipliers: np.ndarray) -> np.ndarray:
+        """sum_k lambda_k a_k, the adjoint of `scores`: one outer product a query, after summing the rows of each."""
+        starts = self._starts
+        sums = np.add.reduceat(multipliers[:, None] * self.differences, starts, axis=0)
+        return sums.T @ self.queries[self.owner[starts]]
+
+    def normal(self, multipliers: np.ndarray) -> np.ndarray:
+        """G lambda: the scores of sum_k lambda_k a_k. Through the Gram matrix where it is small."""
+        if len(self) <= DENSE_BELOW:
+            return self._dense_gram @ multipliers
+        return self.scores(self.combine(multipliers))
+
+    @cached_property
+    def _dense_gram(self) -> np.ndarray:
+        return self._gram_of(slice(None))
+
+    def gram(self, members: np.ndarray) -> np.ndarray:
+        """G_kl = <a_k, a_l> = (Delta_k . Delta_l) (z_{o(k)} . z_{o(l)}), between the given rows."""
+        if len(self) <= DENSE_BELOW:
+            return self._dense_gram[members[:, None], members]
+        return self._gram_of(members)
+
+    def _gram_of(self, members: np.ndarray | slice) -> np.ndarray:
+        differences, owner = self.differences[members], self.owner[members]
+        queries = self.queries[owner]
+        return (differences @ differences.T) * (queries @ queries.T)
+
+    def normal_matrix(self, weights: np.ndarray) -> np.ndarray:
+        """sum_k weights_k vec(a_k) vec(a_k)^T = sum_i (sum_{k of i} weights_k Delta_k Delta_k^T) (x) z_i z_i^T."""
+        starts, d, e = self._starts, self.differences.shape[1], self.queries.shape[1]
+        ends = np.append(starts[1:], len(self))
+        left = np.empty((len(starts), d, d))
+        for i, (a, b) in enumerate(zip(starts, ends, strict=True)):
+            block = self.differences[a:b]
+            np.matmul(block.T * weights[a:b], block, out=left[i])
+        queries = self.queries[self.owner[starts]]
+        right = queries[:, :, None] * queries[:, None, :]
+        matrix = left.reshape(len(starts), d * d).T @ right.reshape(len(starts), e * e)
+        return matrix.reshape(d, d, e, e).transpose(0, 2, 1, 3).reshape(d * e, d * e)
+
+    def weighted_gram(self, weights: np.ndarray) -> np.ndarray:
+        """sum_ij weights_ij (a_k)_ij (a_l)_ij, one query's rows at a time."""
+        gram = np.empty((len(self), len(self)))
+        starts = self._starts
+        for a, b in zip(starts, np.append(starts[1:], len(self)), strict=True):
+            query = self.queries[self.owner[a]]
+            # Delta_k^T diag(sum_j weights_ij z_j z'_j) Delta_l, with z' the query of row l
+            gram[a:b] = self.differences[a:b] @ (((self.queries * query) @ weights.T)[self.owner] * self.differences).T
+        return gram
+
+    def members(self, rows: np.ndarray) -> "Rows":
+        """Some of the rows, as they are scaled here."""
+        some = copy(self)
+        some.__dict__.pop("_dense_gram", None)
+        some.__dict__.pop("_starts", None)
+        for name in ("differences", "owner", "scale", "bound", "free"):
+            setattr(some, name, getattr(self, name)[rows])
+        some.any_free = bool(some.free.any())
+        return some
+
+    def multipliers(self, scaled: np.ndarray) -> np.ndarray:
+        """Multipliers of the problem's own rows."""
+        return scaled / self.scale
+
+
+def orthonormal_rows(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(coordinates, basis) with matrix = coordinates @ basis, the basis' rows orthonormal, of the least size.
+
+    The thin QR of the transpose when that is smaller, else the matrix in its own coordinates.
+    """
+    if matrix.shape[0] >= matrix.shape[1]:
+        return matrix, np.eye(matrix.shape[1])
+    basis, triangle = np.linalg.qr(matrix.T)
+    return triangle.T, basis.T
+
+
+def reduced(problem: MarginProblem) -> tuple[MarginProblem, np.ndarray, np.ndarray]:
+    """The problem in span{Delta} x span{z}, where a solution in a unitarily invariant norm lives.
+
+    Returns it with the bases L, R (orthonormal rows): W = L^T W_reduced R.
+    """
+    differences, left = orthonormal_rows(np.asarray(problem.differences, float))
+    queries, right = orthonormal_rows(np.asarray(problem.queries, float))
+    shape = (len(left), len(right))
+    smaller = MarginProblem(differences, queries, problem.owner, problem.bound, problem.equality, problem.norm, shape)
+    return smaller, left, right
