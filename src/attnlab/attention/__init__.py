@@ -1,6 +1,7 @@
 """The exact curvature of attention, in closed form, from data, weights and attention moments."""
 
 from attnlab.attention.blocks import PARTS, AttentionHessian, attention_hessian, attention_hessian_from_downstream
+from attnlab.attention.describe import Factor, TermDescription, describe, describe_table
 from attnlab.attention.downstream import downstream_derivatives
 from attnlab.attention.kronecker import KroneckerSum, Leaf, Term
 from attnlab.attention.moments import AttentionMoments, attention_moments
@@ -10,13 +11,17 @@ __all__ = [
     "PARTS",
     "AttentionHessian",
     "AttentionMoments",
+    "Factor",
     "KroneckerSum",
     "Leaf",
     "NearestKronecker",
     "Term",
+    "TermDescription",
     "attention_hessian",
     "attention_hessian_from_downstream",
     "attention_moments",
+    "describe",
+    "describe_table",
     "downstream_derivatives",
     "nearest_kronecker",
 ]

@@ -37,8 +37,8 @@ class AttentionHessian:
     """Every block of H = H_o + H_f of one layer, for its parameters V, Q, K (or QK) and O; a pytree.
 
     `full` is H, the Hessian of the loss; `outer` is H_o = J^T Λ J, the outer-product Hessian (with a loss on the
-    layer's output, the generalised Gauss-Newton matrix); `functional` is H_f = sum_i g_i . d²f_i. Nothing of the size of
-    a block is formed before `dense` is called.
+    layer's output, the generalised Gauss-Newton matrix); `functional` is H_f = sum_i g_i . d²f_i. Nothing of the size
+    of a block is formed before `dense` is called.
 
     Attributes:
         point: the layer: config, weights, tokens, mask.
@@ -135,7 +135,8 @@ def attention_hessian(
     leading = len(jnp.shape(inputs)) - 1
     if targets.shape[:leading] != jnp.shape(inputs)[:-1]:
         raise ValueError(
-            f"targets have shape {targets.shape} for inputs of shape {jnp.shape(inputs)}; expected one target per token."
+            f"targets have shape {targets.shape} for inputs of shape {jnp.shape(inputs)}; "
+            "expected one target per token."
         )
     targets = targets.reshape(*point.inputs.shape[:2], *targets.shape[leading:])
     return _from_loss(point, targets, loss)
@@ -152,8 +153,8 @@ def attention_hessian_from_downstream(
 ) -> AttentionHessian:
     """The closed form for a layer inside a network, from what stands behind it.
 
-    `inputs` are the tokens the layer sees (after a pre-norm, say), `gradient` is g = dloss/df at the layer's output, and
-    `curvature` is Λ = d²loss/df²: a scalar (times the identity), (*B, L, O, O) where the rest of the network treats
+    `inputs` are the tokens the layer sees (after a pre-norm, say), `gradient` is g = dloss/df at the layer's output,
+    and `curvature` is Λ = d²loss/df²: a scalar (times the identity), (*B, L, O, O) where the rest of the network treats
     tokens one by one, or (*B, L, O, L, O) where it couples them. `downstream_derivatives` makes both. The full blocks
     are those of the network's Hessian if Λ is the Hessian of everything behind the layer; the outer blocks those of its
     Gauss-Newton matrix if Λ is the Gauss-Newton matrix of everything behind. Errors as `attention_hessian`.

@@ -26,16 +26,20 @@ def cross_entropy_derivatives(
 ) -> tuple[Array, Array]:
     """Gradient (w p - y) / n and curvature w (diag p - p p^T) / n of the cross-entropy over n positions.
 
-    w = sum_c y_c is 1 for labels and distributions.
+    w = sum_c y_c is 1 for labels and distributions. Where a prediction is all but certain, 1 - p_o is taken as the sum
+    of the other probabilities, which has digits that the difference has lost.
     """
     if jnp.issubdtype(targets.dtype, jnp.integer):
         targets = jax.nn.one_hot(targets, outputs.shape[-1], dtype=outputs.dtype)
     positions = outputs.shape[0] * outputs.shape[1]
-    weight = jnp.sum(targets, axis=-1, keepdims=True) / positions
     p = jax.nn.softmax(outputs, axis=-1)
-    diagonal = jnp.einsum("blo,op->blop", p, jnp.eye(p.shape[-1], dtype=p.dtype))
-    curvature = weight[..., None] * (diagonal - jnp.einsum("blo,blp->blop", p, p))
-    return weight * p - targets / positions, curvature
+    identity = jnp.eye(p.shape[-1], dtype=p.dtype)
+    others = 1 - identity
+    # (diag p - p p^T) has p_o (1 - p_o) on the diagonal; w p_o - y_o = p_o sum_{c != o} y_c - y_o sum_{c != o} p_c
+    diagonal = jnp.einsum("blo,op->blop", p * (p @ others), identity)
+    curvature = diagonal - jnp.einsum("blo,blp,op->blop", p, p, others)
+    weight = jnp.sum(targets, axis=-1)[..., None, None] / positions
+    return (p * (targets @ others) - targets * (p @ others)) / positions, weight * curvature
 
 
 DERIVATIVES: dict[str, Callable[[Array, Array], tuple[Array, Array]]] = {

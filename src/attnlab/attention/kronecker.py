@@ -85,6 +85,13 @@ class Term:
     pairing: Pairing = field(default="straight", metadata={"static": True})
     formula: str = field(default="", metadata={"static": True})
 
+    @property
+    def T(self) -> "Term":
+        """The term with row and column axes exchanged."""
+        inner = self.formula.removeprefix("[").removesuffix("]ᵀ")
+        formula = inner if self.formula.startswith("[") else f"[{self.formula}]ᵀ"
+        return replace(self, indices=self.relabelled(_TRANSPOSED), formula=formula)
+
     def relabelled(self, table: dict[int, int]) -> tuple[str, ...]:
         """The indices after a translation of letters."""
         return tuple(index.translate(table) for index in self.indices)
@@ -115,8 +122,7 @@ class KroneckerSum:
     @property
     def T(self) -> "KroneckerSum":
         """The transposed block: rows and columns change places."""
-        terms = tuple(replace(t, indices=t.relabelled(_TRANSPOSED)) for t in self.terms)
-        return KroneckerSum(terms, self.column, self.row, self.dtype)
+        return KroneckerSum(tuple(t.T for t in self.terms), self.column, self.row, self.dtype)
 
     def mv(self, matrix: Float[Array, "Rp Cp"]) -> Float[Array, "R C"]:
         """The block times a matrix of the shape of the column parameter."""
@@ -153,7 +159,9 @@ class KroneckerSum:
         blocks = (contract(t.indices, output, t.operands).reshape(self.shape) for t in self.terms)
         return sum(blocks, jnp.zeros(self.shape, self.dtype))
 
-    def product(self, left: Float[Array, "..."], right: Float[Array, "..."], pairing: Pairing = "straight") -> "KroneckerSum":
+    def product(
+        self, left: Float[Array, "..."], right: Float[Array, "..."], pairing: Pairing = "straight"
+    ) -> "KroneckerSum":
         """The Kronecker product of two matrices as a block of the same two parameters.
 
         `left` couples the first pair of axes of `pairing`, `right` the second (a K-FAC pair is straight: `left` of the

@@ -1,4 +1,4 @@
-"""One attention layer at one point: its configuration, weights, tokens and mask, checked once and shaped for the theory."""
+"""One attention layer at one point: configuration, weights, tokens and mask, checked once and shaped for the theory."""
 
 from dataclasses import dataclass, field
 
@@ -132,30 +132,15 @@ def _full_mask(
     target = (*batch, config.heads, length, length)
     if mask is not None:
         mask = jnp.asarray(mask)
-        _check_mask(mask, target)
+        equations.check_mask(mask, target)
     if config.causal:
-        causal = equations.causal_mask(length)
-        mask = causal if mask is None else mask & jnp.broadcast_to(causal, mask.shape[:-2] + causal.shape)
+        mask = equations.with_causal(mask, length)
     if mask is None:
         return None
     full = jnp.broadcast_to(mask, target).reshape(-1, *target[-3:])
     if config.weights == "softmax" and is_concrete(full):
         _check_no_empty_row(full)
     return full
-
-
-def _check_mask(mask: Bool[Array, "..."], target: tuple[int, ...]) -> None:
-    if mask.dtype != jnp.bool_:
-        raise TypeError(f"mask has dtype {mask.dtype}; expected booleans, true where a query may look. Use mask > 0.")
-    try:
-        fits = jnp.broadcast_shapes(mask.shape, target) == target and mask.ndim >= 2
-    except ValueError:
-        fits = False
-    if not fits:
-        raise ValueError(
-            f"mask has shape {mask.shape}, which does not broadcast against (..., heads, tokens, tokens) = {target}. "
-            "A mask per sequence has shape (batch, 1, tokens, tokens)."
-        )
 
 
 def _check_no_empty_row(mask: Bool[Array, "B H L L"]) -> None:

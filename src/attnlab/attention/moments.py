@@ -1,12 +1,13 @@
-"""Moments of the tokens under the attention distribution of every query: all that a layer's curvature knows of softmax.
+"""Moments of the tokens under the attention distribution of every query: all that the curvature knows of softmax.
 
-The layer sees its scores only through z_i = scale W_K W_Q^T x_i, since T_ij = z_i . x_j. Softmax makes A_i the exponential
-family with natural parameter z_i over the tokens, so the derivatives of the head's average in z_i are cumulants:
+The layer sees its scores only through z_i = scale W_K W_Q^T x_i, since T_ij = z_i . x_j. Softmax makes A_i the
+exponential family with natural parameter z_i over the tokens, so the derivatives of the head's average are cumulants:
 
     m_i = sum_j A_ij x_j,   dm_i/dz_i = Sigma_i,   d^2 m_i/dz_i^2 = kappa_i,
 
 the mean, the covariance and the third central moment (Ormaniec, Dangel, Singh, arXiv 2410.10986, write them as Z_1 and
-Z_2). Linear attention has m_i = (sum_j x_j x_j^T) z_i, hence Sigma_i = sum_j x_j x_j^T over the visible tokens, kappa = 0.
+Z_2). Linear attention has m_i = (sum_j x_j x_j^T) z_i, hence Sigma_i = sum_j x_j x_j^T over the visible tokens and
+kappa = 0.
 """
 
 from dataclasses import dataclass, field

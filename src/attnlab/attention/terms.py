@@ -14,8 +14,8 @@ for each head. With Λ the curvature of everything downstream, the outer-product
 
     H_o[P, P'] = Σ_i (l_i l'_i^T) (x) (M_i^T Λ_i M'_i)
 
-and a double sum over tokens where Λ couples them. The functional Hessian Σ_i g_i . d²f_i follows from the same chain rule;
-its terms stay within a head. For one head without projection these are the blocks of Ormaniec, Dangel, Singh
+and a double sum over tokens where Λ couples them. The functional Hessian Σ_i g_i . d²f_i follows from the same chain
+rule; its terms stay within a head. For one head without projection these are the blocks of Ormaniec, Dangel, Singh
 (arXiv 2410.10986, theorems 3.1 and 3.2), without their L^2 x L^2 and L x d x d^2 arrays.
 """
 
@@ -131,7 +131,8 @@ def outer_term(row: TokenJacobian, column: TokenJacobian, curvature: Array) -> T
     indices = token + "".join(letter for letter in ours + theirs if letter in "hrcgsd")
     operands = (row.matrix, curvature, column.matrix)
     matrix = jnp.einsum(f"{ours},{middle},{theirs}->{indices}", *operands, precision="highest")
-    formula = f"Σ_i {row.symbols[0]} ({column.symbols[0]})ᵀ ⊗ {row.symbols[1]} Λ_i {column.symbols[2]}"
+    sandwich = " ".join(symbol for symbol in (row.symbols[1], "Λ_i", column.symbols[2]) if symbol != "I")
+    formula = f"sum_i {row.symbols[0]} ({column.symbols[0]})ᵀ ⊗ {sandwich}"
     vectors = (row.vector_indices, column.vector_indices.translate(one_token))
     return Term((row.vector, column.vector, matrix), (*vectors, indices), pairing, formula)
 
@@ -152,7 +153,7 @@ def _coupled_term(row: TokenJacobian, column: TokenJacobian, curvature: Array, p
         operands.append(array.reshape(batch, length, *array.shape[1:]) if has_token else array)
         indices.append("b" + index if has_token else index)
     theirs = tuple(symbol.replace("_i", "_j") for symbol in column.symbols)
-    formula = f"Σ_ij {row.symbols[0]} ({theirs[0]})ᵀ ⊗ {row.symbols[1]} Λ_ij {theirs[2]}"
+    formula = f"sum_ij {row.symbols[0]} ({theirs[0]})ᵀ ⊗ {row.symbols[1]} Λ_ij {theirs[2]}"
     return Term(tuple(operands), tuple(indices), pairing, formula)
 
 
@@ -180,31 +181,33 @@ def _score_terms(point: Layer, tokens: TokenQuantities) -> dict[tuple[str, str],
     softmax = point.config.weights == "softmax"
     if point.config.merged:
         term = _with_heads(
-            point, (x, "nr"), (x, "ns"), (third, "nhcd"), pairing="straight", formula="Σ_i τ x_i (τ x_i)ᵀ ⊗ κ̂_i"
+            point, (x, "nr"), (x, "ns"), (third, "nhcd"), pairing="straight", formula="sum_i τ x_i (τ x_i)ᵀ ⊗ κ̂_i"
         )
         return {("query_key", "query_key"): term} if softmax else {}
     slope = jnp.einsum("nhab,hbv,nhv->nha", tokens.second, point.value, tokens.gamma)
     mixed = jnp.einsum("nr,nhs->hrs", x, slope)
     identity = jnp.eye(point.config.key_dim, dtype=x.dtype)
-    formula = "(Σ_i τ x_i (Σ_i W_V γ_i)ᵀ) ⊗ I"
+    formula = "(sum_i τ x_i (Σ_i W_V γ_i)ᵀ) ⊗ I"
     delta = _with_heads(point, (mixed, "hrs"), (identity, "cd"), pairing="straight", formula=formula)
     if not softmax:
         return {("query", "key"): delta}
     half = jnp.einsum("nhab,hak->nhkb", third, point.key)  # W_K^T κ̂
     full = jnp.einsum("nhkb,hbl->nhkl", half, point.key)
     queries = _with_heads(
-        point, (x, "nr"), (x, "ns"), (full, "nhcd"), pairing="straight", formula="Σ_i τ x_i (τ x_i)ᵀ ⊗ W_Kᵀ κ̂_i W_K"
+        point, (x, "nr"), (x, "ns"), (full, "nhcd"), pairing="straight", formula="sum_i τ x_i (τ x_i)ᵀ ⊗ W_Kᵀ κ̂_i W_K"
     )
     keys = _with_heads(
-        point, (q, "nhc"), (q, "ngd"), (third, "nhrs"), pairing="straight", formula="Σ_i τ q_i (τ q_i)ᵀ ⊗ κ̂_i"
+        point, (q, "nhc"), (q, "ngd"), (third, "nhrs"), pairing="straight", formula="sum_i τ q_i (τ q_i)ᵀ ⊗ κ̂_i"
     )
     both = _with_heads(
-        point, (x, "nr"), (q, "ngd"), (half, "nhcs"), pairing="crossed", formula="Σ_i τ x_i (τ q_i)ᵀ ⊗ W_Kᵀ κ̂_i"
+        point, (x, "nr"), (q, "ngd"), (half, "nhcs"), pairing="crossed", formula="sum_i τ x_i (τ q_i)ᵀ ⊗ W_Kᵀ κ̂_i"
     )
     return {("query", "query"): queries, ("key", "key"): keys, ("query", "key"): both + delta}
 
 
-def _score_directions(point: Layer, tokens: TokenQuantities) -> dict[str, tuple[tuple[Array, str], Array, str, Pairing]]:
+def _score_directions(
+    point: Layer, tokens: TokenQuantities
+) -> dict[str, tuple[tuple[Array, str], Array, str, Pairing]]:
     """dz_i/dP for the score parameters as a column: its vector; Σ_i times its matrix, whose column axis comes last;
     that matrix's symbol; and the pairing of a term that couples the vector with a column axis of the row parameter."""
     second = tokens.second
@@ -226,7 +229,7 @@ def _mixed_terms(
         if values is not None:
             matrix, matrix_symbol = jnp.einsum("hav,nhab->nhvb", values, matrix), f"W_Vᵀ {matrix_symbol}"
         axes = "nhrd" if pairing == "crossed" else "nhrs"
-        formula = f"Σ_i {symbol} (τ {'x' if score != 'key' else 'q'}_i)ᵀ ⊗ {matrix_symbol}"
+        formula = f"sum_i {symbol} (τ {'x' if score != 'key' else 'q'}_i)ᵀ ⊗ {matrix_symbol}"
         table[name, score] = _with_heads(point, vector, direction, (matrix, axes), pairing=pairing, formula=formula)
     return table
 
@@ -241,7 +244,7 @@ def _output_terms(point: Layer, tokens: TokenQuantities) -> dict[tuple[str, str]
     table = _mixed_terms(point, tokens, "output", (tokens.gradient, "nc"), "g_i", point.value)
     gradient_by_mean = jnp.einsum("no,nha->hoa", tokens.gradient, tokens.first)
     identity = jnp.eye(point.config.value_dim, dtype=tokens.x.dtype)
-    formula = "(Σ_i g_i m_iᵀ) ⊗ I"
+    formula = "(sum_i g_i m_iᵀ) ⊗ I"
     factors = ((gradient_by_mean, "hcs"), (identity, "rd"))
     return table | {("output", "value"): _with_heads(point, *factors, pairing="crossed", formula=formula)}
 

@@ -1,0 +1,97 @@
+"""What a layer's Hessian is made of: each term with its factors, and which of them is data, a weight or a moment."""
+
+import re
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+from rich.table import Table
+
+from attnlab.attention.blocks import AttentionHessian
+from attnlab.attention.kronecker import KroneckerSum, Pairing
+
+
+@dataclass(frozen=True)
+class Factor:
+    """An array that a term is built from.
+
+    Attributes:
+        symbol: as it stands in the term's formula; an index i means one per token.
+        role: `data`, `weight`, `first moment`, `second moment`, `third moment`, `loss gradient` or `loss curvature`
+            (for a layer inside a network, of everything downstream), or `data and weight` for the queries.
+        array: its values.
+    """
+
+    symbol: str
+    role: str
+    array: Array
+
+
+@dataclass(frozen=True)
+class TermDescription:
+    """One term of one block: A ⊗ B summed over tokens, with the norm of the whole sum."""
+
+    row: str
+    column: str
+    part: str
+    pairing: Pairing
+    formula: str
+    factors: tuple[Factor, ...]
+    norm: Float[Array, ""]
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The distinct roles of the factors, in order of appearance."""
+        return tuple(dict.fromkeys(factor.role for factor in self.factors))
+
+
+def describe(hessian: AttentionHessian) -> tuple[TermDescription, ...]:
+    """Every term of the outer and the functional blocks of `hessian`, each pair of parameters once.
+
+    Formulas are per head; ⊗ pairs the parameters' axes as `pairing` says. Here γ_i = W_O g_i is the gradient at the
+    head's values, κ̂_i the third moment along W_V γ_i, and τ the scale of the scores.
+    """
+    known = _factors(hessian)
+    rows = []
+    for part, blocks in (("outer", hessian.outer), ("functional", hessian.functional)):
+        for (row, column), block in blocks.items():
+            for term in block.terms:
+                symbols = _symbols(term.formula)
+                used = tuple(factor for factor in known if factor.symbol in symbols)
+                norm = KroneckerSum((term,), block.row, block.column, block.dtype).norm()
+                rows.append(TermDescription(row, column, part, term.pairing, term.formula, used, norm))
+    return tuple(rows)
+
+
+def describe_table(hessian: AttentionHessian) -> Table:
+    """`describe` as a table for the terminal: `rich.print(describe_table(hessian))`."""
+    table = Table("block", "part", "pairing", "term", "made of", "norm")
+    for row in describe(hessian):
+        cells = (f"{row.row} x {row.column}", row.part, row.pairing, row.formula, ", ".join(row.roles))
+        table.add_row(*cells, f"{float(row.norm):.3g}")
+    return table
+
+
+def _factors(hessian: AttentionHessian) -> list[Factor]:
+    """Everything that a formula may name."""
+    point, moments = hessian.point, hessian.moments
+    gamma = jnp.einsum("hvo,bio->bhiv", point.output, hessian.gradient)
+    return [
+        Factor("x_i", "data", point.inputs),
+        Factor("q_i", "data and weight", jnp.einsum("bia,hak->bhik", point.inputs, point.query)),
+        Factor("m_i", "first moment", moments.first),
+        Factor("Σ_i", "second moment", moments.second),
+        Factor("κ̂_i", "third moment", moments.third_along(jnp.einsum("hav,bhiv->bhia", point.value, gamma))),
+        Factor("W_K", "weight", point.key),
+        Factor("W_V", "weight", point.value),
+        Factor("W_O", "weight", point.output),
+        Factor("γ_i", "loss gradient", gamma),
+        Factor("g_i", "loss gradient", hessian.gradient),
+        Factor("Λ_i", "loss curvature", hessian.curvature),
+    ]
+
+
+def _symbols(formula: str) -> set[str]:
+    """The symbols of a formula; the second token j of a coupled curvature counts as i."""
+    words = re.split(r"[\s()\[\]]+", formula)
+    return {word.rstrip("ᵀ").replace("_ij", "_i").replace("_j", "_i") for word in words}

@@ -1,0 +1,99 @@
+"""Every block of the closed-form Hessian against automatic differentiation of the Flax layer."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_cases import CASES, problem, risk_of
+
+from attnlab.attention import PARTS, attention_hessian
+from attnlab.trees import block_slices, ravel
+from compare import assert_close
+from oracles import ggn, hessian
+
+
+@jax.jit
+def answers(closed_form, vector):
+    return {
+        "dense": {part: closed_form.dense(part) for part in PARTS},
+        "products": {part: closed_form.mv(vector, part) for part in PARTS},
+        "norms": closed_form.norms(),
+        "traces": closed_form.traces(),
+    }
+
+
+def autodiff_parts(risk, params):
+    full, outer = hessian(risk, params), ggn(risk, params)
+    return {"full": full, "outer": outer, "functional": full - outer}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_autodiff(name, key):
+    config, loss, params, inputs, targets, mask = problem(name, key)
+    closed_form = attention_hessian(config, params, inputs, targets, loss, mask=mask)
+    expected = autodiff_parts(risk_of(config, loss, inputs, targets, mask), params)
+    vector = jax.tree.map(lambda leaf: jnp.cos(3 + jnp.arange(leaf.size, dtype=leaf.dtype)).reshape(leaf.shape), params)
+    found, places = answers(closed_form, vector), block_slices(params)
+    for part, matrix in expected.items():
+        scale = np.linalg.norm(expected["full"])
+        assert_close(found["dense"][part], matrix)
+        assert_close(ravel(found["products"][part]), matrix @ ravel(vector))
+        for row in params:
+            assert_close(found["traces"][part][row], np.trace(matrix[places[row], places[row]]), 1e-12, scale)
+            for column in params:
+                block = matrix[places[row], places[column]]
+                assert_close(found["dense"][part][places[row], places[column]], block, 1e-12, scale)
+                norm = np.linalg.norm(block)
+                assert_close(found["norms"][part][row, column], norm, 1e-12, scale if norm < 1e-8 * scale else norm)
+
+
+def test_zero_blocks_are_exactly_zero(key):
+    """The layer is linear in the values, and linear attention in each of query and key."""
+    for name, zero in (("one_head", ["value"]), ("linear", ["value", "query", "key"])):
+        config, loss, params, inputs, targets, mask = problem(name, key)
+        norms = attention_hessian(config, params, inputs, targets, loss, mask=mask).norms()
+        assert [norms["functional"][block, block] for block in zero] == [0.0] * len(zero)
+
+
+def test_heads_meet_in_the_outer_part_only(key):
+    config, loss, params, inputs, targets, mask = problem("heads_projection", key)
+    closed_form = attention_hessian(config, params, inputs, targets, loss, mask=mask)
+    across = {}
+    for part in ("outer", "functional"):
+        dense = closed_form.block("query", "value", part).dense()
+        split = dense.reshape(inputs.shape[-1], config.heads, config.key_dim, inputs.shape[-1], config.heads, -1)
+        across[part] = jnp.linalg.norm(split[:, 0, :, :, 1])
+    assert across["functional"] == 0
+    assert across["outer"] > 1e-3
+
+
+def test_differentiable_and_vmappable(key):
+    """The whole construction is one pure function of the parameters."""
+    config, loss, params, inputs, targets, _ = problem("cross_entropy", key)
+
+    def sharpness_proxy(params):
+        return attention_hessian(config, params, inputs, targets, loss).norms()["full"]["query", "query"]
+
+    step = 1e-5
+    direction = jax.tree.map(jnp.ones_like, params)
+    moved = jax.tree.map(lambda leaf, d: jnp.stack([leaf + step * d, leaf - step * d]), params, direction)
+    plus, minus = jax.jit(jax.vmap(sharpness_proxy))(moved)
+    _, slope = jax.jit(lambda p: jax.jvp(sharpness_proxy, (p,), (direction,)))(params)
+    assert_close(slope, (plus - minus) / (2 * step), 1e-5)
+
+
+def test_a_permutation_of_the_heads_permutes_the_blocks(key):
+    config, loss, params, inputs, targets, mask = problem("heads_projection", key)
+    order = jnp.array([2, 0, 1])
+
+    def permuted(name, leaf):
+        if name == "output":
+            return leaf.reshape(3, -1, leaf.shape[1])[order].reshape(leaf.shape)
+        return leaf.reshape(leaf.shape[0], 3, -1)[:, order].reshape(leaf.shape)
+
+    moved = {name: permuted(name, leaf) for name, leaf in params.items()}
+    before = attention_hessian(config, params, inputs, targets, loss, mask=mask)
+    after = attention_hessian(config, moved, inputs, targets, loss, mask=mask)
+    assert_close(after.norms(), before.norms(), 1e-12)
+    product = after.mv({name: permuted(name, leaf) for name, leaf in params.items()})
+    assert_close(product, {name: permuted(name, leaf) for name, leaf in before.mv(params).items()}, 1e-12)
