@@ -1,6 +1,7 @@
 """The objective: what a model predicts, how that is scored, and on which data. All that curvature ever sees."""
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +54,7 @@ def _partial(function: Any) -> Partial:
     return function if isinstance(function, Partial) else Partial(function)
 
 
-def check_objective(risk: Objective, params: Params) -> None:
+def check_objective(risk: Callable[[Params], jax.Array], params: Params) -> None:
     """Raise unless `params` are finite real arrays at which `risk` returns one floating-point number.
 
     Raises `TypeError` for integer parameters or a loss that is not a scalar, `ValueError` for empty or non-finite
@@ -80,10 +81,9 @@ class _PredictFromBlock:
         return predict(self.selection.put(params, block), inputs)
 
 
-def restrict_to(risk: Objective, params: Params, selection: Selection) -> tuple[Objective, Params]:
-    """The objective as a function of the selected leaves, the others held at `params`; and those leaves.
+def predict_from_block(predict: Partial, params: Params, selection: Selection) -> Partial:
+    """`predict` as a function of the selected leaves (`selection.take(params)`), the others held at `params`.
 
     Linearised there, nothing is computed for the held leaves, so a product with one block costs less than a full one.
     """
-    predict = Partial(_PredictFromBlock(selection), params, risk.predict)
-    return Objective(predict, risk.loss, risk.inputs, risk.targets), selection.take(params)
+    return Partial(_PredictFromBlock(selection), params, predict)

@@ -136,13 +136,13 @@ class TestBadInput:
             eigenpairs(ggn(*CASES["softmax/square"](key)), key, count, which=which)
 
     def test_unknown_end(self, key):
-        with pytest.raises(ValueError, match="no end of the spectrum 'highest'.*Did you mean 'high'"):
+        with pytest.raises(ValueError, match=r"no end of the spectrum 'highest'.*Did you mean 'high'"):
             eigenpairs(ggn(*CASES["softmax/square"](key)), key, which="highest")
 
     def test_a_product_that_is_not_finite(self, key):
         risk = objective(lambda params, x: jnp.sqrt(params) * x, square_loss, jnp.ones(4), jnp.zeros(4))
         operator = hessian(risk, jnp.array([0.0, 1.0, 2.0, 3.0]))
-        with pytest.raises(ValueError, match="the operator's product has .* non-finite"):
+        with pytest.raises(ValueError, match=r"the operator's product has .* non-finite"):
             spectral_density(operator, key, steps=3)
-        with pytest.raises(ValueError, match="the operator's product has .* non-finite"):
+        with pytest.raises(ValueError, match=r"the operator's product has .* non-finite"):
             eigenpairs(operator, key)

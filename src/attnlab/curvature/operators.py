@@ -1,16 +1,17 @@
-"""Symmetric linear operators on parameter pytrees: the Hessian of an objective and its two parts.
+"""Symmetric linear operators on parameter pytrees: the Hessian of an objective, its two parts, Fisher matrices.
 
 H = J^T (d2 loss / d outputs^2) J  +  sum_n (d loss / d outputs)_n d2 outputs_n / d params^2
   = GGN (outer-product part)       +  functional part.
 
 Each is built by one jitted linearisation at the point, whose linear part is a pytree: data, weights and saved
-activations travel as arguments, so that one compiled product serves every point of the same shapes.
+activations travel as arguments, so that one compiled product serves every point of the same shapes. Over a
+`BatchedObjective` nothing is saved: each product linearises batch after batch.
 """
 
 import re
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +20,14 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from attnlab.checks import check_same_structure
-from attnlab.objective import Objective, check_objective, restrict_to
+from attnlab.curvature.batches import BatchedObjective
+from attnlab.losses import cross_entropy, square_loss
+from attnlab.objective import Objective, check_objective, predict_from_block
 from attnlab.trees import Selection, block_slices, dimension, select, zeros_like
 from attnlab.types import Params, PyTree
 
 Block = str | re.Pattern[str]
+Risk = Objective | BatchedObjective
 
 DENSE_LIMIT_BYTES = 4 * 2**30
 
@@ -76,37 +80,66 @@ class Operator:
         return Operator(Partial(_scaled, jnp.asarray(factor), self.linear), self.point)
 
 
-def hessian(risk: Objective, params: Params, *, block: Block | None = None) -> Operator:
+def hessian(risk: Risk, params: Params, *, block: Block | None = None) -> Operator:
     """The Hessian of `risk` at `params`.
 
     With `block` (a name such as `query` or `layer_0/attention`, or a compiled regular expression) it is the diagonal
     block of the matching parameters, linearised in them alone: its vectors are dicts from leaf name to leaf.
     Raises `ValueError` for an unknown block or non-finite parameters, `TypeError` for a loss that is not a scalar.
     """
-    risk, params = _prepare(risk, params, block)
-    return Operator(_linearize_gradient(risk, params), params)
+    return _build(_linearize_gradient, risk, params, block)
 
 
-def ggn(risk: Objective, params: Params, *, block: Block | None = None) -> Operator:
+def ggn(risk: Risk, params: Params, *, block: Block | None = None) -> Operator:
     """The generalized Gauss-Newton matrix J^T (d2 loss / d outputs^2) J: the outer-product part H_o of the Hessian.
 
     Schraudolph (2002); H_o of Ormaniec, Dangel, Singh (arXiv 2410.10986). Arguments and errors as for `hessian`.
     """
-    risk, params = _prepare(risk, params, block)
-    return Operator(_linearize_ggn(risk, params), params)
+    return _build(_linearize_ggn, risk, params, block)
 
 
-def functional(risk: Objective, params: Params, *, block: Block | None = None) -> Operator:
+def functional(risk: Risk, params: Params, *, block: Block | None = None) -> Operator:
     """The functional part H_f = H - GGN: the Hessian of <g, outputs> with g = d loss / d outputs held fixed.
 
     Its own product, not a difference: where H_f vanishes it is zero to rounding of H_f itself. Arguments and errors as
     for `hessian`.
     """
-    risk, params = _prepare(risk, params, block)
-    return Operator(_linearize_functional(risk, params), params)
+    return _build(_linearize_functional, risk, params, block)
+
+
+def fisher(risk: Risk, params: Params, *, block: Block | None = None) -> Operator:
+    """The Fisher information: the mean over positions of E[s s^T], s = d log p(y | outputs) / d params, y ~ the model.
+
+    The model is the one whose negative log-likelihood the loss is: categorical for `cross_entropy`, Gaussian with
+    variance 1/2 in each entry for `square_loss`. For both the Fisher equals the GGN, the expectation taken exactly
+    (Martens, arXiv 1412.1193, section 9.2), at the GGN's cost and with no sampling. Raises `TypeError` for another
+    loss: what it is the likelihood of is not known; otherwise arguments and errors as for `hessian`.
+    """
+    if risk.loss.func not in LIKELIHOODS or risk.loss.args or risk.loss.keywords:
+        known = ", ".join(loss.__name__ for loss in LIKELIHOODS)
+        raise TypeError(
+            f"the loss is {risk.loss.func}; the Fisher information needs a negative log-likelihood, one of: {known}. "
+            "Take ggn, or empirical_fisher, for another loss."
+        )
+    return _build(_linearize_ggn, risk, params, block)
+
+
+LIKELIHOODS = (square_loss, cross_entropy)
+
+
+def empirical_fisher(risk: Risk, params: Params, *, block: Block | None = None) -> Operator:
+    """The uncentred second moment of the examples' gradients, (1/N) sum_n g_n g_n^T.
+
+    An example is an entry of the first axis of inputs, outputs and targets, and g_n the gradient of the loss of that
+    example alone: of a sequence's mean over its tokens, for a language model. Not the Fisher information: the labels
+    are those of the data (Kunstner, Balles, Hennig, arXiv 1905.12558). The model must treat examples independently.
+    Raises `ValueError` where the first axes differ; otherwise arguments and errors as for `hessian`.
+    """
+    return _build(_linearize_empirical_fisher, risk, params, block)
 
 
 PARTS = {"hessian": hessian, "ggn": ggn, "functional": functional}
+FISHERS = {"fisher": fisher, "empirical_fisher": empirical_fisher}
 
 
 def restrict(operator: Operator, rows: Block) -> Operator:
@@ -116,10 +149,27 @@ def restrict(operator: Operator, rows: Block) -> Operator:
     return Operator(linear, selection.take(operator.point))
 
 
-def _prepare(risk: Objective, params: Params, block: Block | None) -> tuple[Objective, Params]:
+Linearize = Callable[[Objective, Params], Partial]
+
+
+def _build(linearize: Linearize, risk: Risk, params: Params, block: Block | None) -> Operator:
     params = jax.tree.map(jnp.asarray, params)
     check_objective(risk, params)
-    return (risk, params) if block is None else restrict_to(risk, params, select(params, block))
+    if block is not None:
+        selection = select(params, block)
+        risk = replace(risk, predict=predict_from_block(risk.predict, params, selection))
+        params = selection.take(params)
+    if isinstance(risk, BatchedObjective):
+        return Operator(Partial(_BatchedProduct(linearize), risk, params), params)
+    return Operator(linearize(risk, params), params)
+
+
+@dataclass(frozen=True)
+class _BatchedProduct:
+    linearize: Linearize
+
+    def __call__(self, risk: BatchedObjective, params: Params, vector: Params) -> Params:
+        return risk.total(lambda part: self.linearize(part, params)(vector))
 
 
 @jax.jit
@@ -140,6 +190,29 @@ def _linearize_ggn(risk: Objective, params: Params) -> Partial:
 def _linearize_functional(risk: Objective, params: Params) -> Partial:
     cotangent = jax.grad(risk.loss)(risk.outputs(params), risk.targets)
     return _linearize_gradient(Objective(risk.predict, Partial(_inner_product), risk.inputs, cotangent), params)
+
+
+@jax.jit
+def _linearize_empirical_fisher(risk: Objective, params: Params) -> Partial:
+    _, jacobian = jax.linearize(lambda params: _example_losses(risk, params), params)
+    return Partial(_apply_gram, _as_partial(jacobian))
+
+
+def _example_losses(risk: Objective, params: Params) -> Float[Array, " N"]:
+    outputs = risk.outputs(params)
+    lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves((risk.inputs, outputs, risk.targets))}
+    if len(lengths) != 1 or () in lengths:
+        raise ValueError(
+            f"inputs, outputs and targets have first axes {sorted(lengths)}; expected one number of examples in all. "
+            "Give every array a leading axis of examples."
+        )
+    one_each = jax.tree.map(lambda leaf: leaf[:, None], (outputs, risk.targets))
+    return jax.vmap(risk.loss)(*one_each)
+
+
+def _apply_gram(jacobian: Partial, vector: Params) -> Params:
+    changes = jacobian(vector)  # of the examples' losses: <g_n, vector>
+    return jax.linear_transpose(jacobian, vector)(changes / changes.size)[0]
 
 
 def _as_partial(linear: Callable) -> Partial:
