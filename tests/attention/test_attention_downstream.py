@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_cases import layer_config
-from compare import assert_close
-from oracles import ggn, hessian
 
 from attnlab.attention import attention_hessian_from_downstream, downstream_derivatives
 from attnlab.attention.downstream import loss_derivatives
 from attnlab.losses import LOSSES, cross_entropy
 from attnlab.models.attention import SelfAttention
 from attnlab.objective import objective
+from compare import assert_close
+from oracles import ggn, hessian
 
 BATCH, LENGTH, WIDTH, CLASSES = 2, 4, 3, 5
 CONFIG = layer_config(heads=2, output_dim=WIDTH, causal=True)

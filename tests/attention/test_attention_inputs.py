@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_cases import layer_config, problem
-from compare import assert_close
 from rich.console import Console
 
 from attnlab.attention import attention_hessian, attention_moments, describe, describe_table
 from attnlab.models.attention import SelfAttention
+from compare import assert_close
 
 
 def good():
@@ -58,7 +58,7 @@ def test_bad_input(name):
 
 def test_names_of_blocks_and_parts():
     hessian = attention_hessian(**good())
-    with pytest.raises(ValueError, match="there is no parameter block 'qurey'.* Did you mean 'query'"):
+    with pytest.raises(ValueError, match=r"there is no parameter block 'qurey'.* Did you mean 'query'"):
         hessian.block("qurey", "key")
     with pytest.raises(ValueError, match="there is no part of the Hessian 'ggn'"):
         hessian.dense("ggn")

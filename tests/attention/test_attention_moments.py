@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_cases import layer_config, problem
-from compare import assert_close
 
 from attnlab.attention import attention_moments
 from attnlab.models.attention import SelfAttention, attention_maps
+from compare import assert_close
 
 
 @partial(jax.jit, static_argnums=3)

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_cases import problem, risk_of
-from compare import relative_error
-from oracles import ggn, hessian
 
 from attnlab.attention import attention_hessian
+from compare import relative_error
+from oracles import ggn, hessian
 
 
 def cast(tree, dtype):

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_cases import problem
-from compare import assert_close
 
 from attnlab.attention import KroneckerSum, Leaf, Term, attention_hessian, nearest_kronecker
 from attnlab.attention import kronecker as module
+from compare import assert_close
 
 LAYERS = ("heads_projection", "merged_heads", "linear_causal")
 

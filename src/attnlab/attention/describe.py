@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+from rich.markup import escape
 from rich.table import Table
 
 from attnlab.attention.blocks import AttentionHessian
@@ -67,7 +68,7 @@ def describe_table(hessian: AttentionHessian) -> Table:
     """`describe` as a table for the terminal: `rich.print(describe_table(hessian))`."""
     table = Table("block", "part", "pairing", "term", "made of", "norm")
     for row in describe(hessian):
-        cells = (f"{row.row} x {row.column}", row.part, row.pairing, row.formula, ", ".join(row.roles))
+        cells = (f"{row.row} x {row.column}", row.part, row.pairing, escape(row.formula), ", ".join(row.roles))
         table.add_row(*cells, f"{float(row.norm):.3g}")
     return table
 

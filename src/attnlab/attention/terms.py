@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from attnlab.attention.kronecker import KroneckerSum, Leaf, Pairing, Term, contract
-from attnlab.attention.layer import Layer
+from attnlab.attention.layer import Layer, expected_shapes
 from attnlab.attention.moments import AttentionMoments
 
 SCORE_PARAMETERS = ("query", "key", "query_key")
@@ -83,15 +83,14 @@ def token_quantities(point: Layer, moments: AttentionMoments, gradient: Float[Ar
     third = moments.third_along(jnp.einsum("hav,bhiv->bhia", point.value, gamma))
     x = point.inputs.reshape(-1, point.inputs.shape[-1])
     q = scale * jnp.einsum("na,hak->nhk", x, point.query)
-    per_head = (moments.first, moments.second, third)
-    g = gradient.reshape(-1, gradient.shape[-1])
-    return TokenQuantities(scale * x, q, *map(by_token, per_head), g, by_token(gamma))
+    first, second, third, gamma = map(by_token, (moments.first, moments.second, third, gamma))
+    return TokenQuantities(scale * x, q, first, second, third, gradient.reshape(-1, gradient.shape[-1]), gamma)
 
 
 def leaves(point: Layer) -> dict[str, Leaf]:
     """How every parameter holds its heads."""
-    heads = point.config.heads
-    return {name: Leaf(jnp.shape(w), heads, 0 if name == "output" else 1) for name, w in point.params.items()}
+    heads, shapes = point.config.heads, expected_shapes(point.config, point.inputs.shape[-1])
+    return {name: Leaf(shapes[name], heads, 0 if name == "output" else 1) for name in point.names}
 
 
 def token_jacobians(point: Layer, tokens: TokenQuantities) -> dict[str, TokenJacobian]:
