@@ -54,6 +54,26 @@ def list_analyses(console: Console) -> None:
     console.print(table)
 
 
+def verify(words: Sequence[str], seeds: Sequence[int], console: Console) -> bool:
+    """Check the named claims (all of them by default) on every seed, with a live table; whether all passed.
+
+    A word that ends in .py is a file of further claims, which are checked as well. Raises `ValueError` for an unknown
+    name.
+    """
+    from attnlab.analysis import configure_jax
+    from attnlab.claims import claim_by_name, load_claims
+    from attnlab.verification import verify_all
+
+    configure_jax("float64")
+    known = set(load_claims())
+    files = [Path(word) for word in words if word.endswith(".py")]
+    for path in files:
+        load_script(path)
+    named = [word for word in words if not word.endswith(".py")]
+    own = [name for name in load_claims() if name not in known]
+    return verify_all([claim_by_name(name) for name in (named + own or load_claims())], seeds, console)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="attnlab", description="A theory lab for attention, in JAX.")
@@ -63,13 +83,27 @@ def parser() -> argparse.ArgumentParser:
     run_parser.add_argument("name", metavar="NAME", choices=names, help=f"one of: {', '.join(names)}")
     run_parser.add_argument("flags", nargs=argparse.REMAINDER, help="the analysis's own flags")
     commands.add_parser("list", help="list the analyses")
+    verify_parser = commands.add_parser("verify", help="check claims of the literature on random instances")
+    verify_parser.add_argument(
+        "claims", nargs="*", help="names of claims, or files with claims of your own (all claims)"
+    )
+    verify_parser.add_argument("--seeds", nargs="+", type=int, default=[1], help="seeds of the random instances (1)")
     return top
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point. Ends with status 2 for an unknown command or analysis, 1 for a run that failed."""
+    """Entry point. Ends with status 2 for an unknown command or name, 1 for a run or a claim that failed."""
     given = parser().parse_args(arguments)
     if given.command == "list":
         list_analyses(Console())
-    else:
+    elif given.command == "run":
         run(given.name, given.flags)
+    elif not _verified(given):
+        raise SystemExit(1)
+
+
+def _verified(given: argparse.Namespace) -> bool:
+    try:
+        return verify(given.claims, given.seeds, Console())
+    except (ValueError, OSError) as error:
+        parser().error(str(error))

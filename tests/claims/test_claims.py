@@ -1,0 +1,108 @@
+"""Every claim on three seeds, and what makes a claim fail."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from attnlab.claims import REGISTRY, Claim, Comparison, claim, claim_by_name, load_claims
+
+ATTNLAB = Path(sys.executable).with_name("attnlab")
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("name", load_claims())
+def test_claim_holds(name, seed):
+    verdict = claim_by_name(name).verify(seed)
+    assert verdict.passed, f"predicted {verdict.predicted}, measured {verdict.measured}, error {verdict.error:.3g}"
+
+
+@pytest.mark.parametrize("name", load_claims())
+def test_claim_is_sourced(name):
+    checked = REGISTRY[name]
+    assert len(checked.statement) > 10
+    assert "arXiv" in checked.source or "derived here" in checked.source or any(c.isdigit() for c in checked.source)
+    assert len(checked.because) > 10
+    assert checked.compare.__doc__
+
+
+@pytest.mark.parametrize("name", load_claims())
+def test_claim_fails_on_a_shifted_measurement(name):
+    checked = REGISTRY[name]
+    comparison = checked.compare(jax.random.key(1))
+    unit = np.max(np.abs(comparison.predicted)) if comparison.scale is None else np.asarray(comparison.scale)
+    shift = {"at least": -1.0, "at most": 1.0, "equal": 1.0}[checked.relation] * (2 * checked.tolerance + 1) * unit
+    wrong = np.asarray(comparison.predicted, float) + shift
+    altered = Claim(**{**vars(checked), "compare": lambda key: comparison._replace(measured=wrong)})
+    assert not altered.verify(1).passed
+
+
+def made(compare, tolerance=0.1, relation="equal"):
+    return Claim("made", "a statement", "a source", tolerance, "because", relation, compare)
+
+
+@pytest.mark.parametrize(
+    ("relation", "measured", "passes"),
+    [
+        ("equal", 1.05, True),
+        ("equal", 1.2, False),
+        ("equal", 0.8, False),
+        ("at most", 0.1, True),
+        ("at most", 1.2, False),
+        ("at least", 1.9, True),
+        ("at least", 0.8, False),
+        ("equal", np.nan, False),
+        ("at most", np.nan, False),
+        ("at most", np.inf, False),
+    ],
+)
+def test_relations(relation, measured, passes):
+    assert made(lambda key: Comparison(1.0, measured), relation=relation).verify(1).passed is passes
+
+
+def test_errors_are_in_units_of_the_scale():
+    assert made(lambda key: Comparison(5.0, 5.2, scale=0.1)).verify(1).error == pytest.approx(2.0)
+    assert made(lambda key: Comparison([0.0, 1.0], [0.0, 1.0])).verify(1).error == 0
+    assert made(lambda key: Comparison(0.0, 1e-9, scale=0.0)).verify(1).error == np.inf
+
+
+def test_shapes_must_agree():
+    with pytest.raises(ValueError, match=r"claim 'made' predicts an array of shape \(2,\) and measures one of \(\)"):
+        made(lambda key: Comparison([1.0, 2.0], 1.0)).verify(1)
+
+
+def test_names_are_taken_once():
+    options = {"statement": "x", "source": "y", "tolerance": 0.0, "because": "z"}
+
+    def softmax_outer_exponents(key):
+        return Comparison(0.0, 0.0)
+
+    with pytest.raises(ValueError, match="there is a claim 'softmax-outer-exponents' already"):
+        claim(**options)(softmax_outer_exponents)
+
+
+OWN = '''
+from attnlab.claims import Comparison, claim
+
+@claim(statement="1 = {number}", source="arithmetic", tolerance=1e-9, because="an identity")
+def one_is_one(key):
+    """A claim of one's own."""
+    return Comparison({number}, 1.0)
+'''
+
+
+@pytest.mark.parametrize(("number", "status"), [(1.0, 0), (2.0, 1)])
+def test_verify_takes_a_file_of_ones_own(tmp_path, number, status):
+    (tmp_path / "own.py").write_text(OWN.format(number=number))
+    done = subprocess.run([ATTNLAB, "verify", tmp_path / "own.py"], capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    assert f"{1 - status} of 1 passed" in done.stdout
+
+
+def test_verify_names_an_unknown_claim():
+    done = subprocess.run([ATTNLAB, "verify", "softmax-outer-exponent"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Did you mean 'softmax-outer-exponents'" in " ".join(done.stderr.split())
