@@ -17,6 +17,9 @@ PRNGKey = Key[Array, ""]
 
 Scalar = Float[Array, ""]
 
+Real = int | float | Array
+"""A real number as an argument: Python's own, or an array without axes, which may be traced."""
+
 Predict = Callable[[Params, PyTree], PyTree]
 """`predict(params, inputs) -> outputs`, pure."""
 

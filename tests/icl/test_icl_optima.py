@@ -149,6 +149,29 @@ def test_fit_interpolates_below_d_squared_prompts_and_recovers_a_teacher(key):
     assert_close(jax.vmap(lambda p: reduced_predict(fitted, p))(few), few.target, 1e-9)
 
 
+def test_double_descent_in_the_number_of_prompts():
+    """The risk of the fitted preconditioner peaks where the prompts are as many as its d^2 entries."""
+    d, length = 4, 20
+
+    @jax.jit
+    def risks(key):
+        prompts = sample_prompts(key, isotropic(d), length, 64)
+        fits = [fit_preconditioner(jax.tree.map(lambda x, n=n: x[:n], prompts)) for n in (5, d * d, 64)]
+        return jnp.stack([reduced_risk(fit, isotropic(d), length) for fit in fits])
+
+    below, peak, above = jnp.median(jax.vmap(risks)(jax.random.split(jax.random.key(0), 20)), axis=0)
+    assert peak > 5 * below > 5 * above
+
+
+@pytest.mark.parametrize("power", [1.5, 2.0, 3.0])
+def test_power_law_spectra(power):
+    """s_i = i^-p: the risk falls as N^-(1 - 1/p), read off between N = 1,000 and 4,000."""
+    spectrum = jnp.arange(1, 1_000_001.0) ** -power
+    tail = 1_000_000.0 ** (1 - power) / (power - 1)  # eigenvalues beyond the last are not learned
+    risks = [spectral_risk(spectrum, length, tail) + tail for length in (1_000, 4_000)]
+    assert abs(float(jnp.log(risks[1] / risks[0]) / jnp.log(4.0)) + (1 - 1 / power)) < 0.03
+
+
 CORRELATED = {
     "retrieval": (retrieval_prompts, retrieval_moments),
     "alignment": (aligned_prompts, alignment_moments),

@@ -33,8 +33,8 @@ ONE_STEP = partial(stack_predict, STEP)
 ALGORITHM = baseline("gradient_descent", steps=1, step_size=0.5)
 
 
-def prompts_of(seed, batch=BATCH):
-    return sample_prompts(jax.random.key(seed), isotropic(DIMENSION, 0.1), LENGTH, batch)
+def prompts_of(seed, batch=BATCH, length=LENGTH):
+    return sample_prompts(jax.random.key(seed), isotropic(DIMENSION, 0.1), length, batch)
 
 
 def untrained(seed):
@@ -54,7 +54,7 @@ def test_alignment_of_the_construction_is_exact():
     ids=["alignment", "residual_cosine"],
 )
 def test_nulls_score_below_the_model(measure, read):
-    found = with_nulls(measure, ONE_STEP, untrained(7), ALGORITHM, prompts_of(2), jax.random.key(0))
+    found = with_nulls(measure, ONE_STEP, untrained(7), ALGORITHM, prompts_of(2, length=5), jax.random.key(0))
     assert read(found.model).value > 1 - 1e-12
     for null in (read(found.untrained), read(found.shuffled)):
         assert null.value + 5 * null.standard_error < 0.95

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from attnlab.checks import is_concrete, unknown_name
 from attnlab.icl.tasks import Prompt, check_prompt
-from attnlab.types import Scalar
+from attnlab.types import Real, Scalar
 
 
 def empirical_moments(prompt: Prompt) -> tuple[Float[Array, "d d"], Float[Array, " d"]]:
@@ -24,7 +24,7 @@ def empirical_moments(prompt: Prompt) -> tuple[Float[Array, "d d"], Float[Array,
     return prompt.inputs.T @ prompt.inputs / length, prompt.labels @ prompt.inputs / length
 
 
-def check_stable(name: str, step_size: float | Array, curvature: Float[Array, "d d"], steps: int) -> None:
+def check_stable(name: str, step_size: Real, curvature: Float[Array, "d d"], steps: int) -> None:
     """Raise `ValueError` if several steps of this size diverge on a quadratic of this curvature (skipped while
     tracing)."""
     if steps < 2 or not (is_concrete(step_size) and is_concrete(curvature)):
@@ -42,7 +42,7 @@ def _check_steps(steps: int) -> None:
         raise ValueError(f"steps is {steps}; expected a whole number of at least 0.")
 
 
-def gradient_descent(prompt: Prompt, *, steps: int, step_size: float | Scalar) -> Scalar:
+def gradient_descent(prompt: Prompt, *, steps: int, step_size: Real) -> Scalar:
     """`steps` steps on ||Xw - y||^2 / (2N): residual polynomial (1 - step_size lambda)^steps.
 
     Raises `ValueError` for a step size that diverges, where the prompt's values are known.
@@ -85,7 +85,7 @@ def gradient_descent_plus_plus(
     return prompt.query @ solution @ moment
 
 
-def newton(prompt: Prompt, *, steps: int, scale: float | Scalar) -> Scalar:
+def newton(prompt: Prompt, *, steps: int, scale: Real) -> Scalar:
     """Newton's iteration X <- X (2 I - G X) for the inverse of G from scale * G: residual (1 - scale
     lambda^2)^(2^steps).
 
@@ -102,7 +102,7 @@ def newton(prompt: Prompt, *, steps: int, scale: float | Scalar) -> Scalar:
     return prompt.query @ inverse @ moment
 
 
-def ridge(prompt: Prompt, *, penalty: float | Scalar) -> Scalar:
+def ridge(prompt: Prompt, *, penalty: Real) -> Scalar:
     """argmin ||Xw - y||^2 + penalty ||w||^2; the Bayes estimate for w ~ N(0, I) when `penalty` is the noise
     variance."""
     check_prompt(prompt)
@@ -132,7 +132,7 @@ def nearest_neighbours(prompt: Prompt, *, neighbours: int) -> Scalar:
     return jnp.mean(prompt.labels[nearest])
 
 
-def discrete_bayes(prompt: Prompt, *, tasks: Float[Array, "M d"], noise_variance: float | Scalar) -> Scalar:
+def discrete_bayes(prompt: Prompt, *, tasks: Float[Array, "M d"], noise_variance: Real) -> Scalar:
     """Posterior mean when the task is one of the rows of `tasks`, all equally likely (arXiv 2306.15063, equation 4)."""
     check_prompt(prompt)
     if tasks.ndim != 2 or tasks.shape[1] != prompt.query.shape[-1]:
@@ -157,7 +157,7 @@ BASELINES: dict[str, Callable[..., Scalar]] = {
 }
 
 
-def baseline(name: str, **options: float | Array) -> Callable[[Prompt], Scalar]:
+def baseline(name: str, **options: Real) -> Callable[[Prompt], Scalar]:
     """The algorithm called `name`, one of the keys of `BASELINES`, as a function of one prompt.
 
     `options` are the keyword arguments of that function. Raises `ValueError` for another name.

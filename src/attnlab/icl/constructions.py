@@ -10,12 +10,10 @@ from jaxtyping import Array, Float
 from attnlab.icl.models import Layer, attention_layer, prompt_tokens
 from attnlab.icl.tasks import Prompt, check_prompt
 from attnlab.models import heads as equations
-from attnlab.types import Scalar
+from attnlab.types import Real, Scalar
 
 
-def gradient_step_layer(
-    step_size: float | Scalar, initial: Float[Array, "outputs d"]
-) -> tuple[Layer, Float[Array, "outputs d"]]:
+def gradient_step_layer(step_size: Real, initial: Float[Array, "outputs d"]) -> tuple[Layer, Float[Array, "outputs d"]]:
     """One step of gradient descent from the weights `initial`, for tokens (x, y) with any number of outputs.
 
     W_K = W_Q = diag(I, 0), W_V = [[0, 0], [W0, -I]], P = step_size I, scores / N (von Oswald et al., arXiv 2212.07677,
@@ -91,7 +89,7 @@ def plus_plus_residual(
     return residual
 
 
-def newton_layers(dimension: int, steps: int, scale: float | Scalar, dtype: jnp.dtype | None = None) -> list[Layer]:
+def newton_layers(dimension: int, steps: int, scale: Real, dtype: jnp.dtype | None = None) -> list[Layer]:
     """Newton's iteration for the inverse of G as `steps` + 2 linear attention layers, for `newton_predict`.
 
     Tokens are (x, u, y) with u_i = X_k x_i / 2^k. Since X_k G X_k x_i = (1/N) sum_j u_j (x_j^T u_i) up to that scale,
@@ -123,14 +121,12 @@ def newton_predict(layers: list[Layer], prompt: Prompt) -> Scalar:
     return -tokens[-1, -1]
 
 
-def newton_residual(eigenvalues: Float[Array, "*n"], steps: int, scale: float | Scalar) -> Float[Array, "*n"]:
+def newton_residual(eigenvalues: Float[Array, "*n"], steps: int, scale: Real) -> Float[Array, "*n"]:
     """(1 - scale lambda^2)^(2^steps): what Newton's iteration from scale * G leaves of each eigendirection of G."""
     return (1 - scale * eigenvalues**2) ** (2**steps)
 
 
-def gradient_descent_residual(
-    eigenvalues: Float[Array, "*n"], steps: int, step_size: float | Scalar
-) -> Float[Array, "*n"]:
+def gradient_descent_residual(eigenvalues: Float[Array, "*n"], steps: int, step_size: Real) -> Float[Array, "*n"]:
     """(1 - step_size lambda)^steps: what gradient descent leaves of each eigendirection of G."""
     return (1 - step_size * eigenvalues) ** steps
 
@@ -139,7 +135,7 @@ def _context_attention(scores: Float[Array, "... N"], values: Float[Array, "N v"
     return equations.attend(equations.WEIGHTS[weights](scores), values)
 
 
-def nadaraya_watson_attention(prompt: Prompt, bandwidth: float | Scalar) -> Scalar:
+def nadaraya_watson_attention(prompt: Prompt, bandwidth: Real) -> Scalar:
     """Softmax attention with scores <x_q, x_i> / bandwidth^2 and values y_i.
 
     On a sphere ||x_q - x_i||^2 = const - 2 <x_q, x_i>, so this is the Nadaraya-Watson estimate with the Gaussian kernel
@@ -150,7 +146,7 @@ def nadaraya_watson_attention(prompt: Prompt, bandwidth: float | Scalar) -> Scal
     return _context_attention(scores, prompt.labels[:, None], "softmax")[0, 0]
 
 
-def nadaraya_watson(prompt: Prompt, bandwidth: float | Scalar) -> Scalar:
+def nadaraya_watson(prompt: Prompt, bandwidth: Real) -> Scalar:
     """sum_i k(x_q - x_i) y_i / sum_i k(x_q - x_i) with the Gaussian kernel of the given bandwidth."""
     check_prompt(prompt)
     distances = jnp.sum((prompt.inputs - prompt.query[None, :]) ** 2, axis=1)
@@ -183,7 +179,7 @@ def functional_gradient_descent(prompt: Prompt, step_sizes: Float[Array, " L"]) 
     return jnp.exp(prompt.inputs @ prompt.query) @ coefficients
 
 
-def softmax_pair_predict(prompt: Prompt, scale: float | Scalar) -> Scalar:
+def softmax_pair_predict(prompt: Prompt, scale: Real) -> Scalar:
     """Two softmax heads with scores +-scale <x_q, x_i> and opposite outputs, divided by 2 scale.
 
     The difference is odd in `scale`, so it is centred linear attention (1/N) sum_i (x_i - mean)^T x_q y_i up to

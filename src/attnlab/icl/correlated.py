@@ -17,7 +17,7 @@ from attnlab.icl.tasks import check_alignment, check_covariance
 from attnlab.types import Scalar
 
 
-def _drift(task_correlation: Float[Array, "N+1 N+1"]) -> tuple[Array, Array]:
+def _drift(task_correlation: Float[Array, "T T"]) -> tuple[Array, Array]:
     correlation = check_covariance("task_correlation", task_correlation)
     if len(correlation) < 2:
         raise ValueError(
@@ -27,7 +27,7 @@ def _drift(task_correlation: Float[Array, "N+1 N+1"]) -> tuple[Array, Array]:
 
 
 def state_space_filter(
-    task_correlation: Float[Array, "N+1 N+1"], dimension: int, noise_variance: float = 0.0
+    task_correlation: Float[Array, "T T"], dimension: int, noise_variance: float = 0.0
 ) -> Float[Array, " N"]:
     """The best weights of the examples, (R + (d + 1 + noise) I)^-1 r, for the preconditioner I.
 
@@ -39,7 +39,7 @@ def state_space_filter(
     return jnp.linalg.solve(correlation + spread, with_query)
 
 
-def state_space_risk(task_correlation: Float[Array, "N+1 N+1"], dimension: int, noise_variance: float = 0.0) -> Scalar:
+def state_space_risk(task_correlation: Float[Array, "T T"], dimension: int, noise_variance: float = 0.0) -> Scalar:
     """Least risk d - d r^T (R + (d + 1 + noise) I)^-1 r of a layer that may weigh the examples (H3).
 
     E y f = d w.r and E f^2 = d [w^T R w + (d + 1 + noise) |w|^2] for example weights w (arXiv 2407.10005, section 3.1).
@@ -48,7 +48,7 @@ def state_space_risk(task_correlation: Float[Array, "N+1 N+1"], dimension: int, 
     return dimension * (1 - with_query @ state_space_filter(task_correlation, dimension, noise_variance))
 
 
-def unweighted_risk(task_correlation: Float[Array, "N+1 N+1"], dimension: int, noise_variance: float = 0.0) -> Scalar:
+def unweighted_risk(task_correlation: Float[Array, "T T"], dimension: int, noise_variance: float = 0.0) -> Scalar:
     """Least risk d - d (1.r)^2 / 1^T (R + (d + 1 + noise) I) 1 of linear attention, which weighs all examples alike."""
     correlation, with_query = _drift(task_correlation)
     spread = (dimension + 1 + noise_variance) * len(with_query)

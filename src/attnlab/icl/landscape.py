@@ -24,7 +24,7 @@ from attnlab.icl.optima import optimal_preconditioner
 from attnlab.icl.population import Effective
 from attnlab.icl.tasks import LinearRegression
 from attnlab.objective import Objective
-from attnlab.types import Params, Scalar
+from attnlab.types import Params, Real, Scalar
 
 
 @jax.tree_util.register_dataclass
@@ -79,7 +79,7 @@ def balance(effective: Effective) -> Effective:
     return {"value": value * ratio[:, None], "query_key": query_key / ratio[:, None, None]}
 
 
-def swapped_start(problem: LinearRegression, length: int | Scalar) -> Effective:
+def swapped_start(problem: LinearRegression, length: Real) -> Effective:
     """One head that takes the top direction e of the inputs along the swapped path, the others along the usual one.
 
     Both paths carry their share of the best preconditioner Gamma*: value (-4 e, 1), query_key

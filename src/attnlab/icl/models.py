@@ -20,7 +20,7 @@ from attnlab.types import PRNGKey, Scalar
 Layer = dict[str, Array]
 
 
-def prompt_tokens(prompt: Prompt) -> Float[Array, "N+1 d+1"]:
+def prompt_tokens(prompt: Prompt) -> Float[Array, "T D"]:
     """The tokens (x_i, y_i) of one prompt and (x_q, 0) of its query."""
     check_prompt(prompt)
     inputs = jnp.concatenate([prompt.inputs, prompt.query[None, :]])
@@ -29,8 +29,8 @@ def prompt_tokens(prompt: Prompt) -> Float[Array, "N+1 d+1"]:
 
 
 def attention_layer(
-    layer: Layer, tokens: Float[Array, "N+1 D"], *, weights: str = "linear", heads: int = 1
-) -> Float[Array, "N+1 D"]:
+    layer: Layer, tokens: Float[Array, "T D"], *, weights: str = "linear", heads: int = 1
+) -> Float[Array, "T D"]:
     """One residual attention layer whose keys are all tokens but the last.
 
     `weights` is `linear` (scores / N) or `softmax`; H = `heads`.

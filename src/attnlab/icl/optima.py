@@ -16,10 +16,10 @@ from jaxtyping import Array, Float
 from attnlab.checks import check_range
 from attnlab.icl.population import population_risk, reduced_weights
 from attnlab.icl.tasks import INPUT_LAWS, LinearRegression, Prompt, with_tasks
-from attnlab.types import Scalar
+from attnlab.types import Real, Scalar
 
 
-def reduced_risk(preconditioner: Float[Array, "d d"], problem: LinearRegression, length: int | Scalar) -> Scalar:
+def reduced_risk(preconditioner: Float[Array, "d d"], problem: LinearRegression, length: Real) -> Scalar:
     """Exact risk of one preconditioned step of gradient descent on prompts of `length` examples.
 
     A preconditioner trained at another length is simply evaluated at this one.
@@ -27,7 +27,7 @@ def reduced_risk(preconditioner: Float[Array, "d d"], problem: LinearRegression,
     return population_risk(reduced_weights({"preconditioner": preconditioner}), problem, length)
 
 
-def step_curvature(problem: LinearRegression, length: int | Scalar) -> Float[Array, "d d"]:
+def step_curvature(problem: LinearRegression, length: Real) -> Float[Array, "d d"]:
     """C of the module's text: the risk's Hessian in the columns of Gamma is 2 C tensor L."""
     covariance, tasks, mixing = problem.covariance, problem.task_moment, problem.mixing
     label_variance = problem.signal + problem.noise_variance
@@ -37,22 +37,20 @@ def step_curvature(problem: LinearRegression, length: int | Scalar) -> Float[Arr
     return average + (average + label_variance * covariance + cumulant) / length
 
 
-def optimal_preconditioner(problem: LinearRegression, length: int | Scalar) -> Float[Array, "d d"]:
+def optimal_preconditioner(problem: LinearRegression, length: Real) -> Float[Array, "d d"]:
     """Gamma* = C^-1 Lambda Omega, the best preconditioner of one step (zero where the inputs have no variance)."""
     curvature = step_curvature(problem, length)
     return jnp.linalg.pinv(curvature, hermitian=True) @ problem.covariance @ problem.task_moment
 
 
-def optimal_risk(problem: LinearRegression, length: int | Scalar) -> Scalar:
+def optimal_risk(problem: LinearRegression, length: Real) -> Scalar:
     """Risk at `optimal_preconditioner`: tr(L O) - tr(L O L Gamma*)."""
     covariance = problem.covariance
     gain = covariance @ problem.task_moment @ covariance
     return problem.signal - jnp.sum(gain * optimal_preconditioner(problem, length))
 
 
-def spectral_risk(
-    eigenvalues: Float[Array, " d"], length: int | Scalar, noise_variance: float | Scalar = 0.0
-) -> Scalar:
+def spectral_risk(eigenvalues: Float[Array, " d"], length: Real, noise_variance: Real = 0.0) -> Scalar:
     """sum s_i - sum N s_i^2 / ((N + 1) s_i + S) for the eigenvalues s of Lambda^(1/2) Omega Lambda^(1/2).
 
     Equal to `optimal_risk` for Gaussian inputs, at O(d): for power-law spectra of any size. For s_i = 1 it is
@@ -62,7 +60,7 @@ def spectral_risk(
     return jnp.sum(eigenvalues - length * eigenvalues**2 / ((length + 1) * eigenvalues + total))
 
 
-def _whitened_gap(problem: LinearRegression, length: int | Scalar, start: Float[Array, "d d"]) -> tuple[Array, Array]:
+def _whitened_gap(problem: LinearRegression, length: Real, start: Float[Array, "d d"]) -> tuple[Array, Array]:
     """D^(1/2) L^(1/2) and (D^(1/2) L^(1/2)) (Gamma* - start) L^(1/2), whose squared norm is risk(start) - risk*.
 
     risk - risk* = tr(L E^T C E) for the gap E, and C = F^T F for F = D^(1/2) L^(1/2) with D = L^(-1/2) C L^(-1/2); any
@@ -81,8 +79,8 @@ def _start(problem: LinearRegression, start: Float[Array, "d d"] | None) -> Floa
 
 
 def adapted_risks(
-    problem: LinearRegression, length: int | Scalar, start: Float[Array, "d d"] | None = None
-) -> Float[Array, " d+1"]:
+    problem: LinearRegression, length: Real, start: Float[Array, "d d"] | None = None
+) -> Float[Array, " ranks"]:
     """Least risk after an update of rank 0, 1, ..., d to the preconditioner `start` (zero if left out).
 
     risk* + sum_{k > r} sigma_k^2(D^(1/2) L^(1/2) (Gamma* - start) L^(1/2)) by Eckart and Young: low-rank adaptation
@@ -95,7 +93,7 @@ def adapted_risks(
 
 
 def adapted_preconditioner(
-    problem: LinearRegression, length: int | Scalar, rank: int, start: Float[Array, "d d"] | None = None
+    problem: LinearRegression, length: Real, rank: int, start: Float[Array, "d d"] | None = None
 ) -> Float[Array, "d d"]:
     """`start` plus its best update of the given rank; needs an invertible input covariance."""
     check_range("rank", rank, 0, problem.dimension, "The update is a d x d matrix.")
@@ -106,9 +104,7 @@ def adapted_preconditioner(
     return start + jnp.linalg.solve(factor, jnp.linalg.solve(problem.mixing, kept.T).T)
 
 
-def length_generalization_risk(
-    problem: LinearRegression, train_length: int | Scalar, test_length: int | Scalar
-) -> Scalar:
+def length_generalization_risk(problem: LinearRegression, train_length: Real, test_length: Real) -> Scalar:
     """Risk at `test_length` of the preconditioner that is optimal at `train_length`.
 
     Isotropic: d [(1 - g)^2 + g^2 (d + 1 + noise) / M] with g = N / (N + d + 1 + noise).
@@ -116,7 +112,7 @@ def length_generalization_risk(
     return reduced_risk(optimal_preconditioner(problem, train_length), problem, test_length)
 
 
-def task_diversity_risk(problem: LinearRegression, tasks: Float[Array, "M d"], length: int | Scalar) -> Scalar:
+def task_diversity_risk(problem: LinearRegression, tasks: Float[Array, "M d"], length: Real) -> Scalar:
     """Risk on fresh tasks of `problem` of the preconditioner that is optimal for the finite set `tasks`.
 
     For w ~ N(0, I), isotropic inputs and N to infinity its mean is d (1 - M/d)_+: training sees only their span.

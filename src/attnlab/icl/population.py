@@ -25,7 +25,7 @@ from attnlab.checks import is_concrete, unknown_name
 from attnlab.icl.models import effective_weights
 from attnlab.icl.tasks import INPUT_LAWS, LinearRegression
 from attnlab.objective import Objective, objective
-from attnlab.types import Params, Scalar
+from attnlab.types import Params, Real, Scalar
 
 Effective = dict[str, Array]
 
@@ -130,7 +130,7 @@ def _cumulant_part(one: tuple, two: tuple, problem: LinearRegression, length: Ar
     return INPUT_LAWS[problem.inputs].excess_kurtosis * jnp.sum(total) / length
 
 
-def population_risk(effective: Effective, problem: LinearRegression, length: int | Scalar) -> Scalar:
+def population_risk(effective: Effective, problem: LinearRegression, length: Real) -> Scalar:
     """Exact E (f - <w, x_q>)^2 of one linear layer over prompts of `length` examples, tasks and the query.
 
     `effective` holds `value` (H, d+1) and `query_key` (H, d+1, d) as in `models.layer_predict`. The gradient is exact
@@ -160,7 +160,7 @@ def _risk(effective: Effective, problem: LinearRegression, length: Scalar) -> Sc
     return jnp.sum(square) - 2 * jnp.sum(jax.vmap(overlap)(*heads)) + problem.signal
 
 
-def _check_effective(effective: Effective, problem: LinearRegression, length: int | Scalar) -> None:
+def _check_effective(effective: Effective, problem: LinearRegression, length: Real) -> None:
     d = problem.dimension
     for name, trailing in (("value", (d + 1,)), ("query_key", (d + 1, d))):
         shape = jnp.shape(effective[name])
@@ -209,7 +209,7 @@ def _loss(outputs: Effective, targets: tuple[LinearRegression, Array]) -> Scalar
 
 
 def population_objective(
-    problem: LinearRegression, length: int | Scalar, parametrization: str = "merged", **options: int
+    problem: LinearRegression, length: Real, parametrization: str = "merged", **options: int
 ) -> Objective:
     """The exact population risk as an `Objective`, ready for curvature and training.
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from attnlab.checks import check_range, is_concrete, unknown_name
 from attnlab.icl.models import prompt_tokens
 from attnlab.icl.tasks import Prompt, check_prompt, scale_prompts, shuffle_labels
-from attnlab.types import PRNGKey, PyTree, Scalar
+from attnlab.types import PRNGKey, PyTree, Real
 
 Model = Callable[[Prompt], Array]
 
@@ -42,8 +42,8 @@ def predictions(model: Model, prompts: Prompt) -> Float[Array, " batch"]:
     Raises `ValueError` unless it returns one number for one prompt.
     """
     check_prompt(prompts)
-    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), prompts)
-    shape = getattr(jax.eval_shape(model, one), "shape", None)
+    output = jax.eval_shape(lambda batch: model(jax.tree.map(lambda x: x[0], batch)), prompts)
+    shape = getattr(output, "shape", None)
     if shape != ():
         raise ValueError(
             f"the model returns an output of shape {shape} for one prompt; expected one number, shape (). "
@@ -110,7 +110,7 @@ def residual_cosine(model: Model, algorithm: Model, prompts: Prompt, shown: Prom
             f"the prompts have {length} examples; expected at least 3, so that the cosine has 2 positions."
         )
 
-    def errors(function: Model, seen: Prompt) -> Float[Array, "batch N-1"]:
+    def errors(function: Model, seen: Prompt) -> Float[Array, "batch P"]:
         columns = [predictions(function, _prefix(seen, t)) - prompts.labels[:, t] for t in range(1, length)]
         return jnp.stack(columns, axis=1)
 
@@ -148,7 +148,7 @@ def with_nulls(
     )
 
 
-def interpolate(first: PyTree, second: PyTree, fraction: float | Scalar) -> PyTree:
+def interpolate(first: PyTree, second: PyTree, fraction: Real) -> PyTree:
     """Weights (1 - fraction) * first + fraction * second: a model halfway between trained and constructed weights."""
     if is_concrete(fraction):
         check_range("fraction", float(fraction), 0.0, 1.0, "It interpolates; it does not extrapolate.")
@@ -170,7 +170,7 @@ def scaled_risks(model: Model, prompts: Prompt, scales: Sequence[float], what: s
     return estimate(jnp.stack(samples, axis=1))
 
 
-def iterated(layer: Callable[[Float[Array, "N+1 D"]], Float[Array, "N+1 D"]], times: int) -> Model:
+def iterated(layer: Callable[[Float[Array, "T D"]], Float[Array, "T D"]], times: int) -> Model:
     """The model that applies a trained layer `times` times: does it go on improving, as an algorithm's step would?
 
     `layer` maps tokens to tokens as `models.attention_layer` with bound weights; the prediction is minus the label
@@ -186,9 +186,7 @@ def iterated(layer: Callable[[Float[Array, "N+1 D"]], Float[Array, "N+1 D"]], ti
     return model
 
 
-def copying(
-    layer: Callable[[Float[Array, "N+1 D"]], Float[Array, "N+1 D"]], tokens: Float[Array, "batch N D"]
-) -> Estimate:
+def copying(layer: Callable[[Float[Array, "T D"]], Float[Array, "T D"]], tokens: Float[Array, "batch N D"]) -> Estimate:
     """How much of each token the layer brings from its left neighbour: the share of the update's squared norm that a
     linear map of the neighbour explains, less that of the token itself.
 

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from attnlab.checks import check_finite, is_concrete, unknown_name
-from attnlab.types import PRNGKey, Scalar
+from attnlab.types import PRNGKey, Real, Scalar
 
 
 @jax.tree_util.register_dataclass
@@ -99,7 +99,7 @@ def linear_regression(
     task_covariance: Float[Array, "d d"] | None = None,
     *,
     tasks: Float[Array, "M d"] | None = None,
-    noise_variance: float | Scalar = 0.0,
+    noise_variance: Real = 0.0,
     inputs: str = "gaussian",
 ) -> LinearRegression:
     """In-context linear regression with inputs of the given covariance.
@@ -236,7 +236,7 @@ def aligned_prompts(
 
 
 def drifting_prompts(
-    key: PRNGKey, dimension: int, task_correlation: Float[Array, "N+1 N+1"], batch: int, noise_variance: float = 0.0
+    key: PRNGKey, dimension: int, task_correlation: Float[Array, "T T"], batch: int, noise_variance: float = 0.0
 ) -> Prompt:
     """Example i has its own task w_i, E w_i w_j^T = R_ij I with ones on the diagonal of R; the query's is the last one.
 
@@ -277,7 +277,7 @@ def sine_prompts(
 
 def composition_prompts(
     key: PRNGKey, dimension: int, width: int, length: int, batch: int
-) -> tuple[Prompt, Float[Array, "batch N+1 width"]]:
+) -> tuple[Prompt, Float[Array, "batch T width"]]:
     """Two-layer tasks y = <v, relu(W x)> and their intermediate steps relu(W x), the chain of thought of each example.
 
     x ~ N(0, I_d), entries of W N(0, 2/d) and of v N(0, 1/width), so that labels have variance 1 (Li et al., arXiv

@@ -9,15 +9,15 @@ from jaxtyping import Array, Float
 
 from attnlab.checks import is_concrete
 from attnlab.icl.tasks import LinearRegression
-from attnlab.types import Scalar
+from attnlab.types import Real
 
 
 def merged_growth(
     times: Float[Array, " t"],
-    start: float | Scalar,
+    start: Real,
     dimension: int,
-    length: int | Scalar,
-    noise_variance: float | Scalar = 0.0,
+    length: Real,
+    noise_variance: Real = 0.0,
 ) -> Float[Array, " t"]:
     """g(t), Gamma = g I, for x, w ~ N(0, I), one value c and a merged query-key matrix U: a logistic curve.
 
@@ -31,7 +31,7 @@ def merged_growth(
     return limit / (1 + (limit / start - 1) * jnp.exp(-4 * dimension**0.5 * times))
 
 
-def direction_forces(problem: LinearRegression, length: int | Scalar) -> tuple[Float[Array, " d"], Float[Array, " d"]]:
+def direction_forces(problem: LinearRegression, length: Real) -> tuple[Float[Array, " d"], Float[Array, " d"]]:
     """A and C with risk = tr(L O) + sum_m (-2 A_m g_m + C_m g_m^2) for a preconditioner diag(g), Gaussian inputs.
 
     Lambda and Omega must be diagonal (choose their common eigenvectors as coordinates): A = l^2 o and
@@ -51,9 +51,7 @@ def direction_forces(problem: LinearRegression, length: int | Scalar) -> tuple[F
     return gain, inputs**2 * ((1 + 1 / length) * inputs * tasks + label_variance / length)
 
 
-def staircase_times(
-    levels: Float[Array, " t"], start: float | Scalar, gain: float | Scalar, curvature: float | Scalar
-) -> Float[Array, " t"]:
+def staircase_times(levels: Float[Array, " t"], start: Real, gain: Real, curvature: Real) -> Float[Array, " t"]:
     """When the preconditioner along one eigendirection reaches the given levels: a step of the staircase.
 
     For separate values, keys and queries (`population.rank_one_weights`) a head along eigenvector m with
