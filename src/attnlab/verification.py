@@ -5,16 +5,16 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
+from rich.table import Column, Table
 
 from attnlab.claims import Claim, Verdict
 
-COLUMNS = ("claim", "source", "seed", "predicted", "measured", "error", "tolerance", "seconds", "verdict")
+COLUMNS = ("seed", "predicted", "measured", "error (allowed)", "verdict")
 
 
 def verify_all(claims: Sequence[Claim], seeds: Iterable[int], console: Console) -> bool:
     """Check every claim on every seed, one row each as it is done; whether all passed."""
-    table = Table(*COLUMNS, title="claims")
+    table = Table(Column("claim and source", overflow="fold", ratio=2), *COLUMNS, show_lines=True)
     passed = []
     seeds = list(seeds)
     with Live(table, console=console, vertical_overflow="visible"):
@@ -23,7 +23,7 @@ def verify_all(claims: Sequence[Claim], seeds: Iterable[int], console: Console) 
                 verdict = claim.verify(seed)
                 passed.append(verdict.passed)
                 table.add_row(*cells(verdict))
-    console.print(f"{sum(passed)} of {len(passed)} passed")
+    console.print(f"\n{sum(passed)} of {len(passed)} passed")
     return all(passed)
 
 
@@ -33,14 +33,11 @@ def cells(verdict: Verdict) -> tuple[str, ...]:
     sign = {"equal": "", "at most": "\u2264 ", "at least": "\u2265 "}[claim.relation]
     word = "[green]passed[/green]" if verdict.passed else "[red]failed[/red]"
     return (
-        claim.name,
-        claim.source,
+        f"{claim.name}\n[dim]{claim.source}[/dim]",
         str(verdict.seed),
         sign + shown(verdict.predicted),
         shown(verdict.measured),
-        f"{verdict.error:.1e}",
-        f"{claim.tolerance:.0e}",
-        f"{verdict.seconds:.1f}",
+        f"{verdict.error:.1e} ({claim.tolerance:.0e})",
         word,
     )
 

@@ -1,8 +1,8 @@
-"""Claims about the Hessian of attention: growth with the embedding scale, structure of the blocks, special points.
+"""Claims about the structure of the Hessian of attention, and the points where parts of it vanish.
 
 Source, unless said otherwise: Ormaniec, Dangel, Singh, "What does it mean to be a Transformer? Insights from a
-theoretical Hessian analysis" (arXiv 2410.10986). Norms are of the closed form, which the tests hold against autodiff to
-rounding; where a claim is about the closed form itself, it is measured by autodiff here.
+theoretical Hessian analysis" (arXiv 2410.10986). Where a claim is about the closed form itself, it is measured by
+autodiff.
 """
 
 from typing import Any
@@ -14,45 +14,14 @@ import numpy as np
 from jaxtyping import Array
 
 from attnlab.attention import attention_hessian
-from attnlab.attention.blocks import Part
+from attnlab.claims.instances import KK, LINEAR, PAPER, QK, QQ, SOFTMAX, TOKENS, VK, VQ, VV, WIDTH, instance
 from attnlab.claims.registry import Comparison, claim
 from attnlab.curvature import ggn, hessian
 from attnlab.losses import cross_entropy, loss_by_name, square_loss
 from attnlab.models.adapters import from_linen
 from attnlab.models.attention import AttentionConfig, SelfAttention
-from attnlab.models.networks import MLP, MLPConfig
-from attnlab.models.transformer import Transformer, TransformerConfig
 from attnlab.objective import objective
-from attnlab.types import Params, PRNGKey
-
-PAPER = "Ormaniec, Dangel, Singh, arXiv 2410.10986"
-SOFTMAX = AttentionConfig(key_dim=3, value_dim=4)
-LINEAR = AttentionConfig(key_dim=3, value_dim=4, weights="linear")
-TOKENS, WIDTH = 6, 5
-
-VV, QQ, KK = ("value", "value"), ("query", "query"), ("key", "key")
-QK, VQ, VK = ("query", "key"), ("value", "query"), ("value", "key")
-Pair = tuple[str, str]
-
-
-def instance(key: PRNGKey, config: AttentionConfig) -> tuple[Params, Array, Array]:
-    """Gaussian weights, tokens and targets for one sequence."""
-    token_key, target_key, init_key = jax.random.split(key, 3)
-    inputs = jax.random.normal(token_key, (TOKENS, WIDTH))
-    features = config.heads * config.value_dim if config.output_dim is None else config.output_dim
-    targets = jax.random.normal(target_key, (TOKENS, features))
-    return SelfAttention(config).init(init_key, inputs)["params"], inputs, targets
-
-
-def slopes(key: PRNGKey, config: AttentionConfig, part: Part, pairs: list[Pair], scales: np.ndarray) -> np.ndarray:
-    """Least-squares slopes of log block norm against log embedding scale."""
-    params, inputs, targets = instance(key, config)
-    norms = [attention_hessian(config, params, scale * inputs, targets).norms()[part] for scale in scales]
-    return np.polyfit(np.log(scales), np.log([[blocks[pair] for pair in pairs] for blocks in norms]), 1)[0]
-
-
-SMALL_SCALES = np.geomspace(1e-3, 1e-2, 4)
-ASYMPTOTIC = "the next order in sigma is two powers up, so the fit over sigma in [0.001, 0.01] is off by about sigma^2"
+from attnlab.types import PRNGKey
 
 
 @claim(
@@ -84,53 +53,6 @@ VARIANTS: list[dict[str, Any]] = [
 
 
 @claim(
-    statement=r"\|H_o\| \sim \sigma^2, \sigma^4, \sigma^6, \sigma^6 \text{ for } VV, VQ \text{ and } VK, QQ \text{ and } KK, QK",
-    source=f"{PAPER}, section 4.1",
-    tolerance=1e-3,
-    because=ASYMPTOTIC,
-)
-def softmax_outer_exponents(key: PRNGKey) -> Comparison:
-    """Growth of the outer-product blocks of softmax attention with the embedding scale."""
-    predicted = {VV: 2, VQ: 4, VK: 4, QQ: 6, KK: 6, QK: 6}
-    return Comparison(list(predicted.values()), slopes(key, SOFTMAX, "outer", list(predicted), SMALL_SCALES))
-
-
-@claim(
-    statement=r"\|H_f\| \sim \sigma^3, \sigma^5, \sigma^3 \text{ for } VQ \text{ and } VK, QQ \text{ and } KK, QK",
-    source=f"{PAPER}, section 4.1",
-    tolerance=1e-3,
-    because=ASYMPTOTIC + "; the residual tends to minus the targets, so it is held fixed to that order",
-)
-def softmax_functional_exponents(key: PRNGKey) -> Comparison:
-    """Growth of the functional blocks of softmax attention with the embedding scale."""
-    predicted = {VQ: 3, VK: 3, QQ: 5, KK: 5, QK: 3}
-    return Comparison(list(predicted.values()), slopes(key, SOFTMAX, "functional", list(predicted), SMALL_SCALES))
-
-
-@claim(
-    statement=r"\|H_o\| \sim \sigma^6 \text{ in every block of linear attention}",
-    source=f"{PAPER}, section 4.2",
-    tolerance=1e-9,
-    because="the blocks are homogeneous in the tokens: rounding is all that is left",
-)
-def linear_outer_exponents(key: PRNGKey) -> Comparison:
-    """Growth of the outer-product blocks of linear attention."""
-    pairs = [VV, VQ, VK, QQ, KK, QK]
-    return Comparison([6] * 6, slopes(key, LINEAR, "outer", pairs, np.geomspace(0.1, 1, 4)))
-
-
-@claim(
-    statement=r"\|H_f\| \sim \sigma^3 \text{ in the mixed blocks of linear attention}",
-    source=f"{PAPER}, section 4.2",
-    tolerance=1e-4,
-    because="the residual F - Y has a part of order sigma^3 beside the targets: at sigma <= 0.01 it shifts a slope by 1e-5",
-)
-def linear_functional_exponents(key: PRNGKey) -> Comparison:
-    """Growth of the functional blocks of linear attention."""
-    return Comparison([3] * 3, slopes(key, LINEAR, "functional", [VQ, VK, QK], SMALL_SCALES))
-
-
-@claim(
     statement=r"H_f[V,V] = 0; \text{ for linear attention also } H_f[Q,Q] = H_f[K,K] = 0",
     source=f"{PAPER}, theorem 3.2",
     tolerance=1e-12,
@@ -146,35 +68,6 @@ def functional_diagonal_blocks_vanish(key: PRNGKey) -> Comparison:
             whole, outer = (build(risk, params, block=block).dense() for build in (hessian, ggn))
             ratios.append(jnp.linalg.norm(whole - outer) / jnp.linalg.norm(outer))
     return Comparison(np.zeros(4), np.array(ratios), scale=1)
-
-
-@claim(
-    statement=r"\|H_o\| \sim \sigma^{2 \cdot 3^D} \text{ in the last of } D \text{ linear-attention layers } (D = 1, 2, 3)",
-    source=f"{PAPER}, section 4.2",
-    tolerance=1e-8,
-    because="the network is homogeneous of degree 3^D in the tokens",
-)
-def depth_of_linear_attention_cubes_the_exponent(key: PRNGKey) -> Comparison:
-    """Growth of the Gauss-Newton blocks of a stack of linear-attention layers without residual."""
-    measured = []
-    for depth in (1, 2, 3):
-        attention = AttentionConfig(key_dim=3, value_dim=WIDTH, weights="linear")
-        stack = Transformer(
-            TransformerConfig(attention, depth, mlp_width=None, norm=None, final_norm=False, residual=False)
-        )
-        inputs, targets = jax.random.normal(key, (2, TOKENS, WIDTH))
-        params = stack.init(key, inputs)["params"]
-        scales = np.geomspace(0.5, 1.0, 3)
-        logs = []
-        for scale in scales:
-            risk = objective(from_linen(stack), square_loss, scale * inputs, targets)
-            matrices = (
-                ggn(risk, params, block=f"layer_{depth - 1}/attention/{name}").dense() for name in ("query", "value")
-            )
-            logs.append([np.log(jnp.linalg.norm(matrix)) for matrix in matrices])
-        measured.append(np.polyfit(np.log(scales), np.array(logs), 1)[0])
-    predicted = [[2 * 3**depth] * 2 for depth in (1, 2, 3)]
-    return Comparison(predicted, measured)
 
 
 @claim(
@@ -341,54 +234,6 @@ def heads_are_coupled_by_the_outer_part_only(key: PRNGKey) -> Comparison:
         within += jnp.sum(entries[:, 0, :, :, 0] ** 2) + jnp.sum(entries[:, 1, :, :, 1] ** 2)
         across += 2 * jnp.sum(entries[:, 0, :, :, 1] ** 2)
     return Comparison(0.0, jnp.sqrt(across), scale=jnp.sqrt(within))
-
-
-@claim(
-    statement=r"\|H[P,P]\| \sim \sigma^0 \text{ for } P \in \{Q, K, V\} \text{ behind a LayerNorm}",
-    source=f"{PAPER}, section 4.4",
-    tolerance=1e-3,
-    because="LayerNorm's epsilon of 1e-12 relative to token variances of order 0.01 and more; rounding in the fit",
-)
-def pre_norm_removes_the_growth(key: PRNGKey) -> Comparison:
-    """Growth of the diagonal blocks of a pre-norm attention layer without residual."""
-    attention = AttentionConfig(key_dim=3, value_dim=WIDTH)
-    block = Transformer(
-        TransformerConfig(attention, 1, mlp_width=None, norm="pre", final_norm=False, residual=False, epsilon=1e-12)
-    )
-    inputs, targets = jax.random.normal(key, (2, TOKENS, WIDTH))
-    params = block.init(key, inputs)["params"]
-    return Comparison([0, 0, 0], block_slopes(block, params, inputs, targets, np.geomspace(0.1, 10, 3)), scale=1)
-
-
-def block_slopes(module: Transformer, params: Params, inputs: Array, targets: Array, scales: np.ndarray) -> np.ndarray:
-    """Slopes of the diagonal blocks' norms against the scale of the inputs, by autodiff, for attention weights."""
-    logs = []
-    for scale in scales:
-        risk = objective(from_linen(module), square_loss, scale * inputs, targets)
-        blocks = (hessian(risk, params, block=name).dense() for name in ("query", "key", "value"))
-        logs.append([np.log(jnp.linalg.norm(block)) for block in blocks])
-    return np.polyfit(np.log(scales), np.array(logs), 1)[0]
-
-
-@claim(
-    statement=r"\|H[W_l, W_l]\| \sim \sigma^2 \text{ for every layer } l \text{ of a bias-free linear MLP, at any depth}",
-    source=f"{PAPER}, section 4.2",
-    tolerance=1e-10,
-    because="homogeneous of degree two in the inputs",
-)
-def linear_mlp_blocks_grow_quadratically(key: PRNGKey) -> Comparison:
-    """Growth of the diagonal blocks of linear networks of depth 1 to 4."""
-    measured = []
-    for depth in (1, 2, 3, 4):
-        network = MLP(MLPConfig((4,) * depth, "identity"))
-        inputs, targets = jax.random.normal(key, (6, 4)), jax.random.normal(key, (6, 4))
-        params = network.init(key, inputs)["params"]
-        norms = []
-        for scale in (1.0, 10.0):
-            risk = objective(from_linen(network), square_loss, scale * inputs, targets)
-            norms.append([jnp.linalg.norm(hessian(risk, params, block=name).dense()) for name in params])
-        measured.extend(np.log10(np.array(norms[1]) / np.array(norms[0])))
-    return Comparison(np.full(10, 2.0), measured)
 
 
 @claim(

@@ -1,0 +1,179 @@
+"""Entries of a transformer block's Hessian, parameter by parameter, with softmax and with linear attention.
+
+One causal head and its MLP on the five-digit addition task, at initialisation (figure 1 of Ormaniec, Dangel, Singh,
+arXiv 2410.10986): the value and query blocks differ by orders of magnitude under softmax, and hardly under linear
+attention. Beyond the paper: the key and output blocks, exact spectra, and H_o beside H.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from rich.progress import Progress
+from rich.table import Table
+
+from attnlab.analysis import Analysis, AnalysisConfig, Arrays
+
+KINDS = ("softmax", "linear")
+SHOWN = {"value": "V", "query": "Q", "key": "K", "output": "O"}
+CAPTIONS = {
+    "attention/key": "K",
+    "attention/output": "O",
+    "attention/query": "Q",
+    "attention/value": "V",
+    "mlp/down": "down",
+    "mlp/up": "up",
+}
+
+
+@dataclass(frozen=True)
+class Config(AnalysisConfig):
+    """Options of the analysis."""
+
+    SMOKE: ClassVar = {"width": 4, "sequences": 4}
+
+    width: int = 16
+    """Model and head width; the MLP is four times as wide."""
+    sequences: int = 64
+    """How many additions."""
+    embedding_std: float = 0.3
+    """Standard deviation of the token and position embeddings."""
+
+
+def compute(config: Config, progress: Progress) -> Arrays:
+    """Dense Hessian and Gauss-Newton matrix of the block's parameters, for both kinds of attention."""
+    import jax
+
+    from attnlab.curvature import ggn, hessian
+
+    data_key, init_key = jax.random.split(jax.random.key(config.seed))
+    task = progress.add_task("curvature", total=2 * len(KINDS), status="")
+    arrays = {}
+    for kind in KINDS:
+        risk, params = problem(config, kind, data_key, init_key)
+        for part, build in (("hessian", hessian), ("ggn", ggn)):
+            operator = build(risk, params, block="layer_0")
+            matrix = np.asarray(operator.dense())
+            arrays[f"{kind}/{part}"] = matrix.astype(np.float32)
+            for name, rows in slices(operator.point).items():
+                block = matrix[rows, rows]
+                arrays[f"{kind}/{part}/norm/{name}"] = np.linalg.norm(block)
+                arrays[f"{kind}/{part}/eigenvalues/{name}"] = np.linalg.eigvalsh(block)
+            progress.advance(task)
+        arrays["sizes"] = np.array([rows.stop - rows.start for rows in slices(operator.point).values()])
+    return arrays
+
+
+def slices(point) -> dict[str, slice]:
+    """Where each parameter matrix of the block stands."""
+    from attnlab.trees import block_slices
+
+    return {name.split("layer_0/")[1]: rows for name, rows in block_slices(point).items()}
+
+
+def problem(config: Config, kind: str, data_key, init_key):
+    """The paper's model at depth one, with weights N(0, 0.64 / width) and without biases, on its task."""
+    from attnlab.data.addition import addition, answer_positions
+    from attnlab.losses import cross_entropy
+    from attnlab.models.adapters import at_positions, from_linen
+    from attnlab.models.attention import AttentionConfig
+    from attnlab.models.transformer import LanguageModel, LanguageModelConfig, TransformerConfig
+    from attnlab.objective import objective
+
+    width, scheme = config.width, {"init": "normal", "gain": 0.8 * config.width**-0.5}
+    attention = AttentionConfig(width, width, causal=True, output_dim=width, weights=kind, **scheme)
+    blocks = TransformerConfig(attention, 1, 4 * width, activation="relu", norm=None, **scheme)
+    model = LanguageModel(
+        LanguageModelConfig(blocks, 12, 18, width, embedding_std=config.embedding_std, dtype=config.dtype, **scheme)
+    )
+    tokens, answers = addition(data_key, config.sequences)
+    params = model.init(init_key, tokens)["params"]
+    predict = at_positions(from_linen(model), answer_positions())
+    return objective(predict, cross_entropy, tokens, answers), params
+
+
+def plot(arrays: Arrays, config: Config):
+    """Rows: softmax, linear attention; columns: block grid, histogram of entries, spectra of the blocks."""
+    import matplotlib.pyplot as plt
+
+    figure = plt.figure(figsize=(12, 7.6))
+    grid = figure.add_gridspec(2, 3, width_ratios=(1.15, 1, 1))
+    for row, kind in enumerate(KINDS):
+        plot_grid(figure, figure.add_subplot(grid[row, 0]), arrays, kind)
+        plot_entries(figure.add_subplot(grid[row, 1]), arrays, kind)
+        plot_spectra(figure.add_subplot(grid[row, 2]), arrays, kind)
+    return figure
+
+
+def block_sizes(arrays: Arrays) -> dict[str, int]:
+    return dict(zip(CAPTIONS, arrays["sizes"].tolist(), strict=True))
+
+
+def block_entries(arrays: Arrays, kind: str, name: str) -> np.ndarray:
+    """|entries| of one diagonal block, without exact zeros."""
+    sizes = block_sizes(arrays)
+    ends = dict(zip(sizes, np.cumsum(list(sizes.values())), strict=True))
+    rows = slice(ends[name] - sizes[name], ends[name])
+    entries = np.abs(arrays[f"{kind}/hessian"][rows, rows]).ravel()
+    return entries[entries > 0]
+
+
+def plot_grid(figure, axes, arrays: Arrays, kind: str) -> None:
+    from attnlab.plotting.matrices import block_grid
+
+    matrix = arrays[f"{kind}/hessian"]
+    top = np.ceil(np.log10(np.abs(matrix).max()))
+    image = block_grid(axes, matrix, block_sizes(arrays), (top - 8, top), CAPTIONS)
+    axes.set_title(f"Hessian of the block, {kind} attention")
+    figure.colorbar(image, ax=axes, label=r"$\log_{10}|\mathrm{entry}|$", shrink=0.85, extend="min")
+
+
+def plot_entries(axes, arrays: Arrays, kind: str) -> None:
+    for color, (name, label) in enumerate(SHOWN.items()):
+        decades = np.log10(block_entries(arrays, kind, f"attention/{name}"))
+        axes.hist(
+            decades, bins=80, range=(-9, -1), histtype="step", density=True, color=f"C{color}", label=f"{label}{label}"
+        )
+    axes.set(xlabel=r"$\log_{10}|\mathrm{entry}|$ (zeros left out)", ylabel="density per decade", xlim=(-9, -1))
+    axes.set_title(f"entries of the diagonal blocks, {kind}")
+    axes.legend(loc="upper left")
+
+
+def plot_spectra(axes, arrays: Arrays, kind: str) -> None:
+    from attnlab.plotting.matrices import signed_spectrum
+
+    top = 0.0
+    for color, (name, label) in enumerate(SHOWN.items()):
+        eigenvalues = arrays[f"{kind}/hessian/eigenvalues/attention/{name}"]
+        top = max(top, np.abs(eigenvalues).max())
+        signed_spectrum(axes, eigenvalues, f"C{color}", f"{label}{label}")
+    axes.plot([], [], "v", color="gray", markerfacecolor="none", label="negative")
+    axes.set(ylim=(1e-9 * top, 3 * top), xlabel="rank", ylabel="|eigenvalue|")
+    axes.set_title(f"spectra of the diagonal blocks, {kind}")
+    axes.legend(loc="upper right")
+
+
+def tables(arrays: Arrays, config: Config) -> list[Table]:
+    """Norms of the diagonal blocks and the share of negative eigenvalues."""
+    table = Table(
+        "block", *(f"{word}, {kind}" for kind in KINDS for word in ("norm of H", "norm of H_o", "negative share"))
+    )
+    for name, caption in CAPTIONS.items():
+        cells = []
+        for kind in KINDS:
+            cells += [f"{float(arrays[f'{kind}/{part}/norm/{name}']):.3g}" for part in ("hessian", "ggn")]
+            eigenvalues = arrays[f"{kind}/hessian/eigenvalues/{name}"]
+            cells.append(f"{np.mean(eigenvalues < -1e-10 * np.abs(eigenvalues).max()):.0%}")
+        table.add_row(caption, *cells)
+    ratios = []
+    for kind in KINDS:
+        ratio = arrays[f"{kind}/hessian/norm/attention/value"] / arrays[f"{kind}/hessian/norm/attention/query"]
+        ratios += [f"{float(ratio):.3g}", "", ""]
+    table.add_row("V over Q", *ratios)
+    return [table]
+
+
+ANALYSIS = Analysis("attention-blocks", Config, compute, plot, tables, __doc__)
+
+if __name__ == "__main__":
+    ANALYSIS.main()

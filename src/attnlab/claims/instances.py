@@ -1,0 +1,26 @@
+"""Random instances that the claims about one attention layer share."""
+
+import jax
+import jax.flatten_util
+from jaxtyping import Array
+
+from attnlab.models.attention import AttentionConfig, SelfAttention
+from attnlab.types import Params, PRNGKey
+
+PAPER = "Ormaniec, Dangel, Singh, arXiv 2410.10986"
+SOFTMAX = AttentionConfig(key_dim=3, value_dim=4)
+LINEAR = AttentionConfig(key_dim=3, value_dim=4, weights="linear")
+TOKENS, WIDTH = 6, 5
+
+VV, QQ, KK = ("value", "value"), ("query", "query"), ("key", "key")
+QK, VQ, VK = ("query", "key"), ("value", "query"), ("value", "key")
+Pair = tuple[str, str]
+
+
+def instance(key: PRNGKey, config: AttentionConfig) -> tuple[Params, Array, Array]:
+    """Gaussian weights, tokens and targets for one sequence."""
+    token_key, target_key, init_key = jax.random.split(key, 3)
+    inputs = jax.random.normal(token_key, (TOKENS, WIDTH))
+    features = config.heads * config.value_dim if config.output_dim is None else config.output_dim
+    targets = jax.random.normal(target_key, (TOKENS, features))
+    return SelfAttention(config).init(init_key, inputs)["params"], inputs, targets
