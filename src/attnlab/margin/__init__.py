@@ -1,1 +1,43 @@
-"""Attention as a support vector machine."""
+"""Attention as a support vector machine: max-margin problems, certified solvers, and what is built of them."""
+
+from attnlab.margin.batch import frobenius_batch, frobenius_traced
+from attnlab.margin.certificates import Certificate, MaxMargin, Status, certificate
+from attnlab.margin.compound import JointMargin, joint_max_margin, log_odds, next_token_problem
+from attnlab.margin.equalities import equality_basis, equality_solution, project_on_equalities
+from attnlab.margin.graph import finite_component, graph_problem, priority_components
+from attnlab.margin.problems import (
+    MarginProblem,
+    attention_problem,
+    margin_problem,
+    stack,
+    vector_problem,
+    with_norm,
+)
+from attnlab.margin.solve import METHODS, max_margin
+
+__all__ = [
+    "METHODS",
+    "Certificate",
+    "JointMargin",
+    "MarginProblem",
+    "MaxMargin",
+    "Status",
+    "attention_problem",
+    "certificate",
+    "equality_basis",
+    "equality_solution",
+    "finite_component",
+    "frobenius_batch",
+    "frobenius_traced",
+    "graph_problem",
+    "joint_max_margin",
+    "log_odds",
+    "margin_problem",
+    "max_margin",
+    "next_token_problem",
+    "priority_components",
+    "project_on_equalities",
+    "stack",
+    "vector_problem",
+    "with_norm",
+]

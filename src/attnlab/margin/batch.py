@@ -1,7 +1,5 @@
 """Many small Frobenius problems at once, or one inside a traced function: fixed shapes, `jit` and `vmap`."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -11,11 +9,8 @@ from attnlab.margin.certificates import INFEASIBLE_BELOW, MaxMargin, Status, bou
 from attnlab.margin.problems import MarginProblem
 
 DESCENT_STEPS = 24
-PATIENCE = 10
-"""So many exchanges in a row may fail to set a new record of violated rows before the least-index rule takes over."""
-
-RIDGE = 1e-9
-"""Added to the unit diagonal of the Gram matrix, so that dependent rows pivot too; refinement takes it away."""
+PIVOT_BELOW = 1e-12
+"""A pivot of the unit-diagonal Gram matrix below this is a row that depends on the active ones."""
 
 CHUNK = 32
 """Problems that are solved side by side: their tableaus fit the cache."""
@@ -24,7 +19,7 @@ CHUNK = 32
 def frobenius_traced(problem: MarginProblem, tolerance: float = 1e-9) -> MaxMargin:
     """`max_margin` of one Frobenius problem as a traced function, on the Gram matrix of its rows: for up to ~200 rows.
 
-    Principal pivoting from the active rows that a few gradient steps guess. It solves
+    The active-set method of Lawson and Hanson on a swept tableau, from where a few gradient steps lead. It solves
 
         minimise (1/2) ||sum_k lambda_k a_k||^2 + (1/2) (1 - bound^T lambda)^2  over  lambda >= 0,
 
@@ -33,14 +28,16 @@ def frobenius_traced(problem: MarginProblem, tolerance: float = 1e-9) -> MaxMarg
     computes. Raises `RuntimeError` outside 64-bit mode.
     """
     _check_double(problem)
-    differences, queries = problem.differences, problem.queries[problem.owner]
+    differences, owner, bound, free = (
+        jnp.asarray(part) for part in (problem.differences, problem.owner, problem.bound, problem.equality)
+    )
+    queries = jnp.asarray(problem.queries)[owner]
     scale = jnp.sqrt(jnp.sum(differences**2, axis=1) * jnp.sum(queries**2, axis=1))
     scale = jnp.where(scale > 0, scale, 1.0)
     gram = (differences @ differences.T) * (queries @ queries.T) / (scale[:, None] * scale[None, :])
-    bound, free = problem.bound / scale, problem.equality
+    bound = bound / scale
     hull = gram + bound[:, None] * bound[None, :]
-    guess = free | (_descend(hull, bound, free) > 0)
-    active, tableau = _pivot(hull, bound, free, guess)
+    active, tableau = _pivot(hull, bound, free, _descend(hull, bound, free))
     multipliers = _refine(gram, bound, active, tableau)
     multipliers = jnp.where(free, multipliers, jnp.maximum(multipliers, 0.0))
     matrix = ((multipliers / scale)[:, None] * differences).T @ queries
@@ -69,7 +66,7 @@ def _check_double(problem: MarginProblem) -> None:
 
 
 def _descend(gram: Float[Array, "m m"], bound: Float[Array, " m"], free: Bool[Array, " m"]) -> Float[Array, " m"]:
-    """Accelerated projected gradient steps from zero: a guess of the active rows."""
+    """Accelerated projected gradient steps from zero: a feasible point near the solution."""
     step_size = 1 / jnp.max(jnp.sum(jnp.abs(gram), axis=1))
 
     def step(state: tuple[Array, Array, Array], _: None) -> tuple[tuple[Array, Array, Array], None]:
@@ -83,49 +80,57 @@ def _descend(gram: Float[Array, "m m"], bound: Float[Array, " m"], free: Bool[Ar
 
     zeros = jnp.zeros_like(bound)
     (multipliers, _, _), _ = lax.scan(step, (zeros, zeros, jnp.ones((), bound.dtype)), length=DESCENT_STEPS)
-    return jnp.where(free, 1.0, multipliers)
+    return multipliers
 
 
 def _pivot(
-    gram: Float[Array, "m m"], bound: Float[Array, " m"], free: Bool[Array, " m"], guess: Bool[Array, " m"]
+    gram: Float[Array, "m m"], bound: Float[Array, " m"], free: Bool[Array, " m"], start: Float[Array, " m"]
 ) -> tuple[Bool[Array, " m"], Float[Array, "m1 m1"]]:
     """The active rows S of the solution, and the tableau [[G, bound], [bound^T, 0]] swept on them.
 
-    Swept on S it holds -G_SS^-1 in the block of S, lambda_S in the last column there, and -gradient elsewhere. First the
-    guess is swept in, then the worst row of wrong sign is exchanged until none is; by the least-index rule (Murty 1974,
-    finite for positive definite G) when that stops making progress.
+    Swept on S it holds -G_SS^-1 in the block of S, z_S = G_SS^-1 bound_S in the last column there, and -gradient
+    elsewhere. First the rows of the start are swept in, but for those that depend on others. Then each step moves
+    lambda towards z: to z, where the row of worst gradient enters; or as far as lambda stays non-negative, where the
+    row that blocks leaves. The objective falls, so no set of rows returns.
     """
     m = len(bound)
-    gram = gram + RIDGE * jnp.eye(m, dtype=gram.dtype)
     tableau = jnp.block([[gram, bound[:, None]], [bound[None, :], jnp.zeros((1, 1), bound.dtype)]])
     index = jnp.arange(m)
 
-    def wrong(state: tuple[Array, ...]) -> Array:
-        tableau, active, pending, *_ = state
-        column = tableau[:m, m]
-        violation = jnp.where(active, jnp.where(free, 0.0, -column), column)
-        violation = jnp.where(violation > 1e-12, violation, 0.0)
-        return jnp.where(jnp.any(pending), pending.astype(violation.dtype), violation)
+    def inspect(tableau: Array, active: Array, pending: Array) -> tuple[Array, Array]:
+        """Rows that block the way to z, and rows that should enter, by how much."""
+        column, pivots = tableau[:m, m], jnp.diagonal(tableau)[:m]
+        loading = jnp.any(pending)
+        blocking = active & ~free & (column < 0) & ~loading
+        # The gradient is rho times the violation of a row by W; a row without a pivot depends on the active ones.
+        noise = jnp.maximum(1e-10 * (1 + tableau[m, m]), 1e-14)
+        entering = jnp.where(~active & (pivots > PIVOT_BELOW) & (column > noise), column, 0.0)
+        return blocking, jnp.where(loading, pending.astype(column.dtype), entering)
 
     def unfinished(state: tuple[Array, ...]) -> Array:
-        return jnp.any(wrong(state) > 0) & (state[-1] < 20 * m)
+        tableau, active, pending, _, step = state
+        blocking, entering = inspect(tableau, active, pending)
+        return (jnp.any(blocking) | jnp.any(entering > 0)) & (step < 10 * m)
 
     def exchange(state: tuple[Array, ...]) -> tuple[Array, ...]:
-        tableau, active, pending, fewest, patience, step = state
-        violation = wrong(state)
-        count = jnp.sum(violation > 0)
-        least = jnp.argmax(violation > 0)
-        k = jnp.where(patience > 0, jnp.argmax(violation), least)
-        patience = jnp.where(count < fewest, PATIENCE, jnp.maximum(patience - 1, 0))
-        flipped = active ^ (index == k)
+        tableau, active, pending, multipliers, step = state
+        blocking, entering = inspect(tableau, active, pending)
+        target = jnp.where(active, tableau[:m, m], 0.0)
+        ratios = jnp.where(blocking, multipliers / jnp.where(blocking, multipliers - target, 1.0), 2.0)
+        leave = jnp.any(blocking)
+        k = jnp.where(leave, jnp.argmin(ratios), jnp.argmax(entering))
+        moved = multipliers + jnp.minimum(jnp.min(ratios), 1.0) * (target - multipliers)
+        moved = jnp.where(leave & (index == k), 0.0, moved)
+        multipliers = jnp.where(jnp.any(pending), multipliers, moved)
         tableau = _sweep(tableau, k)
-        # Rows of the guess that depend on those already in (a tiny pivot left) are dropped from it.
-        pending = pending & ~flipped & (jnp.diagonal(tableau)[:m] > 1e-6)
-        return tableau, flipped, pending, jnp.minimum(fewest, count), patience, step + 1
+        active = active ^ (index == k)
+        pending = pending & ~active & (jnp.diagonal(tableau)[:m] > 1e-6)
+        # A row of the start that was dropped leaves with its multiplier.
+        multipliers = jnp.where(active | pending, multipliers, 0.0)
+        return tableau, active, pending, multipliers, step + 1
 
-    zero = jnp.zeros((), int)
-    start = (tableau, jnp.zeros(m, bool), guess, zero + m + 1, zero + PATIENCE, zero)
-    tableau, active, *_ = lax.while_loop(unfinished, exchange, start)
+    state: tuple[Array, ...] = (tableau, jnp.zeros(m, bool), free | (start > 0), start, jnp.zeros((), int))
+    tableau, active, *_ = lax.while_loop(unfinished, exchange, state)
     return active, tableau
 
 

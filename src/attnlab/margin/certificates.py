@@ -15,9 +15,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
-from attnlab.margin.problems import MarginProblem, Norm
+from attnlab.margin.problems import AnyArray, MarginProblem, Norm
 from attnlab.margin.rows import Rows
 
 INFEASIBLE_BELOW = 1e-10
@@ -45,13 +45,13 @@ class Certificate:
             infeasibility has residual 0.
     """
 
-    margin: Float[Array, ""]
-    bound: Float[Array, ""]
-    violation: Float[Array, ""]
-    residual: Float[Array, ""]
+    margin: Float[AnyArray, ""]
+    bound: Float[AnyArray, ""]
+    violation: Float[AnyArray, ""]
+    residual: Float[AnyArray, ""]
 
     @property
-    def gap(self) -> Float[Array, ""]:
+    def gap(self) -> Float[AnyArray, ""]:
         """1 - margin / bound: the relative distance from optimality, at most."""
         return 1 - self.margin / self.bound
 
@@ -64,30 +64,30 @@ class MaxMargin:
     Attributes:
         direction: the maximiser, of unit norm (the problem's norm); zeros if the problem is infeasible.
         multipliers: lambda, scaled so that sum_k lambda_k a_k is `solution` in the Frobenius norm, and of dual norm 1
-            otherwise. For an infeasible problem: Gordan's alternative, sum_k lambda_k a_k = 0 with the sum of lambda_k 1.
+            otherwise. Infeasible: Gordan's alternative, sum_k lambda_k a_k = 0 with bound^T lambda = 1.
         support: rows with a positive multiplier that hold with equality at the solution.
         status: a `Status`.
         certificate: bounds on the maximal margin.
     """
 
-    direction: Float[Array, "..."]
-    multipliers: Float[Array, " m"]
-    support: Bool[Array, " m"]
-    status: Int[Array, ""]
+    direction: Float[AnyArray, "..."]
+    multipliers: Float[AnyArray, " m"]
+    support: Bool[AnyArray, " m"]
+    status: Status | Int[AnyArray, ""]
     certificate: Certificate
 
     @property
-    def margin(self) -> Float[Array, ""]:
+    def margin(self) -> Float[AnyArray, ""]:
         """The certified margin, min_k <a_k, direction>."""
         return self.certificate.margin
 
     @property
-    def gap(self) -> Float[Array, ""]:
+    def gap(self) -> Float[AnyArray, ""]:
         """See `Certificate.gap`."""
         return self.certificate.gap
 
     @property
-    def solution(self) -> Float[Array, "..."]:
+    def solution(self) -> Float[AnyArray, "..."]:
         """The minimal W with margin 1: direction / margin."""
         return self.direction / self.margin
 
@@ -107,7 +107,7 @@ def dual_norm(matrix: Any, norm: Norm, xp: ModuleType = np) -> Any:
         return matrix_norm(matrix, norm, xp)
     if norm == "nuclear":
         return xp.max(xp.linalg.svd(matrix, compute_uv=False))
-    p = norm[1]
+    p = float(norm[1])
     return xp.linalg.norm(xp.ravel(matrix), ord=np.inf if p == 1 else 1 if p == np.inf else p / (p - 1))
 
 
@@ -136,7 +136,9 @@ def bounds(
     )
 
 
-def certificate(problem: MarginProblem, direction: Float[Array, "..."], multipliers: Float[Array, " m"]) -> Certificate:
+def certificate(
+    problem: MarginProblem, direction: Float[AnyArray, "..."], multipliers: Float[AnyArray, " m"]
+) -> Certificate:
     """The certificate of any direction and any multipliers of `problem` (negative ones of inequalities are set to 0).
 
     Both are judged apart, so a direction of gradient descent can be held against the multipliers of a solver.

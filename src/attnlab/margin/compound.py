@@ -3,15 +3,15 @@
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
 from attnlab.margin.certificates import MaxMargin, Status
-from attnlab.margin.problems import MarginProblem, Norm, attention_problem, margin_problem, vector_problem
+from attnlab.margin.problems import AnyArray, MarginProblem, Norm, attention_problem, margin_problem, vector_problem
 from attnlab.margin.solve import max_margin
 
 
 def next_token_problem(
-    contexts: Float[Array, "n d"], supports: Bool[Array, "n vocabulary"], *, norm: Norm = "frobenius"
+    contexts: Float[AnyArray, "n d"], supports: Bool[AnyArray, "n vocabulary"], *, norm: Norm = "frobenius"
 ) -> MarginProblem:
     """The next-token SVM of a linear decoder W (arXiv 2402.18551, NTP-SVM), for contexts h_j with several next tokens,
 
@@ -25,9 +25,11 @@ def next_token_problem(
     return attention_problem(tokens, contexts, supports, norm=norm)
 
 
-def log_odds(problem: MarginProblem, probabilities: Float[Array, "n vocabulary"]) -> Float[Array, " q"]:
-    """log(p(x) / p(x')) for the equality rows of a next-token problem: the values for `equality_solution`, whose W* makes
-    the decoder's odds inside each support those of the data."""
+def log_odds(problem: MarginProblem, probabilities: Float[AnyArray, "n vocabulary"]) -> Float[AnyArray, " q"]:
+    """log(p(x) / p(x')) for the equality rows of a next-token problem.
+
+    With these values `equality_solution` is W*, whose odds inside each support are those of the data.
+    """
     rows = np.flatnonzero(np.asarray(problem.equality))
     differences, owner = np.asarray(problem.differences)[rows], np.asarray(problem.owner)[rows]
     chosen = np.asarray(probabilities, float)[owner]
@@ -45,11 +47,11 @@ class JointMargin:
 
 
 def joint_max_margin(
-    tokens: Float[Array, "n T d"],
-    labels: Float[Array, " n"],
-    selection: Int[Array, " n"],
+    tokens: Float[AnyArray, "n T d"],
+    labels: Float[AnyArray, " n"],
+    selection: Int[AnyArray, " n"],
     *,
-    keys: Float[Array, "n T d"] | None = None,
+    keys: Float[AnyArray, "n T d"] | None = None,
     relaxed: bool = True,
 ) -> JointMargin:
     """v is the SVM of the selected tokens with labels +-1; p selects them (arXiv 2306.13596, theorem 5).

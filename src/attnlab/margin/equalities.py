@@ -1,12 +1,12 @@
-"""The finite part of a problem with equality rows: what parameters do inside their span while they diverge outside it."""
+"""The finite part of a problem with equality rows: parameters stay finite in their span and diverge outside it."""
 
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
-from attnlab.margin.problems import MarginProblem
+from attnlab.margin.problems import AnyArray, MarginProblem
 
 
-def equality_basis(problem: MarginProblem) -> Float[Array, "r d e"]:
+def equality_basis(problem: MarginProblem) -> Float[AnyArray, "r d e"]:
     """An orthonormal basis of the span of the equality rows, as matrices."""
     rows = np.flatnonzero(np.asarray(problem.equality))
     differences = np.asarray(problem.differences, float)[rows]
@@ -18,7 +18,7 @@ def equality_basis(problem: MarginProblem) -> Float[Array, "r d e"]:
     return basis[:rank].reshape(rank, differences.shape[1], queries.shape[1])
 
 
-def project_on_equalities(problem: MarginProblem, matrix: Float[Array, "..."]) -> Float[Array, "..."]:
+def project_on_equalities(problem: MarginProblem, matrix: Float[AnyArray, "..."]) -> Float[AnyArray, "..."]:
     """The orthogonal projection of W on the span of the equality rows."""
     basis = equality_basis(problem)
     matrix = np.asarray(matrix, float)
@@ -27,11 +27,11 @@ def project_on_equalities(problem: MarginProblem, matrix: Float[Array, "..."]) -
     )
 
 
-def equality_solution(problem: MarginProblem, values: Float[Array, " q"]) -> Float[Array, "..."]:
+def equality_solution(problem: MarginProblem, values: Float[AnyArray, " q"]) -> Float[AnyArray, "..."]:
     """The least-norm W with <a_k, W> = values_k on the equality rows, in their order: W_fin of several selected tokens.
 
-    For selected tokens s, s' the value is the difference of the scores that the loss prefers: the logarithm of the ratio
-    of their optimal probabilities (arXiv 2308.16898 section 5; 2402.18551 equation 5 for next tokens). Raises
+    For selected tokens s, s' the value is the difference of scores that the loss prefers: the logarithm of the ratio of
+    their optimal probabilities (arXiv 2308.16898 section 5; 2402.18551 equation 5 for next tokens). Raises
     `ValueError` if the values contradict each other.
     """
     rows = np.flatnonzero(np.asarray(problem.equality))

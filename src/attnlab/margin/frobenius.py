@@ -1,7 +1,7 @@
-"""Frobenius-norm max-margin problems: an active set for moderate sizes, an interior point for many rows in few dimensions.
+"""Frobenius-norm max-margin problems by an active set, with the Gram matrix of the active rows alone.
 
-Both work on the dual, minimise (1/2) ||sum_k lambda_k a_k||^2 - bound^T lambda over lambda >= 0 (free on equalities), whose
-gradient is scores(W) - bound at W = sum_k lambda_k a_k. All rows here are scaled to unit norm (see `Rows`).
+On the dual, minimise (1/2) ||sum_k lambda_k a_k||^2 - bound^T lambda over lambda >= 0 (free on equalities), with
+the gradient scores(W) - bound at W = sum_k lambda_k a_k. All rows here are scaled to unit norm (see `Rows`).
 """
 
 from collections.abc import Callable
@@ -12,35 +12,36 @@ from scipy.linalg.lapack import dpotrf, dpotrs
 
 from attnlab.margin.rows import Rows
 
+Solver = Callable[[np.ndarray], np.ndarray]
+
 RIDGE = 1e-13
 """Shift of the unit-diagonal Gram matrix that keeps dependent rows factorable; refinement removes it."""
 
 
-def active_set(rows: Rows, *, burst: int = 16, bursts: int = 32) -> np.ndarray:
-    """Multipliers by accelerated projected gradient steps that guess the active rows, then a semismooth Newton method.
+def active_set(rows: Rows, *, burst: int = 16, steps: int = 480) -> tuple[np.ndarray, np.ndarray]:
+    """(lambda, W) by accelerated projected gradient steps that guess the active rows, then a semismooth Newton method.
 
     Newton's step solves G_SS lambda_S = bound_S on S = {k: lambda_k - gradient_k > 0}, and stops where S repeats: that
     is the solution. It starts when a burst of gradient steps has changed few active rows. Returns the last iterate: the
     caller certifies it.
     """
     if len(rows) <= min(64, rows.dimension):  # so few that Newton's method can begin with all of them
-        solution, solved = newton(rows, np.ones(len(rows), bool))
+        multipliers, matrix, solved = newton(rows, np.ones(len(rows), bool))
         if solved:
-            return solution
+            return multipliers, matrix
     state = _Descent(rows)
-    active = state.active
-    solution = state.multipliers
-    for _ in range(bursts):
-        state.run(burst)
-        # Newton's method is cheap for few rows: it is tried early there.
-        settled = np.count_nonzero(state.active != active) <= (0.1 if len(rows) <= 512 else 0.02) * len(rows)
+    # Newton's method is cheap for few rows: it is tried early there.
+    few_changes = (0.1 if len(rows) <= 512 else 0.02) * len(rows)
+    while steps > 0:
         active = state.active
-        if settled:
-            solution, solved = newton(rows, active)
+        state.run(burst)
+        steps -= burst
+        if np.count_nonzero(state.active != active) <= few_changes:
+            multipliers, matrix, solved = newton(rows, state.active)
             if solved:
-                break
+                return multipliers, matrix
             burst *= 2
-    return solution
+    return state.multipliers, rows.combine(state.multipliers)
 
 
 class _Descent:
@@ -79,42 +80,52 @@ def _largest_eigenvalue(rows: Rows) -> float:
     return 1.05 * size
 
 
-def newton(rows: Rows, active: np.ndarray, *, steps: int = 12) -> tuple[np.ndarray, bool]:
-    """Semismooth Newton steps on the dual from a guess of the active rows; and whether they ended at the solution."""
+def newton(rows: Rows, active: np.ndarray, *, steps: int = 12) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Semismooth Newton steps on the dual from a guess of the active rows: lambda, W, and whether they solve it."""
     multipliers, changes = np.zeros(len(rows)), len(rows) + 1
     for _ in range(steps):
         members = active.nonzero()[0]
         if len(members) > 2 * rows.dimension + 8:  # far more rows than can be independent: no guess at all
-            return multipliers, False
+            break
         gram = rows.gram(members)
         solve = shifted_solver(gram)
-        inside = solve(rows.bound[members])
-        following, multipliers, _ = _next_active(rows, active, members, inside)
-        changes, before = np.count_nonzero(following != active), changes
-        if not changes:  # it is the solution up to the shift, which refinement takes away
-            for _ in range(3):
-                inside = inside + solve(rows.bound[members] - gram @ inside)
-            following, multipliers, error = _next_active(rows, active, members, inside)
-            return multipliers, bool(error <= 1e-9 and (following == active).all())
+        multipliers = np.zeros(len(rows))
+        multipliers[members] = solve(rows.bound[members])
+        following = _next_active(rows, active, multipliers, rows.normal(multipliers))
+        changes, before = int(np.count_nonzero(following != active)), changes
+        if not changes:
+            return _refined(rows, active, members, multipliers, solve)
         if changes > before:
             break
         active = following
-    return multipliers, False
+    return multipliers, rows.combine(multipliers), False
 
 
-def _next_active(
-    rows: Rows, active: np.ndarray, members: np.ndarray, inside: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, float]:
-    """The active rows after a Newton step; its multipliers; and the largest relative error of the active rows' scores."""
-    multipliers = np.zeros(len(rows))
-    multipliers[members] = inside
-    slope = rows.normal(multipliers) - rows.bound
-    noise = 1e-14 * (1 + abs(inside).max(initial=0.0))
-    following = np.where(active, (multipliers > 0) | rows.free, slope < -noise)
-    return following, multipliers, abs(slope[members]).max(initial=0.0) / rows.bound.max()
+def _refined(
+    rows: Rows, active: np.ndarray, members: np.ndarray, multipliers: np.ndarray, solve: Solver
+) -> tuple[np.ndarray, np.ndarray, bool]:
+    """The solution on the active rows without the shift, and whether it is the solution of all.
+
+    W gathers its own corrections: its scores are then exact to the rounding of W, not of the larger lambda.
+    """
+    matrix = rows.combine(multipliers)
+    for _ in range(3):
+        change = np.zeros(len(rows))
+        change[members] = solve((rows.bound - rows.scores(matrix))[members])
+        multipliers, matrix = multipliers + change, matrix + rows.combine(change)
+    scores = rows.scores(matrix)
+    error = abs(scores - rows.bound)[members].max(initial=0.0)
+    solved = error <= 1e-9 * rows.bound.max() and (_next_active(rows, active, multipliers, scores) == active).all()
+    return multipliers, matrix, bool(solved)
 
 
-def shifted_solver(matrix: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+def _next_active(rows: Rows, active: np.ndarray, multipliers: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """{k: lambda_k - gradient_k > 0}, where one of the two is zero."""
+    noise = 1e-14 * (1 + abs(multipliers).max())
+    return np.where(active, (multipliers > 0) | rows.free, scores < rows.bound - noise)
+
+
+def shifted_solver(matrix: np.ndarray) -> Solver:
     """Solve a positive semidefinite system of unit diagonal, shifted just enough for Cholesky to succeed.
 
     Refining its answers takes the shift away: that is the proximal-point method, which converges for singular systems

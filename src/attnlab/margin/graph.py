@@ -8,17 +8,17 @@ earlier one must win.
 import numpy as np
 import scipy.sparse
 import scipy.special
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from attnlab.margin.equalities import equality_basis
-from attnlab.margin.problems import MarginProblem, Norm, margin_problem
+from attnlab.margin.problems import AnyArray, MarginProblem, Norm, margin_problem
 
 ABSENT = -1
 
 
 def priority_components(
-    sequences: Int[Array, "n T"], labels: Int[Array, " n"], vocabulary: int
-) -> Int[Array, "vocabulary vocabulary"]:
+    sequences: Int[AnyArray, "n T"], labels: Int[AnyArray, " n"], vocabulary: int
+) -> Int[AnyArray, "vocabulary vocabulary"]:
     """Entry (k, x): the strongly connected component of token x in the graph of last token k; -1 if x is not in it."""
     sequences, labels = _check(sequences, labels, vocabulary)
     components = np.full((vocabulary, vocabulary), ABSENT)
@@ -35,9 +35,9 @@ def priority_components(
 
 
 def graph_problem(
-    sequences: Int[Array, "n T"],
-    labels: Int[Array, " n"],
-    embeddings: Float[Array, "vocabulary d"],
+    sequences: Int[AnyArray, "n T"],
+    labels: Int[AnyArray, " n"],
+    embeddings: Float[AnyArray, "vocabulary d"],
     *,
     norm: Norm = "frobenius",
 ) -> MarginProblem:
@@ -49,7 +49,9 @@ def graph_problem(
     embeddings = np.asarray(embeddings, float)
     components = priority_components(sequences, labels, len(embeddings))
     sequences, labels = np.asarray(sequences), np.asarray(labels)
-    pairs, owner, equality = [], [], []
+    pairs: list[tuple[int, int]] = []
+    owner: list[int] = []
+    equality: list[bool] = []
     for last in np.unique(sequences[:, -1]):
         component = components[last]
         for members in (np.flatnonzero(component == c) for c in np.unique(component[component != ABSENT])):
@@ -72,12 +74,12 @@ def graph_problem(
 
 
 def finite_component(
-    sequences: Int[Array, "n T"],
-    labels: Int[Array, " n"],
-    embeddings: Float[Array, "vocabulary d"],
+    sequences: Int[AnyArray, "n T"],
+    labels: Int[AnyArray, " n"],
+    embeddings: Float[AnyArray, "vocabulary d"],
     *,
     steps: int = 100,
-) -> Float[Array, "d d"]:
+) -> Float[AnyArray, "d d"]:
     """W_fin: the minimiser, in the span of the equality rows, of the loss of what the components leave undecided,
 
         mean_i -log sum_{t: x_it = y_i} softmax((e_{x_it}^T W e_{k_i})_{t in the component of y_i})_t,
@@ -110,7 +112,7 @@ def finite_component(
     return np.einsum("rde,r->de", basis, weights)
 
 
-def _check(sequences: np.ndarray, labels: np.ndarray, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
+def _check(sequences: AnyArray, labels: AnyArray, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
     sequences, labels = np.asarray(sequences), np.asarray(labels)
     if sequences.ndim != 2 or labels.shape != sequences.shape[:1]:
         raise ValueError(
@@ -118,8 +120,8 @@ def _check(sequences: np.ndarray, labels: np.ndarray, vocabulary: int) -> tuple[
         )
     if sequences.min() < 0 or sequences.max() >= vocabulary:
         raise ValueError(
-            f"sequences hold token numbers from {sequences.min()} to {sequences.max()}; expected 0 to {vocabulary - 1}, "
-            "one row of the embeddings each."
+            f"sequences hold token numbers from {sequences.min()} to {sequences.max()}; "
+            f"expected 0 to {vocabulary - 1}, one row of the embeddings each."
         )
     absent = ~(sequences == labels[:, None]).any(axis=1)
     if absent.any():

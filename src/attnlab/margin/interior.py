@@ -63,7 +63,7 @@ def _step(rows: Rows, point: HullPoint, inequalities: np.ndarray) -> HullPoint |
     solve = shifted_solver(rows, weights)
     if solve is None:
         return None
-    # Newton: (G + diag(1 / weights)) d lambda - bound dt = residual + complementarity / lambda, bound^T d lambda = missing
+    # Newton: (G + diag(1 / weights)) d lambda - bound dt = residual + pull,   bound^T d lambda = missing
     residual = point.level * rows.bound + slacks - rows.normal(multipliers)
     missing = 1.0 - rows.bound @ multipliers
     towards_level = solve(rows.bound)

@@ -1,6 +1,6 @@
-"""l_p-norm max-margin problems (entrywise): a primal-dual interior point for 1 < p < infinity, linear programs at the ends.
+"""l_p-norm max-margin problems (entrywise): an interior point for 1 < p < infinity, linear programs at the ends.
 
-The conditions of optimality of min (1/p) ||W||_p^p : scores(W) >= bound are, with M = sum_k lambda_k a_k and 1/p + 1/q = 1,
+minimise (1/p) ||W||_p^p : scores(W) >= bound is solved where, with M = sum_k lambda_k a_k and 1/p + 1/q = 1,
 
     sign(W) |W|^(p-1) = M,  equivalently  W = sign(M) |M|^(q-1).
 
@@ -43,7 +43,7 @@ def _interior_point(
     slacks = np.where(free, 0.0, np.maximum(rows.scores(matrix) - rows.bound, 0.1 * rows.bound.max()))
     best, stalled = (np.inf, matrix, multipliers), 0
     for _ in range(steps):
-        mu = 0.1 * (slacks @ multipliers) / np.count_nonzero(~free)
+        mu = 0.1 * float(slacks @ multipliers) / np.count_nonzero(~free)
         state = matrix, multipliers, slacks
         try:
             with np.errstate(all="ignore"):
@@ -143,10 +143,10 @@ def linear_program(rows: Rows, p: float) -> tuple[np.ndarray, np.ndarray]:
     dense = (rows.differences[:, :, None] * rows.queries[rows.owner][:, None, :]).reshape(len(rows), -1)
     size = dense.shape[1]
     if p == 1:
-        constraints, cost, limits = np.hstack([dense, -dense]), np.ones(2 * size), (0, None)
+        constraints, cost = np.hstack([dense, -dense]), np.ones(2 * size)
         box = None
     else:
-        constraints, cost, limits = np.hstack([dense, np.zeros((len(rows), 1))]), np.eye(size + 1)[-1], (None, None)
+        constraints, cost = np.hstack([dense, np.zeros((len(rows), 1))]), np.eye(size + 1)[-1]
         identity, ones = scipy.sparse.identity(size), np.ones((size, 1))
         box = scipy.sparse.vstack([scipy.sparse.hstack([sign * identity, -ones]) for sign in (1, -1)])
     above = -scipy.sparse.csr_matrix(constraints[~rows.free])
@@ -156,7 +156,7 @@ def linear_program(rows: Rows, p: float) -> tuple[np.ndarray, np.ndarray]:
         b_ub=np.concatenate([-rows.bound[~rows.free], np.zeros(0 if box is None else box.shape[0])]),
         A_eq=constraints[rows.free] if rows.any_free else None,
         b_eq=rows.bound[rows.free] if rows.any_free else None,
-        bounds=limits,
+        bounds=(0 if p == 1 else None, None),
         method="highs",
     )
     multipliers = np.zeros(len(rows))

@@ -1,6 +1,6 @@
 """Nuclear-norm max-margin problems: a primal-dual interior point whose linear algebra keeps the rows' structure.
 
-The dual problem, maximise bound^T lambda over ||M||_op <= 1 with M = sum_k lambda_k a_k and lambda >= 0, is a semidefinite one:
+The dual problem, maximise bound^T lambda over ||M||_op <= 1 with M = sum_k lambda_k a_k, lambda >= 0, is semidefinite:
 
     S = [[1, -M], [-M^T, 1]] >= 0.     Its multiplier X >= 0 satisfies 2 <a_k, X_12> = bound_k + slack_k,
 
@@ -54,8 +54,7 @@ def nuclear_margin(rows: Rows, start: np.ndarray) -> tuple[np.ndarray, np.ndarra
 def interior_point(
     rows: Rows, start: np.ndarray, *, tolerance: float = 1e-10, steps: int = 60
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(W, lambda) of all the rows, once the duality gap tr X - bound^T lambda and the infeasibility of W are `tolerance`
-    of its value, or at the end of the arithmetic (the best iterate)."""
+    """(W, lambda) of all the rows: the first iterate of duality gap and infeasibility `tolerance`, or the best."""
     state = _centered_start(rows, start)
     best, stalled = (np.inf, state), 0
     for _ in range(steps):
@@ -91,7 +90,7 @@ def _embed(matrix: np.ndarray) -> np.ndarray:
 
 
 def _centered_start(rows: Rows, start: np.ndarray) -> _State:
-    """lambda inside the dual feasible set, X = mu S^-1 and slack = mu / lambda on the central path but for feasibility."""
+    """lambda inside the dual feasible set; X = mu S^-1 and slack = mu / lambda, central but infeasible."""
     inside = np.where(rows.free, start, np.maximum(start, 0.1 * np.abs(start).mean()))
     inside *= 0.7 / np.linalg.norm(rows.combine(inside), 2)
     inverse = np.linalg.inv(np.eye(sum(_shape(rows))) - _embed(rows.combine(inside)))
@@ -137,7 +136,8 @@ def _step(rows: Rows, state: _State) -> _State | None:
     mu = (np.vdot(semidefinite, dual_slack) + slacks @ multipliers) / (size + np.count_nonzero(~free))
 
     def newton(target: float, cross: np.ndarray, cross_slacks: np.ndarray) -> _State:
-        # dX = target S^-1 - X + sym(X A(d lambda) S^-1 - cross),   d slack = (target - cross_slacks - slack d lambda) / lambda - slack
+        # dX = target S^-1 - X + sym(X A(d lambda) S^-1) - cross
+        # d slack = (target - cross_slacks - slack d lambda) / lambda - slack
         pull = np.where(free, 0.0, (target - cross_slacks) / safe)
         right = rows.bound + pull - rows.scores(_primal(rows, target * inverse - cross))
         dmultipliers = cho_solve(factor, right, check_finite=False)

@@ -12,9 +12,12 @@ from dataclasses import dataclass, field, replace
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
 from attnlab.checks import unknown_name
+
+AnyArray = np.ndarray | jax.Array
+"""Problems and answers are NumPy arrays on the host and JAX arrays in traced functions."""
 
 Norm = str | tuple[str, float]
 """`"frobenius"`, `"nuclear"`, or `("lp", p)` with p >= 1: the entrywise norm (sum_ij |W_ij|^p)^(1/p)."""
@@ -37,11 +40,11 @@ class MarginProblem:
         shape: shape of the solution: (d, e), or (d,) for a vector problem; static.
     """
 
-    differences: Float[Array, "m d"]
-    queries: Float[Array, "n e"]
-    owner: Int[Array, " m"]
-    bound: Float[Array, " m"]
-    equality: Bool[Array, " m"]
+    differences: Float[AnyArray, "m d"]
+    queries: Float[AnyArray, "n e"]
+    owner: Int[AnyArray, " m"]
+    bound: Float[AnyArray, " m"]
+    equality: Bool[AnyArray, " m"]
     norm: Norm = field(metadata={"static": True}, default="frobenius")
     shape: tuple[int, ...] = field(metadata={"static": True}, default=())
 
@@ -58,9 +61,9 @@ def check_norm(norm: Norm) -> Norm:
 
 
 def attention_problem(
-    tokens: Float[Array, "n T d"],
-    queries: Float[Array, "n e"],
-    selection: Int[Array, " n"] | Bool[Array, "n T"],
+    tokens: Float[AnyArray, "n T d"],
+    queries: Float[AnyArray, "n e"],
+    selection: Int[AnyArray, " n"] | Bool[AnyArray, "n T"],
     *,
     norm: Norm = "frobenius",
 ) -> MarginProblem:
@@ -96,7 +99,7 @@ def attention_problem(
 
 
 def vector_problem(
-    keys: Float[Array, "n T d"], selection: Int[Array, " n"] | Bool[Array, "n T"], *, norm: Norm = "frobenius"
+    keys: Float[AnyArray, "n T d"], selection: Int[AnyArray, " n"] | Bool[AnyArray, "n T"], *, norm: Norm = "frobenius"
 ) -> MarginProblem:
     """The same for a trainable query p: minimise ||p|| : p^T (k_{i alpha_i} - k_it) >= 1 (arXiv 2306.13596, Att-SVM).
 
@@ -107,17 +110,19 @@ def vector_problem(
 
 
 def margin_problem(
-    differences: Float[Array, "m d"],
-    queries: Float[Array, "n e"],
+    differences: Float[AnyArray, "m d"],
+    queries: Float[AnyArray, "n e"],
     *,
-    owner: Int[Array, " m"],
-    bound: Float[Array, " m"] | None = None,
-    equality: Bool[Array, " m"] | None = None,
+    owner: Int[AnyArray, " m"],
+    bound: Float[AnyArray, " m"] | None = None,
+    equality: Bool[AnyArray, " m"] | None = None,
     norm: Norm = "frobenius",
     vector: bool = False,
 ) -> MarginProblem:
-    """A problem from its rows. `bound` is 1 by default and always 0 where `equality`; `vector` with scalar queries gives
-    the solution the shape (d,). Raises `ValueError` if no row has the bound 1."""
+    """A problem from its rows. `bound` is 1 by default, and always 0 where `equality`.
+
+    `vector` with scalar queries gives the solution the shape (d,). Raises `ValueError` if no row has the bound 1.
+    """
     m = len(owner)
     equality = np.zeros(m, bool) if equality is None else np.asarray(equality)
     bound = np.where(equality, 0.0, 1.0 if bound is None else bound)
@@ -187,6 +192,6 @@ def _check_distinct(differences: np.ndarray, equality: np.ndarray, first: np.nda
     if same.any():
         i, t = (int(index) for index in np.argwhere(same)[0])
         raise ValueError(
-            f"tokens {first[i]} (selected) and {other[i, t]} of sequence {i} are equal, so no parameters separate them: "
-            "the problem is infeasible. Remove the duplicate, or select both."
+            f"tokens {first[i]} (selected) and {other[i, t]} of sequence {i} are equal, so no parameters separate "
+            "them: the problem is infeasible. Remove the duplicate, or select both."
         )

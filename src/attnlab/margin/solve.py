@@ -12,7 +12,7 @@ from attnlab.margin.problems import MarginProblem, check_norm
 from attnlab.margin.rows import Rows, reduced
 
 METHODS = ("active set", "interior point")
-"""Methods of the Frobenius problem. The others have one each: an interior point, or a linear program at p = 1, infinity."""
+"""Methods of the Frobenius problem; the other norms have one each."""
 
 
 def max_margin(problem: MarginProblem, *, method: str | None = None, tolerance: float = 1e-8) -> MaxMargin:
@@ -32,7 +32,7 @@ def max_margin(problem: MarginProblem, *, method: str | None = None, tolerance: 
     rows = Rows(problem)
     multipliers, matrix, proof = frobenius_margin(rows, method)
     if norm != "frobenius" and verdict(proof, tolerance) != Status.INFEASIBLE:
-        matrix, multipliers = lp_margin(rows, norm[1], multipliers)
+        matrix, multipliers = lp_margin(rows, float(norm[1]), multipliers)
         proof = certify(norm, rows, matrix, multipliers)
     return _result(problem, rows, matrix, multipliers, proof, tolerance)
 
@@ -49,31 +49,36 @@ def _nuclear(problem: MarginProblem, method: str | None, tolerance: float) -> Ma
 
 
 def frobenius_margin(rows: Rows, method: str | None) -> tuple[np.ndarray, np.ndarray, Certificate]:
-    """Multipliers, W and proof; the interior point takes over where the active set proves nothing."""
+    """lambda, W and proof; the interior point takes over where the active set does not solve the problem."""
     many = len(rows) > 8 * rows.dimension
     if method == "active set" or (method is None and not many):
-        multipliers = active_set(rows)
-        matrix = rows.combine(multipliers)
-        proof = certify("frobenius", rows, matrix, multipliers, matrix)
+        multipliers, matrix = active_set(rows)
+        proof = certify("frobenius", rows, matrix, multipliers)
         if method is not None or verdict(proof, 1e-10) == Status.SOLVED:
             return multipliers, matrix, proof
-    multipliers = _from_interior_point(rows)
-    matrix = rows.combine(multipliers)
-    return multipliers, matrix, certify("frobenius", rows, matrix, multipliers, matrix)
+    return _by_interior_point(rows)
 
 
-def _from_interior_point(rows: Rows) -> np.ndarray:
-    """Interior point, then Newton's method on the rows it found active; or Gordan's multipliers where these prove more."""
+def _by_interior_point(rows: Rows) -> tuple[np.ndarray, np.ndarray, Certificate]:
+    """Interior point, then the best of its own answer, Newton's method on its active rows, and Gordan's multipliers."""
     point = nearest_hull_point(rows)
     multipliers, slacks = point.multipliers, point.slacks
     active = (multipliers / multipliers.max() > slacks / slacks.max()) | rows.free
-    polished, solved = newton(rows, active)
-    if solved:
-        return polished
-    combined = rows.combine(multipliers)
-    if np.vdot(combined, combined) < 1e-10 and point.level < 1e-10:
-        return gordan_multipliers(rows, multipliers)
-    return multipliers / max(point.level, 1e-300)
+    polished, matrix, solved = newton(rows, active)
+    proof = certify("frobenius", rows, matrix, polished)
+    if solved and verdict(proof, 1e-10) == Status.SOLVED:
+        return polished, matrix, proof
+    if point.level < 1e-10:
+        exact = gordan_multipliers(rows, multipliers)
+        none = rows.combine(exact)
+        proof_of_none = certify("frobenius", rows, none, exact)
+        if verdict(proof_of_none, 0.0) == Status.INFEASIBLE:
+            return exact, none, proof_of_none
+    plain = multipliers / max(point.level, 1e-300)
+    proof_of_plain = certify("frobenius", rows, rows.combine(plain), plain)
+    if proof_of_plain.gap <= proof.gap or not np.isfinite(proof.gap):
+        return plain, rows.combine(plain), proof_of_plain
+    return polished, matrix, proof
 
 
 def _result(
