@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from attnlab.curvature.lanczos import gauss_quadrature, plan_restarts, thick_restart, tridiagonalize
+from attnlab.curvature.lanczos import gauss_quadrature, tridiagonalize
+from attnlab.curvature.restarts import plan_restarts, thick_restart
 from compare import assert_close
 
 
@@ -28,6 +29,8 @@ SPECTRA = {
     "repeated": np.r_[np.zeros(150), np.ones(30), np.repeat([5.0, 7.0], 10)],
     "two_ends_repeated": np.r_[np.repeat(-3.0, 6), np.linspace(-1, 1, 188), np.repeat(4.0, 6)],
     "slow_decay": 1 / np.arange(1, 201) ** 0.5,
+    "slow_decay_doubled": np.repeat(1 / np.arange(1, 101) ** 0.5, 2),
+    "slow_decay_tripled": np.r_[np.repeat(1 / np.arange(1, 67) ** 0.5, 3), 0.0, 0.0],
     "identity": np.ones(200),
     "zero": np.zeros(200),
 }
@@ -36,7 +39,7 @@ SPECTRA = {
 @pytest.mark.parametrize("name", SPECTRA)
 @pytest.mark.parametrize(("low", "high"), [(0, 5), (5, 0), (4, 4)])
 def test_thick_restart_finds_the_ends_with_multiplicity(name, low, high, key):
-    if name == "slow_decay" and low:
+    if name.startswith("slow_decay") and low:
         pytest.skip("its low end is dense: no gap for a Krylov method to see")
     eigenvalues = np.sort(SPECTRA[name])
     matrix = symmetric(eigenvalues, key)

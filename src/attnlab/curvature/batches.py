@@ -4,6 +4,7 @@ A product with its Hessian is the weighted sum of the batches' products; nothing
 sum, so that memory is that of the largest batch.
 """
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -41,7 +42,7 @@ class Feed:
         self._batches = batches
         self._indexed = hasattr(batches, "__getitem__") and hasattr(batches, "__len__")
         self._next, self._iterator = 0, iter(batches)
-        self.groups = _groups(batches)
+        self.groups, self.digest = _survey(batches)
 
     @property
     def count(self) -> int:
@@ -71,8 +72,9 @@ def _canonical(leaf: Any) -> np.ndarray:
     return array.astype(jax.dtypes.canonicalize_dtype(array.dtype))
 
 
-def _groups(batches: Iterable[Batch]) -> tuple[_Group, ...]:
-    shapes, sizes = [], []
+def _survey(batches: Iterable[Batch]) -> tuple[tuple[_Group, ...], str]:
+    """Read all batches once, check them; their groups, and a digest of all values."""
+    shapes, sizes, digest = [], [], hashlib.blake2b()
     for number, batch in enumerate(batches):
         batch = _as_arrays(batch)
         for name, data in zip(("inputs", "targets"), batch, strict=True):
@@ -80,12 +82,14 @@ def _groups(batches: Iterable[Batch]) -> tuple[_Group, ...]:
             check_finite(f"{name} of batch {number}", data)
         shapes.append(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), batch))
         sizes.append(sum(leaf.size for leaf in jax.tree.leaves(batch[1])))
+        for leaf in jax.tree.leaves(batch):
+            digest.update(np.ascontiguousarray(leaf).data)
     if not shapes:
         raise ValueError("batches holds no batch; expected at least one.")
     weights = np.array(sizes) / sum(sizes)
     starts = [i for i in range(len(shapes)) if i == 0 or shapes[i] != shapes[i - 1]]
     runs = [np.arange(a, b) for a, b in zip(starts, [*starts[1:], len(shapes)], strict=True)]
-    return tuple(_Group(run, weights[run], shapes[run[0]]) for run in runs)
+    return tuple(_Group(run, weights[run], shapes[run[0]]) for run in runs), digest.hexdigest()
 
 
 @jax.tree_util.register_dataclass

@@ -13,35 +13,72 @@ FlatProduct = Callable[[Float[Array, " n"]], Float[Array, " n"]]
 
 
 class Tridiagonal(NamedTuple):
-    """The projection of an operator on a Krylov space: `diagonal` (m), `off_diagonal` (m - 1)."""
+    """The projection of an operator on a Krylov space: `diagonal` (m), `off_diagonal` (m - 1); `asymmetry` is the
+    largest relative |<A u, v> - <u, A v>| between two consecutive basis vectors (see `advance`)."""
 
     diagonal: Float[Array, " m"]
     off_diagonal: Float[Array, " m-1"]
+    asymmetry: Float[Array, ""]
 
     def dense(self) -> Float[Array, "m m"]:
         """The m x m matrix."""
         return jnp.diag(self.diagonal) + jnp.diag(self.off_diagonal, 1) + jnp.diag(self.off_diagonal, -1)
 
 
-def tridiagonalize(product: FlatProduct, start: Float[Array, " n"], steps: int) -> Tridiagonal:
-    """`steps` of the three-term Lanczos recurrence from `start` (any length but zero).
+class Recurrence(NamedTuple):
+    """Where a three-term recurrence stands: all that its next step needs."""
+
+    previous: Float[Array, " n"]
+    vector: Float[Array, " n"]
+    norm: Float[Array, ""]  # of the last remainder: the next off-diagonal entry
+    asymmetry: Float[Array, ""]  # largest so far, times scale^2
+    scale: Float[Array, ""]  # largest entry so far, a lower bound of ||A||
+
+
+def begin(start: Float[Array, " n"]) -> Recurrence:
+    """The recurrence before its first step, from `start` (any length but zero)."""
+    first, zero = start / jnp.linalg.norm(start), jnp.zeros((), start.dtype)
+    return Recurrence(jnp.zeros_like(first), first, zero, zero, zero)
+
+
+def advance(
+    product: FlatProduct, state: Recurrence, steps: int
+) -> tuple[Recurrence, tuple[Float[Array, " steps"], Float[Array, " steps"]]]:
+    """`steps` of the three-term Lanczos recurrence; also the diagonal entries and the norms of the remainders.
 
     No reorthogonalisation: memory is three vectors whatever the number of steps. Spurious copies of converged Ritz
     values appear, but the copies share the weight of the true one, so that densities and moments are unaffected (Paige
     1980; Golub & Meurant, Matrices, Moments and Quadrature, section 4).
+
+    Every step tests the symmetry of A at no product's cost: with r the remainder of A u and v = r / |r|, a symmetric A
+    has <A v, u> = <v, A u> = |r|, to a rounding error of order eps ||A||^2 / |r|.
     """
 
-    def step(state, _):
-        previous, vector, beta = state
-        image = product(vector) - beta * previous
-        alpha = jnp.vdot(image, vector)
-        image = image - alpha * vector
+    def step(state: Recurrence, _: None) -> tuple[Recurrence, tuple[Array, Array]]:
+        product_of_vector = product(state.vector)
+        coupling = jnp.vdot(product_of_vector, state.previous)
+        asymmetry = jnp.abs(coupling - state.norm) * state.norm
+        image = product_of_vector - state.norm * state.previous
+        alpha = jnp.vdot(image, state.vector)
+        image = image - alpha * state.vector
         norm = jnp.linalg.norm(image)
-        return (vector, _normalize(image, norm), norm), (alpha, norm)
+        scale = jnp.maximum(state.scale, jnp.maximum(jnp.abs(alpha), norm))
+        asymmetry = jnp.maximum(state.asymmetry, asymmetry)
+        return Recurrence(state.vector, _normalize(image, norm), norm, asymmetry, scale), (alpha, norm)
 
-    first = start / jnp.linalg.norm(start)
-    _, (diagonal, norms) = jax.lax.scan(step, (jnp.zeros_like(first), first, jnp.zeros((), first.dtype)), length=steps)
-    return Tridiagonal(diagonal, norms[:-1])
+    return jax.lax.scan(step, state, length=steps)
+
+
+def finish(state: Recurrence, diagonal: Float[Array, " m"], norms: Float[Array, " m"]) -> Tridiagonal:
+    """The projection after the last step, from all that `advance` returned."""
+    scale = jnp.where(state.scale > 0, state.scale, 1)
+    return Tridiagonal(diagonal, norms[:-1], state.asymmetry / scale / scale)
+
+
+def tridiagonalize(product: FlatProduct, start: Float[Array, " n"], steps: int) -> Tridiagonal:
+    """`steps` of the recurrence of `advance` from `start` (any length but zero)."""
+    state, entries = advance(product, begin(start), steps)
+    return finish(state, *entries)
 
 
 def _normalize(vector: Float[Array, " n"], norm: Float[Array, ""]) -> Float[Array, " n"]:
@@ -67,167 +104,56 @@ class KrylovBasis(NamedTuple):
 def orthogonalize(
     vector: Float[Array, " n"], basis: Float[Array, "m n"]
 ) -> tuple[Float[Array, " n"], Float[Array, " m"]]:
-    """`vector` minus its components in an orthonormal (zero-padded) basis, and those components.
-
-    Classical Gram-Schmidt, twice: enough for orthogonality to working precision (Giraud, Langou, Rozloznik 2005).
-    """
-    first = basis @ vector
-    vector = vector - first @ basis
-    second = basis @ vector
-    return vector - second @ basis, first + second
+    """`vector` minus its components in an orthonormal (zero-padded) basis, and those components: one pass of classical
+    Gram-Schmidt. Two are enough for orthogonality to working precision (Giraud, Langou, Rozloznik 2005)."""
+    components = basis @ vector
+    return vector - components @ basis, components
 
 
 def extend(
-    product: FlatProduct, basis: KrylovBasis, start: int | Array, key: PRNGKey
-) -> tuple[KrylovBasis, Float[Array, ""]]:
-    """Grow the basis from `start` vectors (and a next direction) to all m; also the norm of the last remainder.
+    product: FlatProduct, basis: KrylovBasis, start: int | Array, stop: int | Array, key: PRNGKey
+) -> tuple[KrylovBasis, Float[Array, ""], Float[Array, ""]]:
+    """Grow the basis from `start` vectors (and a next direction) to `stop`; also the norm of the last remainder, and
+    the asymmetry that was seen (as in `advance`, times the square of the scale).
 
     Only the upper triangle of `projected` is written. Where the space becomes invariant the recurrence continues with a
     random direction orthogonal to it, so that repeated eigenvalues are not lost.
     """
     size = basis.projected.shape[0]
 
-    def step(i, state):
-        vectors, projected, _ = state
-        image, components = orthogonalize(product(vectors[i]), vectors)
+    def step(i: Array, state: tuple) -> tuple:
+        vectors, projected, last, asymmetry = state
+        image = product(vectors[i])
+        # The first of two passes: A v has components along v and its predecessor alone, but after a restart along all.
+        image, components = jax.lax.cond(
+            i == start, orthogonalize, lambda image, vectors: _orthogonalize_locally(image, vectors, i), image, vectors
+        )
+        image, corrections = orthogonalize(image, vectors)
+        components = components + corrections
+        coupling = jnp.where(i > start, components[i - 1], last)
+        asymmetry = jnp.maximum(asymmetry, jnp.abs(coupling - last) * last)
         norm = jnp.linalg.norm(image)
         negligible = norm <= 10 * jnp.finfo(norm.dtype).eps * jnp.linalg.norm(components)
-
-        def replacement(_):
-            random = jax.random.normal(jax.random.fold_in(key, i), image.shape, image.dtype)
-            return orthogonalize(random, vectors)[0]
-
-        direction = jax.lax.cond(negligible, replacement, lambda image: image, image)
+        direction = jax.lax.cond(
+            negligible, lambda _: _random_direction(jax.random.fold_in(key, i), vectors), lambda image: image, image
+        )
         vectors = vectors.at[i + 1].set(direction / jnp.linalg.norm(direction))
         projected = projected.at[:, i].set(components[:size])
-        return vectors, projected, jnp.where(negligible, 0, norm)
+        return vectors, projected, jnp.where(negligible, 0, norm), asymmetry
 
     zero = jnp.zeros((), basis.vectors.dtype)
-    vectors, projected, norm = jax.lax.fori_loop(start, size, step, (*basis, zero))
-    return KrylovBasis(vectors, projected), norm
+    vectors, projected, norm, asymmetry = jax.lax.fori_loop(start, stop, step, (*basis, zero, zero))
+    return KrylovBasis(vectors, projected), norm, asymmetry
 
 
-class RestartPlan(NamedTuple):
-    """Sizes of a thick-restart iteration: wanted pairs at the `low` and `high` end, basis `size`, how many Ritz vectors
-    are kept at a restart (`keep_low`, `keep_high`, the wanted among them), and the bound on restarts."""
-
-    low: int
-    high: int
-    size: int
-    keep_low: int
-    keep_high: int
-    cycles: int
-
-    def kept(self) -> list[int]:
-        """Positions among the m ascending Ritz values of those kept: the wanted first, then the others."""
-        m, low, high = self.size, self.low, self.high
-        wanted = [*range(low), *range(m - high, m)]
-        return [*wanted, *range(low, self.keep_low), *range(m - self.keep_high, m - high)]
+def _orthogonalize_locally(image: Array, vectors: Array, i: Array) -> tuple[Array, Array]:
+    previous, vector = vectors[i - 1], vectors[i]
+    beta = jnp.vdot(image, previous)
+    image = image - beta * previous
+    alpha = jnp.vdot(image, vector)
+    return image - alpha * vector, jnp.zeros(len(vectors), image.dtype).at[i - 1].set(beta).at[i].set(alpha)
 
 
-def plan_restarts(low: int, high: int, dimension: int, cycles: int = 300) -> RestartPlan:
-    """Sizes for `low` + `high` wanted pairs: a basis of twice the wanted plus ten (at least 20), of which a restart
-    keeps the wanted and about a third of the rest (Wu & Simon 2000, thick-restart Lanczos)."""
-    wanted = low + high
-    size = min(max(2 * wanted + 10, 20), dimension)
-    extra = (size - wanted) // 3
-    extra_low = extra * low // wanted
-    return RestartPlan(low, high, size, low + extra_low, high + extra - extra_low, cycles)
-
-
-class RitzPairs(NamedTuple):
-    """Wanted Ritz pairs: the low end ascending, then the high end ascending; `residuals` bounds
-    ||A v - value v||; `scale` is the largest Ritz value in modulus that was seen, a lower bound of the norm of A."""
-
-    values: Float[Array, " k"]
-    vectors: Float[Array, "k n"]
-    residuals: Float[Array, " k"]
-    scale: Float[Array, ""]
-    products: Array
-
-
-class _Restarted(NamedTuple):
-    basis: KrylovBasis
-    start: Array  # how many basis vectors stand at the beginning of the next cycle
-    values: Array  # wanted Ritz values after the last cycle
-    residuals: Array
-    scale: Array  # largest modulus of a Ritz value so far
-    floor: Array  # coupling that was dropped when converged vectors were locked
-    confirming: Array  # whether the cycle to come starts from a fresh direction, to look for missed copies
-    done: Array
-    cycle: Array
-    products: Array
-
-
-def thick_restart(
-    product: FlatProduct, start: Float[Array, " n"], plan: RestartPlan, tolerance: float, key: PRNGKey
-) -> RitzPairs:
-    """Extreme eigenpairs by thick-restart Lanczos with full reorthogonalisation of a basis of `plan.size` vectors.
-
-    Stops when every wanted residual is at most `tolerance` times the largest Ritz value in modulus *and* one more
-    cycle, from a random direction orthogonal to the converged vectors, brings up no further wanted eigenvalue: one
-    Krylov space holds a single vector of each eigenspace, and attention Hessians repeat eigenvalues exactly.
-    """
-    size, wanted, kept = plan.size, plan.low + plan.high, jnp.array(plan.kept())
-
-    def cycle(state: _Restarted) -> _Restarted:
-        key_cycle = jax.random.fold_in(key, state.cycle)
-        basis, norm = extend(product, state.basis, state.start, key_cycle)
-        values, rotation = jnp.linalg.eigh(basis.projected, UPLO="U", symmetrize_input=False)
-        residuals = jnp.hypot(norm * jnp.abs(rotation[-1, kept[:wanted]]), state.floor)
-        scale = jnp.maximum(state.scale, jnp.max(jnp.abs(values)))
-        limit = tolerance * scale
-        converged = jnp.all(residuals <= limit)
-        moved = jnp.max(jnp.abs(values[kept[:wanted]] - state.values)) > limit
-        done = converged & state.confirming & ~moved
-        confirm = converged & ~done
-        basis = _compress(basis, values, rotation, kept)
-        basis = jax.lax.cond(confirm, lambda b: _lock(b, wanted, len(kept), key_cycle), lambda b: b, basis)
-        next_start = jnp.where(confirm, wanted, len(kept))
-        return _Restarted(
-            basis=basis,
-            start=next_start,
-            values=values[kept[:wanted]],
-            residuals=residuals,
-            scale=scale,
-            floor=jnp.where(confirm, jnp.maximum(state.floor, jnp.max(residuals)), state.floor),
-            confirming=confirm,
-            done=done,
-            cycle=state.cycle + 1,
-            products=state.products + size - state.start,
-        )
-
-    pairs = jax.lax.while_loop(
-        lambda state: ~state.done & (state.cycle < plan.cycles), cycle, _first_state(start, size, wanted)
-    )
-    order = jnp.concatenate([jnp.argsort(pairs.values[: plan.low]), plan.low + jnp.argsort(pairs.values[plan.low :])])
-    vectors = pairs.basis.vectors[:wanted][order]
-    return RitzPairs(pairs.values[order], vectors, pairs.residuals[order], pairs.scale, pairs.products)
-
-
-def _first_state(start: Float[Array, " n"], size: int, wanted: int) -> _Restarted:
-    dtype = start.dtype
-    vectors = jnp.zeros((size + 1, start.size), dtype).at[0].set(start / jnp.linalg.norm(start))
-    unknown, none = jnp.full((wanted,), jnp.inf, dtype), jnp.zeros((), dtype)
-    no, zero = jnp.array(False), jnp.array(0)
-    basis = KrylovBasis(vectors, jnp.zeros((size, size), dtype))
-    return _Restarted(basis, zero, unknown, unknown, none, none, no, no, zero, zero)
-
-
-def _compress(basis: KrylovBasis, values: Array, rotation: Array, kept: Array) -> KrylovBasis:
-    """Keep some Ritz vectors and the next direction; everything behind them is zero again."""
-    size, count = rotation.shape[0], kept.size
-    vectors = jnp.zeros_like(basis.vectors).at[:count].set(rotation[:, kept].T @ basis.vectors[:size])
-    vectors = vectors.at[count].set(basis.vectors[size])
-    diagonal = jnp.zeros(size, values.dtype).at[:count].set(values[kept])
-    return KrylovBasis(vectors, jnp.diag(diagonal))
-
-
-def _lock(basis: KrylovBasis, wanted: int, count: int, key: PRNGKey) -> KrylovBasis:
-    """Keep the wanted Ritz vectors alone, and continue from a random direction orthogonal to them."""
-    locked = basis.vectors.at[wanted : count + 1].set(0)
-    random = jax.random.normal(key, locked.shape[1:], locked.dtype)
-    direction, _ = orthogonalize(random, locked)
-    keep = jnp.arange(basis.projected.shape[0]) < wanted
-    projected = jnp.where(keep[:, None] & keep[None, :], basis.projected, 0)
-    return KrylovBasis(locked.at[wanted].set(direction / jnp.linalg.norm(direction)), projected)
+def _random_direction(key: PRNGKey, vectors: Array) -> Array:
+    random = jax.random.normal(key, vectors.shape[1:], vectors.dtype)
+    return orthogonalize(orthogonalize(random, vectors)[0], vectors)[0]

@@ -1,26 +1,40 @@
-"""Spectra of operators: extreme eigenpairs with residual bounds, and the spectral density with its error."""
+"""Extreme eigenpairs of operators, with residual bounds."""
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
-from attnlab.checks import check_finite, check_range, unknown_name
-from attnlab.curvature.lanczos import (
-    RestartPlan,
-    RitzPairs,
-    gauss_quadrature,
-    plan_restarts,
-    thick_restart,
-    tridiagonalize,
+from attnlab.checks import check_range, is_concrete, unknown_name
+from attnlab.curvature.density import SpectralDensity, spectral_density, standard_error
+from attnlab.curvature.long_runs import (
+    Clock,
+    Report,
+    check_memory,
+    check_symmetric,
+    non_finite,
+    open_checkpoint,
 )
 from attnlab.curvature.operators import Operator
+from attnlab.curvature.restarts import (
+    Restarted,
+    RestartPlan,
+    RitzPairs,
+    first_state,
+    plan_restarts,
+    restart_cycle,
+    thick_restart,
+    wanted_pairs,
+)
 from attnlab.types import Params, PRNGKey
+
+__all__ = ["Eigenpairs", "SpectralDensity", "eigenpairs", "spectral_density", "standard_error"]
 
 DENSE_DIMENSION = 512
 """Up to this dimension eigenpairs come from the dense matrix: no more work, and exact."""
@@ -51,14 +65,28 @@ def eigenpairs(
     *,
     which: Literal["low", "high", "both"] = "high",
     tolerance: float | None = None,
+    directory: Path | None = None,
+    report: Report | None = None,
 ) -> Eigenpairs:
-    """The `count` algebraically lowest or highest eigenpairs, or that many at both ends, in one jitted computation.
+    """The `count` algebraically lowest or highest eigenpairs, or that many at both ends.
 
-    Thick-restart Lanczos with locking, repeated eigenvalues included (see `lanczos.thick_restart`); the dense matrix up
-    to dimension 512. `tolerance` bounds the residuals relative to the largest eigenvalue in modulus; by default it is
-    the square root of the machine epsilon. Memory: 2 * wanted + 11 vectors. Warns where the tolerance was not reached:
-    the residuals then say how far it came. Raises `ValueError` for a count that does not fit the dimension, or a
-    product that is not finite.
+    Thick-restart Lanczos with locking, repeated eigenvalues included (see `restarts.thick_restart`); the dense matrix
+    up to dimension 512. Memory: twice 2 * wanted + 11 vectors, and orthogonalisation reads half of them per product.
+
+    Args:
+        operator: the operator A; its symmetry is tested on the way, at no product's cost.
+        key: of the random start.
+        count: how many pairs at each end.
+        which: end of the spectrum.
+        tolerance: of the residuals relative to the largest eigenvalue in modulus; by default the square root of the
+            machine epsilon.
+        directory: where to save the basis after every cycle of at most 2 * wanted + 10 products; a run that was killed
+            resumes there and gives the same numbers on the same machine.
+        report: called after every cycle with a `Progress`; `print_progress` is one.
+
+    Warns where the tolerance was not reached: the residuals then say how far it came. Raises `ValueError` for a count
+    that does not fit the dimension, an operator that is not symmetric, or a directory of another computation;
+    `NonFiniteProductError`; `MemoryError` before the start, if the basis does not fit.
     """
     if which not in ("low", "high", "both"):
         raise unknown_name("end of the spectrum", which, ("low", "high", "both"))
@@ -71,17 +99,34 @@ def eigenpairs(
     if operator.dimension <= max(DENSE_DIMENSION, 2 * wanted + 10):
         pairs = _dense_eigenpairs(operator, low, high)
     else:
-        pairs = _lanczos_eigenpairs(operator, key, tolerance, plan_restarts(low, high, operator.dimension))
-    check_finite("the operator's product", pairs.values)
+        plan = plan_restarts(low, high, operator.dimension)
+        check_memory(
+            f"a basis of {plan.size + 1} vectors of {operator.dimension} numbers, twice at a restart,",
+            2 * (plan.size + 1) * operator.dimension * dtype.itemsize,
+            "Ask for fewer eigenpairs.",
+        )
+        if directory is None and report is None:
+            pairs = _lanczos_eigenpairs(operator, key, tolerance, plan)
+        else:
+            pairs = _long_eigenpairs(operator, key, tolerance, plan, directory, report)
+    if is_concrete(pairs):
+        _check(operator, pairs, tolerance)
+    unravel = ravel_pytree(operator.point)[1]
+    return Eigenpairs(pairs.values, jax.vmap(unravel)(pairs.vectors), pairs.residuals, pairs.products)
+
+
+def _check(operator: Operator, pairs: RitzPairs, tolerance: float) -> None:
+    if not np.isfinite(pairs.values).all():
+        raise non_finite(operator, f"within {pairs.products} products")
+    check_symmetric(pairs.asymmetry)
     limit = tolerance * pairs.scale
     if jnp.any(pairs.residuals > limit):
         warnings.warn(
-            f"{int(jnp.sum(pairs.residuals > limit))} of {wanted} eigenpairs have residuals above {limit:.3g} after "
-            f"{pairs.products} products; the largest is {jnp.max(pairs.residuals):.3g}. Raise the tolerance.",
-            stacklevel=2,
+            f"{int(jnp.sum(pairs.residuals > limit))} of {len(pairs.values)} eigenpairs have residuals above "
+            f"{limit:.3g} after {pairs.products} products; the largest is {jnp.max(pairs.residuals):.3g}. "
+            "Raise the tolerance.",
+            stacklevel=3,
         )
-    unravel = ravel_pytree(operator.point)[1]
-    return Eigenpairs(pairs.values, jax.vmap(unravel)(pairs.vectors), pairs.residuals, pairs.products)
 
 
 @jax.jit(static_argnames=("low", "high"))
@@ -90,86 +135,48 @@ def _dense_eigenpairs(operator: Operator, low: int, high: int) -> RitzPairs:
     matrix = jax.lax.map(operator.flat_mv, jnp.eye(n, dtype=ravel_pytree(operator.point)[0].dtype))
     values, vectors = jnp.linalg.eigh(matrix)
     scale = jnp.max(jnp.abs(values))
+    asymmetry = jnp.max(jnp.abs(matrix - matrix.T)) / jnp.where(scale > 0, scale, 1)
     picked = jnp.array([*range(low), *range(n - high, n)])
     values, vectors = values[picked], vectors[:, picked].T
     residuals = jnp.linalg.norm(vectors @ matrix - values[:, None] * vectors, axis=1)
-    return RitzPairs(values, vectors, residuals, scale, jnp.array(n))
+    return RitzPairs(values, vectors, residuals, scale, asymmetry, jnp.array(n))
+
+
+def _start(operator: Operator, key: PRNGKey) -> Float[Array, " n"]:
+    return jax.random.normal(key, (operator.dimension,), ravel_pytree(operator.point)[0].dtype)
 
 
 @jax.jit(static_argnames=("plan",))
 def _lanczos_eigenpairs(operator: Operator, key: PRNGKey, tolerance: float, plan: RestartPlan) -> RitzPairs:
     start_key, key = jax.random.split(key)
-    start = jax.random.normal(start_key, (operator.dimension,), ravel_pytree(operator.point)[0].dtype)
-    return thick_restart(operator.flat_mv, start, plan, tolerance, key)
+    return thick_restart(operator.flat_mv, _start(operator, start_key), plan, tolerance, key)
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class SpectralDensity:
-    """A spectral density by stochastic Lanczos quadrature: one Gauss rule a probe.
-
-    Each probe's rule integrates polynomials up to degree 2 m - 1 against its own spectral measure exactly; the mean
-    over probes estimates (1/n) sum_i f(lambda_i), and the spread over probes is its error.
-
-    Attributes:
-        nodes: (probes, m) Ritz values, ascending in each row.
-        weights: (probes, m), each row sums to 1.
-    """
-
-    nodes: Float[Array, "probes m"]
-    weights: Float[Array, "probes m"]
-
-    def integral(self, function: Callable[[Array], Array]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-        """Mean of `function` over the eigenvalues, (1/n) sum_i f(lambda_i), and its standard error over the probes.
-
-        `function` maps the nodes (m,) to (..., m).
-        """
-        per_probe = jax.vmap(lambda nodes, weights: function(nodes) @ weights)(self.nodes, self.weights)
-        return jnp.mean(per_probe, axis=0), standard_error(per_probe)
-
-    def moment(self, power: int) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """tr(A^power) / n, and its standard error."""
-        return self.integral(lambda nodes: nodes**power)
-
-    def density(self, grid: Float[Array, " g"], width: float) -> tuple[Float[Array, " g"], Float[Array, " g"]]:
-        """The density convolved with a Gaussian of standard deviation `width` (in units of the eigenvalues), and its
-        standard error, at each point of the grid."""
-        norm = width * (2 * jnp.pi) ** 0.5
-        return self.integral(lambda nodes: jnp.exp(-0.5 * ((grid[:, None] - nodes[None, :]) / width) ** 2) / norm)
-
-    def cumulative(self, grid: Float[Array, " g"]) -> tuple[Float[Array, " g"], Float[Array, " g"]]:
-        """Fraction of eigenvalues at or below each point of the grid, and its standard error; it needs no bandwidth."""
-        return self.integral(lambda nodes: (nodes[None, :] <= grid[:, None]).astype(nodes.dtype))
+@jax.jit(static_argnames=("plan",))
+def _cycle(operator: Operator, state: Restarted, key: PRNGKey, tolerance: float, plan: RestartPlan) -> Restarted:
+    return restart_cycle(operator.flat_mv, state, plan, tolerance, key)
 
 
-def standard_error(samples: Float[Array, "probes *shape"]) -> Float[Array, "*shape"]:
-    """Standard error of the mean over the leading axis (infinite for a single sample: one probe bounds nothing)."""
-    count = samples.shape[0]
-    if count == 1:
-        return jnp.full(samples.shape[1:], jnp.inf, samples.dtype)
-    return jnp.std(samples, axis=0, ddof=1) / count**0.5
-
-
-def spectral_density(operator: Operator, key: PRNGKey, *, probes: int = 10, steps: int = 64) -> SpectralDensity:
-    """Stochastic Lanczos quadrature with Rademacher probes, in one jitted computation (probes x steps products).
-
-    Ubaru, Chen, Saad (2017); Ghorbani, Krishnan, Xiao (arXiv 1901.10159). No reorthogonalisation: a density does not
-    need it, and memory stays a few vectors. Probes run one after another. Raises `ValueError` for more steps than the
-    operator has dimensions, or a product that is not finite.
-    """
-    check_range("probes", probes, 1, 2**31 - 1, "Ask for at least one probe.")
-    check_range("steps", steps, 1, operator.dimension, "A Krylov space has no more dimensions than the operator.")
-    result = _spectral_density(operator, key, probes, steps)
-    check_finite("the operator's product", result.nodes)
-    return result
-
-
-@jax.jit(static_argnames=("probes", "steps"))
-def _spectral_density(operator: Operator, key: PRNGKey, probes: int, steps: int) -> SpectralDensity:
-    dtype = ravel_pytree(operator.point)[0].dtype
-
-    def one_probe(key):
-        start = jax.random.rademacher(key, (operator.dimension,), dtype)
-        return gauss_quadrature(tridiagonalize(operator.flat_mv, start, steps))
-
-    return SpectralDensity(*jax.lax.map(one_probe, jax.random.split(key, probes)))
+def _long_eigenpairs(
+    operator: Operator,
+    key: PRNGKey,
+    tolerance: float,
+    plan: RestartPlan,
+    directory: Path | None,
+    report: Report | None,
+) -> RitzPairs:
+    """The same iteration, one jitted call a cycle, with its state on disk in between."""
+    checkpoint = open_checkpoint(directory, operator, key, tolerance, plan)
+    start_key, key = jax.random.split(key)
+    state = first_state(_start(operator, start_key), plan)
+    if checkpoint is not None:
+        _, state = checkpoint.restore(state.residuals, state) or ([], state)
+    clock = Clock(report, int(state.products))
+    while not state.done and state.cycle < plan.cycles:
+        number, state = int(state.cycle), _cycle(operator, state, key, tolerance, plan)
+        if not np.isfinite(state.values).all():
+            raise non_finite(operator, f"in cycle {number}, within {state.products} products")
+        if checkpoint is not None:
+            checkpoint.save(number, state.residuals, state)
+        clock.tell(int(state.products), float(jnp.max(state.residuals) / state.scale))
+    return wanted_pairs(state, plan)

@@ -1,0 +1,251 @@
+"""The spectral density of an operator by stochastic Lanczos quadrature, with its error."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jax.sharding import Sharding
+from jaxtyping import Array, Float
+
+from attnlab.checks import check_positive, check_range, is_concrete
+from attnlab.curvature.lanczos import Recurrence, Tridiagonal, advance, begin, finish, gauss_quadrature
+from attnlab.curvature.long_runs import (
+    Clock,
+    Report,
+    check_memory,
+    check_symmetric,
+    non_finite,
+    open_checkpoint,
+    saved_bytes,
+)
+from attnlab.curvature.operators import Operator
+from attnlab.types import PRNGKey
+
+CHUNK = 16
+"""Lanczos steps in one jitted call of a long run: between two of them it reports and saves."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SpectralDensity:
+    """A spectral density by stochastic Lanczos quadrature: one Gauss rule a probe.
+
+    Each probe's rule integrates polynomials up to degree 2 m - 1 against its own spectral measure exactly; the mean
+    over probes estimates (1/n) sum_i f(lambda_i), and the spread over probes is its error.
+
+    Attributes:
+        nodes: (probes, m) Ritz values, ascending in each row.
+        weights: (probes, m), each row sums to 1.
+    """
+
+    nodes: Float[Array, "probes m"]
+    weights: Float[Array, "probes m"]
+
+    def integral(self, function: Callable[[Array], Array]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+        """Mean of `function` over the eigenvalues, (1/n) sum_i f(lambda_i), and its standard error over the probes.
+
+        `function` maps the nodes (m,) to (..., m).
+        """
+        per_probe = jax.vmap(lambda nodes, weights: function(nodes) @ weights)(self.nodes, self.weights)
+        return jnp.mean(per_probe, axis=0), standard_error(per_probe)
+
+    def moment(self, power: int) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """tr(A^power) / n, and its standard error."""
+        return self.integral(lambda nodes: nodes**power)
+
+    def density(self, grid: Float[Array, " g"], width: float) -> tuple[Float[Array, " g"], Float[Array, " g"]]:
+        """The density convolved with a Gaussian of standard deviation `width` (in units of the eigenvalues), and its
+        standard error, at each point of the grid."""
+        norm = width * (2 * jnp.pi) ** 0.5
+        return self.integral(lambda nodes: jnp.exp(-0.5 * ((grid[:, None] - nodes[None, :]) / width) ** 2) / norm)
+
+    def cumulative(self, grid: Float[Array, " g"]) -> tuple[Float[Array, " g"], Float[Array, " g"]]:
+        """Fraction of eigenvalues at or below each point of the grid, and its standard error; it needs no bandwidth."""
+        return self.integral(lambda nodes: (nodes[None, :] <= grid[:, None]).astype(nodes.dtype))
+
+    def negative_share(self) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """Share of the negative eigenvalues in sum_i |lambda_i|, between 0 and 1, and its standard error (of a ratio of
+        means, to first order in the spread of both)."""
+        negative, total = (
+            jnp.sum(f(self.nodes) * self.weights, axis=1) for f in (lambda x: jnp.maximum(-x, 0), jnp.abs)
+        )
+        share = jnp.mean(negative) / jnp.mean(total)
+        return share, standard_error((negative - share * total) / jnp.mean(total))
+
+
+def standard_error(samples: Float[Array, "probes *shape"]) -> Float[Array, "*shape"]:
+    """Standard error of the mean over the leading axis (infinite for a single sample: one probe bounds nothing)."""
+    count = samples.shape[0]
+    if count == 1:
+        return jnp.full(samples.shape[1:], jnp.inf, samples.dtype)
+    return jnp.std(samples, axis=0, ddof=1) / count**0.5
+
+
+def spectral_density(
+    operator: Operator,
+    key: PRNGKey,
+    *,
+    probes: int = 10,
+    steps: int = 64,
+    together: int = 1,
+    sharding: Sharding | None = None,
+    directory: Path | None = None,
+    report: Report | None = None,
+) -> SpectralDensity:
+    """Stochastic Lanczos quadrature with Rademacher probes: probes x steps products.
+
+    Ubaru, Chen, Saad (2017); Ghorbani, Krishnan, Xiao (arXiv 1901.10159). No reorthogonalisation: a density does not
+    need it, and memory stays a few vectors a probe, however many steps.
+
+    Args:
+        operator: the operator; its symmetry is tested at every step, at no product's cost.
+        key: of the probes.
+        probes: how many random start vectors.
+        steps: Lanczos steps of each: nodes of its Gauss rule.
+        together: how many probes run at once, a divisor of `probes`. Memory grows with it, and on a CPU it gains
+            nothing; it keeps accelerators busy.
+        sharding: how an array (together, n) of probes is spread over devices, such as
+            `NamedSharding(mesh, PartitionSpec("probes"))`.
+        directory: where to save every 16 steps; a run that was killed resumes there and gives the same numbers on the
+            same machine. With several processes, a directory for each.
+        report: called every 16 steps with a `Progress`; `print_progress` is one.
+
+    Raises `ValueError` for numbers that do not fit, an operator that is not symmetric or a directory of another
+    computation; `NonFiniteProductError`, which says at which step and has the density of the finished probes as its
+    `partial`; `MemoryError` before the start, if the probes do not fit.
+    """
+    check_positive(probes=probes, together=together)
+    check_range("steps", steps, 1, operator.dimension, "A Krylov space has no more dimensions than the operator.")
+    if probes % together:
+        raise ValueError(
+            f"together is {together}; expected a divisor of probes, which is {probes}. Change one of them."
+        )
+    _check_probes_fit(operator, together)
+    keys = jax.random.split(key, (probes // together, together))
+    if directory is None and report is None:
+        projections = _projections(operator, keys, steps, sharding)
+    else:
+        projections = _long_projections(operator, keys, steps, sharding, directory, report)
+    if is_concrete(projections):
+        _check(operator, projections)
+    return _quadrature(projections)
+
+
+def _check_probes_fit(operator: Operator, together: int) -> None:
+    vectors = 4 * operator.dimension * ravel_pytree(operator.point)[0].dtype.itemsize
+    check_memory(
+        f"{together} probes of {operator.dimension} numbers at once",
+        together * vectors + (together - 1) * saved_bytes(operator),
+        "Run fewer together.",
+    )
+
+
+@jax.jit
+def _quadrature(projections: Tridiagonal) -> SpectralDensity:
+    return SpectralDensity(*jax.vmap(gauss_quadrature)(projections))
+
+
+def _check(operator: Operator, projections: Tridiagonal) -> None:
+    finite = np.isfinite(np.asarray(projections.diagonal))
+    if not finite.all():
+        probe, step = np.argwhere(~finite)[0]
+        done = _quadrature(jax.tree.map(lambda leaf: leaf[:probe], projections)) if probe else None
+        raise non_finite(operator, f"at step {step} of probe {probe}", done)
+    check_symmetric(projections.asymmetry)
+
+
+def _begin(operator: Operator, keys: Array, sharding: Sharding | None) -> Recurrence:
+    dtype = ravel_pytree(operator.point)[0].dtype
+    starts = jax.vmap(lambda key: jax.random.rademacher(key, (operator.dimension,), dtype))(keys)
+    return jax.vmap(begin)(starts if sharding is None else jax.lax.with_sharding_constraint(starts, sharding))
+
+
+class _Entries(NamedTuple):
+    """What some steps add to the projections of the probes that run together."""
+
+    diagonal: Float[Array, "together steps"]
+    norms: Float[Array, "together steps"]
+
+
+def _advance(operator: Operator, state: Recurrence, steps: int) -> tuple[Recurrence, _Entries]:
+    def one_probe(state: Recurrence) -> tuple[Recurrence, tuple[Array, Array]]:
+        return advance(operator.flat_mv, state, steps)
+
+    # One probe is not vectorised: products of a single batched vector are slower on a CPU.
+    state, entries = jax.lax.map(one_probe, state) if len(state.norm) == 1 else jax.vmap(one_probe)(state)
+    return state, _Entries(*entries)
+
+
+@jax.jit(static_argnames=("steps", "sharding"))
+def _projections(operator: Operator, keys: Array, steps: int, sharding: Sharding | None) -> Tridiagonal:
+    def group(keys: Array) -> Tridiagonal:
+        state, entries = _advance(operator, _begin(operator, keys, sharding), steps)
+        return jax.vmap(finish)(state, *entries)
+
+    return jax.tree.map(_merge, jax.lax.map(group, keys))
+
+
+def _merge(leaf: Array) -> Array:
+    return leaf.reshape(-1, *leaf.shape[2:])
+
+
+_begin_jitted = jax.jit(_begin, static_argnames=("sharding",))
+_advance_jitted = jax.jit(_advance, static_argnames=("steps",))
+
+
+def _long_projections(
+    operator: Operator,
+    keys: Array,
+    steps: int,
+    sharding: Sharding | None,
+    directory: Path | None,
+    report: Report | None,
+) -> Tridiagonal:
+    """The same recurrences, one jitted call a chunk of steps, with their state on disk in between."""
+    groups, together = keys.shape
+    sizes = [min(CHUNK, steps - done) for done in range(0, steps, CHUNK)]
+    checkpoint = open_checkpoint(directory, operator, keys, steps)
+    state = _begin_jitted(operator, keys[0], sharding)
+    parts: list[tuple[_Entries, Recurrence]] = []
+    if checkpoint is not None:
+        entry = jnp.zeros((), state.norm.dtype)
+        parts, state = checkpoint.restore((_Entries(entry, entry), _ends(state)), state) or ([], state)
+    clock = Clock(report, _products(parts), keys.size * steps)
+    for number in range(len(parts), groups * len(sizes)):
+        group, chunk = divmod(number, len(sizes))
+        if chunk == 0:
+            state = _begin_jitted(operator, keys[group], sharding)
+        state, entries = _advance_jitted(operator, state, sizes[chunk])
+        parts.append((entries, _ends(state)))
+        if not np.isfinite(np.asarray(state.norm)).all():
+            finished = parts[: group * len(sizes)]
+            done = _quadrature(_assemble(finished, len(sizes))) if finished else None
+            first = sum(sizes[:chunk]) + int(np.argwhere(~np.isfinite(np.asarray(entries.norms)))[:, 1].min())
+            raise non_finite(operator, f"at step {first} of probe {group * together}", done)
+        if checkpoint is not None:
+            checkpoint.save(number, parts[-1], state)
+        clock.tell(_products(parts))
+    return _assemble(parts, len(sizes))
+
+
+def _ends(state: Recurrence) -> Recurrence:
+    """The numbers of a state, without its vectors."""
+    return state._replace(previous=state.previous[:, :0], vector=state.vector[:, :0])
+
+
+def _products(parts: list[tuple[_Entries, Recurrence]]) -> int:
+    return sum(entries.diagonal.size for entries, _ in parts)
+
+
+def _assemble(parts: list[tuple[_Entries, Recurrence]], chunks: int) -> Tridiagonal:
+    whole = []
+    for first in range(0, len(parts), chunks):
+        group = parts[first : first + chunks]
+        pieces = zip(*(entries for entries, _ in group), strict=True)
+        whole.append(jax.vmap(finish)(group[-1][1], *(jnp.concatenate(list(piece), axis=1) for piece in pieces)))
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *whole)

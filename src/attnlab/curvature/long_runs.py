@@ -1,0 +1,155 @@
+"""What long computations share: progress, state on disk, an estimate of memory, and errors that say where."""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnlab.curvature.batches import BatchedObjective
+from attnlab.curvature.operators import Operator
+from attnlab.training.checkpoint import Checkpoint, fingerprint
+from attnlab.types import PyTree
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a progress report sees.
+
+    Attributes:
+        products: products with the operator so far, those before a resumption among them.
+        total: products in all; None where their number depends on the convergence.
+        seconds: since the computation began or was resumed.
+        left: seconds that are left at the speed so far; None where `total` is.
+        residual: largest residual of the wanted eigenpairs relative to the operator's norm; None for a density.
+    """
+
+    products: int
+    total: int | None
+    seconds: float
+    left: float | None = None
+    residual: float | None = None
+
+
+Report = Callable[[Progress], Any]
+
+
+def print_progress(progress: Progress) -> None:
+    """A `report` that keeps one line of standard error up to date."""
+    of_total = "" if progress.total is None else f" of {progress.total}"
+    left = "" if progress.left is None else f", {progress.left:.0f} s left"
+    residual = "" if progress.residual is None else f", largest residual {progress.residual:.1e}"
+    end = "\n" if progress.products == progress.total else ""
+    line = f"{progress.products}{of_total} products in {progress.seconds:.0f} s{left}{residual}"
+    sys.stderr.write(f"\r\x1b[K{line}{end}")
+    sys.stderr.flush()
+
+
+class Clock:
+    """Makes progress reports: `before` products were done in an earlier session."""
+
+    def __init__(self, report: Report | None, before: int, total: int | None = None):
+        self._report, self._before, self._total, self._began = report, before, total, time.monotonic()
+
+    def tell(self, products: int, residual: float | None = None) -> None:
+        """Report, if there is someone to report to."""
+        if self._report is None:
+            return
+        seconds, here = time.monotonic() - self._began, max(products - self._before, 1)
+        left = None if self._total is None else seconds * (self._total - products) / here
+        self._report(Progress(products, self._total, seconds, left, residual))
+
+
+def open_checkpoint(directory: Path | None, operator: Operator, *choices: PyTree) -> Checkpoint | None:
+    """The checkpoint of a computation on `operator` with these `choices` (keys and numbers); None without a directory.
+
+    Its identity digests the operator's arrays (weights, data, saved activations) and the data of its batches.
+    """
+    if directory is None:
+        return None
+    identity = fingerprint((operator, [c if isinstance(c, jax.Array) else np.asarray(c) for c in choices]))
+    risk = _batched(operator)
+    return Checkpoint(Path(directory), identity if risk is None else f"{identity}/{risk.feed.digest}")
+
+
+def _batched(operator: Operator) -> BatchedObjective | None:
+    found = [part for part in operator.linear.args if isinstance(part, BatchedObjective)]
+    return found[0] if found else None
+
+
+class NonFiniteProductError(ArithmeticError):
+    """A product with the operator holds NaN or infinity; `partial` is what had been computed until then (or None)."""
+
+    def __init__(self, message: str, partial: Any = None):
+        super().__init__(message)
+        self.partial = partial
+
+
+def non_finite(operator: Operator, where: str, partial: Any = None) -> NonFiniteProductError:
+    """The error for a product that is not finite: it says `where`, and in which batch if there are batches."""
+    batch = _first_bad_batch(operator)
+    of_batch = "" if batch is None else f"; the first batch that gives one is batch {batch}"
+    return NonFiniteProductError(
+        f"the operator's product is not finite {where}{of_batch}. Look for a derivative that does not exist at these "
+        "parameters (sqrt or norm at zero, log of zero), or an overflow: take float64.",
+        partial,
+    )
+
+
+def _first_bad_batch(operator: Operator) -> int | None:
+    risk = _batched(operator)
+    if risk is None:
+        return None
+    linearize, params = operator.linear.func.linearize, operator.point  # type: ignore[attr-defined]
+    vector = jax.tree.map(jnp.ones_like, params)
+    for number in range(risk.feed.count):
+        image = linearize(risk.batch(number), params)(vector)
+        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(image)):
+            return number
+    return None
+
+
+def check_symmetric(asymmetry: jax.Array) -> None:
+    """Raise `ValueError` if a relative |<A u, v> - <u, A v>| is above the square root of the machine epsilon."""
+    limit = float(jnp.finfo(asymmetry.dtype).eps) ** 0.5
+    worst = float(jnp.max(asymmetry))
+    if worst > limit:
+        raise ValueError(
+            f"the operator is not symmetric: <Au, v> and <u, Av> differ by {worst:.2g} of its norm squared, expected "
+            f"at most {limit:.2g}. Either two products with it disagree (dropout or sampling without a fixed key), or "
+            "a derivative rule is wrong. `verify` tells which."
+        )
+
+
+def check_memory(what: str, needed: int, remedy: str) -> None:
+    """Raise `MemoryError` if `needed` bytes are more than the device has left."""
+    available = _available_bytes()
+    if available is not None and needed > available:
+        raise MemoryError(
+            f"{what} would take about {needed / 2**30:.2f} GiB, and {available / 2**30:.2f} GiB are left. {remedy}"
+        )
+
+
+def _available_bytes() -> int | None:
+    statistics = jax.local_devices()[0].memory_stats()
+    if statistics and "bytes_limit" in statistics:
+        return statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        names = getattr(os, "sysconf_names", {})
+        if "SC_PHYS_PAGES" not in names:
+            return None
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def saved_bytes(operator: Operator) -> int:
+    """Bytes of what the operator's linearisation saved: about what one product keeps in flight."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(operator.linear))
