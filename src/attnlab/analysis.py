@@ -4,7 +4,10 @@ No heavy import at the top: `--help` answers at once. Scripts import JAX inside 
 """
 
 import dataclasses
+import hashlib
+import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +40,12 @@ class AnalysisConfig:
     """Tiny sizes, in seconds, to see that it runs; the files' names then end in -smoke."""
     output: Path = Path()
     """Folder under which results/ and figures/ are written."""
+
+    def scratch(self) -> Path:
+        """Where a long run of this very config keeps what it needs to resume; removed when the analysis is done."""
+        options = {**dataclasses.asdict(self), "kind": type(self).__qualname__, "module": type(self).__module__}
+        digest = hashlib.sha256(json.dumps(options, default=str, sort_keys=True).encode()).hexdigest()[:16]
+        return self.output / "results" / ".running" / digest
 
 
 @dataclass(frozen=True)
@@ -82,6 +91,7 @@ class Analysis:
         with progress_display(console) as progress:
             arrays = self.compute(config, progress)
         written = self._write(arrays, config, time.perf_counter() - started)
+        shutil.rmtree(config.scratch(), ignore_errors=True)
         for table in self.tables(arrays, config):
             console.print(table)
         for path in written:

@@ -1,0 +1,228 @@
+"""The curvature of an attention layer along training: moments, block norms, H_o against H_f, and the spectrum.
+
+Exact at every measured step, in closed form, inside the training scan: a layer on handwritten digits (square loss), and
+the last attention layer of a transformer on five-digit addition (cross-entropy).
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from rich.progress import Progress
+from rich.table import Table
+
+from attnlab.analysis import Analysis, AnalysisConfig, Arrays
+
+TASKS = ("digits", "addition")
+BLOCKS = {"value": "V", "query": "Q", "key": "K"}
+PARTS = {"outer": "H_o", "functional": "H_f"}
+
+
+@dataclass(frozen=True)
+class Config(AnalysisConfig):
+    """Options of the analysis."""
+
+    SMOKE: ClassVar = {"images": 4, "sequences": 4, "width": 4, "steps": 20, "every": 10}
+
+    images: int = 64
+    """Images of the digits task."""
+    sequences: int = 64
+    """Additions of the addition task."""
+    width: int = 16
+    """Width of the transformer on addition, and of queries and keys on digits."""
+    steps: int = 2000
+    """Training steps of Adam; a multiple of `every`."""
+    every: int = 50
+    """Steps between measurements."""
+    learning_rate: float = 0.01
+    """Of Adam."""
+
+
+def compute(config: Config, progress: Progress) -> Arrays:
+    """Train both models, measuring in the scan."""
+    import jax
+    import optax
+
+    from attnlab.training import probe, train
+
+    arrays = {}
+    for number, name in enumerate(TASKS):
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), number), 3)
+        task = progress.add_task(name, total=config.steps, status="")
+        risk, params, measure = (digits_task if name == "digits" else addition_task)(config, keys[0], keys[1])
+        records = train(
+            risk,
+            params,
+            optax.adam(config.learning_rate),
+            keys[2],
+            steps=config.steps,
+            every=config.every,
+            probes={"layer": probe(measure)},
+            report=lambda now, task=task: progress.update(task, completed=now.step, status=f"loss {now.loss:.4g}"),
+            directory=config.scratch() / name,
+        ).records
+        arrays |= {f"{name}/{key}": np.asarray(value) for key, value in records.values["layer"].items()}
+        arrays |= {f"{name}/losses": np.asarray(records.losses), "steps": np.asarray(records.steps)}
+    return arrays
+
+
+def digits_task(config: Config, data_key, init_key):
+    """One layer on the digits: every token regresses to the image's one-hot class."""
+    from attnlab.attention import attention_hessian
+    from attnlab.data.digits import digits
+    from attnlab.losses import square_loss
+    from attnlab.models.adapters import from_linen
+    from attnlab.models.attention import AttentionConfig, SelfAttention
+    from attnlab.objective import objective
+
+    data = digits(data_key, config.images, patch=(2, 2), positions="one_hot")
+    layer = AttentionConfig(key_dim=config.width, value_dim=10)
+    module = SelfAttention(layer)
+
+    def measure(risk, params):
+        exact = attention_hessian(layer, params, risk.inputs, risk.targets)
+        return measurements(exact, exact.functional, exact.norms()["outer"])
+
+    params = module.init(init_key, data.inputs)["params"]
+    return objective(from_linen(module), square_loss, data.inputs, data.targets), params, measure
+
+
+def addition_task(config: Config, data_key, init_key):
+    """The attention layer of a one-block transformer; the curvature behind it acts on each token by itself."""
+    from attnlab.attention import attention_hessian_from_downstream, downstream_derivatives
+    from attnlab.attention.in_transformer import cut_at_attention
+    from attnlab.data.addition import addition, answer_positions
+    from attnlab.losses import cross_entropy
+    from attnlab.models.adapters import at_positions, from_linen
+    from attnlab.models.attention import AttentionConfig
+    from attnlab.models.transformer import LanguageModel, LanguageModelConfig, TransformerConfig
+    from attnlab.objective import objective
+
+    width, scheme = config.width, {"init": "normal", "gain": 0.8 * config.width**-0.5}
+    attention = AttentionConfig(width, width, causal=True, output_dim=width, **scheme)
+    blocks = TransformerConfig(attention, 1, 4 * width, activation="gelu", norm=None, **scheme)
+    model = LanguageModel(LanguageModelConfig(blocks, 12, 18, width, embedding_std=0.3, dtype=config.dtype, **scheme))
+    tokens, answers = addition(data_key, config.sequences)
+    places = answer_positions()
+
+    def measure(risk, params):
+        cut = cut_at_attention(model, params, risk.inputs, "transformer/layer_0/attention")
+        loss = lambda logits: risk.loss(logits[:, list(places)], risk.targets)  # noqa: E731
+        weights, inputs = cut.point.params, cut.point.inputs
+        whole, outer = (
+            attention_hessian_from_downstream(
+                attention,
+                weights,
+                inputs,
+                *downstream_derivatives(cut.rest, loss, cut.outputs, part=part, coupled=False),
+            )
+            for part in ("full", "outer")
+        )
+        # H_f of the network: its Hessian minus its Gauss-Newton matrix, as sums of Kronecker products.
+        functional = {(n, n): whole.block(n, n) - outer.block(n, n, "outer") for n in BLOCKS}
+        return measurements(whole, functional, outer.norms()["outer"])
+
+    params = model.init(init_key, tokens)["params"]
+    predict = at_positions(from_linen(model), places)
+    return objective(predict, cross_entropy, tokens, answers), params, measure
+
+
+def measurements(exact, functional, outer_norms):
+    """Block norms of H, H_o and H_f, eigenvalues of H, and the size of the moments, as a flat dict."""
+    import jax.numpy as jnp
+
+    full = exact.norms()["full"]
+    eigenvalues = jnp.linalg.eigvalsh(exact.dense())
+    moments = exact.moments
+    probabilities = jnp.where(moments.weights > 0, moments.weights, 1)
+    values = {
+        "entropy": -jnp.mean(jnp.sum(probabilities * jnp.log(probabilities), axis=-1)),
+        "second": jnp.mean(jnp.trace(moments.second, axis1=-2, axis2=-1)),
+        "first": jnp.mean(jnp.sum(moments.first**2, axis=-1)),
+        "gradient": jnp.linalg.norm(exact.gradient),
+        "largest": eigenvalues[-1],
+        "smallest": eigenvalues[0],
+        "negative": jnp.mean(eigenvalues < -1e-10 * eigenvalues[-1]),
+    }
+    for name in BLOCKS:
+        values[f"H/{name}"] = full[name, name]
+        values[f"H_o/{name}"] = outer_norms[name, name]
+        values[f"H_f/{name}"] = functional[name, name].norm()
+    return values
+
+
+def plot(arrays: Arrays, config: Config):
+    """Rows: the tasks; columns: loss and entropy, block norms, moments, extreme eigenvalues."""
+    import matplotlib.pyplot as plt
+
+    figure, rows = plt.subplots(len(TASKS), 4, figsize=(14, 6.4))
+    for axes, task in zip(rows, TASKS, strict=True):
+        now = {name.removeprefix(f"{task}/"): array for name, array in arrays.items() if name.startswith(f"{task}/")}
+        now["steps"] = np.maximum(arrays["steps"], config.every / 3)
+        plot_loss(axes[0], now, task)
+        plot_norms(axes[1], now, task)
+        plot_moments(axes[2], now, task)
+        plot_eigenvalues(axes[3], now, task)
+        for panel in axes:
+            panel.set_xscale("log")
+            panel.set_xlabel("step (the first point is step 0)")
+    return figure
+
+
+def plot_loss(axes, now: Arrays, task: str) -> None:
+    axes.loglog(np.arange(1, len(now["losses"]) + 1), now["losses"], color="C0", label="training loss")
+    axes.set(ylabel="training loss", title=f"{task}: loss and attention entropy")
+    right = axes.twinx()
+    right.plot(now["steps"], now["entropy"], "o-", color="C1")
+    right.set_ylabel("mean attention entropy (nats)", color="C1")
+    right.spines["right"].set_visible(True)
+
+
+def plot_norms(axes, now: Arrays, task: str) -> None:
+    for color, (name, label) in enumerate(BLOCKS.items()):
+        axes.loglog(now["steps"], now[f"H_o/{name}"], color=f"C{color}", label=f"$H_o$, {label}{label}")
+        if np.any(now[f"H_f/{name}"] > 0):
+            axes.loglog(now["steps"], now[f"H_f/{name}"], "--", color=f"C{color}", label=f"$H_f$, {label}{label}")
+    axes.set(ylabel="Frobenius norm", title=f"{task}: diagonal blocks")
+    axes.legend(ncols=2)
+
+
+def plot_moments(axes, now: Arrays, task: str) -> None:
+    axes.loglog(now["steps"], now["first"], label=r"first moment, mean $\|m_i\|^2$")
+    axes.loglog(now["steps"], now["second"], label=r"second moment, mean $\mathrm{tr}\,\Sigma_i$")
+    axes.loglog(now["steps"], now["gradient"], label=r"gradient at the output, $\|g\|$")
+    axes.set(title=f"{task}: attention moments and residual", ylabel="size")
+    axes.legend()
+
+
+def plot_eigenvalues(axes, now: Arrays, task: str) -> None:
+    axes.loglog(now["steps"], now["largest"], label="largest eigenvalue of $H$")
+    axes.loglog(now["steps"], np.abs(now["smallest"]), "--", label="|smallest eigenvalue| of $H$")
+    axes.set(title=f"{task}: spectrum of the layer's block", ylabel="|eigenvalue|")
+    right = axes.twinx()
+    right.plot(now["steps"], 100 * now["negative"], ".:", color="C2")
+    right.set(ylim=(0, 60))
+    right.set_ylabel("negative eigenvalues (%)", color="C2")
+    right.spines["right"].set_visible(True)
+    axes.legend()
+
+
+def tables(arrays: Arrays, config: Config) -> list[Table]:
+    """Beginning, middle and end of both trajectories."""
+    picked = [0, len(arrays["steps"]) // 2, -1]
+    table = Table("task", "quantity", *(f"step {arrays['steps'][i]}" for i in picked))
+    for task in TASKS:
+        for part in ("H", "H_o", "H_f"):
+            for name, label in BLOCKS.items():
+                values = arrays[f"{task}/{part}/{name}"]
+                table.add_row(task, f"norm of {label}{label} of {part}", *(f"{values[i]:.3g}" for i in picked))
+        for quantity in ("largest", "smallest"):
+            values = arrays[f"{task}/{quantity}"]
+            table.add_row(task, f"{quantity} eigenvalue of H", *(f"{values[i]:.3g}" for i in picked))
+    return [table]
+
+
+ANALYSIS = Analysis("curvature-along-training", Config, compute, plot, tables, __doc__)
+
+if __name__ == "__main__":
+    ANALYSIS.main()
