@@ -67,7 +67,7 @@ def preconditioned_gradient_descent(prompt: Prompt, *, steps: int, preconditione
 def gradient_descent_plus_plus(
     prompt: Prompt, *, step_sizes: Float[Array, " L"], contractions: Float[Array, " L"]
 ) -> Scalar:
-    """GD++ of arXiv 2212.07677, section 3: steps on data that each step also transforms, x <- (I - b_k G_k) x.
+    """GD++ of arXiv 2212.07677: steps on data that each step also transforms, x <- (I - b_k G_k) x.
 
     Per eigenvalue lambda of G the residual goes r <- r (1 - a_k lambda), and then lambda <- lambda (1 - b_k lambda)^2.
     """
@@ -89,7 +89,7 @@ def newton(prompt: Prompt, *, steps: int, scale: Real) -> Scalar:
     """Newton's iteration X <- X (2 I - G X) for the inverse of G from scale * G: residual (1 - scale
     lambda^2)^(2^steps).
 
-    Fu et al., arXiv 2310.17086, section 3. Raises `ValueError` for a scale that diverges, where the values are known.
+    Fu et al., arXiv 2310.17086 Raises `ValueError` for a scale that diverges, where the values are known.
     """
     _check_steps(steps)
     covariance, moment = empirical_moments(prompt)
@@ -133,7 +133,7 @@ def nearest_neighbours(prompt: Prompt, *, neighbours: int) -> Scalar:
 
 
 def discrete_bayes(prompt: Prompt, *, tasks: Float[Array, "M d"], noise_variance: Real) -> Scalar:
-    """Posterior mean when the task is one of the rows of `tasks`, all equally likely (arXiv 2306.15063, equation 4)."""
+    """Posterior mean when the task is one of the rows of `tasks`, all equally likely (arXiv 2306.15063)."""
     check_prompt(prompt)
     if tasks.ndim != 2 or tasks.shape[1] != prompt.query.shape[-1]:
         raise ValueError(f"tasks have shape {tasks.shape}; expected (tasks, {prompt.query.shape[-1]}) for this query.")

@@ -54,7 +54,7 @@ def plus_plus_stack(preconditioners: Float[Array, "L d d"], contractions: Float[
 
     Layer k has scores x_i^T A_k x_j / N and writes -y_j into the labels, -B_k x_j into the inputs. The error on a
     noise-free prompt is x_q^T R w with R the product, later factors to the left, of I - M_k^T A_k M_k G, where
-    M_{k+1} = (I - B_k G_k A_k^T) M_k and G_k = M_k G M_k^T (arXiv 2306.00297, section 4). One head has one matrix of
+    M_{k+1} = (I - B_k G_k A_k^T) M_k and G_k = M_k G M_k^T (arXiv 2306.00297). One head has one matrix of
     scores, so scalar steps a_k and contractions b_k of `baselines.gradient_descent_plus_plus` are A_k = a_k I and
     B_k = (b_k / a_k) I.
     """
@@ -94,8 +94,8 @@ def newton_layers(dimension: int, steps: int, scale: Real, dtype: jnp.dtype | No
 
     Tokens are (x, u, y) with u_i = X_k x_i / 2^k. Since X_k G X_k x_i = (1/N) sum_j u_j (x_j^T u_i) up to that scale,
     the step X <- 2X - X G X is attention with query u_i, key x_j and value u_j; dividing by 2^k turns the factor 2 into
-    the residual stream. The last layer reads (1/N) sum_j y_j x_j^T X_k x_q. (Fu et al., arXiv 2310.17086, theorem 5,
-    need more width because they keep queries and keys equal across steps.)
+    the residual stream. The last layer reads (1/N) sum_j y_j x_j^T X_k x_q. That attention can run this iteration is
+    due to Fu et al., arXiv 2310.17086; the weights here are linear attention only.
     """
     inputs, iterate, label = slice(0, dimension), slice(dimension, 2 * dimension), 2 * dimension
     zero = jnp.zeros((2 * dimension + 1, 2 * dimension + 1), dtype)
@@ -159,7 +159,7 @@ def exponential_stack_predict(prompt: Prompt, step_sizes: Float[Array, " L"]) ->
 
     Layer k sends y_i to y_i - (step_k / N) sum_j exp(<x_i, x_j>) y_j; the prediction is minus the query's label. It is
     gradient descent on functions (`functional_gradient_descent`) in the space of the kernel exp(<x, x'>): Cheng, Chen,
-    Sra, arXiv 2312.06528, proposition 1.
+    Sra, arXiv 2312.06528.
     """
     tokens = prompt_tokens(prompt)
     inputs, labels = tokens[:, :-1], tokens[:, -1:]

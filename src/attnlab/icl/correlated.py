@@ -4,7 +4,7 @@ All laws here are invariant under rotations, and the risk is convex in the preco
 rotations shows that a multiple of the identity is best. For the prediction c f, f = sum_i <x_q, x_i> y_i, the least
 risk is E y^2 - (E y f)^2 / E f^2, and the moments are polynomials. Targets carry no noise; add its variance if they do.
 
-The `*_approximation` functions are the published ones (Li, Rawat, Oymak, arXiv 2407.10005, section 3), which replace
+The `*_approximation` functions are the published ones (Li, Rawat, Oymak, arXiv 2407.10005), which replace
 the context length n by an effective one, kappa n; they drop terms that grow with the alignment.
 """
 
@@ -42,7 +42,7 @@ def state_space_filter(
 def state_space_risk(task_correlation: Float[Array, "T T"], dimension: int, noise_variance: float = 0.0) -> Scalar:
     """Least risk d - d r^T (R + (d + 1 + noise) I)^-1 r of a layer that may weigh the examples (H3).
 
-    E y f = d w.r and E f^2 = d [w^T R w + (d + 1 + noise) |w|^2] for example weights w (arXiv 2407.10005, section 3.1).
+    E y f = d w.r and E f^2 = d [w^T R w + (d + 1 + noise) |w|^2] for example weights w (arXiv 2407.10005).
     """
     _, with_query = _drift(task_correlation)
     return dimension * (1 - with_query @ state_space_filter(task_correlation, dimension, noise_variance))

@@ -3,8 +3,8 @@
 L linear layers that leave the inputs alone make the error x_q^T R(G) w with a polynomial R of degree L, R(0) = 1, and
 for isotropic x and w the risk is E tr R(G)^2. It is a quadratic form in the coefficients of R with the Hankel matrix
 H_ij = m_{i+j} of the moments m_k = E tr(G^k) / d, so the least value under R(0) = 1 is d / (H^-1)_00, and the best
-steps are one over the roots of R, which are real and positive (R is orthogonal in the weight lambda). Moments and
-solutions are exact rational numbers: the Hankel matrix loses all digits of a float by L = 8.
+steps are one over the roots of R, which are real and positive (R is orthogonal in the weight lambda). Moments
+and solutions are exact rational numbers: for d = 5, N = 20 floats are off by 3e-10 at L = 6 and by 20 % at L = 14.
 """
 
 from collections.abc import Iterator, Sequence
@@ -136,8 +136,8 @@ def gauss_rule(moments: Sequence[Fraction], nodes: int) -> tuple[Float[Array, " 
 
     With it the risk per dimension of any algorithm with residual r is sum_i weights_i r(eigenvalues_i)^2, exactly and
     differentiably, while r has degree below `nodes`. Needs m_0, ..., m_{2 nodes - 1}. The three-term recurrence comes
-    from the moments by Chebyshev's algorithm in rational numbers (in floats it fails at 12 nodes), the rule from the
-    recurrence by Golub and Welsch.
+    from the moments by Chebyshev's algorithm in rational numbers (moments in floats determine it badly), the rule
+    from the recurrence by Golub and Welsch.
     """
     if nodes < 1 or len(moments) < 2 * nodes:
         raise ValueError(f"nodes is {nodes} with {len(moments)} moments; expected at least 1, and 2 nodes moments.")

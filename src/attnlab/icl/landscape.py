@@ -5,12 +5,12 @@ A rank-one step Gamma = k q^T can be taken in two ways: along the usual path a k
 value (k, 0)). A layer that has taken one direction along the swapped path and the others along the usual one can sit at
 a strict local minimum: one value vector serves both paths, so their cross terms cost risk, but to move the direction
 over it would first have to unlearn it. Convergence results for this layer start from the subspace without a swapped
-path, which gradient flow cannot leave (arXiv 2306.09927, assumption 3.3), so they do not contradict it.
+path, which gradient flow cannot leave (arXiv 2306.09927), so they do not contradict it.
 
-Found by `stationary_point`, with noise variance 0.1 where not said: for Lambda = diag(2, 1, .5, .25, .1) at N = 20
-(risk 1.936 against 0.792), and for isotropic inputs as soon as the context is long enough: d = 2 from N = 4 on, and
-without noise d = 3 from N = 25, d = 4 from N = 60, d = 5 from N = 100 (the first of the lengths tried). Where they
-exist, a third to three quarters of random starts end in them.
+Found so far: for Lambda = diag(2, 1, .5, .25, .1), noise variance 0.1 and N = 20 (risk 1.936 against 0.792), and for
+isotropic inputs as soon as the context is long enough. Without noise, of the lengths tried, d = 2 has them from N = 4
+(the least), d = 3 from N = 25, d = 4 from N = 60, d = 5 from N = 100. Up to three quarters of random starts end in
+them.
 """
 
 from dataclasses import dataclass

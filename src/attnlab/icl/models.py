@@ -81,7 +81,7 @@ def layer_predict(effective: dict[str, Array], prompt: Prompt) -> Scalar:
     """Prediction sum_h a_h^T G B_h x_q of one linear layer in its effective weights, G = (1/N) sum z_i z_i^T.
 
     `effective` holds `value` a (H, d+1) and `query_key` B (H, d+1, d), all that one layer's prediction depends on
-    (arXiv 2306.09927, section 3; see `effective_weights`).
+    (arXiv 2306.09927; see `effective_weights`).
     """
     check_prompt(prompt)
     tokens = jnp.concatenate([prompt.inputs, prompt.labels[:, None]], axis=1)
@@ -116,7 +116,7 @@ def reduced_predict(preconditioner: Float[Array, "d d"], prompt: Prompt) -> Scal
 def state_space_predict(params: dict[str, Array], prompt: Prompt) -> Scalar:
     """One H3 layer: a convolution `filter` f (N,) weighs the examples, x_q^T W^T sum_i f_i y_i x_i, W `preconditioner`.
 
-    f_i multiplies example i; N f_i = 1 is linear attention (arXiv 2407.10005, section 2).
+    f_i multiplies example i; N f_i = 1 is linear attention (arXiv 2407.10005).
     """
     check_prompt(prompt)
     weighted = (params["filter"] * prompt.labels) @ prompt.inputs

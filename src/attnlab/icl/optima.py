@@ -84,7 +84,7 @@ def adapted_risks(
     """Least risk after an update of rank 0, 1, ..., d to the preconditioner `start` (zero if left out).
 
     risk* + sum_{k > r} sigma_k^2(D^(1/2) L^(1/2) (Gamma* - start) L^(1/2)) by Eckart and Young: low-rank adaptation
-    (arXiv 2407.10005, section 4), and from zero the plateaus of the staircase of arXiv 2501.16265.
+    (arXiv 2407.10005), and from zero the plateaus of the staircase of arXiv 2501.16265.
     """
     _, gap = _whitened_gap(problem, length, _start(problem, start))
     squares = jnp.linalg.svd(gap, compute_uv=False) ** 2

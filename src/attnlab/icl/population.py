@@ -186,7 +186,7 @@ def rank_one_weights(params: Params) -> Effective:
     """Heads with a scalar value and one-dimensional keys and queries: Gamma = sum_h value_h key_h query_h^T.
 
     `value` (H,), `key` and `query` (H, d): the separate parametrisation whose training is a staircase (arXiv
-    2501.16265, section 5).
+    2501.16265).
     """
     gamma = jnp.einsum("h,hi,hj->ij", params["value"], params["key"], params["query"])
     return reduced_weights({"preconditioner": gamma})

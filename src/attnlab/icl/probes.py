@@ -72,7 +72,7 @@ def _cosines(a: Float[Array, "batch n"], b: Float[Array, "batch n"]) -> Float[Ar
 
 
 class Alignment(NamedTuple):
-    """How close a model is to an algorithm (von Oswald et al., arXiv 2212.07677, section 3).
+    """How close a model is to an algorithm (von Oswald et al., arXiv 2212.07677).
 
     `prediction_difference` is |f - g|, `sensitivity_cosine` and `sensitivity_difference` compare df/dx_q with dg/dx_q
     by their cosine and the norm of their difference.
@@ -98,7 +98,7 @@ def alignment(model: Model, algorithm: Model, prompts: Prompt, shown: Prompt | N
 
 
 def residual_cosine(model: Model, algorithm: Model, prompts: Prompt, shown: Prompt | None = None) -> Estimate:
-    """Cosine between the errors of the two at every position of the context (Fu et al., arXiv 2310.17086, section 4.1).
+    """Cosine between the errors of the two at every position of the context (Fu et al., arXiv 2310.17086).
 
     The error at position t = 1, ..., N - 1 is that of predicting label t + 1 from the first t examples. The model
     must take contexts of any length; it sees `shown`, if given, where the algorithm sees `prompts`.
@@ -190,7 +190,7 @@ def copying(layer: Callable[[Float[Array, "T D"]], Float[Array, "T D"]], tokens:
     """How much of each token the layer brings from its left neighbour: the share of the update's squared norm that a
     linear map of the neighbour explains, less that of the token itself.
 
-    Models on separate tokens x_1, y_1, x_2, ... must first join neighbours (arXiv 2212.07677, section 3.3); a layer
+    Models on separate tokens x_1, y_1, x_2, ... must first join neighbours (arXiv 2212.07677); a layer
     that copies scores near 1, one that mixes the tokens evenly near 0.
     """
     updates = jax.vmap(layer)(tokens) - tokens

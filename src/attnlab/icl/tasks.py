@@ -206,7 +206,7 @@ def retrieval_prompts(
 ) -> Prompt:
     """Contexts retrieved by the query: x_q, w ~ N(0, I), x_i | x_q ~ N(alignment x_q, (1 - alignment^2) I).
 
-    Li, Rawat, Oymak, arXiv 2407.10005, section 3.2.
+    Li, Rawat, Oymak, arXiv 2407.10005
     """
     _check_size(length, batch)
     check_alignment(alignment)
@@ -223,7 +223,7 @@ def aligned_prompts(
 ) -> Prompt:
     """Inputs aligned with the task: w ~ N(0, I), every x | w ~ N(alignment w, I), y = <w, x> / sqrt(alignment^2 d + 1).
 
-    Li, Rawat, Oymak, arXiv 2407.10005, section 3.3; the factor keeps labels and targets comparable across alignments.
+    Li, Rawat, Oymak, arXiv 2407.10005; the factor keeps labels and targets comparable across alignments.
     """
     _check_size(length, batch)
     check_alignment(alignment)
@@ -240,7 +240,7 @@ def drifting_prompts(
 ) -> Prompt:
     """Example i has its own task w_i, E w_i w_j^T = R_ij I with ones on the diagonal of R; the query's is the last one.
 
-    Temporal heterogeneity in the sense of Li, Rawat, Oymak, arXiv 2407.10005, section 3.1.
+    Temporal heterogeneity in the sense of Li, Rawat, Oymak, arXiv 2407.10005
     """
     correlation = check_covariance("task_correlation", task_correlation)
     length = len(correlation) - 1
@@ -263,7 +263,7 @@ def sine_prompts(
 ) -> Prompt:
     """y = a sin(x + p), x ~ U(-5, 5) of dimension 1, amplitude a and phase p uniform on their intervals, independently.
 
-    The family of von Oswald et al., arXiv 2212.07677, section 4.
+    The family of von Oswald et al., arXiv 2212.07677
     """
     _check_size(length, batch)
     # Three keys: one key for both would tie the phase to the amplitude.
@@ -281,7 +281,7 @@ def composition_prompts(
     """Two-layer tasks y = <v, relu(W x)> and their intermediate steps relu(W x), the chain of thought of each example.
 
     x ~ N(0, I_d), entries of W N(0, 2/d) and of v N(0, 1/width), so that labels have variance 1 (Li et al., arXiv
-    2305.18869, section 3). The last of the N+1 steps is the query's.
+    2305.18869). The last of the N+1 steps is the query's.
     """
     _check_size(length, batch)
     key_inputs, key_first, key_second = jax.random.split(key, 3)

@@ -22,7 +22,7 @@ def merged_growth(
     """g(t), Gamma = g I, for x, w ~ N(0, I), one value c and a merged query-key matrix U: a logistic curve.
 
     From the balanced start U = (u / sqrt d) I, c = u (conserved), g = u^2 / sqrt d obeys dg/dt = 4 sqrt d g (1 - g /
-    g*) with g* = N / (N + d + 1 + noise): arXiv 2501.16265, section 4, here at finite N. `start` is g(0), 0 < start <
+    g*) with g* = N / (N + d + 1 + noise): arXiv 2501.16265, here at finite N. `start` is g(0), 0 < start <
     g*.
     """
     limit = length / (length + dimension + 1 + noise_variance)
@@ -58,7 +58,7 @@ def staircase_times(levels: Float[Array, " t"], start: Real, gain: Real, curvatu
     value = |key| = |query| = z (balanced, conserved) has g = z^3 and dz/dt = 2 z^2 (A - C z^3); `gain` A and
     `curvature` C are those of `direction_forces`. Aligned heads do not interact, so every step of the staircase is
     exact. With r = (A / C)^(1/3) and z = r s, t = [-1/s + J(s)] / (2 A r) between the ends, J' = s / (1 - s^3). Small
-    starts wait for a time 1 / (2 A z(0)): that is why steps are well apart (arXiv 2501.16265, section 5).
+    starts wait for a time 1 / (2 A z(0)): that is why steps are well apart (arXiv 2501.16265).
     """
     limit = gain / curvature
     if is_concrete((levels, start, limit)):
