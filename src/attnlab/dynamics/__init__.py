@@ -1,0 +1,1 @@
+"""Training dynamics: probes, stability thresholds, flows, and the statistics of the phenomena."""

@@ -1,0 +1,246 @@
+"""Continuous-time limits of training: gradient flow, and the central flow through the edge of stability."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.ode import odeint
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float
+
+from attnlab.checks import check_positive
+from attnlab.curvature.operators import hessian
+from attnlab.curvature.transforms import precondition
+from attnlab.dynamics.complementarity import basis, solve_complementarity
+from attnlab.dynamics.krylov import TopPairs, cold_top_pairs, warm_top_pairs
+from attnlab.objective import Objective, check_objective
+from attnlab.trees import ravel
+from attnlab.types import Params, PRNGKey
+
+
+def gradient_flow(risk: Objective, params: Params, times: Float[Array, " t"], *, tolerance: float = 1e-8) -> Params:
+    """dw/dt = -grad risk(w), at increasing `times` of which the first is that of `params`.
+
+    Returns the parameters with a leading axis (t,). Dormand-Prince with adaptive steps, `tolerance` relative and
+    absolute to each. Gradient descent with learning rate eta takes one step per time eta. Explicit: it takes about
+    (time x sharpness) / 3 steps.
+    """
+    check_objective(risk, params)
+    return _gradient_flow(risk, params, jnp.asarray(times, ravel(params).dtype), tolerance)
+
+
+@partial(jax.jit, static_argnames=("tolerance",))
+def _gradient_flow(risk: Objective, params: Params, times: Float[Array, " t"], tolerance: float) -> Params:
+    def velocity(point: Params, time: Array, risk: Objective) -> Params:
+        return jax.tree.map(jnp.negative, jax.grad(risk)(point))
+
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        return odeint(velocity, params, times, risk, rtol=tolerance, atol=tolerance)
+
+
+def hessian_gradients(risk: Objective, params: Params, vectors: Float[Array, "k n"]) -> Float[Array, "m n"]:
+    """Gradients in the parameters of <U E U^T, H(w)>, U the columns `vectors` held fixed, for each E of the basis of
+    symmetric k x k matrices (`complementarity.basis`): third derivatives of the risk. Pure; for jitted code."""
+    flat, unravel = ravel_pytree(params)
+    scalar = lambda point: risk(unravel(point))  # noqa: E731
+
+    def curvature(point: Array, left: Array, right: Array) -> Array:
+        slope = lambda point: jax.jvp(scalar, (point,), (left,))[1]  # noqa: E731
+        return jax.jvp(slope, (point,), (right,))[1]
+
+    count = vectors.shape[0]
+    pairs = [(i, j) for i in range(count) for j in range(i, count)]
+    left, right = (vectors[jnp.array(side)] for side in zip(*pairs, strict=True))
+    # <E, M> = sqrt 2 M_ij for the symmetrised off-diagonal element E of norm 1
+    weights = jnp.array([1.0 if i == j else 2**0.5 for i, j in pairs], flat.dtype)
+    gradients = jax.lax.map(lambda pair: jax.grad(curvature)(flat, *pair), (left, right))
+    return weights[:, None] * gradients
+
+
+class FlowState(NamedTuple):
+    """Where a central flow stands: parameters, second moment (ones without preconditioning), and the highest
+    eigenvectors (k, n) of the preconditioned Hessian, for a warm start."""
+
+    params: Params
+    second_moment: Params
+    vectors: Float[Array, "k n"]
+
+
+class CentralFlow(NamedTuple):
+    """A central flow at steps 0, every, 2 every, ...: leading axis (r,) in all.
+
+    Attributes:
+        params: the time-averaged iterate w.
+        second_moment: nu of RMSProp at the same times (ones for gradient descent).
+        loss: risk(w).
+        predicted_loss: risk(w) + <Sigma, H> / 2, the mean loss of the oscillating optimizer.
+        sharpness: (r, k) highest eigenvalues of P^-1/2 H P^-1/2, ascending; the edge is 2 / learning rate.
+        variance: (r, k) eigenvalues of X, the covariance of the oscillation among those eigenvectors.
+        residual: of the complementarity problem, the largest since the last record.
+    """
+
+    params: Params
+    second_moment: Params
+    loss: Float[Array, " r"]
+    predicted_loss: Float[Array, " r"]
+    sharpness: Float[Array, "r k"]
+    variance: Float[Array, "r k"]
+    residual: Float[Array, " r"]
+
+
+class _Rule(NamedTuple):
+    """Static numbers of a flow: step size, decay of the second moment (None for gradient descent), eps, substep."""
+
+    learning_rate: float
+    b2: float | None
+    eps: float
+    substeps: int
+
+
+def central_flow(
+    risk: Objective,
+    params: Params,
+    key: PRNGKey,
+    *,
+    learning_rate: float,
+    steps: int,
+    every: int = 1,
+    b2: float | None = None,
+    eps: float = 1e-8,
+    second_moment: Params | None = None,
+    count: int = 2,
+    substeps: int = 4,
+) -> CentralFlow:
+    """The flow that gradient descent (or, with `b2`, RMSProp) follows on average, through the edge of stability.
+
+    Cohen, Damian, Talwalkar, Kolter, Lee (arXiv 2410.24206). At the edge the optimizer oscillates along the highest
+    eigenvectors U of P^-1 H with covariance Sigma = U X U^T, which acts on the mean through the third derivative:
+
+        dw/dt = -eta P^-1 [grad L + grad <Sigma, H> / 2]
+        dnu/dt = (1 - b2) / b2 [grad L^2 + diag(H Sigma H) - nu],   P = sqrt(nu) + eps     (RMSProp; else P = 1)
+
+    with X the one positive semidefinite matrix that keeps P^-1/2 H P^-1/2 <= 2 / eta and acts only there: a
+    complementarity problem (`complementarity`). Euler steps of 1 / `substeps` of an optimizer step; the constraint is
+    imposed at the end of each, so that errors do not add up.
+
+    Args:
+        risk: the objective, full batch.
+        params: where to start.
+        key: for the first eigenvectors.
+        learning_rate: eta.
+        steps: optimizer steps to follow, a multiple of `every`.
+        every: record the flow so often.
+        b2: decay of RMSProp's second moment; None is gradient descent.
+        eps: of RMSProp, outside the square root.
+        second_moment: nu to start from, after the step as `optax.scale_by_rms` holds it; needed with `b2`.
+        count: how many eigenvalues k may reach the edge; the lowest recorded should stay below it.
+        substeps: at least 2: a whole Euler step would itself oscillate at the edge.
+
+    Raises `ValueError` for steps that `every` does not divide, fewer than two substeps, or a missing second moment.
+    """
+    check_positive(steps=steps, every=every, count=count, substeps=substeps)
+    check_objective(risk, params)
+    if steps % every:
+        raise ValueError(f"steps is {steps}; expected a multiple of every, which is {every}. Change one of them.")
+    if substeps < 2:
+        raise ValueError(f"substeps is {substeps}; expected at least 2, for a stable integration at the edge.")
+    if (b2 is None) != (second_moment is None):
+        raise ValueError("b2 and second_moment belong together; expected both (RMSProp) or neither (gradient descent).")
+    moment = jax.tree.map(jnp.ones_like, params) if second_moment is None else second_moment
+    return _central_flow(risk, params, moment, key, _Rule(learning_rate, b2, eps, substeps), count, steps, every)
+
+
+@partial(jax.jit, static_argnames=("rule", "count", "steps", "every"))
+def _central_flow(
+    risk: Objective, params: Params, moment: Params, key: PRNGKey, rule: _Rule, count: int, steps: int, every: int
+) -> CentralFlow:
+    operator = precondition(hessian(risk, params), _preconditioner(rule, moment))
+    pairs = cold_top_pairs(operator.flat_mv, operator.dimension, count, key, ravel(params).dtype)
+    # twice more, to the accuracy that a warm start has everywhere else
+    state = FlowState(params, moment, warm_top_pairs(operator.flat_mv, pairs.vectors, 2).vectors)
+
+    def substep(carry: tuple[FlowState, Array], _: None) -> tuple[tuple[FlowState, Array], None]:
+        state, worst = carry
+        state, residual = _substep(risk, state, rule)
+        return (state, jnp.maximum(worst, residual)), None
+
+    def interval(state: FlowState, _: None) -> tuple[FlowState, CentralFlow]:
+        start = (state, jnp.zeros((), ravel(state.params).dtype))
+        (state, worst), _ = jax.lax.scan(substep, start, length=every * rule.substeps)
+        return state, _record(risk, state, rule, worst)
+
+    first = _record(risk, state, rule, jnp.zeros((), ravel(params).dtype))
+    _, path = jax.lax.scan(interval, state, length=steps // every)
+    return jax.tree.map(lambda one, many: jnp.concatenate([one[None], many]), first, path)
+
+
+class _Edge(NamedTuple):
+    """All that a substep needs at one point, flat: gradient, P, nu, eigenpairs, third derivatives, and X."""
+
+    gradient: Float[Array, " n"]
+    diagonal: Float[Array, " n"]
+    moment: Float[Array, " n"]
+    pairs: TopPairs
+    directions: Float[Array, "k n"]
+    slopes: Float[Array, "m n"]
+    matrix: Float[Array, "k k"]
+    residual: Float[Array, ""]
+
+
+def _edge(risk: Objective, state: FlowState, rule: _Rule) -> _Edge:
+    eta, duration = rule.learning_rate, 1 / rule.substeps
+    preconditioner = _preconditioner(rule, state.second_moment)
+    operator = precondition(hessian(risk, state.params), preconditioner)
+    pairs = warm_top_pairs(operator.flat_mv, state.vectors)
+    diagonal, moment = ravel(preconditioner), ravel(state.second_moment)
+    directions = pairs.vectors * jax.lax.rsqrt(diagonal)[None, :]  # U, with U^T P U = 1
+    gradient = ravel(jax.grad(risk)(state.params))
+    slopes = hessian_gradients(risk, state.params, directions)
+    # d/dt (U^T (2/eta P - H) U) = eta (A + B[X]), from dw/dt and (RMSProp) dnu/dt
+    offset = slopes @ (gradient / diagonal)
+    strength = slopes @ (slopes / diagonal[None, :]).T / 2
+    matrices = jnp.asarray(basis(pairs.values.size), gradient.dtype)
+    if rule.b2 is not None:
+        speed = (1 - rule.b2) / rule.b2
+        squares = jnp.einsum("aij,ip,jp->ap", matrices, directions, directions)
+        # 2/eta dP/dt = (1/eta) nu^-1/2 dnu/dt; at the edge H U = 2/eta P U: diag(H Sigma H) = (4/eta^2) P^2 diag(Sigma)
+        weights = speed / (eta**2 * jnp.sqrt(moment))
+        offset = offset + squares @ (weights * (gradient**2 - moment))
+        strength = strength + 4 / eta**2 * (squares * (weights * diagonal**2)[None, :]) @ squares.T
+    # at the end of the substep: (2/eta - values) + duration eta (A + B[X]) >= 0
+    room = jnp.einsum("aii,i->a", matrices, 2 / eta - pairs.values)
+    solution = solve_complementarity(offset + room / (eta * duration), strength)
+    return _Edge(gradient, diagonal, moment, pairs, directions, slopes, solution.matrix, solution.residual)
+
+
+def _substep(risk: Objective, state: FlowState, rule: _Rule) -> tuple[FlowState, Array]:
+    eta, duration = rule.learning_rate, 1 / rule.substeps
+    edge = _edge(risk, state, rule)
+    unravel = ravel_pytree(state.params)[1]
+    matrices = jnp.asarray(basis(edge.pairs.values.size), edge.gradient.dtype)
+    push = jnp.einsum("aij,ij->a", matrices, edge.matrix) @ edge.slopes / 2
+    velocity = -eta * (edge.gradient + push) / edge.diagonal
+    moment = edge.moment
+    if rule.b2 is not None:
+        spread = jnp.einsum("ip,ij,jp->p", edge.directions, edge.matrix, edge.directions)  # diag(Sigma)
+        target = edge.gradient**2 + 4 / eta**2 * edge.diagonal**2 * spread
+        # exact over the substep for a constant target
+        moment = target + (moment - target) * jnp.exp(jnp.asarray(-duration * (1 - rule.b2) / rule.b2, moment.dtype))
+    params = unravel(ravel(state.params) + duration * velocity)
+    return FlowState(params, unravel(moment), edge.pairs.vectors), edge.residual
+
+
+def _record(risk: Objective, state: FlowState, rule: _Rule, residual: Array) -> CentralFlow:
+    edge, loss = _edge(risk, state, rule), risk(state.params)
+    oscillation = jnp.sum(edge.pairs.values * jnp.diag(edge.matrix)) / 2  # <Sigma, H> / 2
+    variance = jnp.linalg.eigvalsh(edge.matrix)
+    return CentralFlow(
+        state.params, state.second_moment, loss, loss + oscillation, edge.pairs.values, variance, residual
+    )
+
+
+def _preconditioner(rule: _Rule, moment: Params) -> Params:
+    if rule.b2 is None:
+        return moment  # ones
+    return jax.tree.map(lambda nu: jnp.sqrt(nu) + rule.eps, moment)

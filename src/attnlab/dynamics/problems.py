@@ -1,0 +1,45 @@
+"""The small training problems on which the phenomena are shown: real data, minutes of one CPU at most."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from attnlab.data.digits import digits
+from attnlab.models.adapters import from_function
+from attnlab.models.attention import AttentionConfig, SelfAttention
+from attnlab.models.initializers import initializer
+from attnlab.objective import Objective, objective
+from attnlab.types import Params, PRNGKey
+
+WIDTH, SIDE, CLASSES = 16, 8, 10
+ATTENTION = AttentionConfig(key_dim=WIDTH, value_dim=WIDTH, output_dim=WIDTH)
+
+
+def half_squared_error(outputs: Float[Array, "n classes"], targets: Float[Array, "n classes"]) -> Float[Array, ""]:
+    """Half the squared distance of each example's output from its target, mean over examples."""
+    return jnp.mean(jnp.sum((outputs - targets) ** 2, axis=-1)) / 2
+
+
+def _digits_attention(params: Params, images: Float[Array, "n L pixels"]) -> Float[Array, "n classes"]:
+    tokens = images @ params["embedding"] + params["position"][None]
+    tokens = tokens + SelfAttention(ATTENTION).apply({"params": params["attention"]}, tokens)
+    return jnp.mean(tokens, axis=-2) @ params["readout"]
+
+
+def digits_attention(data_key: PRNGKey, key: PRNGKey, count: int = 128) -> tuple[Objective, Params]:
+    """Handwritten digits through one layer of softmax attention, with square loss: the risk and a random start.
+
+    The eight rows of each image are its tokens; embedded to width 16 with learned positions, one attention layer with a
+    residual, a mean over tokens and a linear read-out to one-hot targets: 1,440 parameters. The read-out starts small,
+    so that training starts below the edge of stability.
+    """
+    data = digits(data_key, count, patch=(1, SIDE), per_token=False)
+    keys = jax.random.split(key, 4)
+    lecun, normal, dtype = initializer("lecun_normal"), initializer("normal", 0.2), data.inputs.dtype
+    params = {
+        "embedding": lecun(keys[0], (SIDE, WIDTH), dtype),
+        "position": normal(keys[1], (SIDE, WIDTH), dtype),
+        "attention": SelfAttention(ATTENTION).init(keys[2], jnp.zeros((1, WIDTH), dtype))["params"],
+        "readout": initializer("lecun_normal", 0.1)(keys[3], (WIDTH, CLASSES), dtype),
+    }
+    return objective(from_function(_digits_attention), half_squared_error, *data), params

@@ -1,0 +1,185 @@
+"""Probes of attention maps and token representations: entropy and its spectral bound, rank, cosine."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.scipy.special import xlogy
+from jaxtyping import Array, Float
+
+from attnlab.models import heads as equations
+from attnlab.models.attention import AttentionConfig, SelfAttention, attention_maps
+from attnlab.models.transformer import TransformerBlock
+from attnlab.objective import Objective
+from attnlab.training.probe import Probe, probe
+from attnlab.types import Params, PyTree
+
+
+class LayerCall(NamedTuple):
+    """One attention layer at work: its config, weights and the tokens (..., L, D) that it was given."""
+
+    config: AttentionConfig
+    params: dict[str, Array]
+    inputs: Float[Array, "*B L D"]
+
+
+def attention_calls(module: nn.Module, params: Params, *inputs: PyTree) -> dict[str, LayerCall]:
+    """Every attention layer within `module` called on `inputs`, by its path (`layer_0/attention`; a bare layer's is
+    empty)."""
+    calls: dict[str, LayerCall] = {}
+
+    def look(layer: nn.Module, arguments: tuple, output: PyTree) -> None:
+        if isinstance(layer, SelfAttention):
+            calls["/".join(layer.path)] = LayerCall(layer.config, dict(layer.variables["params"]), arguments[0])
+
+    _apply_looking(module, params, inputs, look)
+    return calls
+
+
+def representations(module: nn.Module, params: Params, *inputs: PyTree) -> dict[str, Float[Array, "*B L D"]]:
+    """The tokens after every transformer block, or where there is none after every attention layer, by path."""
+    found: dict[type, dict[str, Array]] = {TransformerBlock: {}, SelfAttention: {}}
+
+    def look(layer: nn.Module, arguments: tuple, output: PyTree) -> None:
+        if type(layer) in found:
+            found[type(layer)]["/".join(layer.path)] = output
+
+    _apply_looking(module, params, inputs, look)
+    return found[TransformerBlock] or found[SelfAttention]
+
+
+def _apply_looking(module: nn.Module, params: Params, inputs: tuple, look: Callable) -> None:
+    def interceptor(next_function: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+        output = next_function(*args, **kwargs)
+        if context.method_name == "__call__":
+            look(context.module, args, output)
+        return output
+
+    with nn.intercept_methods(interceptor):
+        module.apply({"params": params}, *inputs)
+
+
+def entropy(weights: Float[Array, "*B L"]) -> Float[Array, "*B"]:
+    """-sum_j A_j log A_j of distributions in the last axis, in nats; 0 log 0 is 0."""
+    return -jnp.sum(xlogy(weights, weights), axis=-1)
+
+
+def least_entropy(norm: Float[Array, "*B"], tokens: Float[Array, "*B"] | float) -> Float[Array, "*B"]:
+    """The least entropy of a softmax over `tokens` scores whose vector has Euclidean norm at most `norm`.
+
+    Zhai et al., arXiv 2303.06296, theorem 3.1: with b = exp(-norm sqrt(T / (T - 1))),
+
+        log(1 + (T - 1) b) + norm sqrt(T (T - 1)) b / (1 + (T - 1) b),
+
+    attained by one score norm sqrt((T - 1) / T), the others all -norm / sqrt(T (T - 1)). Zero for one token.
+    """
+    tokens = jnp.asarray(tokens, norm.dtype)
+    others = jnp.maximum(tokens - 1, 1)  # one token sees only itself: its value is replaced below
+    small = jnp.exp(-norm * jnp.sqrt(tokens / others))
+    total = 1 + others * small
+    bound = jnp.log(total) + norm * jnp.sqrt(tokens * others) * small / total
+    return jnp.where(tokens > 1, bound, 0)
+
+
+def entropy_bound(call: LayerCall) -> Float[Array, "*B H L"]:
+    """A lower bound of the attention entropy of each query from the spectral norms of weights and tokens.
+
+    The scores of token i are scale X W_K W_Q^T x_i, of norm at most scale ||W_K W_Q^T||_2 ||X||_2^2, for every subset
+    of visible tokens too. Raises `ValueError` for linear attention, which has no distribution, or biases.
+    """
+    config, params = call.config, call.params
+    if config.weights != "softmax" or config.bias:
+        raise ValueError(
+            f"the layer has weights='{config.weights}' and bias={config.bias}; the entropy bound holds for softmax "
+            "attention without biases. Leave this probe out for it."
+        )
+    if config.merged:
+        products = equations.split_heads(params["query_key"], config.heads)
+    else:
+        query, key = (equations.split_heads(params[name], config.heads) for name in ("query", "key"))
+        products = jnp.einsum("hak,hbk->hab", query, key)
+    weight_norms = jnp.linalg.norm(products, ord=2, axis=(-2, -1))
+    token_norms = jnp.linalg.norm(call.inputs, ord=2, axis=(-2, -1))
+    norms = config.score_scale * weight_norms * token_norms[..., None] ** 2
+    length = call.inputs.shape[-2]
+    visible = jnp.arange(1, length + 1) if config.causal else jnp.full(length, length)
+    shape = (*norms.shape, length)
+    return least_entropy(
+        jnp.broadcast_to(norms[..., None], shape), jnp.broadcast_to(visible.astype(norms.dtype), shape)
+    )
+
+
+def attention_entropy(module: nn.Module) -> Probe:
+    """Probe: by attention layer of `module`, the mean `entropy` of its rows in each head (H,), the mean lower `bound`
+    from the spectral norms (H,), and the least `slack` of entropy over bound of any row, which is never negative.
+
+    `module` is the linen module of the objective, called on its inputs alone. Errors as `entropy_bound`.
+    """
+    return probe(_Entropy(module))
+
+
+@dataclass(frozen=True)
+class _Entropy:
+    module: nn.Module
+
+    def __call__(self, risk: Objective, params: Params) -> dict[str, dict[str, Array]]:
+        maps = attention_maps(self.module, params, risk.inputs)
+        calls = attention_calls(self.module, params, risk.inputs)
+        return {name: self._layer(weights, calls[name]) for name, weights in maps.items()}
+
+    @staticmethod
+    def _layer(weights: Float[Array, "*B H L L"], call: LayerCall) -> dict[str, Array]:
+        found, bound = entropy(weights), entropy_bound(call)
+        over = tuple(axis for axis in range(found.ndim) if axis != found.ndim - 2)
+        return {
+            "entropy": jnp.mean(found, axis=over),
+            "bound": jnp.mean(bound, axis=over),
+            "slack": jnp.min(found - bound),
+        }
+
+
+def rank_residual(tokens: Float[Array, "*B L D"]) -> Float[Array, ""]:
+    """||X - 1 x_mean^T|| / ||X|| in Frobenius norm, mean over sequences: 0 where all tokens of a sequence agree, the
+    rank collapse of Dong, Cordonnier, Loukas (arXiv 2103.03404)."""
+    centred = tokens - jnp.mean(tokens, axis=-2, keepdims=True)
+    return jnp.mean(jnp.linalg.norm(centred, axis=(-2, -1)) / jnp.linalg.norm(tokens, axis=(-2, -1)))
+
+
+def effective_rank(tokens: Float[Array, "*B L D"]) -> Float[Array, ""]:
+    """exp(entropy of the normalised singular values), mean over sequences (Roy & Vetterli 2007)."""
+    singular = jnp.linalg.svd(tokens, compute_uv=False)
+    return jnp.mean(jnp.exp(entropy(singular / jnp.sum(singular, axis=-1, keepdims=True))))
+
+
+def mean_cosine(tokens: Float[Array, "*B L D"]) -> Float[Array, ""]:
+    """Mean cosine between two different tokens of a sequence."""
+    length = tokens.shape[-2]
+    unit = tokens / jnp.linalg.norm(tokens, axis=-1, keepdims=True)
+    total = jnp.sum(jnp.sum(unit, axis=-2) ** 2, axis=-1)  # L on the diagonal, both orders of each pair
+    return jnp.mean((total - length) / (length * (length - 1)))
+
+
+def token_geometry(module: nn.Module) -> Probe:
+    """Probe: by block of `module`, `rank_residual`, `effective_rank` and `cosine` of the tokens that leave it.
+
+    `module` is the linen module of the objective, called on its inputs alone; sequences of at least two tokens.
+    """
+    return probe(_Geometry(module))
+
+
+@dataclass(frozen=True)
+class _Geometry:
+    module: nn.Module
+
+    def __call__(self, risk: Objective, params: Params) -> dict[str, dict[str, Array]]:
+        found = representations(self.module, params, risk.inputs)
+        return {
+            name: {
+                "rank_residual": rank_residual(tokens),
+                "effective_rank": effective_rank(tokens),
+                "cosine": mean_cosine(tokens),
+            }
+            for name, tokens in found.items()
+        }

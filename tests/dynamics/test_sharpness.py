@@ -1,0 +1,265 @@
+"""Tracked eigenvalues against dense spectra, thresholds against the spectral radius of the optimizers' own steps."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.flatten_util import ravel_pytree
+
+import oracles
+from attnlab.curvature.operators import hessian
+from attnlab.dynamics.krylov import cold_top_pairs, fastest_batching, warm_top_pairs
+from attnlab.dynamics.sharpness import Tracking, block_norms, block_sharpness, stability, top_eigenvalues
+from attnlab.dynamics.stability import RULES, preconditioner_after_step, stable_optimizer
+from attnlab.objective import objective
+from attnlab.training import probe, train
+from attnlab.trees import block_slices, leaf_names, ravel
+from cases import CASES
+from compare import assert_close
+
+
+def symmetric(eigenvalues, key):
+    n = len(eigenvalues)
+    basis, _ = np.linalg.qr(jax.random.normal(key, (n, n)))
+    return jnp.asarray((basis * eigenvalues) @ basis.T)
+
+
+SPECTRUM = np.r_[-4.0, np.linspace(-1, 1, 117), 5.0, 6.0]
+
+
+@jax.jit(static_argnames=("batched",))
+def warm(matrix, start, batched=False):
+    return warm_top_pairs(lambda vector: matrix @ vector, start, 1, batched=batched)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_one_round_after_a_small_move_is_accurate_and_certified(key, batched):
+    matrix = symmetric(SPECTRUM, key)
+    cold = jax.jit(lambda m: cold_top_pairs(lambda v: m @ v, 120, 2, key, m.dtype))(matrix)
+    assert_close(cold.values, SPECTRUM[-2:], 1e-6)
+    moved = matrix + 1e-2 * symmetric(SPECTRUM[::-1], jax.random.fold_in(key, 1))
+    pairs, exact = warm(moved, cold.vectors, batched), np.linalg.eigvalsh(moved)
+    assert np.abs(pairs.values / exact[-2:] - 1).max() <= 1e-5
+    distance = np.abs(exact[None, :] - np.asarray(pairs.values)[:, None]).min(axis=1)
+    assert np.all(distance <= pairs.residuals)
+    assert np.all(pairs.values <= exact[-2:] + 1e-12)
+    assert_close(pairs.vectors @ pairs.vectors.T, np.eye(2), 1e-12)
+    true = jnp.linalg.norm(pairs.vectors @ moved - pairs.values[:, None] * pairs.vectors, axis=1)
+    assert_close(pairs.residuals, true, 1e-9)
+
+
+def test_converged_pairs_stay_converged(key):
+    matrix = symmetric(SPECTRUM, key)
+    _, vectors = np.linalg.eigh(matrix)
+    pairs = warm(matrix, jnp.asarray(vectors[:, -2:].T))
+    assert_close(pairs.values, SPECTRUM[-2:], 1e-13)
+    assert np.max(pairs.residuals) <= 1e-12
+    assert_close(pairs.vectors @ pairs.vectors.T, np.eye(2), 1e-12)
+
+
+def test_exactly_converged_pairs_of_a_diagonal_matrix_stay_so():
+    """Nothing at all is left to extend the space by."""
+    diagonal = jnp.linspace(1.0, 3.0, 40)
+    start = jnp.eye(40)[:2][::-1]
+    pairs = warm(jnp.diag(diagonal[::-1]), start)
+    assert_close(pairs.vectors @ pairs.vectors.T, np.eye(2), 1e-12)
+    assert np.all(pairs.values <= 3 + 1e-12)
+    assert_close(pairs.values[-1], 3.0, 1e-12)
+
+
+def test_batching_is_a_yes_or_no(key):
+    assert fastest_batching(hessian(*CASES["mlp/square"](key))) in (True, False)
+
+
+def check_pairs(measured, matrix, tolerance):
+    """The highest value is close to the matrix's, and each lies within its residual of an eigenvalue."""
+    exact, values = np.linalg.eigvalsh(matrix), np.asarray(measured["values"])
+    distance = np.abs(exact[None, :] - values[:, None]).min(axis=1)
+    assert np.all(distance <= measured["residuals"] + 1e-12 * np.abs(exact).max())
+    assert abs(values[-1] / exact[-1] - 1) <= tolerance
+
+
+def test_top_eigenvalues_along_training(key):
+    risk, params = CASES["mlp/cross_entropy"](key)
+    probes = {"top": top_eigenvalues(), "point": probe(lambda risk, params: params)}
+    records = train(risk, params, optax.sgd(0.01), key, steps=15, every=5, probes=probes).records
+    for i in range(4):
+        point = jax.tree.map(lambda leaf, i=i: leaf[i], records.values["point"])
+        check_pairs(jax.tree.map(lambda leaf, i=i: leaf[i], records.values["top"]), oracles.hessian(risk, point), 5e-3)
+
+
+# the linearised step of each optimizer
+
+
+OPTIONS = {
+    "gd": {},
+    "heavy_ball": {"momentum": 0.7},
+    "nesterov": {"momentum": 0.8},
+    "rmsprop": {"b2": 0.9},
+    "adam": {"b1": 0.6, "b2": 0.99},
+    "adamw": {"b1": 0.6, "b2": 0.99, "weight_decay": 0.3},
+}
+
+
+def step_map(optimizer, matrix, state):
+    """Jacobian of one step in (w, first moment), the second moment and the step count held."""
+    floats, unravel = ravel_pytree((jnp.zeros(matrix.shape[0]), momentum_of(state)))
+
+    def step(flat):
+        w, momentum = unravel(flat)
+        gradient = matrix @ w
+        with jax.numpy_dtype_promotion("standard"):
+            updates, after = optimizer.update(gradient, with_momentum(state, momentum), w)
+        return ravel_pytree((w + updates, momentum_of(after)))[0]
+
+    return jax.jacfwd(step)(floats)
+
+
+def momentum_of(state):
+    """The first moments in a state: `trace` of sgd, `mu` of Adam."""
+    return [leaf for name in ("trace", "mu") for _, leaf in optax.tree.get_all_with_path(state, name)]
+
+
+def with_momentum(state, momentum):
+    for name in ("trace", "mu"):
+        if optax.tree.get_all_with_path(state, name):
+            state = optax.tree.set(state, **{name: momentum[0]})
+    return state
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_threshold_is_where_the_step_loses_stability(name, key):
+    """On a quadratic, with the second moment held, the spectral radius of the optax step crosses 1 at the threshold."""
+    rate, n = 0.05, 3
+    optimizer = stable_optimizer(name, rate, **OPTIONS[name])
+    keys = jax.random.split(key, 3)
+    raw = symmetric(np.array([0.3, 0.5, 1.0]), keys[0])
+    w = jax.random.normal(keys[1], (n,))
+    state = optimizer.transformation.init(w)
+    with jax.numpy_dtype_promotion("standard"):
+        for _ in range(4):
+            _, state = optimizer.transformation.update(raw @ w, state, w)
+    diagonal, threshold = preconditioner_after_step(optimizer, raw @ w, state, w)
+    root = jnp.ones(n) if diagonal is None else diagonal**0.5
+    for factor, stable in ((1 - 1e-6, True), (1 + 1e-6, False)):
+        matrix = raw * root[:, None] * root[None, :] * (factor * threshold)
+        radius = frozen_radius(optimizer, matrix, diagonal, name)
+        assert (radius < 1) == stable, radius
+
+
+def frozen_radius(optimizer, matrix, diagonal, name):
+    """Spectral radius of the step with the preconditioner held: that of optax itself where there is none, else the
+    matrix of the momentum rule written from its definition (its denominator is tested against optax below)."""
+    options, rate, n = OPTIONS[name], 0.05, matrix.shape[0]
+    identity, inverse = jnp.eye(n), jnp.diag(jnp.ones(n) if diagonal is None else 1 / diagonal)
+    if name in ("gd", "heavy_ball", "nesterov"):
+        step = step_map(optimizer.transformation, matrix, optimizer.transformation.init(jnp.zeros(n)))
+    elif name == "rmsprop":
+        step = identity - rate * inverse @ matrix
+    else:
+        b1, decay = options["b1"], options.get("weight_decay", 0.0)
+        moment = jnp.concatenate([(1 - b1) * matrix, b1 * identity], axis=1)
+        stay = jnp.concatenate([(1 - rate * decay) * identity, jnp.zeros((n, n))], axis=1)
+        step = jnp.concatenate([stay - rate * inverse @ moment, moment])
+    return np.abs(np.linalg.eigvals(step)).max()
+
+
+@pytest.mark.parametrize("name", ["rmsprop", "adam", "adamw"])
+def test_preconditioner_is_the_denominator_of_the_step(name, key):
+    """From zero moments the first update of optax is -rate * (1 - b1^1) gradient / P (and the weight decay)."""
+    optimizer, options = stable_optimizer(name, 0.05, **OPTIONS[name]), OPTIONS[name]
+    w, gradient = jax.random.normal(key, (2, 7))
+    state = optimizer.transformation.init(w)
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = optimizer.transformation.update(gradient, state, w)
+    diagonal, _ = preconditioner_after_step(optimizer, gradient, state, w)
+    moment = (1 - options.get("b1", 0.0)) * gradient
+    assert_close(updates, -0.05 * (moment / diagonal + options.get("weight_decay", 0.0) * w), 1e-12)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_stability_probe_is_the_dense_preconditioned_sharpness(name, key):
+    risk, params = CASES["softmax/square"](key)
+    optimizer = stable_optimizer(name, 0.01, **OPTIONS[name])
+    run = train(risk, params, optimizer.transformation, key, steps=9, every=3, probes={"edge": stability(optimizer)})
+    diagonal, threshold = preconditioner_after_step(
+        optimizer, jax.grad(risk)(run.params), run.state.optimizer_state, run.params
+    )
+    root = jnp.ones(ravel(params).size) if diagonal is None else ravel(diagonal) ** 0.5
+    dense = oracles.hessian(risk, run.params) / root[:, None] / root[None, :]
+    values = jax.tree.map(lambda leaf: leaf[-1], run.records.values["edge"])
+    check_pairs(values, dense, 1e-2)
+    assert values["threshold"] == threshold
+    assert values["ratio"] == pytest.approx(float(values["values"][-1] / threshold))
+
+
+def test_threshold_follows_a_schedule_and_an_ensemble(key):
+    risk, params = CASES["softmax/square"](key)
+    optimizer = stable_optimizer("gd", optax.linear_schedule(0.01, 0.04, 3))
+    probes = {"edge": stability(optimizer)}
+    records = train(risk, params, optimizer.transformation, key, steps=3, probes=probes).records
+    assert_close(records.values["edge"]["threshold"], 2 / np.array([0.01, 0.02, 0.03, 0.04]), 1e-6)
+    optimizer = stable_optimizer("gd", 1.0)
+    points = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), params)
+    rates = jnp.array([0.01, 0.02])
+    records = train(
+        risk,
+        points,
+        optimizer.transformation,
+        jax.random.split(key, 2),
+        steps=1,
+        probes={"edge": stability(optimizer)},
+        hyperparameters={"learning_rate": rates},
+    ).records
+    assert_close(records.values["edge"]["threshold"], np.tile(2 / rates, (2, 1)), 1e-12)
+
+
+def test_block_sharpness_is_that_of_the_diagonal_blocks(key):
+    risk, params = CASES["mlp/square"](key)
+    blocks = ("layer_0", "layer_1_bias", re.compile("layer_[12]"))
+    run = train(risk, params, optax.sgd(0.01), key, steps=2, every=2, probes={"blocks": block_sharpness(blocks)})
+    for name, block in zip(("layer_0", "layer_1_bias", "layer_[12]"), blocks, strict=True):
+        dense = hessian(risk, run.params, block=block).dense()
+        check_pairs(jax.tree.map(lambda leaf: leaf[-1], run.records.values["blocks"][name]), dense, 1e-2)
+
+
+def test_block_norms_cover_the_dense_ones(key):
+    risk, params = CASES["softmax/square"](key)
+    measured = train(risk, params, optax.sgd(0.0), key, steps=1, probes={"norms": block_norms(400)}).records.values
+    squared, error = measured["norms"]["squared"][0], measured["norms"]["error"][0]
+    dense, slices = oracles.hessian(risk, params), block_slices(params)
+    exact = np.array([[np.sum(dense[slices[a], slices[b]] ** 2) for b in slices] for a in slices])
+    assert tuple(slices) == leaf_names(params)
+    assert np.all(np.abs(squared - exact) <= 4.5 * error + 1e-12)
+    assert np.max(error / exact) <= 0.1
+
+
+class TestBadInput:
+    def test_optimizer_without_a_known_threshold(self):
+        with pytest.raises(ValueError, match=r"no optimizer with a known stability threshold 'adma'.*mean 'adam'"):
+            stable_optimizer("adma", 0.1)
+
+    def test_block_that_does_not_exist(self, key):
+        risk, params = CASES["softmax/square"](key)
+        with pytest.raises(ValueError, match="no parameter block 'quary'"):
+            train(risk, params, optax.sgd(0.1), key, steps=1, probes={"blocks": block_sharpness(("quary",))})
+
+    def test_tracking_of_no_pair(self):
+        with pytest.raises(ValueError, match="count is 0"):
+            Tracking(count=0)
+
+
+def test_quadratic_sharpness_to_1e_5(key):
+    """Preconditioned sharpness of a diagonal quadratic, where it is known in closed form: max h_i / P_i."""
+    curvature = jnp.linspace(0.1, 3.0, 40)
+    risk = objective(lambda w, x: x * w, lambda outputs, _: 0.5 * outputs @ outputs, curvature**0.5, curvature)
+    optimizer = stable_optimizer("adam", 1e-3)
+    w = jax.random.normal(key, (40,))
+    run = train(risk, w, optimizer.transformation, key, steps=20, every=5, probes={"edge": stability(optimizer)})
+    diagonal, _ = preconditioner_after_step(
+        optimizer, jax.grad(risk)(run.params), run.state.optimizer_state, run.params
+    )
+    assert_close(run.records.values["edge"]["values"][-1, -1], jnp.max(curvature / diagonal), 1e-5)
