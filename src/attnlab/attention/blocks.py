@@ -197,11 +197,11 @@ def _from_downstream(
         )
         for row, column in pairs
     }
-    functional = {pair: _oriented(second, pair, shapes, dtype) for pair in pairs}
+    functional = {pair: oriented(second, pair, shapes, dtype) for pair in pairs}
     return AttentionHessian(point, moments, gradient, curvature, outer, functional)
 
 
-def _oriented(table: dict[Pair, tuple[Term, ...]], pair: Pair, shapes: dict[str, Leaf], dtype: str) -> KroneckerSum:
+def oriented(table: dict[Pair, tuple[Term, ...]], pair: Pair, shapes: dict[str, Leaf], dtype: str) -> KroneckerSum:
     """The block of `pair` from a table that holds each pair in one order."""
     row, column = pair
     if (column, row) in table and row != column:
