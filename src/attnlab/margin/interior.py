@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.linalg
+from scipy.linalg.lapack import dpotrf, dpotrs
 
 from attnlab.margin.rows import Rows
 
@@ -30,9 +30,11 @@ class HullPoint:
     slacks: np.ndarray
 
 
-def nearest_hull_point(rows: Rows, *, steps: int = 60, tolerance: float = 1e-15) -> HullPoint:
+def nearest_hull_point(
+    rows: Rows, start: HullPoint | None = None, *, tolerance: float = 1e-15, steps: int = 60
+) -> HullPoint:
     """Mehrotra's predictor-corrector method, until the mean of lambda_k slack_k is below `tolerance`, or stalls."""
-    point = _start(rows)
+    point = _start(rows) if start is None else start
     inequalities = ~rows.free
     for _ in range(steps):
         if _complementarity(point, inequalities) <= tolerance:
@@ -103,21 +105,18 @@ def shifted_solver(rows: Rows, weights: np.ndarray) -> Solver | None:
 
     With A the matrix of rows, Woodbury: (A A^T + D^-1)^-1 v = D (v - A (1 + A^T D A)^-1 A^T D v).
     """
-    try:
-        if len(rows) <= rows.dimension:
-            matrix = rows.gram(np.arange(len(rows)))
-            matrix.flat[:: len(rows) + 1] += 1 / weights
-            factor = scipy.linalg.cho_factor(matrix, lower=True, overwrite_a=True, check_finite=False)
-            return lambda v: scipy.linalg.cho_solve(factor, v, check_finite=False)
-        matrix = rows.normal_matrix(weights)
-        matrix.flat[:: len(matrix) + 1] += 1.0
-        factor = scipy.linalg.cho_factor(matrix, lower=True, overwrite_a=True, check_finite=False)
-    except (np.linalg.LinAlgError, ValueError):
+    small = len(rows) <= rows.dimension
+    matrix = rows.gram(np.arange(len(rows))) if small else rows.normal_matrix(weights)
+    matrix.flat[:: len(matrix) + 1] += 1 / weights if small else 1.0
+    factor, failed = dpotrf(matrix.T, lower=1, overwrite_a=1, clean=0)  # symmetric: its transpose is LAPACK's order
+    if failed or not np.isfinite(factor[-1, -1]):
         return None
+    if small:
+        return lambda v: dpotrs(factor, v, lower=1)[0]
     shape = (rows.differences.shape[1], rows.queries.shape[1])
 
     def solve(v: np.ndarray) -> np.ndarray:
-        inner = scipy.linalg.cho_solve(factor, rows.combine(weights * v).ravel(), check_finite=False)
+        inner = dpotrs(factor, rows.combine(weights * v).ravel(), lower=1)[0]
         return weights * (v - rows.scores(inner.reshape(shape)))
 
     return solve

@@ -12,7 +12,7 @@ forms, and a working set keeps it to the rows that matter.
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.linalg import cho_factor, cho_solve
+from scipy.linalg.lapack import dpotrf, dpotrs, dtrtri
 
 from attnlab.margin.rows import Rows
 
@@ -25,6 +25,9 @@ class _State:
     slacks: np.ndarray
     semidefinite: np.ndarray
 
+
+BACK_OFF = 0.97
+"""Steps stop at this part of the way to the boundary."""
 
 WORKING_SET_ABOVE = 400
 """Up to so many rows all of them are taken at once."""
@@ -52,7 +55,7 @@ def nuclear_margin(rows: Rows, start: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def interior_point(
-    rows: Rows, start: np.ndarray, *, tolerance: float = 1e-10, steps: int = 60
+    rows: Rows, start: np.ndarray, *, tolerance: float = 1e-9, steps: int = 60
 ) -> tuple[np.ndarray, np.ndarray]:
     """(W, lambda) of all the rows: the first iterate of duality gap and infeasibility `tolerance`, or the best."""
     state = _centered_start(rows, start)
@@ -86,7 +89,9 @@ def _primal(rows: Rows, semidefinite: np.ndarray) -> np.ndarray:
 def _embed(matrix: np.ndarray) -> np.ndarray:
     """[[0, M], [M^T, 0]]."""
     d, e = matrix.shape
-    return np.block([[np.zeros((d, d)), matrix], [matrix.T, np.zeros((e, e))]])
+    embedded = np.zeros((d + e, d + e))
+    embedded[:d, d:], embedded[d:, :d] = matrix, matrix.T
+    return embedded
 
 
 def _centered_start(rows: Rows, start: np.ndarray) -> _State:
@@ -125,12 +130,15 @@ def _step(rows: Rows, state: _State) -> _State | None:
     dual_slack = np.eye(size) - _embed(rows.combine(multipliers))
     safe = np.where(free, 1.0, multipliers)
     try:
-        inverse = np.linalg.inv(dual_slack)
+        primal_root, dual_root = _inverse_root(semidefinite), _inverse_root(dual_slack)
         # The Newton equations hold for any matrix in the place of S^-1, as long as it is symmetric to the last bit.
+        inverse = dual_root.T @ dual_root
         inverse = (inverse + inverse.T) / 2
         schur = _schur_complement(rows, semidefinite, inverse)
         schur.flat[:: len(rows) + 1] += slacks / safe + 1e-15 * np.abs(schur.diagonal())
-        factor = cho_factor(schur, lower=True, overwrite_a=True, check_finite=False)
+        factor, failed = dpotrf(schur, lower=1, overwrite_a=1, clean=0)
+        if failed:
+            return None
     except np.linalg.LinAlgError:
         return None
     mu = (np.vdot(semidefinite, dual_slack) + slacks @ multipliers) / (size + np.count_nonzero(~free))
@@ -140,25 +148,24 @@ def _step(rows: Rows, state: _State) -> _State | None:
         # d slack = (target - cross_slacks - slack d lambda) / lambda - slack
         pull = np.where(free, 0.0, (target - cross_slacks) / safe)
         right = rows.bound + pull - rows.scores(_primal(rows, target * inverse - cross))
-        dmultipliers = cho_solve(factor, right, check_finite=False)
+        dmultipliers = dpotrs(factor, right, lower=1)[0]
         product = semidefinite @ _embed(rows.combine(dmultipliers)) @ inverse
         dsemidefinite = target * inverse - semidefinite + (product + product.T) / 2 - cross
         return _State(dmultipliers, np.where(free, 0.0, pull - slacks - slacks / safe * dmultipliers), dsemidefinite)
 
-    def lengths(move: _State) -> tuple[float, float]:
-        primal = min(_to_boundary(semidefinite, move.semidefinite), _to_zero(slacks, move.slacks, free))
+    def lengths(move: _State) -> tuple[float, float, np.ndarray]:
+        primal = min(_to_boundary(primal_root, move.semidefinite), _to_zero(slacks, move.slacks, free))
         moved = -_embed(rows.combine(move.multipliers))
-        return primal, min(_to_boundary(dual_slack, moved), _to_zero(multipliers, move.multipliers, free))
+        return primal, min(_to_boundary(dual_root, moved), _to_zero(multipliers, move.multipliers, free)), moved
 
     predictor = newton(0.0, np.zeros_like(inverse), np.zeros(len(rows)))
-    primal, dual = lengths(predictor)
-    moved = -_embed(rows.combine(predictor.multipliers))
+    primal, dual, moved = lengths(predictor)
     gap = np.vdot(semidefinite + primal * predictor.semidefinite, dual_slack + dual * moved)
     gap += (slacks + primal * predictor.slacks) @ (multipliers + dual * predictor.multipliers)
     centering = min(max(gap / mu / (size + np.count_nonzero(~free)), 1e-6), 1.0) ** 2
     cross = predictor.semidefinite @ moved @ inverse
     move = newton(centering * mu, (cross + cross.T) / 2, predictor.slacks * predictor.multipliers)
-    primal, dual = (min(1.0, 0.95 * length) for length in lengths(move))
+    primal, dual = (min(1.0, BACK_OFF * length) for length in lengths(move)[:2])
     if not np.isfinite(move.multipliers).all() or min(primal, dual) < 1e-8:
         return None
     return _State(
@@ -168,17 +175,21 @@ def _step(rows: Rows, state: _State) -> _State | None:
     )
 
 
-def _to_boundary(matrix: np.ndarray, move: np.ndarray) -> float:
-    """The largest step in [0, 1/0.95] that keeps matrix + step * move positive semidefinite."""
-    try:
-        inverse_root = np.linalg.inv(np.linalg.cholesky(matrix))
-    except np.linalg.LinAlgError:
-        return 0.0
+def _inverse_root(matrix: np.ndarray) -> np.ndarray:
+    """L^-1 of the Cholesky factor L; raises `LinAlgError` for a matrix that is not positive definite."""
+    root, failed = dtrtri(np.linalg.cholesky(matrix), lower=1)
+    if failed:
+        raise np.linalg.LinAlgError
+    return root
+
+
+def _to_boundary(inverse_root: np.ndarray, move: np.ndarray) -> float:
+    """The largest step up to 1 / BACK_OFF that keeps matrix + step * move positive semidefinite."""
     lowest = np.linalg.eigvalsh(inverse_root @ move @ inverse_root.T)[0]
-    return 1 / max(-lowest, 0.95)
+    return 1 / max(-lowest, BACK_OFF)
 
 
 def _to_zero(values: np.ndarray, move: np.ndarray, free: np.ndarray) -> float:
-    """The largest step in [0, 1/0.95] that keeps the values of inequalities non-negative."""
+    """The largest step up to 1 / BACK_OFF that keeps the values of inequalities non-negative."""
     ratio = np.where(free, 0.0, -move / np.where(free, 1.0, values))
-    return 1 / max(ratio.max(), 0.95)
+    return 1 / max(ratio.max(), BACK_OFF)

@@ -36,6 +36,14 @@ class Rows:
         """First row of every owner that has one."""
         return np.flatnonzero(np.diff(self.owner, prepend=-1))
 
+    @cached_property
+    def _blocks(self) -> np.ndarray | None:
+        """The rows as (owner, row, dimension) where every owner has as many; else None."""
+        lengths = np.diff(self._starts, append=len(self))
+        if (lengths != lengths[0]).any():
+            return None
+        return self.differences.reshape(len(lengths), lengths[0], -1)
+
     def __len__(self) -> int:
         return len(self.bound)
 
@@ -47,12 +55,18 @@ class Rows:
 
     def scores(self, matrix: np.ndarray) -> np.ndarray:
         """<a_k, W> = Delta_k . (W z_{o(k)}), of all rows."""
-        return np.einsum("kd,kd->k", self.differences, (self.queries @ matrix.T)[self.owner])
+        images = self.queries @ matrix.T
+        if self._blocks is not None:
+            return (self._blocks @ images[self.owner[self._starts], :, None]).ravel()
+        return np.einsum("kd,kd->k", self.differences, images[self.owner])
 
     def combine(self, multipliers: np.ndarray) -> np.ndarray:
         """sum_k lambda_k a_k, the adjoint of `scores`: one outer product a query, after summing the rows of each."""
         starts = self._starts
-        sums = np.add.reduceat(multipliers[:, None] * self.differences, starts, axis=0)
+        if self._blocks is not None:
+            sums = (multipliers.reshape(len(starts), 1, -1) @ self._blocks)[:, 0]
+        else:
+            sums = np.add.reduceat(multipliers[:, None] * self.differences, starts, axis=0)
         return sums.T @ self.queries[self.owner[starts]]
 
     def normal(self, multipliers: np.ndarray) -> np.ndarray:
@@ -79,11 +93,12 @@ class Rows:
     def normal_matrix(self, weights: np.ndarray) -> np.ndarray:
         """sum_k weights_k vec(a_k) vec(a_k)^T = sum_i (sum_{k of i} weights_k Delta_k Delta_k^T) (x) z_i z_i^T."""
         starts, d, e = self._starts, self.differences.shape[1], self.queries.shape[1]
-        ends = np.append(starts[1:], len(self))
-        left = np.empty((len(starts), d, d))
-        for i, (a, b) in enumerate(zip(starts, ends, strict=True)):
-            block = self.differences[a:b]
-            np.matmul(block.T * weights[a:b], block, out=left[i])
+        weighted = self.differences * weights[:, None]
+        if self._blocks is not None:
+            left = weighted.reshape(self._blocks.shape).transpose(0, 2, 1) @ self._blocks
+        else:
+            runs = zip(np.split(weighted, starts[1:]), np.split(self.differences, starts[1:]), strict=True)
+            left = np.stack([scaled.T @ plain for scaled, plain in runs])
         queries = self.queries[self.owner[starts]]
         right = queries[:, :, None] * queries[:, None, :]
         matrix = left.reshape(len(starts), d * d).T @ right.reshape(len(starts), e * e)
@@ -102,8 +117,8 @@ class Rows:
     def members(self, rows: np.ndarray) -> "Rows":
         """Some of the rows, as they are scaled here."""
         some = copy(self)
-        some.__dict__.pop("_dense_gram", None)
-        some.__dict__.pop("_starts", None)
+        for cached in ("_dense_gram", "_starts", "_blocks"):
+            some.__dict__.pop(cached, None)
         for name in ("differences", "owner", "scale", "bound", "free"):
             setattr(some, name, getattr(self, name)[rows])
         some.any_free = bool(some.free.any())

@@ -11,6 +11,9 @@ from attnlab.margin.nuclear import nuclear_margin
 from attnlab.margin.problems import MarginProblem, check_norm
 from attnlab.margin.rows import Rows, reduced
 
+EARLY = 1e-9
+"""Complementarity of the interior point at which its active rows are tried first."""
+
 METHODS = ("active set", "interior point")
 """Methods of the Frobenius problem; the other norms have one each."""
 
@@ -61,13 +64,15 @@ def frobenius_margin(rows: Rows, method: str | None) -> tuple[np.ndarray, np.nda
 
 def _by_interior_point(rows: Rows) -> tuple[np.ndarray, np.ndarray, Certificate]:
     """Interior point, then the best of its own answer, Newton's method on its active rows, and Gordan's multipliers."""
-    point = nearest_hull_point(rows)
-    multipliers, slacks = point.multipliers, point.slacks
-    active = (multipliers / multipliers.max() > slacks / slacks.max()) | rows.free
-    polished, matrix, solved = newton(rows, active)
-    proof = certify("frobenius", rows, matrix, polished)
-    if solved and verdict(proof, 1e-10) == Status.SOLVED:
-        return polished, matrix, proof
+    point = nearest_hull_point(rows, tolerance=EARLY)
+    for tolerance in (EARLY, 1e-15):  # the active rows are often clear long before the end
+        point = nearest_hull_point(rows, point, tolerance=tolerance)
+        multipliers, slacks = point.multipliers, point.slacks
+        active = (multipliers / multipliers.max() > slacks / slacks.max()) | rows.free
+        polished, matrix, solved = newton(rows, active)
+        proof = certify("frobenius", rows, matrix, polished)
+        if solved and verdict(proof, 1e-10) == Status.SOLVED:
+            return polished, matrix, proof
     if point.level < 1e-10:
         exact = gordan_multipliers(rows, multipliers)
         none = rows.combine(exact)
