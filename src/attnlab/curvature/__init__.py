@@ -1,16 +1,54 @@
 """Curvature of any objective, without forming the matrix: it knows no model."""
 
-from attnlab.curvature.operators import Operator, functional, ggn, hessian, restrict
-from attnlab.curvature.spectrum import Eigenpairs, SpectralDensity, eigenpairs, spectral_density
+from attnlab.curvature.batches import BatchedObjective, batched
+from attnlab.curvature.density import SpectralDensity, spectral_density
+from attnlab.curvature.estimators import (
+    Estimate,
+    condition_number,
+    diagonal,
+    log_determinant,
+    solve,
+    squared_frobenius_norm,
+    trace,
+)
+from attnlab.curvature.long_runs import NonFiniteProductError, Progress, print_progress
+from attnlab.curvature.operators import Operator, empirical_fisher, fisher, functional, ggn, hessian, restrict
+from attnlab.curvature.spectrum import Eigenpairs, eigenpairs
+from attnlab.curvature.transforms import (
+    CrossBlock,
+    adam_preconditioner,
+    cross,
+    precondition,
+    rmsprop_preconditioner,
+)
 
 __all__ = [
+    "BatchedObjective",
+    "CrossBlock",
     "Eigenpairs",
+    "Estimate",
+    "NonFiniteProductError",
     "Operator",
+    "Progress",
     "SpectralDensity",
+    "adam_preconditioner",
+    "batched",
+    "condition_number",
+    "cross",
+    "diagonal",
     "eigenpairs",
+    "empirical_fisher",
+    "fisher",
     "functional",
     "ggn",
     "hessian",
+    "log_determinant",
+    "precondition",
+    "print_progress",
     "restrict",
+    "rmsprop_preconditioner",
+    "solve",
     "spectral_density",
+    "squared_frobenius_norm",
+    "trace",
 ]

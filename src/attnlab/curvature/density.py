@@ -97,7 +97,7 @@ def spectral_density(
     directory: Path | None = None,
     report: Report | None = None,
 ) -> SpectralDensity:
-    """Stochastic Lanczos quadrature with Rademacher probes: probes x steps products.
+    """The spectral density by stochastic Lanczos quadrature with Rademacher probes: probes x steps products.
 
     Ubaru, Chen, Saad (2017); Ghorbani, Krishnan, Xiao (arXiv 1901.10159). No reorthogonalisation: a density does not
     need it, and memory stays a few vectors a probe, however many steps.
@@ -119,6 +119,22 @@ def spectral_density(
     computation; `NonFiniteProductError`, which says at which step and has the density of the finished probes as its
     `partial`; `MemoryError` before the start, if the probes do not fit.
     """
+    options = {"together": together, "sharding": sharding, "directory": directory, "report": report}
+    return quadrature(project(operator, key, probes=probes, steps=steps, **options))  # type: ignore[arg-type]
+
+
+def project(
+    operator: Operator,
+    key: PRNGKey,
+    *,
+    probes: int,
+    steps: int,
+    together: int = 1,
+    sharding: Sharding | None = None,
+    directory: Path | None = None,
+    report: Report | None = None,
+) -> Tridiagonal:
+    """The projections, stacked over probes, that `spectral_density` is made of; arguments and errors are its own."""
     check_positive(probes=probes, together=together)
     check_range("steps", steps, 1, operator.dimension, "A Krylov space has no more dimensions than the operator.")
     if probes % together:
@@ -133,7 +149,7 @@ def spectral_density(
         projections = _long_projections(operator, keys, steps, sharding, directory, report)
     if is_concrete(projections):
         _check(operator, projections)
-    return _quadrature(projections)
+    return projections
 
 
 def _check_probes_fit(operator: Operator, together: int) -> None:
@@ -146,7 +162,8 @@ def _check_probes_fit(operator: Operator, together: int) -> None:
 
 
 @jax.jit
-def _quadrature(projections: Tridiagonal) -> SpectralDensity:
+def quadrature(projections: Tridiagonal) -> SpectralDensity:
+    """The Gauss rules of stacked projections."""
     return SpectralDensity(*jax.vmap(gauss_quadrature)(projections))
 
 
@@ -154,7 +171,7 @@ def _check(operator: Operator, projections: Tridiagonal) -> None:
     finite = np.isfinite(np.asarray(projections.diagonal))
     if not finite.all():
         probe, step = np.argwhere(~finite)[0]
-        done = _quadrature(jax.tree.map(lambda leaf: leaf[:probe], projections)) if probe else None
+        done = quadrature(jax.tree.map(lambda leaf: leaf[:probe], projections)) if probe else None
         raise non_finite(operator, f"at step {step} of probe {probe}", done)
     check_symmetric(projections.asymmetry)
 
@@ -224,7 +241,7 @@ def _long_projections(
         parts.append((entries, _ends(state)))
         if not np.isfinite(np.asarray(state.norm)).all():
             finished = parts[: group * len(sizes)]
-            done = _quadrature(_assemble(finished, len(sizes))) if finished else None
+            done = quadrature(_assemble(finished, len(sizes))) if finished else None
             first = sum(sizes[:chunk]) + int(np.argwhere(~np.isfinite(np.asarray(entries.norms)))[:, 1].min())
             raise non_finite(operator, f"at step {first} of probe {group * together}", done)
         if checkpoint is not None:

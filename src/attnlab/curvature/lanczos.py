@@ -93,6 +93,24 @@ def gauss_quadrature(projection: Tridiagonal) -> tuple[Float[Array, " m"], Float
     return nodes, vectors[0] ** 2
 
 
+def with_node(projection: Tridiagonal, node: Float[Array, ""]) -> Tridiagonal:
+    """The projection whose Gauss rule is that of Gauss and Radau: one of its nodes is `node`, below all others.
+
+    Golub (1973): the last diagonal entry becomes node + beta^2 [(T' - node I)^-1]_{last, last}, with T' the matrix
+    without its last row, whose last pivot is found by elimination.
+    """
+
+    def eliminate(pivot: Array, entries: tuple[Array, Array]) -> tuple[Array, None]:
+        diagonal, off_diagonal = entries
+        return diagonal - node - off_diagonal**2 / pivot, None
+
+    diagonal, off_diagonal, _ = projection
+    if len(diagonal) == 1:
+        return projection._replace(diagonal=node[None])
+    pivot, _ = jax.lax.scan(eliminate, diagonal[0] - node, (diagonal[1:-1], off_diagonal[:-1]))
+    return projection._replace(diagonal=diagonal.at[-1].set(node + off_diagonal[-1] ** 2 / pivot))
+
+
 class KrylovBasis(NamedTuple):
     """An orthonormal basis under construction: `vectors` (m + 1, n), of which the last is the next direction, and the
     `projected` operator (m, m) on the first m."""

@@ -1,0 +1,241 @@
+"""Numbers about an operator from random probes and Krylov spaces, each with its error: trace, diagonal, norm,
+log-determinant, condition number; and solutions of linear systems."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float
+
+from attnlab.checks import check_positive, check_same_structure, is_concrete
+from attnlab.curvature.density import project, quadrature, standard_error
+from attnlab.curvature.lanczos import Tridiagonal, with_node
+from attnlab.curvature.long_runs import non_finite
+from attnlab.curvature.operators import Operator
+from attnlab.curvature.spectrum import eigenpairs
+from attnlab.types import Params, PRNGKey, PyTree
+
+
+class Estimate(NamedTuple):
+    """A value and its error, shaped alike. What kind of error it is, each function says."""
+
+    value: PyTree
+    error: PyTree
+
+
+def trace(operator: Operator, key: PRNGKey, *, probes: int = 48) -> Estimate:
+    """The trace, and its standard error, by Hutchinson's estimator: the mean of <z, A z> over Rademacher probes z.
+
+    Hutchinson (1990). Exact for a diagonal operator; otherwise its variance is 2 sum_{i != j} A_ij^2 / probes. Hutch++
+    and XTrace spend their products on a low-rank part, which pays only where few eigenvalues dominate: on the slowly
+    decaying spectra of attention they are behind at equal products. Raises `NonFiniteProductError`.
+    """
+    return _mean(operator, key, probes, jnp.vdot)
+
+
+def squared_frobenius_norm(operator: Operator, key: PRNGKey, *, probes: int = 48) -> Estimate:
+    """sum_ij A_ij^2, and its standard error: the mean of |A z|^2 over Rademacher probes z.
+
+    For an operator `cross(...).gram()` take the `trace`: it is the squared norm of the cross-block.
+    Raises `NonFiniteProductError`.
+    """
+    return _mean(operator, key, probes, _squared_length)
+
+
+def _squared_length(probe: Array, image: Array) -> Array:
+    return jnp.vdot(image, image)
+
+
+def diagonal(operator: Operator, key: PRNGKey, *, probes: int = 48) -> Estimate:
+    """The diagonal as a pytree like the operator's point, and the standard error of each entry: the mean of z * A z
+    over Rademacher probes z.
+
+    Bekas, Kokiopoulou, Saad (2007). The variance of entry i is sum_{j != i} A_ij^2 / probes.
+    Raises `NonFiniteProductError`.
+    """
+    estimate = _mean(operator, key, probes, jnp.multiply)
+    unravel = ravel_pytree(operator.point)[1]
+    return Estimate(unravel(estimate.value), unravel(estimate.error))
+
+
+Measure = Callable[[Array, Array], Array]
+
+
+def _mean(operator: Operator, key: PRNGKey, probes: int, measure: Measure) -> Estimate:
+    check_positive(probes=probes)
+    mean, error = _probe(operator, jax.random.split(key, probes), measure)
+    if is_concrete(mean) and not np.isfinite(mean).all():
+        raise non_finite(operator, f"for one of {probes} probes")
+    return Estimate(mean, error)
+
+
+@jax.jit(static_argnames=("measure",))
+def _probe(operator: Operator, keys: Array, measure: Measure) -> tuple[Array, Array]:
+    """Mean of measure(z, A z) over the probes and its standard error; no more than two samples are held (Welford)."""
+    dtype = ravel_pytree(operator.point)[0].dtype
+
+    def step(state: tuple[Array, Array], item: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
+        (mean, squares), (key, count) = state, item
+        probe = jax.random.rademacher(key, (operator.dimension,), dtype)
+        difference = measure(probe, operator.flat_mv(probe)) - mean
+        mean = mean + difference / count
+        return (mean, squares + difference**2 * (count - 1) / count), None
+
+    shape = jax.eval_shape(measure, *[jax.ShapeDtypeStruct((operator.dimension,), dtype)] * 2).shape
+    counts = jnp.arange(1, len(keys) + 1, dtype=dtype)
+    (mean, squares), _ = jax.lax.scan(step, (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)), (keys, counts))
+    unknown = jnp.full(shape, jnp.inf, dtype)
+    return mean, unknown if len(keys) == 1 else jnp.sqrt(squares / (len(keys) * (len(keys) - 1)))
+
+
+def log_determinant(operator: Operator, key: PRNGKey, *, damping: float, probes: int = 10, steps: int = 64) -> Estimate:
+    """log det(A + damping I) and its error, by stochastic Lanczos quadrature (Ubaru, Chen, Saad 2017).
+
+    The logarithm's even derivatives are negative, so that each probe's Gauss rule is too high and, where A has no
+    eigenvalue below zero, its Gauss-Radau rule with a node at zero too low (Golub & Meurant, Matrices, Moments and
+    Quadrature, section 6); the value is their mean. The error joins half their distance with the standard error over
+    the probes: more steps lower the one, more probes the other. Where A has negative eigenvalues the node is the lowest
+    Ritz value, and the bracket an estimate.
+
+    Raises `ValueError` where A + damping I is not positive definite; otherwise as `spectral_density`.
+    """
+    projections = project(operator, key, probes=probes, steps=steps)
+    value, error = _log_determinant(projections, jnp.asarray(damping, projections.diagonal.dtype))
+    if is_concrete(value) and not np.isfinite(value):
+        raise ValueError(
+            f"A + damping I has an eigenvalue that is zero or negative at damping {damping}; expected a positive "
+            "definite matrix. Raise the damping, or take the ggn."
+        )
+    return Estimate(operator.dimension * value, operator.dimension * error)
+
+
+@jax.jit
+def _log_determinant(projections: Tridiagonal, damping: Array) -> tuple[Array, Array]:
+    upper = quadrature(projections)
+    scale = jnp.max(jnp.abs(upper.nodes), axis=1)
+    below = jnp.finfo(scale.dtype).eps * scale
+    node = jnp.minimum(0, jnp.min(upper.nodes, axis=1)) - below
+    lower = quadrature(jax.vmap(with_node)(projections, node))
+    high, low = (
+        jnp.sum(rule.weights * jnp.log(rule.nodes + rounding + damping), axis=1)
+        for rule, rounding in ((upper, 0 * below[:, None]), (lower, below[:, None]))
+    )
+    middle = (high + low) / 2
+    return jnp.mean(middle), jnp.hypot(standard_error(middle), jnp.mean(high - low) / 2)
+
+
+def condition_number(
+    operator: Operator, key: PRNGKey, *, damping: float = 0.0, tolerance: float | None = None
+) -> Estimate:
+    """(lambda_max + damping) / (lambda_min + damping), and a bound on its error from the eigenpairs' residuals.
+
+    The bound supposes, as with every Krylov method, that the iteration did not miss the extreme eigenvalues altogether.
+    Raises `ValueError` where A + damping I is not positive definite to within that bound, so that the damping does not
+    determine the number; otherwise as `eigenpairs`, whose `tolerance` it takes.
+    """
+    pairs = eigenpairs(operator, key, which="both", tolerance=tolerance)
+    low, high = pairs.values + damping
+    low_error, high_error = pairs.residuals
+    if is_concrete(low) and not low > low_error:
+        raise ValueError(
+            f"the lowest eigenvalue of A + damping I is {float(low):.3g} +- {float(low_error):.1g} at damping "
+            f"{damping}; expected a positive one. Raise the damping, or lower the tolerance."
+        )
+    return Estimate(high / low, (high_error + high / low * low_error) / (low - low_error))
+
+
+class Solution(NamedTuple):
+    """Of (A + damping I) x = b: `vector` x like the operator's point, `residual` |b - (A + damping I) x| / |b| taken
+    afresh from x, and how many `products` with the operator it took.
+
+    For a positive definite A + damping I, |x - exact x| <= residual |b| / (lambda_min + damping)."""
+
+    vector: Params
+    residual: Float[Array, ""]
+    products: Array
+
+
+def solve(
+    operator: Operator, vector: Params, *, damping: float = 0.0, tolerance: float = 1e-5, steps: int = 1000
+) -> Solution:
+    """The inverse-vector product (A + damping I)^-1 vector, by MINRES (Paige & Saunders 1975).
+
+    Of all vectors in the Krylov space it takes that of the smallest residual; it needs no definiteness, as conjugate
+    gradients would, so that it serves Hessians at any point. Stops at a relative residual of `tolerance` or after
+    `steps` products: look at the `residual`. Memory: seven vectors. Raises `ValueError` for a vector of another
+    structure, `NonFiniteProductError`.
+    """
+    check_same_structure("vector", vector, operator.point)
+    check_positive(steps=steps)
+    flat, unravel = ravel_pytree(vector)
+    solution, residual, products = _minres(operator, flat, damping, tolerance, steps)
+    if is_concrete(residual) and not np.isfinite(residual):
+        raise non_finite(operator, f"within {products} products")
+    return Solution(unravel(solution), residual, products)
+
+
+class _Minres(NamedTuple):
+    """The state of MINRES: two Lanczos vectors, two search directions, the two last Givens rotations."""
+
+    solution: Array
+    previous: Array
+    vector: Array
+    direction_before: Array
+    direction: Array
+    beta: Array
+    cosines: tuple[Array, Array]
+    sines: tuple[Array, Array]
+    remainder: Array  # signed norm of the residual
+    steps: Array
+
+
+@jax.jit
+def _minres(
+    operator: Operator, target: Float[Array, " n"], damping: float, tolerance: float, steps: int
+) -> tuple[Array, Array, Array]:
+    def product(vector: Array) -> Array:
+        return operator.flat_mv(vector) + jnp.asarray(damping, target.dtype) * vector
+
+    def step(state: _Minres) -> _Minres:
+        # Lanczos and T = Q R by Givens rotations: (third, second, first) is a column of R from the diagonal up.
+        image = product(state.vector) - state.beta * state.previous
+        alpha = jnp.vdot(image, state.vector)
+        image = image - alpha * state.vector
+        beta = jnp.linalg.norm(image)
+        (cosine_before, cosine), (sine_before, sine) = state.cosines, state.sines
+        first = sine_before * state.beta
+        second = sine * alpha + cosine_before * cosine * state.beta
+        rotated = cosine * alpha - cosine_before * sine * state.beta
+        third = _nonzero(jnp.hypot(rotated, beta))
+        direction = (state.vector - first * state.direction_before - second * state.direction) / third
+        new_cosine, new_sine = rotated / third, beta / third
+        return _Minres(
+            solution=state.solution + new_cosine * state.remainder * direction,
+            previous=state.vector,
+            vector=image / _nonzero(beta),
+            direction_before=state.direction,
+            direction=direction,
+            beta=beta,
+            cosines=(cosine, new_cosine),
+            sines=(sine, new_sine),
+            remainder=-new_sine * state.remainder,
+            steps=state.steps + 1,
+        )
+
+    size = jnp.linalg.norm(target)
+    zeros, zero, one = jnp.zeros_like(target), jnp.zeros_like(size), jnp.ones_like(size)
+    state = _Minres(
+        zeros, zeros, target / _nonzero(size), zeros, zeros, zero, (one, one), (zero, zero), size, jnp.array(0)
+    )
+    state = jax.lax.while_loop(
+        lambda state: (jnp.abs(state.remainder) > tolerance * size) & (state.steps < steps), step, state
+    )
+    residual = jnp.linalg.norm(target - product(state.solution)) / _nonzero(size)
+    return state.solution, residual, state.steps + 1
+
+
+def _nonzero(number: Array) -> Array:
+    return jnp.where(number == 0, 1, number)

@@ -1,0 +1,162 @@
+"""Estimates against dense matrices: within their own error bars, which cover as often as they should."""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+from jax.tree_util import Partial
+
+from attnlab.curvature.estimators import (
+    condition_number,
+    diagonal,
+    log_determinant,
+    solve,
+    squared_frobenius_norm,
+    trace,
+)
+from attnlab.curvature.long_runs import NonFiniteProductError
+from attnlab.curvature.operators import Operator, ggn, hessian
+from attnlab.curvature.spectrum import spectral_density
+from attnlab.losses import square_loss
+from attnlab.models.adapters import from_linen
+from attnlab.models.attention import AttentionConfig, SelfAttention
+from attnlab.objective import objective
+from compare import assert_close
+
+
+@cache
+def layer():
+    """An attention layer of 144 parameters, its Hessian and GGN, and their matrices."""
+    inputs, targets = jax.random.normal(jax.random.key(0), (2, 4, 6, 6))
+    module = SelfAttention(AttentionConfig(key_dim=6, value_dim=6, output_dim=6))
+    params = module.init(jax.random.key(1), inputs)["params"]
+    risk = objective(from_linen(module), square_loss, inputs, targets)
+    operators = {"hessian": hessian(risk, params), "ggn": ggn(risk, params)}
+    return operators, {name: np.asarray(operator.dense()) for name, operator in operators.items()}
+
+
+STOCHASTIC = {
+    "trace": (trace, np.trace),
+    "squared_frobenius_norm": (squared_frobenius_norm, lambda matrix: np.sum(matrix**2)),
+    "diagonal": (diagonal, np.diag),
+}
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_bars_of_two_standard_errors_cover_as_often_as_they_should(name):
+    estimate, exact = STOCHASTIC[name]
+    operators, matrices = layer()
+    covered, deviations = [], []
+    for seed in range(60):
+        value, error = (ravel_pytree(part)[0] for part in estimate(operators["hessian"], jax.random.key(seed)))
+        difference = value - exact(matrices["hessian"])
+        covered.append(np.abs(difference) <= 2 * error)
+        deviations.append(difference / error)
+    assert 0.90 <= np.mean(covered) <= 0.99
+    # No bias: the mean of 60 deviations of unit variance has a standard error of 0.13.
+    assert np.max(np.abs(np.mean(deviations, axis=0))) <= 4.5 * 60**-0.5
+
+
+def test_one_probe_bounds_nothing():
+    operators, _ = layer()
+    assert np.isinf(trace(operators["hessian"], jax.random.key(1), probes=1).error)
+
+
+def test_the_trace_of_a_diagonal_operator_is_exact(key):
+    matrix = Operator(Partial(lambda d, v: d * v, jnp.arange(1.0, 21.0)), jnp.zeros(20))
+    value, error = trace(matrix, key, probes=3)
+    assert_close(value, 210.0, 1e-14)
+    assert error <= 1e-12
+
+
+@pytest.mark.parametrize("damping", [1.0, 1e-3])
+def test_log_determinant_lies_in_its_error(damping):
+    operators, matrices = layer()
+    _, exact = np.linalg.slogdet(matrices["ggn"] + damping * np.eye(144))
+    deviations = []
+    for seed in range(10):
+        value, error = log_determinant(operators["ggn"], jax.random.key(seed), damping=damping, steps=40)
+        deviations.append(float((value - exact) / error))
+    assert np.mean(np.abs(deviations) <= 2.3) >= 0.8
+    assert np.max(np.abs(deviations)) <= 5
+
+
+def test_the_log_determinant_says_what_a_short_quadrature_misses(key):
+    operators, matrices = layer()
+    _, exact = np.linalg.slogdet(matrices["ggn"] + 1e-6 * np.eye(144))
+    value, error = log_determinant(operators["ggn"], key, damping=1e-6, steps=8, probes=100)
+    assert abs(value - exact) <= 1.2 * error
+
+
+def test_an_indefinite_matrix_has_no_log_determinant(key):
+    operators, _ = layer()
+    with pytest.raises(ValueError, match=r"zero or negative at damping 0\.0.*Raise the damping, or take the ggn"):
+        log_determinant(operators["hessian"], key, damping=0.0)
+
+
+def test_condition_number(key):
+    operators, matrices = layer()
+    values = np.linalg.eigvalsh(matrices["ggn"]) + 1e-3
+    value, error = condition_number(operators["ggn"], key, damping=1e-3)
+    assert abs(value - values[-1] / values[0]) <= error + 1e-9 * value
+    with pytest.raises(ValueError, match="expected a positive one"):
+        condition_number(operators["hessian"], key)
+
+
+def test_negative_share(key):
+    operators, matrices = layer()
+    values = np.linalg.eigvalsh(matrices["hessian"])
+    exact = -values[values < 0].sum() / np.abs(values).sum()
+    share, error = spectral_density(operators["hessian"], key, probes=30, steps=40).negative_share()
+    assert abs(share - exact) <= 3 * error
+    assert 0 < error < 0.1
+    positive, _ = spectral_density(operators["ggn"], key, probes=3, steps=20).negative_share()
+    assert positive <= 1e-10
+
+
+@pytest.mark.parametrize(("name", "damping"), [("hessian", 0.0), ("hessian", 1e-2), ("ggn", 1e-2)])
+def test_solutions_of_linear_systems(name, damping, key):
+    operators, matrices = layer()
+    exact = np.random.default_rng(0).standard_normal(144)
+    matrix = matrices[name] + damping * np.eye(144)
+    unravel = ravel_pytree(operators[name].point)[1]
+    solution = solve(operators[name], unravel(jnp.asarray(matrix @ exact)), damping=damping, tolerance=1e-9, steps=3000)
+    found = ravel_pytree(solution.vector)[0]
+    residual = np.linalg.norm(matrix @ (found - exact)) / np.linalg.norm(matrix @ exact)
+    assert_close(solution.residual, residual, 1e-4)
+    assert residual <= 2e-9
+    if damping:
+        assert_close(found, exact, 1e-5)
+
+
+def test_the_residual_of_minres_is_the_smallest_in_the_krylov_space(key):
+    operators, matrices = layer()
+    target = jax.random.normal(key, (144,))
+    unravel = ravel_pytree(operators["hessian"].point)[1]
+    solution = solve(operators["hessian"], unravel(target), tolerance=0.0, steps=5)
+    krylov = np.column_stack([np.linalg.matrix_power(matrices["hessian"], power) @ target for power in range(1, 6)])
+    basis, _ = np.linalg.qr(krylov)
+    expected = np.linalg.norm(target - basis @ (basis.T @ target)) / np.linalg.norm(target)
+    assert_close(solution.residual, expected, 1e-8)
+    assert solution.products == 6
+
+
+def test_a_right_hand_side_of_zeros():
+    operators, _ = layer()
+    solution = solve(operators["ggn"], jax.tree.map(jnp.zeros_like, operators["ggn"].point))
+    assert solution.products == 1
+    assert np.all(ravel_pytree(solution.vector)[0] == 0)
+
+
+def test_products_that_are_not_finite(key):
+    risk = objective(lambda params, x: jnp.sqrt(params) * x, square_loss, jnp.ones(4), jnp.zeros(4))
+    operator = hessian(risk, jnp.array([0.0, 1.0, 2.0, 3.0]))
+    with pytest.raises(NonFiniteProductError, match="not finite for one of 48 probes"):
+        trace(operator, key)
+    with pytest.raises(NonFiniteProductError, match="not finite within"):
+        solve(operator, jnp.ones(4))
+    with pytest.raises(ValueError, match=r"vector:  has shape \(3,\)"):
+        solve(operator, jnp.ones(3))
