@@ -109,12 +109,15 @@ def _refined(
     W gathers its own corrections: its scores are then exact to the rounding of W, not of the larger lambda.
     """
     matrix = rows.combine(multipliers)
-    for _ in range(3):
+    for _ in range(4):
+        scores = rows.scores(matrix)
+        residual = (rows.bound - scores)[members]
+        error = abs(residual).max(initial=0.0)
+        if error <= 1e-15 * rows.bound.max():
+            break
         change = np.zeros(len(rows))
-        change[members] = solve((rows.bound - rows.scores(matrix))[members])
+        change[members] = solve(residual)
         multipliers, matrix = multipliers + change, matrix + rows.combine(change)
-    scores = rows.scores(matrix)
-    error = abs(scores - rows.bound)[members].max(initial=0.0)
     solved = error <= 1e-9 * rows.bound.max() and (_next_active(rows, active, multipliers, scores) == active).all()
     return multipliers, matrix, bool(solved)
 
