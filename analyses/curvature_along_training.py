@@ -32,7 +32,7 @@ class Config(AnalysisConfig):
     """Width of the transformer on addition, and of queries and keys on digits."""
     steps: int = 2000
     """Training steps of Adam; a multiple of `every`."""
-    every: int = 50
+    every: int = 25
     """Steps between measurements."""
     learning_rate: float = 0.01
     """Of Adam."""
@@ -178,13 +178,20 @@ def plot_loss(axes, now: Arrays, task: str) -> None:
     right.spines["right"].set_visible(True)
 
 
+def legend_above(axes, **options) -> None:
+    """A legend in head room above the curves of a logarithmic axis."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high * (high / low) ** 0.45)
+    axes.legend(loc="upper center", **options)
+
+
 def plot_norms(axes, now: Arrays, task: str) -> None:
     for color, (name, label) in enumerate(BLOCKS.items()):
         axes.loglog(now["steps"], now[f"H_o/{name}"], color=f"C{color}", label=f"$H_o$, {label}{label}")
         if np.any(now[f"H_f/{name}"] > 0):
             axes.loglog(now["steps"], now[f"H_f/{name}"], "--", color=f"C{color}", label=f"$H_f$, {label}{label}")
     axes.set(ylabel="Frobenius norm", title=f"{task}: diagonal blocks")
-    axes.legend(ncols=2)
+    legend_above(axes, ncols=3)
 
 
 def plot_moments(axes, now: Arrays, task: str) -> None:
@@ -192,7 +199,7 @@ def plot_moments(axes, now: Arrays, task: str) -> None:
     axes.loglog(now["steps"], now["second"], label=r"second moment, mean $\mathrm{tr}\,\Sigma_i$")
     axes.loglog(now["steps"], now["gradient"], label=r"gradient at the output, $\|g\|$")
     axes.set(title=f"{task}: attention moments and residual", ylabel="size")
-    axes.legend()
+    legend_above(axes)
 
 
 def plot_eigenvalues(axes, now: Arrays, task: str) -> None:
@@ -204,7 +211,7 @@ def plot_eigenvalues(axes, now: Arrays, task: str) -> None:
     right.set(ylim=(0, 60))
     right.set_ylabel("negative eigenvalues (%)", color="C2")
     right.spines["right"].set_visible(True)
-    axes.legend()
+    legend_above(axes)
 
 
 def tables(arrays: Arrays, config: Config) -> list[Table]:
