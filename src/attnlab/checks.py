@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ def check_finite(name: str, tree: PyTree) -> None:
     for path, leaf in jax.tree.leaves_with_path(tree):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             continue
-        array = np.asarray(leaf)  # NumPy, since under jit a JAX operation on a constant gives a tracer
+        array = _of_this_process(leaf)
         bad = int(array.size - np.sum(np.isfinite(array)))
         if bad:
             where = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -30,6 +31,14 @@ def check_finite(name: str, tree: PyTree) -> None:
                 f"{name}{': ' + where if where else ''} has {bad} non-finite of {array.size} values; "
                 "expected finite numbers. Look at the step or the input that made them."
             )
+
+
+def _of_this_process(leaf: Any) -> np.ndarray:
+    # NumPy, since under jit a JAX operation on a constant gives a tracer. Of an array that is spread over several
+    # processes each looks at its own part.
+    if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+        return np.concatenate([np.ravel(shard.data) for shard in leaf.addressable_shards])
+    return np.asarray(leaf)
 
 
 def check_not_empty(name: str, tree: PyTree) -> None:
