@@ -1,6 +1,7 @@
 """Curvature of any objective, without forming the matrix: it knows no model."""
 
 from attnlab.curvature.batches import BatchedObjective, batched
+from attnlab.curvature.blocks import block_densities, per_block
 from attnlab.curvature.density import SpectralDensity, spectral_density
 from attnlab.curvature.estimators import (
     Estimate,
@@ -21,6 +22,7 @@ from attnlab.curvature.transforms import (
     precondition,
     rmsprop_preconditioner,
 )
+from attnlab.curvature.verify import VerificationError, verify
 
 __all__ = [
     "BatchedObjective",
@@ -31,8 +33,10 @@ __all__ = [
     "Operator",
     "Progress",
     "SpectralDensity",
+    "VerificationError",
     "adam_preconditioner",
     "batched",
+    "block_densities",
     "condition_number",
     "cross",
     "diagonal",
@@ -43,6 +47,7 @@ __all__ = [
     "ggn",
     "hessian",
     "log_determinant",
+    "per_block",
     "precondition",
     "print_progress",
     "restrict",
@@ -51,4 +56,5 @@ __all__ = [
     "spectral_density",
     "squared_frobenius_norm",
     "trace",
+    "verify",
 ]

@@ -19,8 +19,9 @@ from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
-from attnlab.checks import check_same_structure
+from attnlab.checks import check_same_structure, is_concrete
 from attnlab.curvature.batches import BatchedObjective
+from attnlab.curvature.independence import check_batches
 from attnlab.losses import cross_entropy, square_loss
 from attnlab.objective import Objective, check_objective, predict_from_block
 from attnlab.trees import Selection, block_slices, dimension, select, zeros_like
@@ -85,7 +86,9 @@ def hessian(risk: Risk, params: Params, *, block: Block | None = None) -> Operat
 
     With `block` (a name such as `query` or `layer_0/attention`, or a compiled regular expression) it is the diagonal
     block of the matching parameters, linearised in them alone: its vectors are dicts from leaf name to leaf.
-    Raises `ValueError` for an unknown block or non-finite parameters, `TypeError` for a loss that is not a scalar.
+    Raises `ValueError` for an unknown block or non-finite parameters, `TypeError` for a loss that is not a scalar. Of
+    a `BatchedObjective` it is checked that a batch reads the same twice and that its examples can be told apart
+    (`ValueError`). `verify(risk, params, key)` checks more; every Lanczos run tests the symmetry on its way.
     """
     return _build(_linearize_gradient, risk, params, block)
 
@@ -155,6 +158,8 @@ Linearize = Callable[[Objective, Params], Partial]
 def _build(linearize: Linearize, risk: Risk, params: Params, block: Block | None) -> Operator:
     params = jax.tree.map(jnp.asarray, params)
     check_objective(risk, params)
+    if isinstance(risk, BatchedObjective) and is_concrete(params):
+        check_batches(risk, params)
     if block is not None:
         selection = select(params, block)
         risk = replace(risk, predict=predict_from_block(risk.predict, params, selection))
