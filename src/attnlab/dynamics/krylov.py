@@ -44,6 +44,7 @@ def warm_top_pairs(
     vector's, and one Krylov step is a step of steepest ascent. `batched` takes the k products of a block at once
     (`fastest_batching` tells whether that pays). Pure; for jitted code.
     """
+    depth = min(depth, start.shape[1] // start.shape[0] - 1)  # no more vectors than dimensions
     apply = jax.vmap(product) if batched else lambda block: jax.lax.map(product, block)
     basis, images = start, apply(start)
     for _ in range(depth):

@@ -35,7 +35,7 @@ def digits_attention(data_key: PRNGKey, key: PRNGKey, count: int = 128) -> tuple
     """
     data = digits(data_key, count, patch=(1, SIDE), per_token=False)
     keys = jax.random.split(key, 4)
-    lecun, normal, dtype = initializer("lecun_normal"), initializer("normal", 0.2), data.inputs.dtype
+    lecun, normal, dtype = initializer("lecun_normal"), initializer("normal", 1.0), data.inputs.dtype
     params = {
         "embedding": lecun(keys[0], (SIDE, WIDTH), dtype),
         "position": normal(keys[1], (SIDE, WIDTH), dtype),

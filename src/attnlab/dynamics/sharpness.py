@@ -61,9 +61,8 @@ class _Measure:
     def __call__(
         self, risk: Objective, state: TrainingState, memory: Float[Array, "k n"], key: PRNGKey
     ) -> tuple[Values, Float[Array, "k n"]]:
-        product, dimension, extra = self.build(risk, state)
-        depth = min(self.tracking.depth, dimension // memory.shape[0] - 1)  # no more vectors than dimensions
-        pairs = warm_top_pairs(product, memory, depth, batched=self.tracking.batched)
+        product, _, extra = self.build(risk, state)
+        pairs = warm_top_pairs(product, memory, self.tracking.depth, batched=self.tracking.batched)
         values = {"values": pairs.values, "residuals": pairs.residuals, **extra}
         if "threshold" in extra:
             values["ratio"] = pairs.values[-1] / extra["threshold"]

@@ -102,7 +102,7 @@ def entropy_bound(call: LayerCall) -> Float[Array, "*B H L"]:
         products = jnp.einsum("hak,hbk->hab", query, key)
     weight_norms = jnp.linalg.norm(products, ord=2, axis=(-2, -1))
     token_norms = jnp.linalg.norm(call.inputs, ord=2, axis=(-2, -1))
-    norms = config.score_scale * weight_norms * token_norms[..., None] ** 2
+    norms = config.score_scale * jnp.einsum("...,h->...h", token_norms**2, weight_norms)
     length = call.inputs.shape[-2]
     visible = jnp.arange(1, length + 1) if config.causal else jnp.full(length, length)
     shape = (*norms.shape, length)
