@@ -64,6 +64,28 @@ def test_an_ensemble_resumes_with_equal_bits(tmp_path, key):
     np.testing.assert_array_equal(resumed.records.losses, whole.records.losses)
 
 
+def test_members_with_their_own_data_train_as_alone(key):
+    risks = [CASES["softmax/square"](k)[0] for k in jax.random.split(key, 3)]
+    _, points, keys = members(key)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *risks)
+    options = {"steps": 4, "probes": {"risk": probe(lambda risk, params: risk(params))}}
+    polyak = optax.polyak_sgd(max_learning_rate=0.1)  # it needs the loss
+    together = train(stacked, points, polyak, keys, own_risks=True, **options)
+    for i, risk in enumerate(risks):
+        point = jax.tree.map(lambda leaf, i=i: leaf[i], points)
+        alone = train(risk, point, polyak, keys[i], **options)
+        assert_close(together.records.values["risk"][:, i], alone.records.values["risk"], 1e-12)
+        assert_close(jax.tree.map(lambda leaf, i=i: leaf[i], together.params), alone.params, 1e-12)
+
+
+def test_own_data_need_an_ensemble(key):
+    risk, points, keys = members(key)
+    with pytest.raises(ValueError, match="own_risks is for ensembles"):
+        train(risk, points, optax.sgd(0.1), key, own_risks=True, steps=1)
+    with pytest.raises(ValueError, match="risk.*expected a first axis of 3. Stack one objective a key"):
+        train(risk, points, optax.sgd(0.1), keys, own_risks=True, steps=1)
+
+
 def quadratic():
     return objective(lambda params, x: params * x, square_loss, jnp.ones(3), jnp.zeros(3))
 

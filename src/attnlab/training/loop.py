@@ -77,6 +77,7 @@ class _Plan:
     every: int
     resample: Resample | None
     members: int | None
+    own_risks: bool
 
 
 def train(
@@ -90,6 +91,7 @@ def train(
     probes: Mapping[str, Probe] | None = None,
     resample: Resample | None = None,
     hyperparameters: Mapping[str, ArrayLike] | None = None,
+    own_risks: bool = False,
     directory: Path | None = None,
     report: Callable[[Progress], Any] | None = None,
 ) -> Trajectory:
@@ -107,7 +109,7 @@ def train(
     Args:
         risk: the objective; full batch unless `resample` is given.
         params: where to start.
-        optimizer: any optax gradient transformation.
+        optimizer: any optax gradient transformation; it is given the step's loss as `value`.
         key: for `resample` and the probes.
         steps: number of steps, a multiple of `every`.
         every: the probes are taken before step 0, `every`, 2 `every`, ..., and after the last: steps / every + 1 times.
@@ -115,6 +117,8 @@ def train(
         resample: draws the objective of each step from a key; the probes always see `risk`.
         hyperparameters: values by name that take the place of those in the state of an optimizer that was wrapped in
             `optax.inject_hyperparams`.
+        own_risks: every member has its own data: all leaves of `risk` have the ensemble's leading axis too (build it
+            with `jax.vmap`, or stack objectives leaf by leaf).
         directory: where to save; a run that was killed resumes there, and gives the same numbers on the same machine.
             It loses at most one of the `PARTS` parts.
         report: called between the parts.
@@ -127,7 +131,9 @@ def train(
     if steps % every:
         raise ValueError(f"steps is {steps}; expected a multiple of every, which is {every}. Change one of them.")
     members = key.shape[0] if key.ndim else None
-    plan = _Plan(optimizer, tuple(sorted((probes or {}).items())), every, resample, members)
+    if own_risks and members is None:
+        raise ValueError("own_risks is for ensembles; expected keys of shape (m,), and got one key. Split it.")
+    plan = _Plan(optimizer, tuple(sorted((probes or {}).items())), every, resample, members, own_risks)
     start = _first_state(risk, params, key, plan, hyperparameters or {})
     checkpoint = None
     if directory is not None:
@@ -148,7 +154,9 @@ def _first_state(
     check_finite("params", params)
     if plan.members is not None:
         check_leading_axis("params", params, plan.members, "Stack one point a key.")
-    check_objective(risk, _one_member(params, plan))
+    if plan.own_risks:
+        check_leading_axis("risk", risk, plan.members, "Stack one objective a key.")
+    check_objective(_one_risk(risk, plan), _one_member(params, plan))
 
     def build(params: Params, key: PRNGKey, values: dict[str, Array]) -> TrainingState:
         optimizer_state = _standard_promotion(plan.optimizer.init)(params)
@@ -159,12 +167,16 @@ def _first_state(
         values = {name: jnp.broadcast_to(value, (plan.members,)) for name, value in values.items()}
         build = jax.vmap(build)
     state = build(jax.tree.map(jnp.asarray, params), key, values)
-    _check_probes(risk, _one_member(state, plan), plan)
+    _check_probes(_one_risk(risk, plan), _one_member(state, plan), plan)
     return state
 
 
 def _one_member(tree: PyTree, plan: _Plan) -> PyTree:
     return tree if plan.members is None else jax.tree.map(lambda leaf: jnp.asarray(leaf)[0], tree)
+
+
+def _one_risk(risk: Objective, plan: _Plan) -> Objective:
+    return _one_member(risk, plan) if plan.own_risks else risk
 
 
 def _set(optimizer_state: optax.OptState, values: dict[str, Array]) -> optax.OptState:
@@ -180,7 +192,8 @@ def _set(optimizer_state: optax.OptState, values: dict[str, Array]) -> optax.Opt
 
 
 def _each_member(function: Callable, plan: _Plan, out_axes: Any = 0) -> Callable:
-    return function if plan.members is None else jax.vmap(function, in_axes=(None, 0), out_axes=out_axes)
+    in_axes = (0 if plan.own_risks else None, 0)
+    return function if plan.members is None else jax.vmap(function, in_axes=in_axes, out_axes=out_axes)
 
 
 def _step_of(state: TrainingState) -> Array:
@@ -228,8 +241,10 @@ def _advance_one(risk: Objective, state: TrainingState, plan: _Plan, intervals: 
         key, batch_key = jax.random.split(state.key)
         batch = risk if plan.resample is None else plan.resample(batch_key, risk)
         loss, gradient = jax.value_and_grad(batch)(state.params)
-        updates, optimizer_state = _standard_promotion(plan.optimizer.update)(
-            gradient, state.optimizer_state, state.params
+        # the value is for optimizers that set their step by it, such as optax.polyak_sgd
+        optimizer = optax.with_extra_args_support(plan.optimizer)
+        updates, optimizer_state = _standard_promotion(optimizer.update)(
+            gradient, state.optimizer_state, state.params, value=loss
         )
         params = optax.apply_updates(state.params, updates)
         return TrainingState(state.step + 1, params, optimizer_state, key, state.memory), loss
@@ -277,9 +292,9 @@ def _with_memory(risk: Objective, state: TrainingState, plan: _Plan) -> Training
 
 def _standard_promotion(function: Callable) -> Callable:
     # optax mixes Python scalars, float32 schedules and integer counts: strict promotion would refuse its arithmetic.
-    def wrapped(*arguments: Any) -> Any:
+    def wrapped(*arguments: Any, **named: Any) -> Any:
         with jax.numpy_dtype_promotion("standard"):
-            return function(*arguments)
+            return function(*arguments, **named)
 
     return wrapped
 
