@@ -5,6 +5,8 @@ from attnlab.margin.certificates import Certificate, MaxMargin, Status, certific
 from attnlab.margin.compound import JointMargin, joint_max_margin, log_odds, next_token_problem
 from attnlab.margin.equalities import equality_basis, equality_solution, project_on_equalities
 from attnlab.margin.graph import finite_component, graph_problem, priority_components
+from attnlab.margin.optimizers import mirror_descent, normalize_gradient, normalized_descent
+from attnlab.margin.probes import correlation, imbalance, margin_probe
 from attnlab.margin.problems import (
     MarginProblem,
     attention_problem,
@@ -14,6 +16,16 @@ from attnlab.margin.problems import (
     with_norm,
 )
 from attnlab.margin.solve import METHODS, max_margin
+from attnlab.margin.training import (
+    attention_logits,
+    attention_matrix,
+    attention_risk,
+    decision_risk,
+    decoupled,
+    decoupled_matrix,
+    rescaled,
+    selected_probability,
+)
 
 __all__ = [
     "METHODS",
@@ -22,21 +34,35 @@ __all__ = [
     "MarginProblem",
     "MaxMargin",
     "Status",
+    "attention_logits",
+    "attention_matrix",
     "attention_problem",
+    "attention_risk",
     "certificate",
+    "correlation",
+    "decision_risk",
+    "decoupled",
+    "decoupled_matrix",
     "equality_basis",
     "equality_solution",
     "finite_component",
     "frobenius_batch",
     "frobenius_traced",
     "graph_problem",
+    "imbalance",
     "joint_max_margin",
     "log_odds",
+    "margin_probe",
     "margin_problem",
     "max_margin",
+    "mirror_descent",
     "next_token_problem",
+    "normalize_gradient",
+    "normalized_descent",
     "priority_components",
     "project_on_equalities",
+    "rescaled",
+    "selected_probability",
     "stack",
     "vector_problem",
     "with_norm",
