@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -111,8 +111,8 @@ def spectral_density(
             nothing; it keeps accelerators busy.
         sharding: how an array (together, n) of probes is spread over devices, such as
             `NamedSharding(mesh, PartitionSpec("probes"))`.
-        directory: where to save every 16 steps; a run that was killed resumes there and gives the same numbers on the
-            same machine. With several processes, a directory for each.
+        directory: where to save, every second at most, after a multiple of 16 steps; a run that was killed resumes
+            there and gives the same numbers on the same machine. With several processes, a directory for each.
         report: called every 16 steps with a `Progress`; `print_progress` is one.
 
     Raises `ValueError` for numbers that do not fit, an operator that is not symmetric or a directory of another
@@ -183,10 +183,10 @@ def _begin(operator: Operator, keys: Array, sharding: Sharding | None) -> Recurr
 
 
 class _Entries(NamedTuple):
-    """What some steps add to the projections of the probes that run together."""
+    """What steps of the recurrence give: two arrays (..., steps) of entries of the projections."""
 
-    diagonal: Float[Array, "together steps"]
-    norms: Float[Array, "together steps"]
+    diagonal: Any
+    norms: Any
 
 
 def _advance(operator: Operator, state: Recurrence, steps: int) -> tuple[Recurrence, _Entries]:
@@ -202,7 +202,7 @@ def _advance(operator: Operator, state: Recurrence, steps: int) -> tuple[Recurre
 def _projections(operator: Operator, keys: Array, steps: int, sharding: Sharding | None) -> Tridiagonal:
     def group(keys: Array) -> Tridiagonal:
         state, entries = _advance(operator, _begin(operator, keys, sharding), steps)
-        return jax.vmap(finish)(state, *entries)
+        return jax.vmap(finish)(*entries, state.asymmetry, state.scale)
 
     return jax.tree.map(_merge, jax.lax.map(group, keys))
 
@@ -227,42 +227,62 @@ def _long_projections(
     groups, together = keys.shape
     sizes = [min(CHUNK, steps - done) for done in range(0, steps, CHUNK)]
     checkpoint = open_checkpoint(directory, operator, keys, steps)
-    state = _begin_jitted(operator, keys[0], sharding)
-    parts: list[tuple[_Entries, Recurrence]] = []
+    run = _fresh(operator, keys, steps, sharding)
     if checkpoint is not None:
-        entry = jnp.zeros((), state.norm.dtype)
-        parts, state = checkpoint.restore((_Entries(entry, entry), _ends(state)), state) or ([], state)
-    clock = Clock(report, _products(parts), keys.size * steps)
-    for number in range(len(parts), groups * len(sizes)):
+        run = checkpoint.restore(run)
+    clock = Clock(report, _products(run, keys, steps), keys.size * steps)
+    for number in range(int(run.chunks), groups * len(sizes)):
         group, chunk = divmod(number, len(sizes))
         if chunk == 0:
-            state = _begin_jitted(operator, keys[group], sharding)
-        state, entries = _advance_jitted(operator, state, sizes[chunk])
-        parts.append((entries, _ends(state)))
+            run = run._replace(state=_begin_jitted(operator, keys[group], sharding))
+        state, entries = _advance_jitted(operator, run.state, sizes[chunk])
+        run = _add_chunk(run, state, entries, number, group, sum(sizes[:chunk]))
         if not np.isfinite(np.asarray(state.norm)).all():
-            finished = parts[: group * len(sizes)]
-            done = quadrature(_assemble(finished, len(sizes))) if finished else None
             first = sum(sizes[:chunk]) + int(np.argwhere(~np.isfinite(np.asarray(entries.norms)))[:, 1].min())
+            done = quadrature(_projections_of(run, group)) if group else None
             raise non_finite(operator, f"at step {first} of probe {group * together}", done)
         if checkpoint is not None:
-            checkpoint.save(number, parts[-1], state)
-        clock.tell(_products(parts))
-    return _assemble(parts, len(sizes))
+            checkpoint.save(run, last=number + 1 == groups * len(sizes))
+        clock.tell(_products(run, keys, steps))
+    return _projections_of(run, groups)
 
 
-def _ends(state: Recurrence) -> Recurrence:
-    """The numbers of a state, without its vectors."""
-    return state._replace(previous=state.previous[:, :0], vector=state.vector[:, :0])
+class _Run(NamedTuple):
+    """A density under way: how many chunks are done, all entries so far, how the groups ended, the current state."""
+
+    chunks: np.ndarray
+    entries: _Entries  # (groups, together, steps)
+    asymmetry: np.ndarray  # (groups, together)
+    scale: np.ndarray
+    state: Recurrence
 
 
-def _products(parts: list[tuple[_Entries, Recurrence]]) -> int:
-    return sum(entries.diagonal.size for entries, _ in parts)
+def _fresh(operator: Operator, keys: Array, steps: int, sharding: Sharding | None) -> _Run:
+    state = _begin_jitted(operator, keys[0], sharding)
+    shape, dtype = (*keys.shape, steps), np.asarray(state.norm).dtype
+    entries = _Entries(np.zeros(shape, dtype), np.zeros(shape, dtype))
+    return _Run(np.array(0), entries, np.zeros(keys.shape, dtype), np.zeros(keys.shape, dtype), state)
 
 
-def _assemble(parts: list[tuple[_Entries, Recurrence]], chunks: int) -> Tridiagonal:
-    whole = []
-    for first in range(0, len(parts), chunks):
-        group = parts[first : first + chunks]
-        pieces = zip(*(entries for entries, _ in group), strict=True)
-        whole.append(jax.vmap(finish)(group[-1][1], *(jnp.concatenate(list(piece), axis=1) for piece in pieces)))
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *whole)
+def _add_chunk(run: _Run, state: Recurrence, entries: _Entries, number: int, group: int, first: int) -> _Run:
+    for whole, new in zip(run.entries, entries, strict=True):
+        whole[group, :, first : first + new.shape[1]] = new
+    run.asymmetry[group], run.scale[group] = state.asymmetry, state.scale
+    return run._replace(chunks=np.array(number + 1), state=state)
+
+
+def _products(run: _Run, keys: Array, steps: int) -> int:
+    per_group = -(-steps // CHUNK)
+    group, chunk = divmod(int(run.chunks), per_group)
+    return keys.shape[1] * (group * steps + min(chunk * CHUNK, steps))
+
+
+def _projections_of(run: _Run, groups: int) -> Tridiagonal:
+    """The projections of the first groups of probes."""
+    ends = run.asymmetry[:groups], run.scale[:groups]
+    return jax.tree.map(_merge, _finish_all(*(leaf[:groups] for leaf in run.entries), *ends))
+
+
+@jax.jit
+def _finish_all(diagonal: Array, norms: Array, asymmetry: Array, scale: Array) -> Tridiagonal:
+    return jax.vmap(jax.vmap(finish))(diagonal, norms, asymmetry, scale)

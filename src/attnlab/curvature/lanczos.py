@@ -69,16 +69,18 @@ def advance(
     return jax.lax.scan(step, state, length=steps)
 
 
-def finish(state: Recurrence, diagonal: Float[Array, " m"], norms: Float[Array, " m"]) -> Tridiagonal:
-    """The projection after the last step, from all that `advance` returned."""
-    scale = jnp.where(state.scale > 0, state.scale, 1)
-    return Tridiagonal(diagonal, norms[:-1], state.asymmetry / scale / scale)
+def finish(
+    diagonal: Float[Array, " m"], norms: Float[Array, " m"], asymmetry: Float[Array, ""], scale: Float[Array, ""]
+) -> Tridiagonal:
+    """The projection, from the entries that `advance` returned and the end of its state."""
+    scale = jnp.where(scale > 0, scale, 1)
+    return Tridiagonal(diagonal, norms[:-1], asymmetry / scale / scale)
 
 
 def tridiagonalize(product: FlatProduct, start: Float[Array, " n"], steps: int) -> Tridiagonal:
     """`steps` of the recurrence of `advance` from `start` (any length but zero)."""
     state, entries = advance(product, begin(start), steps)
-    return finish(state, *entries)
+    return finish(*entries, state.asymmetry, state.scale)
 
 
 def _normalize(vector: Float[Array, " n"], norm: Float[Array, ""]) -> Float[Array, " n"]:

@@ -66,7 +66,33 @@ class Clock:
         self._report(Progress(products, self._total, seconds, left, residual))
 
 
-def open_checkpoint(directory: Path | None, operator: Operator, *choices: PyTree) -> Checkpoint | None:
+SAVE_SECONDS = 1.0
+"""Least time between two saves, so that the disk costs little: a run that is killed loses that much."""
+
+
+class StateOnDisk:
+    """One pytree in a directory, replaced whole."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self._checkpoint, self._saved = checkpoint, time.monotonic()
+
+    def restore(self, state: PyTree) -> PyTree:
+        """What was saved, shaped like `state`, or `state` itself."""
+        found = self._checkpoint.restore((), state)
+        return state if found is None else jax.tree.map(_like, state, found[1])
+
+    def save(self, state: PyTree, *, last: bool = False) -> None:
+        """Save if it is time, or the `last` time."""
+        if last or time.monotonic() - self._saved >= SAVE_SECONDS:
+            self._checkpoint.save(0, (), state)
+            self._saved = time.monotonic()
+
+
+def _like(leaf: PyTree, found: jax.Array) -> PyTree:
+    return np.array(found) if isinstance(leaf, np.ndarray) else found
+
+
+def open_checkpoint(directory: Path | None, operator: Operator, *choices: PyTree) -> StateOnDisk | None:
     """The checkpoint of a computation on `operator` with these `choices` (keys and numbers); None without a directory.
 
     Its identity digests the operator's arrays (weights, data, saved activations) and the data of its batches.
@@ -75,7 +101,7 @@ def open_checkpoint(directory: Path | None, operator: Operator, *choices: PyTree
         return None
     identity = fingerprint((operator, [c if isinstance(c, jax.Array) else np.asarray(c) for c in choices]))
     risk = _batched(operator)
-    return Checkpoint(Path(directory), identity if risk is None else f"{identity}/{risk.feed.digest}")
+    return StateOnDisk(Checkpoint(Path(directory), identity if risk is None else f"{identity}/{risk.feed.digest}"))
 
 
 def _batched(operator: Operator) -> BatchedObjective | None:

@@ -80,8 +80,8 @@ def eigenpairs(
         which: end of the spectrum.
         tolerance: of the residuals relative to the largest eigenvalue in modulus; by default the square root of the
             machine epsilon.
-        directory: where to save the basis after every cycle of at most 2 * wanted + 10 products; a run that was killed
-            resumes there and gives the same numbers on the same machine.
+        directory: where to save the basis, every second at most, after a cycle of at most 2 * wanted + 10 products; a
+            run that was killed resumes there and gives the same numbers on the same machine.
         report: called after every cycle with a `Progress`; `print_progress` is one.
 
     Warns where the tolerance was not reached: the residuals then say how far it came. Raises `ValueError` for a count
@@ -170,13 +170,13 @@ def _long_eigenpairs(
     start_key, key = jax.random.split(key)
     state = first_state(_start(operator, start_key), plan)
     if checkpoint is not None:
-        _, state = checkpoint.restore(state.residuals, state) or ([], state)
+        state = checkpoint.restore(state)
     clock = Clock(report, int(state.products))
     while not state.done and state.cycle < plan.cycles:
         number, state = int(state.cycle), _cycle(operator, state, key, tolerance, plan)
         if not np.isfinite(state.values).all():
             raise non_finite(operator, f"in cycle {number}, within {state.products} products")
         if checkpoint is not None:
-            checkpoint.save(number, state.residuals, state)
+            checkpoint.save(state, last=bool(state.done))
         clock.tell(int(state.products), float(jnp.max(state.residuals) / state.scale))
     return wanted_pairs(state, plan)
