@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from attnlab.data.digits import digits
-from attnlab.models.adapters import from_function
+from attnlab.data.gaussian import gaussian_tokens, taught
+from attnlab.models.adapters import from_function, from_linen
 from attnlab.models.attention import AttentionConfig, SelfAttention
 from attnlab.models.initializers import initializer
 from attnlab.objective import Objective, objective
@@ -15,8 +16,8 @@ WIDTH, SIDE, CLASSES = 16, 8, 10
 ATTENTION = AttentionConfig(key_dim=WIDTH, value_dim=WIDTH, output_dim=WIDTH)
 
 
-def half_squared_error(outputs: Float[Array, "n classes"], targets: Float[Array, "n classes"]) -> Float[Array, ""]:
-    """Half the squared distance of each example's output from its target, mean over examples."""
+def half_squared_error(outputs: Float[Array, "*B v"], targets: Float[Array, "*B v"]) -> Float[Array, ""]:
+    """Half the squared distance of each output vector from its target, mean over all of them."""
     return jnp.mean(jnp.sum((outputs - targets) ** 2, axis=-1)) / 2
 
 
@@ -43,3 +44,18 @@ def digits_attention(data_key: PRNGKey, key: PRNGKey, count: int = 128) -> tuple
         "readout": initializer("lecun_normal", 0.1)(keys[3], (WIDTH, CLASSES), dtype),
     }
     return objective(from_function(_digits_attention), half_squared_error, *data), params
+
+
+def easy_regression(key: PRNGKey, count: int = 192, length: int = 8, width: int = 8) -> tuple[Objective, Params]:
+    """One attention layer that learns another: a teacher with weights twice the usual size, a student with half.
+
+    Gaussian tokens, square loss. Gradient descent with learning rate 0.1 fits it before the sharpness reaches the edge:
+    the negative control of the edge of stability.
+    """
+    keys = jax.random.split(key, 3)
+    module = SelfAttention(AttentionConfig(key_dim=width, value_dim=width))
+    tokens = gaussian_tokens(keys[0], count, length, width)
+    teacher, student = (module.init(k, tokens)["params"] for k in keys[1:])
+    data = taught(keys[0], from_linen(module), jax.tree.map(lambda leaf: 2 * leaf, teacher), tokens)
+    risk = objective(from_linen(module), half_squared_error, *data)
+    return risk, jax.tree.map(lambda leaf: leaf / 2, student)

@@ -1,0 +1,120 @@
+"""Training at the edge of stability: the sharpness of attention on digits settles at each optimizer's threshold.
+
+Gradient descent at three learning rates, momentum, and the preconditioned sharpness of RMSProp and Adam, each over its
+analytic threshold; and a negative control, a regression that is solved before its sharpness reaches the edge.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+from rich.progress import Progress
+from rich.table import Table
+
+from attnlab.analysis import Analysis, AnalysisConfig, Arrays
+
+RUNS = {
+    "GD 0.05": ("gd", 0.05, 8000, {}),
+    "GD 0.1": ("gd", 0.1, 6000, {}),
+    "GD 0.2": ("gd", 0.2, 4000, {}),
+    "heavy ball 0.02": ("heavy_ball", 0.02, 3000, {}),
+    "Nesterov 0.05": ("nesterov", 0.05, 3000, {}),
+    "RMSProp 0.0005": ("rmsprop", 5e-4, 3000, {}),
+    "Adam 0.003": ("adam", 3e-3, 3000, {}),
+    "Adam 0.003, b1 = 0.5": ("adam", 3e-3, 3000, {"b1": 0.5}),
+    "control: GD 0.1": ("gd", 0.1, 6000, {}),
+}
+"""Name of the run: optimizer, learning rate, steps and options."""
+PANELS = {"gradient descent": "GD", "momentum": ("heavy", "Nesterov"), "adaptive": ("RMSProp", "Adam"), "": "control"}
+
+
+@dataclass(frozen=True)
+class Config(AnalysisConfig):
+    """Options of the analysis."""
+
+    SMOKE: ClassVar = {"runs": ("GD 0.2", "Adam 0.003", "control: GD 0.1"), "shorten": 100, "every": 10}
+
+    dtype: Literal["float64", "float32"] = "float32"
+    """Precision of the computation."""
+    runs: tuple[str, ...] = tuple(RUNS)
+    """Which of the runs."""
+    shorten: int = 1
+    """Divide the number of steps of every run by this."""
+    every: int = 50
+    """Steps between measurements; divides the steps of every run."""
+
+
+def compute(config: Config, progress: Progress) -> Arrays:
+    """Train every run with the sharpness tracked inside the scan."""
+    import jax
+
+    from attnlab.dynamics.problems import digits_attention, easy_regression
+    from attnlab.dynamics.sharpness import stability, top_eigenvalues
+    from attnlab.dynamics.stability import stable_optimizer
+    from attnlab.training import show_progress, train
+
+    key, arrays = jax.random.key(config.seed), {}
+    digits, control = digits_attention(key, key), easy_regression(key)
+    for name in config.runs:
+        optimizer_name, rate, steps, options = RUNS[name]
+        risk, params = control if name.startswith("control") else digits
+        optimizer = stable_optimizer(optimizer_name, rate, **options)
+        probes = {"edge": stability(optimizer)}
+        if optimizer.preconditioner is not None:
+            probes["raw"] = top_eigenvalues()
+        run = train(
+            risk,
+            params,
+            optimizer.transformation,
+            key,
+            steps=steps // config.shorten,
+            every=config.every,
+            probes=probes,
+            directory=config.scratch() / name,
+            report=show_progress(progress, name),
+        )
+        measured = {"steps": run.records.steps, "losses": run.records.losses, **run.records.values["edge"]}
+        measured["raw"] = run.records.values.get("raw", run.records.values["edge"])["values"][:, -1]
+        arrays |= {f"{name}/{part}": np.asarray(array) for part, array in measured.items()}
+    return arrays
+
+
+def plot(arrays: Arrays, config: Config):
+    """Sharpness over threshold in four panels, and the loss below each."""
+    import matplotlib.pyplot as plt
+
+    figure, rows = plt.subplots(2, 4, figsize=(14, 5.6), sharex="col")
+    for column, (title, prefixes) in enumerate(PANELS.items()):
+        upper, lower = rows[:, column]
+        for name in (name for name in config.runs if name.startswith(prefixes)):
+            upper.plot(arrays[f"{name}/steps"], arrays[f"{name}/ratio"], label=name)
+            lower.semilogy(arrays[f"{name}/losses"], lw=0.8)
+        upper.axhline(1, color="0.4", ls=":")
+        upper.set(ylim=(0, 1.6), title=title or "negative control")
+        upper.legend(loc="lower right")
+        lower.set_xlabel("step")
+    rows[0, 0].set_ylabel(r"$\lambda_1(P^{-1/2} H P^{-1/2})$ / threshold")
+    rows[1, 0].set_ylabel("training loss")
+    return figure
+
+
+def tables(arrays: Arrays, config: Config) -> list[Table]:
+    """When each run reaches its edge, and where it stands over its second half."""
+    table = Table(
+        "run", "threshold", "reaches it at step", "sharpness / threshold, 2nd half", "lambda_1(H), start to end"
+    )
+    for name in config.runs:
+        ratio, raw = arrays[f"{name}/ratio"], arrays[f"{name}/raw"]
+        late = ratio[len(ratio) // 2 :]
+        above = np.flatnonzero(ratio >= 1)
+        reached = str(arrays[f"{name}/steps"][above[0]]) if len(above) else "never"
+        threshold = arrays[f"{name}/threshold"][-1]
+        settled = f"{late.mean():.3f} ± {late.std():.3f}"
+        table.add_row(name, f"{threshold:.4g}", reached, settled, f"{raw[0]:.3g} to {raw[-1]:.3g}")
+    return [table]
+
+
+ANALYSIS = Analysis("edge-of-stability", Config, compute, plot, tables, __doc__)
+
+if __name__ == "__main__":
+    ANALYSIS.main()
