@@ -1,0 +1,282 @@
+"""Claims about depth, training times and the loss landscape of linear attention that learns in context."""
+
+from itertools import pairwise
+from math import comb
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import scipy.integrate
+import scipy.optimize
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array
+
+from attnlab.claims.icl_risk import NEWTON, SAMPLED, STANDARD_ERRORS, error_and_gradient, means_against
+from attnlab.claims.registry import Comparison, claim
+from attnlab.icl.constructions import gradient_descent_stack
+from attnlab.icl.depth import (
+    depth_risk,
+    depth_step_sizes,
+    gauss_rule,
+    looped_risk,
+    marchenko_pastur_moments,
+    plus_plus_risk,
+    wishart_moments,
+)
+from attnlab.icl.landscape import StationaryPoint, balance, swapped_start
+from attnlab.icl.models import stack_predict
+from attnlab.icl.optima import adapted_risks, optimal_risk
+from attnlab.icl.population import population_objective
+from attnlab.icl.tasks import LinearRegression, isotropic, linear_regression, sample_prompts
+from attnlab.icl.training_time import direction_forces, merged_growth, staircase_times
+from attnlab.objective import Objective
+from attnlab.training import train
+from attnlab.types import Params, PRNGKey
+
+INTEGRATED = "gradient flow on the exact risk, integrated at a relative accuracy of 1e-10 a step"
+
+
+@claim(
+    statement=r"\min \tfrac1d L = \frac{1}{(H^{-1})_{00}},\quad H_{ij} = \tfrac1d \mathbb E\, \mathrm{tr}\, \hat G^{i+j};"
+    r" \text{ the steps are one over the roots of the residual}",
+    source="orthogonal polynomials of the spectrum; the stack is that of Ahn et al., arXiv 2306.00297, with B = 0; derived here",
+    tolerance=STANDARD_ERRORS,
+    because=SAMPLED,
+)
+def depth_gives_orthogonal_polynomials(key: PRNGKey) -> Comparison:
+    """Stacks of one to three layers with these steps on sampled prompts, d = 5, N = 20: 1.154, 0.361, 0.134."""
+    moments = wishart_moments(5, 20, 6)
+    prompts = sample_prompts(key, isotropic(5), 20, 20_000)
+
+    def errors(layers: int) -> Array:
+        steps = jnp.asarray(depth_step_sizes(moments, layers))
+        stack = gradient_descent_stack(steps[:, None, None] * jnp.eye(5)[None])
+        return (jax.vmap(lambda prompt: stack_predict(stack, prompt))(prompts) - prompts.target) ** 2
+
+    predicted = jnp.array([5 * depth_risk(moments, layers) for layers in (1, 2, 3)])
+    return means_against(predicted, jnp.stack([errors(layers) for layers in (1, 2, 3)], axis=1))
+
+
+@claim(
+    statement=r"d = N \to \infty: \quad \tfrac1d L = \frac{1}{L + 1} \text{ with steps of their own},\quad"
+    r" \binom{2L}{L} 4^{-L} \sim (\pi L)^{-1/2} \text{ for one looped layer}",
+    source="moments of the law of Marchenko and Pastur are Catalan numbers; derived here",
+    tolerance=1e-10,
+    because="exact in rational numbers; the best looped step by a search to 1e-12",
+)
+def depth_laws_at_equal_dimension_and_length(key: PRNGKey) -> Comparison:
+    """Hankel determinants and the looped optimum for 1 to 12 layers; nothing here is random."""
+    moments = marchenko_pastur_moments(1, 24)
+    depths = range(1, 13)
+    predicted = [[1 / (layers + 1), comb(2 * layers, layers) / 4**layers] for layers in depths]
+    return Comparison(predicted, [[depth_risk(moments, n), looped_risk(moments, n)[0]] for n in depths])
+
+
+@claim(
+    statement=r"\min L_{\mathrm{GD}++} = 1.1538,\ 0.057501,\ 9.6131 \times 10^{-4} \text{ for } L = 1, 2, 3 \quad (d = 5,\ N = 20)",
+    source="the algorithm of von Oswald et al., arXiv 2212.07677; its population optimum derived here",
+    tolerance=1e-4,
+    because="quasi-Newton descent from steps a tenth away on a Gauss rule that is exact for these polynomials; "
+    "a sample of prompts misses the rare eigenvalues that decide it, and its own optimum is a third too low",
+)
+def best_gd_plus_plus(key: PRNGKey) -> Comparison:
+    """Minimised over step sizes and contractions, from perturbed starts."""
+    rule = gauss_rule(wishart_moments(5, 20, 27), 14)
+    measured = []
+    for layers, (parameters, _) in PLUS_PLUS.items():
+        factor = 1 + 0.1 * np.asarray(jax.random.uniform(jax.random.fold_in(key, layers), (2 * layers,), minval=-1))
+
+        def total(vector: Array, layers: int = layers) -> Array:
+            return 5 * plus_plus_risk(vector[:layers], vector[layers:], rule)
+
+        descent = jax.jit(jax.value_and_grad(total))
+        best = scipy.optimize.minimize(descent, np.array(parameters) * factor, jac=True, method="BFGS", tol=1e-12)
+        measured.append(best.fun)
+    predicted = np.array([risk for _, risk in PLUS_PLUS.values()])
+    return Comparison(predicted, np.array(measured), scale=predicted)
+
+
+# Step sizes, then contractions (the last has no effect), and the risk.
+PLUS_PLUS = {
+    1: ([0.77, 0.0], 1.153846),
+    2: ([0.52, 3.5, 0.45, 0.0], 0.0575012),
+    3: ([0.338, 2.09, 8.57, 0.297, 1.21, 0.0], 0.000961311),
+}
+
+
+SLOPE = jax.jit(jax.grad(lambda params, risk: -risk(params)))
+
+
+def gradient_flow(risk: Objective, start: Params, times: np.ndarray, method: str = "DOP853") -> Params:
+    """The parameters at ascending times from 0, with a leading axis."""
+    flat, unravel = ravel_pytree(start)
+
+    def slope(_: float, vector: np.ndarray) -> np.ndarray:
+        return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(SLOPE(unravel(vector), risk))])
+
+    span = (0.0, float(times[-1]))
+    path = scipy.integrate.solve_ivp(slope, span, np.asarray(flat), method, t_eval=times, rtol=1e-10, atol=1e-12)
+    return jax.vmap(unravel)(jnp.asarray(path.y.T))
+
+
+@claim(
+    statement=r"\dot g = 4 \sqrt d\, g \left(1 - \frac{g}{g^\star}\right),\quad g^\star = \frac{N}{N + d + 1 + \sigma^2}",
+    source="Zhang, Singh, Latham, Saxe, arXiv 2501.16265, here at finite N",
+    tolerance=1e-7,
+    because=INTEGRATED,
+)
+def merged_weights_grow_along_a_logistic_curve(key: PRNGKey) -> Comparison:
+    """The whole layer with one query-key matrix from a balanced start of random size, isotropic d = 3."""
+    d, length, noise = 3, 8, 0.2
+    size = float(jax.random.uniform(key, minval=0.05, maxval=0.2))
+    start = {
+        "value": jnp.zeros((1, d + 1)).at[0, -1].set(size),
+        "query_key": jnp.zeros((1, d + 1, d)).at[0, :d].set(size / d**0.5 * jnp.eye(d)),
+    }
+    times = np.linspace(0.0, 1.5, 16)
+    path = gradient_flow(population_objective(isotropic(d, noise), length), start, times)
+    growth = path["value"][:, 0, -1] * path["query_key"][:, 0, 0, 0]
+    return Comparison(merged_growth(jnp.asarray(times), size**2 / d**0.5, d, length, noise), growth)
+
+
+SPECTRUM = jnp.array([4.0, 2.0, 1.0, 0.5])
+
+
+@claim(
+    statement=r"\dot z = 2 z^2 (A_m - C_m z^3) \text{ along eigenvector } m: \quad t = \frac{J(s) - 1/s}{2 A_m (A_m / C_m)^{1/3}}\Big|_{s(0)}^{s(t)}",
+    source="Zhang, Singh, Latham, Saxe, arXiv 2501.16265, here in closed form",
+    tolerance=1e-6,
+    because=INTEGRATED + "; times relative to the longest",
+)
+def separate_keys_and_queries_learn_in_a_staircase(key: PRNGKey) -> Comparison:
+    """When each of four aligned heads reaches its levels, for a start of random size; N = 31."""
+    problem, size = linear_regression(jnp.diag(SPECTRUM)), float(jax.random.uniform(key, minval=0.2, maxval=0.3))
+    gain, curvature = direction_forces(problem, 31)
+    start = {"value": size * jnp.ones(4), "key": size * jnp.eye(4), "query": size * jnp.eye(4)}
+    times = np.linspace(0.0, 12.0, 121)
+    levels = gradient_flow(population_objective(problem, 31, "rank_one"), start, times)["value"] ** 3
+    predicted, measured = [], []
+    for m, limit in enumerate(gain / curvature):
+        rising = np.flatnonzero((levels[:, m] > 1.01 * size**3) & (levels[:, m] < 0.99 * limit))
+        predicted.append(times[rising])
+        measured.append(staircase_times(levels[rising, m], size**3, gain[m], curvature[m]))
+    return Comparison(np.concatenate(predicted), np.concatenate(measured))
+
+
+@claim(
+    statement=r"L(t) \text{ rests at } \min_{\mathrm{rank}\, \Gamma \le m} L(\Gamma),\ m = 0, 1, \ldots:"
+    r" \quad 7.5 \to 3.84 \to 2.11 \to 1.32 \to 0.99 \quad (\lambda = (4, 2, 1, \tfrac12),\ N = 31)",
+    source="Zhang, Singh, Latham, Saxe, arXiv 2501.16265",
+    tolerance=0.05,
+    because="plateaus of a small but finite start, relative to the plateau: where the risk changes least between two steps",
+)
+def the_staircase_rests_at_the_best_low_ranks(key: PRNGKey) -> Comparison:
+    """Gradient flow from a small random start of four heads; the slowest points of log risk, one between two steps."""
+    problem = linear_regression(jnp.diag(SPECTRUM))
+    plateaus = np.asarray(adapted_risks(problem, 31))
+    shapes = {"value": (4,), "key": (4, 4), "query": (4, 4)}
+    keys = jax.random.split(key, 3)
+    start = {name: 0.02 * jax.random.normal(k, shape) for k, (name, shape) in zip(keys, shapes.items(), strict=True)}
+    risk = population_objective(problem, 31, "rank_one")
+    times = np.geomspace(1e-2, 1e4, 1000)
+    risks = np.asarray(jax.vmap(risk)(gradient_flow(risk, start, times, "LSODA")))
+    speed = -np.diff(np.log(risks)) / np.diff(np.log(times))
+    middles = np.sqrt(risks[1:] * risks[:-1])
+    bounds = np.sqrt(plateaus[1:] * plateaus[:-1])
+    between = [(middles < low) & (middles > high) for low, high in pairwise(bounds)]
+    slowest = [middles[inside][np.argmin(speed[inside])] for inside in between]
+    measured = [risks[0], *slowest, risks[-1]]
+    return Comparison(plateaus, measured, scale=plateaus)
+
+
+ADAM = optax.adam(optax.cosine_decay_schedule(0.03, 2000))
+ANISOTROPIC = jnp.array([2.0, 1.0, 0.5, 0.25, 0.1])
+
+
+def rotated_problem(key: PRNGKey) -> LinearRegression:
+    """The anisotropic problem of the bad minimum in a random orthonormal basis: d = 5, noise variance 0.1."""
+    basis, _ = jnp.linalg.qr(jax.random.normal(key, (5, 5)))
+    covariance = (basis * ANISOTROPIC[None, :]) @ basis.T
+    return linear_regression((covariance + covariance.T) / 2, noise_variance=0.1)
+
+
+def bad_minimum(problem: LinearRegression, length: int) -> StationaryPoint:
+    """The stationary point that Newton's method reaches from the swapped start."""
+    return NEWTON(population_objective(problem, length), balance(swapped_start(problem, length)))
+
+
+@claim(
+    statement=r"\lambda = (2, 1, .5, .25, .1),\ \sigma^2 = .1,\ N = 20: \quad \nabla L = 0,\ L = 1.9360 \text{ against }"
+    r" L^\star = 0.7924,\ \nabla^2 L \succ 0 \text{ but for the scale}",
+    source="derived here",
+    tolerance=1e-5,
+    because="risks to the digits given; gradient norm below 1e-12 and one flat eigenvalue, all others positive, count as 1",
+)
+def anisotropy_makes_a_strict_bad_minimum(key: PRNGKey) -> Comparison:
+    """Risk at the swapped stationary point and at the optimum, in a random basis; strictness by its exact Hessian."""
+    problem = rotated_problem(key)
+    point = bad_minimum(problem, 20)
+    stationary = point.gradient_norm < 1e-12
+    measured = [point.risk, optimal_risk(problem, 20), stationary, point.is_strict_minimum(symmetries=1)]
+    return Comparison([1.935972, 0.792426, 1, 1], [float(value) for value in measured], scale=1)
+
+
+@claim(
+    statement=r"\mathbb E (\hat y - y)^2 = 1.9360,\ \mathbb E \nabla (\hat y - y)^2 = 0 \text{ at the bad minimum, on sampled prompts}",
+    source="derived here",
+    tolerance=STANDARD_ERRORS,
+    because=SAMPLED,
+)
+def the_bad_minimum_shows_on_sampled_prompts(key: PRNGKey) -> Comparison:
+    """Squared errors and their gradient over prompts that know nothing of the closed form of the risk."""
+    problem_key, sample_key = jax.random.split(key)
+    problem = rotated_problem(problem_key)
+    params = bad_minimum(problem, 20).params
+    prompts = sample_prompts(sample_key, problem, 20, 20_000)
+
+    samples = error_and_gradient(params, prompts)
+    return means_against(jnp.zeros(samples.shape[1]).at[0].set(1.935972), samples)
+
+
+@claim(
+    statement=r"\text{Adam from } \mathcal N(0, 0.1^2) \text{ weights ends at the optimum or at the bad minimum, and at each of them at times}",
+    source="derived here",
+    tolerance=0.0,
+    because="a count: of 32 starts, all end within 0.01 of either risk, and at least one at each",
+    relation="at least",
+)
+def random_starts_find_the_bad_minimum(key: PRNGKey) -> Comparison:
+    """32 random starts of the whole layer on the exact risk: how many end at either, at the bad one, at the optimum."""
+    problem = linear_regression(jnp.diag(ANISOTROPIC), noise_variance=0.1)
+    keys = jax.random.split(key, 32)
+
+    def start(key: PRNGKey) -> Params:
+        value_key, query_key = jax.random.split(key)
+        return {
+            "value": 0.1 * jax.random.normal(value_key, (1, 6)),
+            "query_key": 0.1 * jax.random.normal(query_key, (1, 6, 5)),
+        }
+
+    risk = population_objective(problem, 20)
+    finals = train(risk, jax.vmap(start)(keys), ADAM, keys, steps=2000, every=2000).records.losses[-1]
+    bad, best = (np.sum(np.abs(finals - risk) < 1e-2) for risk in (1.935972, 0.792426))
+    return Comparison([32, 1, 1], [bad + best, bad, best], scale=1)
+
+
+@claim(
+    statement=r"\Lambda = \Omega = I,\ \sigma = 0: \text{ strict bad minima for } (d, N) = (2, 4), (3, 25), (4, 60)",
+    source="derived here",
+    tolerance=0.0,
+    because="1 where the gradient is below 1e-12, as many Hessian eigenvalues vanish as there are symmetries (d: the "
+    "scale, and the swapped direction on a sphere), all others are positive, and the risk is above the least",
+)
+def long_contexts_make_bad_minima_without_anisotropy(key: PRNGKey) -> Comparison:
+    """The swapped stationary point under isotropic inputs; the exact Hessian decides. Nothing here is random."""
+    measured = []
+    for d, length in ((2, 4), (3, 25), (4, 60)):
+        problem = isotropic(d)
+        point = bad_minimum(problem, length)
+        worse = point.risk > 1.05 * optimal_risk(problem, length)
+        measured.append(float(point.is_strict_minimum(symmetries=d) and point.gradient_norm < 1e-12 and worse))
+    return Comparison([1, 1, 1], measured, scale=1)
