@@ -17,7 +17,7 @@ TARGETS = np.random.default_rng(1).standard_normal((6, 2))
 PARAMS = jnp.asarray(np.random.default_rng(2).standard_normal((3, 2)))
 
 
-@pytest.mark.parametrize("name", ["two_layers/cross_entropy", "convnet/square", "language_model/cross_entropy"])
+@pytest.mark.parametrize("name", ["convnet/square", "language_model/cross_entropy"])
 def test_sound_objectives_pass(name):
     risk, params = CASES[name](jax.random.key(1))
     found = verify(risk, params, jax.random.key(1))

@@ -1,0 +1,376 @@
+"""Matrix-free curvature against the tools people use for it, on the same weights and data.
+
+    python benchmarks/curvature.py [--quick] [--json FILE] [--peers PYTHON]
+
+Cases: `attention`, one attention layer (16,384 parameters, 32 x 32 tokens of width 64, square loss); `gpt`, a LayerNorm
+language model of two blocks (535,040 parameters, 16 x 64 tokens, cross-entropy). PyHessian, curvlinops,
+hessian-eigenthings (torch) and matfree (JAX) run in the interpreter PYTHON, an environment of their own, one process
+each, and wait while another runs: `pip install torch curvlinops-for-pytorch pyhessian hessian-eigenthings jax flax
+optax jaxtyping matfree`, and `pip install --no-deps -e .` for matfree. What it lacks is skipped with a message.
+Everything runs once before it is timed, and must agree; then ours and the peer take turns. Ratios are of medians of
+wall time, peer / ours: above 1 we are ahead. On a busy machine pin it to one core (`taskset -c 0`) and read CPU times.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+from attnlab.curvature import block_densities, eigenpairs, ggn, hessian, spectral_density
+from attnlab.losses import cross_entropy, square_loss
+from attnlab.models.adapters import from_linen
+from attnlab.models.attention import AttentionConfig, SelfAttention
+from attnlab.models.transformer import LanguageModel, LanguageModelConfig, TransformerConfig
+from attnlab.objective import objective
+from attnlab.trees import dimension, leaf_names
+
+WORKER = Path(__file__).parent / "peers" / "curvature_worker.py"
+LIBRARIES = ("PyHessian", "curvlinops", "hessian-eigenthings", "matfree")
+HEADS = {"attention": 1, "gpt": 4}
+SIZES = {"attention": (10, 64), "gpt": (1, 32)}  # probes, steps of a density
+
+
+def attention(width=64, length=32, batch=32):
+    module = SelfAttention(AttentionConfig(key_dim=width, value_dim=width, output_dim=width))
+    inputs, targets = jax.random.normal(jax.random.key(0), (2, batch, length, width), jnp.float32)
+    return objective(from_linen(module), square_loss, inputs, targets), module.init(jax.random.key(1), inputs)["params"]
+
+
+def gpt(layers=2, width=128, vocabulary=512, length=64, batch=16):
+    heads = AttentionConfig(width // 4, width // 4, heads=4, causal=True, output_dim=width)
+    blocks = TransformerConfig(heads, layers, mlp_width=4 * width, bias=True, final_norm=True)
+    module = LanguageModel(LanguageModelConfig(blocks, vocabulary, length, width, dtype="float32"))
+    tokens = jax.random.randint(jax.random.key(0), (batch, length + 1), 0, vocabulary)
+    params = jax.jit(module.init)(jax.random.key(1), tokens[:, :-1])["params"]
+    return objective(from_linen(module), cross_entropy, tokens[:, :-1], tokens[:, 1:]), params
+
+
+CASES = {"attention": attention, "gpt": gpt}
+
+
+def flatten(params):
+    return {
+        f"params/{name}": np.asarray(leaf)
+        for name, leaf in zip(leaf_names(params), jax.tree.leaves(params), strict=True)
+    }
+
+
+def unflatten(arrays):
+    """The nested parameters of `flatten`."""
+    tree: dict = {}
+    for name, array in arrays.items():
+        if name.startswith("params/"):
+            *parents, leaf = name.split("/")[1:]
+            node = tree
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[leaf] = jnp.asarray(array)
+    return tree
+
+
+class Peer:
+    """A library in a process of its own, that answers one request at a time."""
+
+    def __init__(self, library, case, python, weights):
+        environment = {**os.environ, "ATTNLAB_BENCHMARKS": str(Path(__file__).resolve().parent)}
+        self.library = library
+        self.process = subprocess.Popen(
+            [python, WORKER, library, case, weights],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+        )
+
+    def start(self):
+        """Whether the library is there."""
+        return self._answer() is not None
+
+    def ask(self, task, **arguments):
+        """The answer to one request, with its cost, or with an `error`."""
+        self.process.stdin.write(json.dumps({"task": task, **arguments}) + "\n")
+        self.process.stdin.flush()
+        return self._answer() or {"error": "the process ended"}
+
+    def _answer(self):
+        line = self.process.stdout.readline()
+        return json.loads(line) if line else None
+
+    def stop(self):
+        """End the process."""
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+
+
+def clocked(function):
+    wall, cpu = time.perf_counter(), time.process_time()
+    value = jax.block_until_ready(function())
+    return value, time.perf_counter() - wall, time.process_time() - cpu
+
+
+def alternate(rounds, **functions):
+    """Median wall and CPU seconds of functions that take turns, after one run of each."""
+    times = {name: [] for name in functions}
+    for function in functions.values():
+        jax.block_until_ready(function())
+    for _ in range(rounds):
+        for name, function in functions.items():
+            times[name].append(clocked(function)[1:])
+    return {
+        name: tuple(statistics.median(column) for column in zip(*rows, strict=True)) for name, rows in times.items()
+    }
+
+
+class Table:
+    """Prints ratios as they come and keeps them."""
+
+    def __init__(self):
+        self.ratios: dict[str, float] = {}
+
+    def add(self, key, ratio, note=""):
+        """One line."""
+        self.ratios[key] = round(float(ratio), 3)
+        print(f"  {key:<88} {ratio:>8.2f}   {note}", flush=True)
+
+
+def our_density(risk, params, probes, steps):
+    return spectral_density(hessian(risk, params), jax.random.key(0), probes=probes, steps=steps)
+
+
+def compare_densities(table, case, peer, rounds, scale):
+    risk, params = CASES[case]()
+    probes, steps = SIZES[case][0], max(8, int(SIZES[case][1] * scale))
+    first = clocked(lambda: our_density(risk, params, probes, steps))
+    found = first[0]
+    theirs = peer.ask("density", probes=probes, steps=steps)
+    if "error" in theirs:
+        print(f"  {peer.library} skipped on {case}: {theirs['error'][:160]}")
+        return
+    # The top of the spectrum is the same number in both; the first moment has its standard error.
+    top = float(jnp.max(found.nodes))
+    agreement = abs(theirs["top"] / top - 1)
+    ours, peers = [], []
+    for _ in range(rounds):
+        ours.append(clocked(lambda: our_density(risk, params, probes, steps))[1:])
+        answer = peer.ask("density", probes=probes, steps=steps)
+        peers.append((answer["wall"], answer["cpu"]))
+    (wall, cpu), (their_wall, their_cpu) = (
+        [statistics.median(column) for column in zip(*rows, strict=True)] for rows in (ours, peers)
+    )
+    size = f"{case}, {dimension(params):,} parameters, {probes} probes x {steps} steps"
+    note = f"ours {wall:.2f} s, theirs {their_wall:.2f} s; top eigenvalue agrees to {agreement:.0e}"
+    table.add(f"density, {peer.library} / ours: {size}", their_wall / wall, note)
+    table.add(f"density CPU time, {peer.library} / ours: {size}", their_cpu / cpu)
+    if theirs["megabytes"] > 20:
+        table.add(
+            f"extra memory, {peer.library} / ours: {size}", theirs["megabytes"] / our_megabytes(risk, params, steps)
+        )
+
+
+def our_megabytes(risk, params, steps):
+    """What a density takes on top of weights and data: saved activations, and the compiled loop's temporaries."""
+    from attnlab.curvature.density import _projections
+
+    operator = hessian(risk, params)
+    keys = jax.random.split(jax.random.key(0), (1, 1))
+    memory = _projections.lower(operator, keys, steps, None).compile().memory_analysis()
+    saved = sum(leaf.nbytes for leaf in jax.tree.leaves(operator.linear))
+    return (saved + memory.temp_size_in_bytes) / 2**20
+
+
+def compare_eigenpairs(table, peer, count):
+    risk, params = gpt()
+    solve = lambda: eigenpairs(hessian(risk, params), jax.random.key(0), count, tolerance=1e-3)  # noqa: E731
+    pairs = solve()
+    pairs, wall, cpu = clocked(solve)
+    theirs = peer.ask("top", count=count)
+    if "error" in theirs:
+        print(f"  {peer.library} skipped: {theirs['error'][:160]}")
+        return
+    residual = float(jnp.max(pairs.residuals) / jnp.max(jnp.abs(pairs.values)))
+    size = f"gpt, top {count}"
+    error = max(abs(np.sort(theirs["values"])[-3:] / np.asarray(pairs.values)[-3:] - 1))
+    note = f"ours {wall:.1f} s, theirs {theirs['wall']:.1f} s; top three agree to {error:.0e}"
+    table.add(f"eigenpairs, {peer.library} / ours: {size}", theirs["wall"] / wall, note)
+    table.add(f"eigenpairs CPU time, {peer.library} / ours: {size}", theirs["cpu"] / cpu)
+    note = f"ours {residual:.0e}, theirs {theirs['residual']:.0e}"
+    table.add(
+        f"eigenpairs, largest relative residual, {peer.library} / ours: {size}", theirs["residual"] / residual, note
+    )
+    if "products" in theirs:
+        note = f"ours {int(pairs.products)}, ARPACK {theirs['products']}"
+        table.add(f"eigenpairs, products of ARPACK / ours: {size}", theirs["products"] / int(pairs.products), note)
+
+
+@jax.jit
+def gradients(risk, flat, point, count):
+    """`count` gradients one after another: each depends on the last, so that none is left out."""
+    unravel = ravel_pytree(point)[1]
+
+    def step(_, flat):
+        return flat - 1e-9 * ravel_pytree(jax.grad(risk)(unravel(flat)))[0]
+
+    return jax.lax.fori_loop(0, count, step, flat)
+
+
+@jax.jit
+def products(operator, flat, count):
+    def step(_, flat):
+        image = operator.flat_mv(flat)
+        return image / jnp.linalg.norm(image)
+
+    return jax.lax.fori_loop(0, count, step, flat)
+
+
+@jax.jit
+def plain_product(risk, params, vector):
+    return jax.jvp(jax.grad(risk), (params,), (vector,))[1]
+
+
+def product_costs(table, case, rounds):
+    risk, params = CASES[case]()
+    flat, count = ravel_pytree(params)[0], 8 if case == "gpt" else 40
+    full, gauss = hessian(risk, params), ggn(risk, params)
+    times = alternate(
+        rounds,
+        gradient=lambda: gradients(risk, flat, params, count),
+        product=lambda: products(full, flat, count),
+        ggn=lambda: products(gauss, flat, count),
+        apply=lambda: [full.mv(params) for _ in range(count)],
+        plain=lambda: [plain_product(risk, params, params) for _ in range(count)],
+    )
+    cpu = {name: seconds[1] for name, seconds in times.items()}
+    size = f"{case}, {dimension(params):,} parameters"
+    note = f"gradient {1e3 * cpu['gradient'] / count:.1f} ms of CPU time"
+    table.add(f"CPU time, a gradient / one Hessian product in a loop: {size}", cpu["gradient"] / cpu["product"], note)
+    table.add(f"CPU time, a gradient / one GGN product in a loop: {size}", cpu["gradient"] / cpu["ggn"])
+    table.add(f"CPU time, jitted jvp(grad) / linearised product, one call each: {size}", cpu["plain"] / cpu["apply"])
+
+
+def long_run_cost(table, case, rounds):
+    risk, params = CASES[case]()
+    operator, key = hessian(risk, params), jax.random.key(0)
+    probes, steps = SIZES[case]
+    with tempfile.TemporaryDirectory() as folder:
+        number = iter(range(10**6))
+
+        def saved():
+            where = Path(folder) / str(next(number))
+            reports: list = []
+            return spectral_density(
+                operator, key, probes=probes, steps=steps, directory=where, report=reports.append
+            ).nodes
+
+        times = alternate(
+            rounds, single=lambda: spectral_density(operator, key, probes=probes, steps=steps).nodes, saved=saved
+        )
+    for clock, column in (("", 0), ("CPU time, ", 1)):
+        ratio = times["single"][column] / times["saved"][column]
+        table.add(f"{clock}density in one jitted call / saved and reported every 16 steps: {case}", ratio)
+
+
+def block_costs(table, rounds):
+    risk, params = gpt()
+    key, steps, blocks = jax.random.key(0), 8, len(leaf_names(params))
+    times = alternate(
+        rounds,
+        blocks=lambda: [d.nodes for d in block_densities(risk, params, key, probes=1, steps=steps).values()],
+        whole=lambda: spectral_density(hessian(risk, params), key, probes=1, steps=steps).nodes,
+    )
+    ratio = blocks * times["whole"][1] / times["blocks"][1]
+    table.add(f"CPU time, {blocks} x a full density / densities of all {blocks} blocks: gpt, {steps} steps", ratio)
+
+
+def dense_costs(table, rounds):
+    risk, params = attention(width=16, length=16, batch=8)
+    flat, unravel = ravel_pytree(params)
+    autodiff = jax.jit(lambda risk, flat: jax.hessian(lambda vector: risk(unravel(vector)))(flat))
+    difference = jnp.max(jnp.abs(autodiff(risk, flat) - hessian(risk, params).dense()))
+    times = alternate(rounds, ours=lambda: hessian(risk, params).dense(), autodiff=lambda: autodiff(risk, flat))
+    note = f"largest difference {difference:.0e}"
+    table.add(
+        f"dense, jax.hessian / ours: attention, {flat.size:,} parameters", times["autodiff"][0] / times["ours"][0], note
+    )
+
+
+def memory_of_steps(table):
+    risk, params = gpt()
+    short, long = (our_megabytes(risk, params, steps) for steps in (16, 64))
+    table.add("extra memory of a density, 16 steps / 64 steps: gpt", short / long, f"{long:.0f} MiB")
+
+
+def peers_of(case, python):
+    """The peers that can be had, started one by one; says which cannot."""
+    _, params = CASES[case]()
+    risk, _ = CASES[case]()
+    arrays = {**flatten(params), "inputs": np.asarray(risk.inputs), "targets": np.asarray(risk.targets)}
+    layers = sum(name.endswith("attention/query") for name in leaf_names(params))
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder) / "weights.npz"
+        np.savez(weights, heads=HEADS[case], layers=layers, **arrays)
+        for library in LIBRARIES:
+            peer = Peer(library, case, python, weights)
+            if peer.start():
+                yield peer
+            else:
+                print(f"  {library} skipped: it does not start in {Path(python).name} (see --help)")
+            peer.stop()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer rounds and steps; of the peers the small case alone"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the ratios there")
+    parser.add_argument("--peers", default=sys.executable, metavar="PYTHON", help="interpreter that has the peers")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    rounds, table = (2 if arguments.quick else 5), Table()
+    print("peer / ours: above 1 we are ahead")
+    for case in CASES:
+        product_costs(table, case, rounds)
+        long_run_cost(table, case, rounds)
+    dense_costs(table, rounds)
+    memory_of_steps(table)
+    if not arguments.quick:
+        block_costs(table, rounds)
+    for case in ("attention",) if arguments.quick else CASES:
+        for peer in peers_of(case, arguments.peers):
+            compare_densities(table, case, peer, rounds, scale=0.25 if arguments.quick else 1.0)
+            if case == "gpt" and peer.library != "matfree":
+                compare_eigenpairs(table, peer, 10)
+    if arguments.json:
+        machine = {"platform": platform.platform(), "cpus": os.cpu_count(), "device": str(jax.devices()[0])}
+        versions = {"python": platform.python_version(), **{name: version(name) for name in ("jax", "numpy", "flax")}}
+        versions |= peer_versions(arguments.peers)
+        content = {"ratios": table.ratios, "machine": machine, "versions": versions}
+        arguments.json.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def peer_versions(python):
+    packages = ("torch", "curvlinops-for-pytorch", "pyhessian", "hessian-eigenthings", "matfree")
+    program = (
+        "import importlib.metadata as m, json\n"
+        f"known = {{d.metadata['Name'].lower(): d.version for d in m.distributions()}}\n"
+        f"print(json.dumps({{n: known[n] for n in {packages!r} if n in known}}))"
+    )
+    return json.loads(subprocess.run([python, "-c", program], capture_output=True, text=True, check=True).stdout)
+
+
+if __name__ == "__main__":
+    main()
