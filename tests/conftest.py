@@ -1,8 +1,6 @@
-"""Strict numerics for every test: 64 bits, no silent promotion of dtypes or ranks, a compile cache."""
+"""Strict numerics for every test: 64 bits, no silent promotion of dtypes or ranks."""
 
 import os
-import tempfile
-from pathlib import Path
 
 # Test programs run once: compiling them quickly beats running them quickly. Set before JAX reads it.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
@@ -13,9 +11,13 @@ import pytest
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_compilation_cache_dir", str(Path(tempfile.gettempdir()) / "attnlab-test-compile-cache"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def release_compiled_programs():
+    """Thousands of compiled programs in one process exhaust its memory maps: drop those of a finished module."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(params=[1, 2, 3], ids=lambda seed: f"seed{seed}")
