@@ -110,9 +110,9 @@ def cold_arpack(operator, tolerance):
 def measure(name, quick):
     """All numbers of one problem."""
     risk, params = PROBLEMS[name](jax.random.key(1))
-    steps, repeats = (200, 3) if quick else (1000, 7)
+    steps, repeats = (1000, 3) if quick else (4000, 5)
     batched = fastest_batching(hessian(risk, params))
-    one, two = Tracking(1, 1, batched), Tracking(2, 1, batched)
+    one, two = Tracking(1, batched=batched), Tracking(2, batched=batched)
     runs = {
         "plain": lambda: plain_loop(risk, params, steps),
         "bare": lambda: trained(risk, params, steps, 50).params,

@@ -58,6 +58,30 @@ def warm_top_pairs(
     return TopPairs(values, vectors, residuals)
 
 
+def refined_top_pairs(
+    product: FlatProduct,
+    start: Float[Array, "k n"],
+    depth: int = 1,
+    *,
+    tolerance: float,
+    rounds: int,
+    batched: bool = False,
+) -> TopPairs:
+    """`warm_top_pairs` again, at most `rounds` times, until the highest pair's residual is at most `tolerance` times
+    its value in modulus: one round nearly always, more after the operator has moved far. Pure; for jitted code."""
+
+    def unfinished(state: tuple[Array, TopPairs]) -> Array:
+        number, pairs = state
+        return (number < rounds) & (pairs.residuals[-1] > tolerance * jnp.abs(pairs.values[-1]))
+
+    def again(state: tuple[Array, TopPairs]) -> tuple[Array, TopPairs]:
+        number, pairs = state
+        return number + 1, warm_top_pairs(product, pairs.vectors, depth, batched=batched)
+
+    first = warm_top_pairs(product, start, depth, batched=batched)
+    return jax.lax.while_loop(unfinished, again, (jnp.array(1), first))[1]
+
+
 def _orthonormal_block(block: Float[Array, "k n"], basis: Float[Array, "m n"]) -> Float[Array, "k n"]:
     """Orthonormal rows that span `block` up to `basis`, and are orthogonal to it.
 

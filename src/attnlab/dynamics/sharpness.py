@@ -13,7 +13,7 @@ from attnlab.checks import check_positive
 from attnlab.curvature.lanczos import FlatProduct
 from attnlab.curvature.operators import Block, hessian
 from attnlab.curvature.transforms import precondition
-from attnlab.dynamics.krylov import cold_top_pairs, warm_top_pairs
+from attnlab.dynamics.krylov import cold_top_pairs, refined_top_pairs
 from attnlab.dynamics.stability import StableOptimizer, preconditioner_after_step
 from attnlab.objective import Objective
 from attnlab.training.probe import Probe, TrainingState
@@ -30,16 +30,21 @@ class Tracking:
 
     Attributes:
         count: how many pairs k; one more than wanted guards against crossings.
-        depth: Krylov steps a measurement; it costs k (depth + 1) Hessian products.
+        depth: Krylov steps a round, which costs k (depth + 1) Hessian products.
+        tolerance: further rounds follow while the highest pair's residual is above this share of its value. The value's
+            own error is of the order of the square: 0.05 keeps it below about half a percent.
+        rounds: at most so many a measurement.
         batched: take the k products of a block at once, see `krylov.fastest_batching`.
     """
 
     count: int = 2
     depth: int = 1
+    tolerance: float = 0.05
+    rounds: int = 10
     batched: bool = False
 
     def __post_init__(self) -> None:
-        check_positive(count=self.count, depth=self.depth)
+        check_positive(count=self.count, depth=self.depth, rounds=self.rounds)
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,10 @@ class _Measure:
         self, risk: Objective, state: TrainingState, memory: Float[Array, "k n"], key: PRNGKey
     ) -> tuple[Values, Float[Array, "k n"]]:
         product, _, extra = self.build(risk, state)
-        pairs = warm_top_pairs(product, memory, self.tracking.depth, batched=self.tracking.batched)
+        now = self.tracking
+        pairs = refined_top_pairs(
+            product, memory, now.depth, tolerance=now.tolerance, rounds=now.rounds, batched=now.batched
+        )
         values = {"values": pairs.values, "residuals": pairs.residuals, **extra}
         if "threshold" in extra:
             values["ratio"] = pairs.values[-1] / extra["threshold"]

@@ -200,6 +200,16 @@ def _step_of(state: TrainingState) -> Array:
     return jnp.ravel(state.step)[0]  # all members stand at one step
 
 
+def _restore(
+    risk: Objective, state: TrainingState, plan: _Plan, checkpoint: Checkpoint | None
+) -> tuple[list[Records], TrainingState] | None:
+    if checkpoint is None:
+        return None
+    state = jax.eval_shape(lambda risk, state: _start_probes(risk, state, plan), risk, state)
+    records = jax.eval_shape(lambda risk, state: _advance(risk, state, plan, 1)[1], risk, state)
+    return checkpoint.restore(records, state)
+
+
 def _run_parts(
     risk: Objective,
     state: TrainingState,
@@ -211,11 +221,7 @@ def _run_parts(
     intervals = steps // plan.every
     size = -(-intervals // PARTS)
     sizes = [min(size, intervals - done) for done in range(0, intervals, size)]
-    parts: list[Records] = []
-    state_shapes = jax.eval_shape(lambda risk, state: _start_probes(risk, state, plan), risk, state)
-    record_shapes = jax.eval_shape(lambda risk, state: _advance(risk, state, plan, 1)[1], risk, state_shapes)
-    restored = None if checkpoint is None else checkpoint.restore(record_shapes, state_shapes)
-    parts, state = restored or (parts, _start_probes(risk, state, plan))
+    parts, state = _restore(risk, state, plan, checkpoint) or ([], _start_probes(risk, state, plan))
     for number in range(len(parts), len(sizes)):
         state, records = _advance(risk, state, plan, sizes[number])
         parts.append(records)

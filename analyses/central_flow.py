@@ -1,0 +1,140 @@
+"""The central flow through the edge of stability: gradient descent against it and against gradient flow.
+
+From a point of training at the edge, all three run for the same time. Gradient descent oscillates around the central
+flow, which keeps the sharpness at 2 / learning rate; gradient flow goes where the sharpness takes it.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+from rich.progress import Progress
+from rich.table import Table
+
+from attnlab.analysis import Analysis, AnalysisConfig, Arrays
+
+
+@dataclass(frozen=True)
+class Config(AnalysisConfig):
+    """Options of the analysis."""
+
+    SMOKE: ClassVar = {"after": 20, "steps": 8, "images": 8}
+
+    dtype: Literal["float64", "float32"] = "float64"
+    """Precision of the computation."""
+    learning_rate: float = 0.1
+    """Of gradient descent."""
+    after: int = 720
+    """Start so many steps into training, when the first instability is over."""
+    steps: int = 240
+    """Steps to compare; a multiple of `every`."""
+    every: int = 4
+    """Steps between records."""
+    images: int = 128
+    """Digits to train on."""
+    count: int = 3
+    """Eigenvalues that the central flow may hold at the edge."""
+
+
+def compute(config: Config, progress: Progress) -> Arrays:
+    """Gradient descent up to the edge, then all three from one point."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    from attnlab.dynamics.flows import central_flow, gradient_flow
+    from attnlab.dynamics.problems import digits_attention
+    from attnlab.dynamics.sharpness import Tracking, top_eigenvalues
+    from attnlab.training import probe, show_progress, train
+    from attnlab.trees import ravel
+
+    key, rate = jax.random.key(config.seed), config.learning_rate
+    risk, params = digits_attention(key, key, config.images)
+    optimizer = optax.sgd(rate)
+    reached = train(
+        risk, params, optimizer, key, steps=config.after, every=config.after, report=show_progress(progress, "before")
+    ).params
+    probes = {"point": probe(lambda risk, params: params), "top": top_eigenvalues(Tracking(config.count))}
+    iterates = train(
+        risk, reached, optimizer, key, steps=config.steps + 2, probes=probes, report=show_progress(progress, "descent")
+    ).records
+    # (w_t + 2 w_t+1 + w_t+2) / 4 takes an oscillation of period two out of the iterates
+    smooth = jax.tree.map(lambda w: (w[:-2] + 2 * w[1:-1] + w[2:]) / 4, iterates.values["point"])
+    smooth = jax.tree.map(lambda w: w[:: config.every], smooth)
+    start = jax.tree.map(lambda w: w[0], smooth)
+
+    task = progress.add_task("flows", total=2, status="central")
+    options = {"learning_rate": rate, "steps": config.steps, "every": config.every, "count": config.count}
+    central = central_flow(risk, start, key, **options)
+    progress.update(task, advance=1, status="gradient flow")
+    times = rate * jnp.arange(0, config.steps + 1, config.every)
+    flow = gradient_flow(risk, start, times, tolerance=1e-6)
+    progress.update(task, advance=1, status="")
+
+    points = {"descent": smooth, "central": central.params, "gradient flow": flow}
+    flat = {name: jax.vmap(ravel)(path) for name, path in points.items()}
+    arrays = {f"loss/{name}": jax.vmap(risk)(path) for name, path in points.items()}
+    arrays |= {
+        f"distance/{name}": jnp.linalg.norm(flat["descent"] - flat[name], axis=1)
+        for name in ("central", "gradient flow")
+    }
+    arrays |= {
+        "steps": jnp.arange(0, config.steps + 1, config.every),
+        "loss/iterates": iterates.losses[: config.steps + 1],
+        "loss/predicted": central.predicted_loss,
+        "sharpness/descent": iterates.values["top"]["values"][: config.steps + 1] * rate / 2,
+        "sharpness/central": central.sharpness * rate / 2,
+        "variance": central.variance,
+        "residual": central.residual,
+    }
+    return {name: np.asarray(array) for name, array in arrays.items()}
+
+
+def plot(arrays: Arrays, config: Config):
+    """Sharpness, loss and distance over the steps compared."""
+    import matplotlib.pyplot as plt
+
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.6))
+    steps, dense = arrays["steps"], np.arange(config.steps + 1)
+    left.plot(dense, arrays["sharpness/descent"][:, -1], color="0.7", label="gradient descent")
+    for i, eigenvalues in enumerate(arrays["sharpness/central"].T[::-1]):
+        left.plot(steps, eigenvalues, color=f"C{i}", label=rf"central flow, $\lambda_{i + 1}$")
+    left.axhline(1, color="0.4", ls=":")
+    left.set(xlabel="step", ylabel=r"$\lambda \, \eta / 2$", title="sharpness over the edge")
+    left.legend()
+    middle.plot(dense, arrays["loss/iterates"], color="0.7", label="gradient descent")
+    middle.plot(steps, arrays["loss/predicted"], label="central flow, predicted mean")
+    middle.plot(steps, arrays["loss/central"], label="central flow")
+    middle.plot(steps, arrays["loss/gradient flow"], "--", label="gradient flow")
+    middle.set(xlabel="step", ylabel="training loss", title="loss")
+    middle.legend()
+    right.semilogy(steps[1:], arrays["distance/central"][1:], label="to the central flow")
+    right.semilogy(steps[1:], arrays["distance/gradient flow"][1:], "--", label="to gradient flow")
+    right.set(xlabel="step", ylabel="distance", title="of smoothed gradient descent")
+    right.legend()
+    return figure
+
+
+def tables(arrays: Arrays, config: Config) -> list[Table]:
+    """How well the edge is held, and the distances."""
+    active = (arrays["variance"][:, -1] > 0) & (arrays["steps"] > 0)  # the start itself may lie above the edge
+    held = np.abs(arrays["sharpness/central"][active, -1] - 1).max() if active.any() else np.nan
+    ratio = arrays["distance/gradient flow"][1:] / arrays["distance/central"][1:]
+    half = len(ratio) // 2
+    table = Table("what", "value")
+    table.add_row("largest |sharpness / edge - 1| of the central flow while active", f"{held:.2g}")
+    table.add_row(
+        "distance to gradient flow over distance to the central flow, median of 2nd half",
+        f"{np.median(ratio[half:]):.3g}",
+    )
+    table.add_row("the same at the end", f"{ratio[-1]:.3g}")
+    mean, predicted = arrays["loss/iterates"].mean(), arrays["loss/predicted"].mean()
+    table.add_row("mean loss of gradient descent / predicted", f"{mean:.4g} / {predicted:.4g}")
+    table.add_row("largest residual of the complementarity problem", f"{arrays['residual'].max():.2g}")
+    return [table]
+
+
+ANALYSIS = Analysis("central-flow", Config, compute, plot, tables, __doc__)
+
+if __name__ == "__main__":
+    ANALYSIS.main()
