@@ -198,8 +198,13 @@ def band(axes, places, members, color, label, style="-"):
 def plot_loss(axes, arrays: Arrays) -> None:
     seeds, sampled = (arrays[f"{name}/risk"].shape[1] for name in ("exact", "sampled"))
     optimum = float(arrays["optimum"])
-    band(axes, arrays["steps"], arrays["exact/risk"] - optimum, "C0", f"exact gradient, {seeds} seeds")
-    band(axes, arrays["steps"], arrays["sampled/risk"] - optimum, "C1", f"fresh prompts, {sampled} seeds", "--")
+    labels = {
+        "exact": ("C0", f"exact gradient, {seeds} seeds", "-"),
+        "sampled": ("C1", f"fresh prompts, {sampled} seeds", "--"),
+    }
+    for name, style in labels.items():
+        # the difference is exact to rounding only: draw zeros at the bottom
+        band(axes, arrays["steps"], np.maximum(arrays[f"{name}/risk"] - optimum, 1e-17), *style)
     axes.set_yscale("log")
     axes.set(xlabel="step", ylabel="half the risk minus that of the best step")
     axes.set_title(f"distance to the best gradient step, {optimum:.5f}")
@@ -238,11 +243,10 @@ def plot_scaled(axes, arrays: Arrays, what: str, scales) -> None:
     value, error = arrays[f"scaled/{what}/descent"]
     axes.errorbar(scales, value, 2 * error, fmt="o", color="black", markerfacecolor="none", label="best gradient step")
     axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xticks(
-        [0.5, 1, 2] + ([5] if what == "tasks" else []), labels=["0.5", "1", "2"] + (["5"] if what == "tasks" else [])
-    )
+    ticks = [tick for tick in (0.5, 1, 2, 5) if tick <= scales[-1] * 1.001]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
+    axes.set_ylim(0, 1.6 * max(value.max(), 1))
     axes.set(xlabel=f"scale of the {what}", ylabel="risk / mean squared target")
     axes.set_title(f"out of distribution: scaled {what}")
     axes.legend(loc="best")

@@ -1,0 +1,278 @@
+"""How deep linear attention learns in context: the best risk by depth, its laws, and the algorithms that attain it.
+
+The exact risk of L layers with steps of their own (from the moments of the Wishart law), of one layer looped L times,
+and of layers that also transform the inputs (GD++), beside attention stacks with these weights on sampled prompts; and
+how the risk of one layer falls with the context when the inputs' spectrum is a power law.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from rich.progress import Progress
+from rich.table import Table
+
+from attnlab.analysis import Analysis, AnalysisConfig, Arrays
+
+RATIOS = {"1": (1, 1), "1/2": (1, 2), "1/4": (1, 4)}
+POWERS = (1.5, 2.0, 3.0)
+PLUS_PLUS_LAYERS = (1, 2, 3)
+KINDS = {"free": "steps of their own", "looped": "one layer, looped", "plus_plus": "GD++"}
+
+
+@dataclass(frozen=True)
+class Config(AnalysisConfig):
+    """Options of the analysis."""
+
+    SMOKE: ClassVar = {"prompts": 64, "deepest": 6, "spectrum": 1000}
+
+    dimension: int = 5
+    """Dimension d of the sampled prompts."""
+    length: int = 20
+    """Number N of examples of the sampled prompts."""
+    layers: int = 5
+    """Depths 1 to this one on sampled prompts."""
+    prompts: int = 20_000
+    """Sampled prompts."""
+    deepest: int = 32
+    """Largest depth of the exact laws."""
+    spectrum: int = 200_000
+    """Eigenvalues of the power-law spectra."""
+
+
+def compute(config: Config, progress: Progress) -> Arrays:
+    """The exact risks, and those on prompts."""
+    task = progress.add_task("laws", total=len(RATIOS) + 2, status="")
+    depths = np.unique(np.round(np.geomspace(1, config.deepest, 14)).astype(int))
+    arrays: Arrays = {"depths": depths}
+    for name, ratio in RATIOS.items():
+        arrays[f"law/{name}"] = depth_law(ratio, depths)
+        progress.advance(task)
+    arrays |= on_prompts(config)
+    progress.advance(task)
+    arrays |= power_laws(config)
+    progress.advance(task)
+    return arrays
+
+
+def depth_law(ratio: tuple[int, int], depths) -> np.ndarray:
+    """Least risk over d with free steps and looped, (2, depths), as d, N grow with d / N = `ratio`."""
+    from fractions import Fraction
+
+    from attnlab.icl.depth import depth_risk, looped_risk, marchenko_pastur_moments
+
+    moments = marchenko_pastur_moments(Fraction(*ratio), 2 * int(depths[-1]))
+    free = [depth_risk(moments, int(n)) for n in depths]
+    return np.array([free, [looped_risk(moments, int(n))[0] for n in depths]])
+
+
+def on_prompts(config: Config) -> Arrays:
+    """Best steps, exact risks, and means with standard errors of attention stacks on sampled prompts."""
+    import jax
+    import jax.numpy as jnp
+
+    from attnlab.icl.constructions import gradient_descent_stack, plus_plus_stack
+    from attnlab.icl.depth import depth_risk, depth_step_sizes, gauss_rule, looped_risk, wishart_moments
+    from attnlab.icl.models import looped_predict, stack_predict
+    from attnlab.icl.probes import risk
+    from attnlab.icl.tasks import isotropic, sample_prompts
+
+    d, depths = config.dimension, range(1, config.layers + 1)
+    moments = wishart_moments(d, config.length, max(2 * config.layers, 27))
+    prompts = sample_prompts(jax.random.key(config.seed), isotropic(d), config.length, config.prompts)
+    identity = jnp.eye(d)[None]
+    arrays: Arrays = {}
+    rows: dict[str, list[list[float]]] = {name: [] for name in KINDS}
+    for layers in depths:
+        steps = jnp.asarray(depth_step_sizes(moments, layers))
+        stack = gradient_descent_stack(steps[:, None, None] * identity)
+        found = risk(lambda prompt, stack=stack: stack_predict(stack, prompt), prompts)
+        rows["free"].append([d * depth_risk(moments, layers), *map(float, found)])
+        value, step = looped_risk(moments, layers)
+        (layer,) = gradient_descent_stack(step * identity)
+        found = risk(lambda prompt, layer=layer, layers=layers: looped_predict(layer, prompt, layers), prompts)
+        rows["looped"].append([d * value, *map(float, found)])
+        arrays |= {f"steps/{layers}": np.asarray(steps), f"looped_step/{layers}": np.asarray(step)}
+    rule = gauss_rule(moments, 14)
+    for layers in PLUS_PLUS_LAYERS:
+        exact, a, b = best_plus_plus(d, layers, rule)
+        stack = plus_plus_stack(*(x[:, None, None] * identity for x in (a, b / a)))
+        found = risk(lambda prompt, stack=stack: stack_predict(stack, prompt), prompts)
+        rows["plus_plus"].append([exact, *map(float, found)])
+    values, weights = (np.asarray(x) for x in rule)
+    return (
+        arrays | {f"risk/{name}": np.array(row) for name, row in rows.items()} | {"nodes": values, "weights": weights}
+    )
+
+
+def best_plus_plus(dimension: int, layers: int, rule):
+    """The least population risk of GD++, its step sizes and contractions, by descent from three kinds of start."""
+    import jax
+    import jax.numpy as jnp
+    import scipy.optimize
+
+    from attnlab.icl.depth import plus_plus_risk
+
+    @jax.jit
+    @jax.value_and_grad
+    def log_risk(vector):
+        return jnp.log(dimension * plus_plus_risk(vector[:layers], vector[layers:], rule))
+
+    # Good contractions grow with depth, since every one of them shrinks the eigenvalues for the next.
+    random = np.random.default_rng(0)
+    best = None
+    for _ in range(8 * layers):
+        steps = random.uniform(0.2, 0.6, layers) * 5.0 ** np.arange(layers)
+        contractions = random.uniform(0.2, 0.4, layers) * 4.0 ** np.arange(layers)
+        found = scipy.optimize.minimize(log_risk, np.append(steps, contractions), jac=True, method="BFGS", tol=1e-10)
+        best = found if best is None or found.fun < best.fun else best
+    a, b = jnp.asarray(best.x[:layers]), jnp.asarray(best.x[layers:])
+    return float(np.exp(best.fun)), a, b
+
+
+def power_laws(config: Config) -> Arrays:
+    """Risk of the best single layer over context lengths for spectra i^-p (tasks isotropic in the whitened inputs)."""
+    import jax.numpy as jnp
+
+    from attnlab.icl.optima import spectral_risk
+
+    lengths = np.geomspace(10, 10_000, 16)
+    arrays: Arrays = {"lengths": lengths}
+    for power in POWERS:
+        spectrum = jnp.arange(1.0, config.spectrum + 1) ** -power
+        rest = config.spectrum ** (1 - power) / (power - 1)  # eigenvalues beyond the last: not learned
+        arrays[f"power/{power}"] = np.array([float(spectral_risk(spectrum, n, rest)) + rest for n in lengths])
+    return arrays
+
+
+def plot(arrays: Arrays, config: Config):
+    """Above: depth laws, exponents, stacks on prompts; below: residuals, step sizes, power laws."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 3, figsize=(12.5, 7))
+    plot_laws(axes[0, 0], arrays)
+    plot_exponents(axes[0, 1], arrays)
+    plot_prompts(axes[0, 2], arrays, config)
+    plot_residuals(axes[1, 0], arrays, config)
+    plot_steps(axes[1, 1], arrays, config)
+    plot_powers(axes[1, 2], arrays)
+    return figure
+
+
+def plot_laws(axes, arrays: Arrays) -> None:
+    depths = arrays["depths"]
+    for number, name in enumerate(RATIOS):
+        free, looped = arrays[f"law/{name}"]
+        axes.loglog(depths, free, "o-", color=f"C{number}", label=f"$d/N = {name}$")
+        axes.loglog(depths, looped, "s:", color=f"C{number}", markerfacecolor="none")
+    axes.loglog(depths, 1 / (depths + 1), color="black", linewidth=0.7, label="$1/(L+1)$")
+    axes.loglog(depths, (np.pi * depths) ** -0.5, "--", color="black", linewidth=0.7, label=r"$(\pi L)^{-1/2}$")
+    low = max(arrays["law/1/4"][0].min(), 1e-12)
+    axes.set(ylim=(low / 2, 2), xlabel="layers $L$", ylabel="least risk / $d$")
+    axes.set_title("depth at fixed $d/N$ (open squares: looped)")
+    axes.legend(loc="lower left")
+
+
+def local_slopes(depths, risks):
+    """Slope of log risk against log depth between neighbours, at their geometric mean."""
+    return np.sqrt(depths[1:] * depths[:-1]), np.diff(np.log(risks)) / np.diff(np.log(depths))
+
+
+def plot_exponents(axes, arrays: Arrays) -> None:
+    depths = arrays["depths"].astype(float)
+    for color, risks, limit, label in zip(("C0", "C1"), arrays["law/1"], (-1, -0.5), KINDS.values(), strict=False):
+        axes.semilogx(*local_slopes(depths, risks), "o-", color=color, label=label)
+        axes.axhline(limit, color=color, linewidth=0.7, linestyle="--")
+    axes.set(xlabel="layers $L$", ylabel=r"$d \log L^\star / d \log L$", title="local exponent at $d = N$")
+    axes.legend(loc="best")
+
+
+def plot_prompts(axes, arrays: Arrays, config: Config) -> None:
+    for number, (name, label) in enumerate(KINDS.items()):
+        exact, mean, error = arrays[f"risk/{name}"].T
+        depths = np.arange(1, len(exact) + 1)
+        axes.semilogy(depths, exact, color=f"C{number}", label=label)
+        axes.errorbar(depths, mean, 2 * error, fmt="o", capsize=2, color=f"C{number}", markerfacecolor="none")
+    axes.set(xlabel="layers $L$", ylabel="risk", xticks=np.arange(1, config.layers + 1))
+    axes.set_title(f"exact, and attention on prompts ($d = {config.dimension}$, $N = {config.length}$)")
+    axes.legend(loc="best")
+
+
+def plot_residuals(axes, arrays: Arrays, config: Config) -> None:
+    nodes, weights = arrays["nodes"], arrays["weights"]
+    grid = np.linspace(0, nodes[weights > 1e-4].max(), 400)
+    for layers in range(1, min(config.layers, 4) + 1):
+        residual = np.prod(1 - np.outer(grid, arrays[f"steps/{layers}"]), axis=1)
+        axes.plot(grid, residual, color=f"C{layers - 1}", label=f"$L = {layers}$")
+        looped = (1 - grid * arrays[f"looped_step/{layers}"]) ** layers
+        axes.plot(grid, looped, ":", color=f"C{layers - 1}", linewidth=0.9)
+    axes.bar(nodes, weights, 0.03, color="0.75", zorder=0, label="weights of the spectrum's Gauss rule")
+    axes.axhline(0, color="black", linewidth=0.5)
+    axes.set(
+        ylim=(-0.6, 1.05),
+        xlim=(0, grid[-1]),
+        xlabel=r"eigenvalue $\lambda$ of $\hat G$",
+        ylabel=r"residual $r(\lambda)$",
+    )
+    axes.set_title("what is left of the error (dotted: looped)")
+    axes.legend(loc="upper right")
+
+
+def plot_steps(axes, arrays: Arrays, config: Config) -> None:
+    for layers in range(1, config.layers + 1):
+        steps = arrays[f"steps/{layers}"]
+        axes.plot(
+            np.full(len(steps), layers), 1 / steps, "o", color="C0", label="steps of their own" if layers == 1 else None
+        )
+        label = "looped" if layers == 1 else None
+        axes.plot(layers, 1 / arrays[f"looped_step/{layers}"], "s", color="C1", markerfacecolor="none", label=label)
+    axes.set(xlabel="layers $L$", ylabel="1 / step size", xticks=np.arange(1, config.layers + 1))
+    axes.set_title("inverse step sizes spread over the spectrum")
+    axes.legend(loc="upper left")
+
+
+def plot_powers(axes, arrays: Arrays) -> None:
+    lengths = arrays["lengths"]
+    for number, power in enumerate(POWERS):
+        risks = arrays[f"power/{power}"]
+        slope = 1 / power - 1
+        axes.loglog(
+            lengths, risks, "o-", color=f"C{number}", label=f"$i^{{-{power:g}}}$: slope {fitted(lengths, risks):.3f}"
+        )
+        guide = risks[-1] * (lengths / lengths[-1]) ** slope
+        axes.loglog(
+            lengths, guide, "--", color="black", linewidth=0.7, label="$N^{-(1 - 1/p)}$" if number == 0 else None
+        )
+    axes.set(xlabel="context length $N$", ylabel="least risk of one layer", title="power-law spectra $i^{-p}$")
+    axes.legend(loc="best")
+
+
+def fitted(lengths, risks) -> float:
+    """Slope of log risk over the last third of the lengths."""
+    last = slice(-(len(lengths) // 3), None)
+    return float(np.polyfit(np.log(lengths[last]), np.log(risks[last]), 1)[0])
+
+
+def tables(arrays: Arrays, config: Config) -> list[Table]:
+    """Exact risks beside the measured ones, and the exponents."""
+    risks = Table("layers", "exact", "on prompts", "standard errors apart", title="Risk by depth")
+    for name, label in KINDS.items():
+        for layers, (exact, mean, error) in enumerate(arrays[f"risk/{name}"], 1):
+            apart = f"{(mean - exact) / error:+.1f}"
+            risks.add_row(f"{label}, {layers}", f"{exact:.5g}", f"{mean:.5g} +- {error:.2g}", apart)
+    exponents = Table("law", "theory", "last local exponent")
+    for label, theory, row in zip(("depth, free steps", "depth, looped"), (-1, -0.5), arrays["law/1"], strict=True):
+        exponents.add_row(label, f"{theory}", f"{local_slopes(arrays['depths'].astype(float), row)[1][-1]:.3f}")
+    for power in POWERS:
+        exponents.add_row(
+            f"context, spectrum i^-{power:g}",
+            f"{1 / power - 1:.3f}",
+            f"{fitted(arrays['lengths'], arrays[f'power/{power}']):.3f}",
+        )
+    return [risks, exponents]
+
+
+ANALYSIS = Analysis("icl-depth", Config, compute, plot, tables, __doc__)
+
+if __name__ == "__main__":
+    ANALYSIS.main()

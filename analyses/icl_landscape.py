@@ -1,0 +1,284 @@
+"""How often training one layer ends in a bad local minimum, and the curvature there.
+
+The atlas of a full linear layer that learns in context: the share of random starts that end away from the optimum, as
+anisotropy, context length, size of the start and parametrisation change; what its losses look like on the way; and the
+exact Hessian at both ends.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from rich.progress import Progress
+from rich.table import Table
+
+from attnlab.analysis import Analysis, AnalysisConfig, Arrays
+
+LENGTHS = (5, 10, 20, 40, 80, 160)
+POWERS = (0.0, 0.5, 1.0, 1.5, 2.0)
+DIMENSIONS = (2, 3, 4, 5)
+SIZES = (0.01, 0.03, 0.1, 0.3, 1.0)
+MODELS = {"merged": "query-key merged", "two_heads": "merged, two heads", "layer": "separate $W_Q, W_K, W_V, W_O$"}
+SPECTRUM = (2.0, 1.0, 0.5, 0.25, 0.1)
+BAD = 1.02  # an end this far above the least risk, and stationary, is counted as bad
+
+
+@dataclass(frozen=True)
+class Config(AnalysisConfig):
+    """Options of the analysis."""
+
+    SMOKE: ClassVar = {"starts": 4, "steps": 60, "stride": 3}
+
+    starts: int = 32
+    """Random starts for each setting."""
+    steps: int = 1500
+    """Steps of Adam with a cosine schedule."""
+    learning_rate: float = 0.03
+    """Of Adam at the start."""
+    noise_variance: float = 0.1
+    """Of the labels."""
+    stride: int = 1
+    """Take every so many of the settings."""
+
+
+def compute(config: Config, progress: Progress) -> Arrays:
+    """Train every setting of the three maps, then measure the anisotropic case closely."""
+    import jax
+    import jax.numpy as jnp
+
+    from attnlab.icl.tasks import isotropic, linear_regression
+
+    noise = config.noise_variance
+    key = jax.random.key(config.seed)
+    lengths = LENGTHS[:: config.stride]
+    anisotropic = linear_regression(jnp.diag(jnp.array(SPECTRUM)), noise_variance=noise)
+    powers = {power: jnp.arange(1.0, 5.0) ** -power for power in POWERS[:: config.stride]}
+    maps = {
+        "anisotropy": [
+            (linear_regression(jnp.diag(4 * s / jnp.sum(s)), noise_variance=noise), length, "merged", 0.1)
+            for s in powers.values()
+            for length in lengths
+        ],
+        "isotropic": [
+            (isotropic(d, noise), length, "merged", 0.1) for d in DIMENSIONS[:: config.stride] for length in lengths
+        ],
+        "start": [(anisotropic, 20, model, size) for model in MODELS for size in SIZES[:: config.stride]],
+    }
+    arrays: Arrays = {}
+    optimizer = adam(config)
+    for name, settings in maps.items():
+        task = progress.add_task(name, total=len(settings), status="")
+        found = []
+        for problem, length, model, size in settings:
+            key, starts = jax.random.fold_in(key, len(found)), config.starts
+            found.append(ends(train_from_random(problem, length, model, size, starts, config.steps, optimizer, key)))
+            progress.update(task, advance=1, status=f"{found[-1][0]:.0%} bad")
+        rows = len(settings) // len(SIZES[:: config.stride] if name == "start" else lengths)
+        arrays[f"{name}/shares"] = np.array(found).reshape(rows, -1, 2)
+    return arrays | close_up(anisotropic, config, optimizer, key)
+
+
+def adam(config: Config):
+    """One optimizer for all settings, so that those of one shape share a compiled loop."""
+    import optax
+
+    return optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps))
+
+
+def random_start(model: str, size: float, dimension: int, key):
+    """N(0, size^2) weights of one of the `MODELS`."""
+    import jax
+
+    from attnlab.icl.models import init_layer
+
+    if model == "layer":
+        return init_layer(key, dimension + 1, size)
+    heads = 2 if model == "two_heads" else 1
+    shapes = {"value": (heads, dimension + 1), "query_key": (heads, dimension + 1, dimension)}
+    keys = jax.random.split(key)
+    return {name: size * jax.random.normal(k, shape) for k, (name, shape) in zip(keys, shapes.items(), strict=True)}
+
+
+def train_from_random(problem, length, model, size, starts, steps, optimizer, key):
+    """The exact risk as an objective, its least value, and the ensemble trained on it."""
+    import jax
+
+    from attnlab.icl.optima import optimal_risk
+    from attnlab.icl.population import population_objective
+    from attnlab.training import train
+
+    risk = population_objective(problem, length, "layer" if model == "layer" else "merged")
+    keys = jax.random.split(key, starts)
+    params = jax.vmap(lambda key: random_start(model, size, problem.dimension, key))(keys)
+    return risk, optimal_risk(problem, length), train(risk, params, optimizer, keys, steps=steps, every=steps)
+
+
+def ends(trained) -> tuple[float, float]:
+    """Shares of the starts that end stationary above `BAD` times the least risk, and above it but not yet stationary.
+
+    Stationary: the gradient times the parameters' norm, the change of risk by order-one relative moves, is below 1 %.
+    """
+    risk, best, trajectory = trained
+    values, slopes = relative_slopes(risk, trajectory.params)
+    away = values > BAD * best
+    return float((away & (slopes < 0.01 * values)).mean()), float((away & (slopes >= 0.01 * values)).mean())
+
+
+def relative_slopes(risk, params):
+    """Risks of an ensemble, and the products of the norms of its gradients and parameters."""
+    import jax
+    import optax
+
+    def one(params):
+        value, gradient = jax.value_and_grad(risk)(params)
+        return value, optax.tree.norm(gradient) * optax.tree.norm(params)
+
+    return jax.jit(jax.vmap(one))(params)
+
+
+def close_up(problem, config: Config, optimizer, key) -> Arrays:
+    """The anisotropic problem at N = 20: losses along training, and the exact Hessian at both minima."""
+    import jax
+    import jax.numpy as jnp
+
+    from attnlab.curvature import hessian
+    from attnlab.icl.landscape import balance, stationary_point, swapped_start
+    from attnlab.icl.optima import optimal_preconditioner
+    from attnlab.icl.population import reduced_weights
+
+    risk, best, trained = train_from_random(problem, 20, "merged", 0.1, config.starts, config.steps, optimizer, key)
+    newton = jax.jit(stationary_point)
+    start = {
+        "bad": swapped_start(problem, 20),
+        "best": reduced_weights({"preconditioner": optimal_preconditioner(problem, 20)}),
+    }
+    arrays = {"losses": np.asarray(trained.records.losses), "least": np.asarray(best)}
+    for name, params in start.items():
+        point = newton(risk, balance(params))
+        minimum = balance(point.params)
+        arrays |= {
+            f"{name}/risk": np.asarray(point.risk),
+            f"{name}/gradient": np.asarray(point.gradient_norm),
+            f"{name}/eigenvalues": np.asarray(jnp.linalg.eigvalsh(hessian(risk, minimum).dense())),
+            f"{name}/usual": np.asarray(minimum["query_key"][0, :-1] * minimum["value"][0, -1]),
+            f"{name}/swapped": np.asarray(jnp.outer(minimum["value"][0, :-1], minimum["query_key"][0, -1])),
+        }
+    return arrays
+
+
+def plot(arrays: Arrays, config: Config):
+    """Above: the three maps; below: losses, the Hessian at both minima, and the two paths of the bad one."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 3, figsize=(12.5, 7))
+    lengths = LENGTHS[:: config.stride]
+    powers = [f"{power:g}" for power in POWERS[:: config.stride]]
+    image = share_map(axes[0, 0], arrays["anisotropy/shares"], powers, lengths)
+    axes[0, 0].set(xlabel="context length $N$", ylabel="power $p$ of the spectrum $i^{-p}$")
+    axes[0, 0].set_title("anisotropic inputs, $d = 4$")
+    dimensions = [str(d) for d in DIMENSIONS[:: config.stride]]
+    share_map(axes[0, 1], arrays["isotropic/shares"], dimensions, lengths)
+    axes[0, 1].set(xlabel="context length $N$", ylabel="dimension $d$", title="isotropic inputs")
+    figure.colorbar(image, ax=axes[0, :2], label="starts that end in a bad minimum (%)")
+    plot_start(axes[0, 2], arrays, config)
+    plot_losses(axes[1, 0], arrays)
+    plot_hessians(axes[1, 1], arrays)
+    plot_paths(axes[1, 2], arrays)
+    return figure
+
+
+def share_map(axes, shares, rows, columns):
+    """Percentages as colours and numbers."""
+    percent = 100 * shares[:, :, 0]
+    image = axes.imshow(percent, vmin=0, vmax=100, cmap="magma", aspect="auto", origin="lower")
+    for (row, column), value in np.ndenumerate(percent):
+        axes.text(column, row, f"{value:.0f}", ha="center", va="center", color="black" if value > 60 else "white")
+    axes.set_xticks(range(len(columns)), [str(column) for column in columns])
+    axes.set_yticks(range(len(rows)), rows)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    return image
+
+
+def plot_start(axes, arrays: Arrays, config: Config) -> None:
+    sizes = np.array(SIZES[:: config.stride])
+    for number, (shares, label) in enumerate(zip(arrays["start/shares"], MODELS.values(), strict=True)):
+        share = shares[:, 0]
+        error = np.sqrt(np.maximum(share * (1 - share), 1 / config.starts) / config.starts)
+        places = sizes * 1.06 ** (number - 1)
+        axes.errorbar(places, 100 * share, 100 * error, marker="o", capsize=2, color=f"C{number}", label=label)
+    axes.set_xscale("log")
+    axes.set(xlabel="standard deviation of the initial weights", ylabel="starts that end in a bad minimum (%)")
+    axes.set(ylim=(-5, 105), title=r"$\lambda = (2, 1, .5, .25, .1)$, $N = 20$")
+    axes.legend(loc="upper left")
+
+
+def plot_losses(axes, arrays: Arrays) -> None:
+    losses = arrays["losses"]
+    steps = np.arange(1, len(losses) + 1)
+    bad = losses[-1] > BAD * arrays["least"]
+    for color, members, label in (("C0", ~bad, "end at the optimum"), ("C1", bad, "end in the bad minimum")):
+        if members.any():
+            axes.loglog(steps, losses[:, members], color=color, linewidth=0.6, alpha=0.6)
+            axes.plot([], [], color=color, label=f"{members.sum()} of {len(bad)} starts {label}")
+    for name in ("bad", "best"):
+        axes.axhline(float(arrays[f"{name}/risk"]), color="black", linewidth=0.8, linestyle="--")
+    axes.set(xlabel="step", ylabel="exact risk", title="training from random starts")
+    axes.legend(loc="lower left")
+
+
+def plot_hessians(axes, arrays: Arrays) -> None:
+    for number, (name, label) in enumerate((("bad", "bad minimum"), ("best", "optimum"))):
+        eigenvalues = arrays[f"{name}/eigenvalues"][::-1]
+        curved = eigenvalues > 1e-9 * eigenvalues[0]
+        rank = np.arange(1, len(eigenvalues) + 1)
+        smallest = eigenvalues[curved].min()
+        label = f"{label}, risk {float(arrays[f'{name}/risk']):.4f}, least {smallest:.2g}"
+        axes.semilogy(rank[curved], eigenvalues[curved], "ov"[number], color=f"C{1 - number}", label=label)
+    axes.set(xlabel="rank (the flat direction of scale is left out)", ylabel="eigenvalue of the Hessian")
+    axes.set_title("exact Hessian at both ends (balanced)")
+    axes.legend(loc="lower left")
+
+
+def plot_paths(axes, arrays: Arrays) -> None:
+    places = np.arange(len(SPECTRUM))
+    bars = {"best/usual": "optimum", "bad/usual": "bad, usual path", "bad/swapped": "bad, swapped path"}
+    for number, (name, label) in enumerate(bars.items()):
+        axes.bar(places + 0.27 * (number - 1), np.diag(arrays[name]), 0.25, color=f"C{number}", label=label)
+    axes.axhline(0, color="black", linewidth=0.6)
+    axes.set_xticks(places, [f"{value:g}" for value in SPECTRUM])
+    axes.set(xlabel="eigenvalue of the inputs' covariance", ylabel="step size along it")
+    axes.set_title("the steps it takes, by path")
+    axes.legend(loc="best")
+
+
+def tables(arrays: Arrays, config: Config) -> list[Table]:
+    """The maps as numbers, and both minima."""
+    shares = Table("setting", "bad (%)", "not yet stationary (%)", title=f"Ends of {config.starts} starts")
+    lengths = LENGTHS[:: config.stride]
+    labels = {
+        "anisotropy": ("p", POWERS, "N", lengths),
+        "isotropic": ("d", DIMENSIONS, "N", lengths),
+        "start": ("model", tuple(MODELS), "size", SIZES[:: config.stride]),
+    }
+    for name, (row_name, rows, column_name, columns) in labels.items():
+        rows = rows if name == "start" else rows[:: config.stride]
+        for row, values in zip(rows, arrays[f"{name}/shares"], strict=True):
+            for column, (bad, unfinished) in zip(columns, values, strict=True):
+                shares.add_row(
+                    f"{name}, {row_name} {row}, {column_name} {column}", f"{100 * bad:.0f}", f"{100 * unfinished:.0f}"
+                )
+    minima = Table("minimum", "risk", "gradient norm", "flat", "least curved eigenvalue", "largest")
+    for name in ("bad", "best"):
+        eigenvalues = arrays[f"{name}/eigenvalues"]
+        curved = np.abs(eigenvalues) > 1e-9 * eigenvalues[-1]
+        values = (arrays[f"{name}/risk"], arrays[f"{name}/gradient"], eigenvalues[curved][0], eigenvalues[-1])
+        risk, gradient, least, largest = (f"{float(value):.4g}" for value in values)
+        minima.add_row(name, risk, gradient, str(int((~curved).sum())), least, largest)
+    return [shares, minima]
+
+
+ANALYSIS = Analysis("icl-landscape", Config, compute, plot, tables, __doc__)
+
+if __name__ == "__main__":
+    ANALYSIS.main()
