@@ -1,0 +1,619 @@
+"""Growth of the Hessian's blocks with the scale of the embeddings, on five-digit addition.
+
+Embeddings are drawn N(0, sigma^2) and every block of H, H_o and H_f of an attention layer is measured for sigma from
+1e-2 to 10, untrained: transformers of depth 1 to 5 without and with pre-LN (cross-entropy of the answer's digits),
+stacks of linear attention and linear MLPs (square loss). After figure 3 of Ormaniec, Dangel, Singh, arXiv 2410.10986,
+whose norms were estimated from random probes: those of the last attention layer are exact here, by the closed form;
+those of the first layer at depth 2 and more are estimates with standard errors. Slopes are fitted seed by seed and set
+beside the predicted exponents.
+
+At the default size a run takes about twenty minutes a seed on two cores; it resumes where it was stopped, and more
+seeds add to those already there.
+"""
+
+import functools
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+from rich.progress import Progress
+from rich.table import Table
+
+from attnlab.analysis import Analysis, AnalysisConfig, Arrays
+
+PARTS = {"full": "H", "outer": "H_o", "functional": "H_f"}
+LETTERS = {"value": "V", "query": "Q", "key": "K", "output": "O"}
+COLORS = {"VV": "C0", "QQ": "C1", "KK": "C2", "OO": "C3"}
+STYLES = {"VV": "-", "QQ": "--"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One family of models: its name in the figure, its norm, kind of attention, range of sigma and depths."""
+
+    label: str
+    norm: str | None
+    weights: str
+    sigmas: tuple[float, float]
+    depths: int
+
+
+VARIANTS = {
+    "softmax": Variant("transformer, no norm", None, "softmax", (1e-2, 1e1), 5),
+    "pre_norm": Variant("transformer, pre-LN", "pre", "softmax", (1e-2, 1e1), 5),
+    "linear": Variant("linear attention", None, "linear", (1e-1, 1e0), 3),
+    "mlp": Variant("linear MLP", None, "none", (1e-2, 1e1), 5),
+}
+
+# Exponents as sigma -> 0 (arXiv 2410.10986, section 4): of H the smaller of the two parts' exponents. The projection
+# W_O enters like the values, but with a functional block g_i m_i^T of its own; None is a block that is zero.
+SOFTMAX = {
+    "outer": {"VV": 2, "OO": 2, "OV": 2, "QQ": 6, "KK": 6, "KQ": 6, "QV": 4, "KV": 4, "OQ": 4, "KO": 4},
+    "functional": {"VV": None, "OO": None, "OV": 1, "QQ": 5, "KK": 5, "KQ": 3, "QV": 3, "KV": 3, "OQ": 3, "KO": 3},
+}
+LINEAR = {
+    "outer": dict.fromkeys(("VV", "QQ", "KK", "KQ", "QV", "KV"), 6),
+    "functional": {"VV": None, "QQ": None, "KK": None, "KQ": 3, "QV": 3, "KV": 3},
+}
+
+
+@dataclass(frozen=True)
+class Config(AnalysisConfig):
+    """Options of the analysis."""
+
+    SMOKE: ClassVar = {
+        "seeds": 2,
+        "sequences": 2,
+        "digits": 1,
+        "width": 4,
+        "points": 4,
+        "depth": 2,
+        "probes": 2,
+        "precision": "float64",
+    }
+
+    seeds: int = 20
+    """Independent draws of data and weights; the first has the number `--seed`."""
+    sequences: int = 64
+    """Sums in the batch."""
+    digits: int = 5
+    """Digits of the summands."""
+    width: int = 128
+    """Width of the model, of its one head and, four times, of the MLP."""
+    points: int = 20
+    """Values of sigma."""
+    depth: int = 5
+    """Largest depth (3 at most for linear attention)."""
+    probes: int = 4
+    """Random probes for each norm of the first layer."""
+    precision: str = "float32"
+    """Of the transformers; linear attention and MLPs are taken in the precision of `--dtype`."""
+
+
+def sigmas(config: Config, variant: str) -> np.ndarray:
+    """The scales of the embeddings."""
+    low, high = VARIANTS[variant].sigmas
+    return np.geomspace(low, high, config.points)
+
+
+def depths(config: Config, variant: str) -> range:
+    """The numbers of layers."""
+    return range(1, min(config.depth, VARIANTS[variant].depths) + 1)
+
+
+def compute(config: Config, progress: Progress) -> Arrays:
+    """All norms, part by part: what a stopped run had finished is read from disk."""
+    if config.dtype != "float64":
+        raise ValueError(
+            "dtype is float32, where the blocks of deep linear attention underflow (they grow like sigma^54); "
+            "expected float64. --precision float32 is for the transformers alone."
+        )
+    seeds = range(config.seed, config.seed + config.seeds)
+    tasks = [(seed, variant, depth) for seed in seeds for variant in VARIANTS for depth in depths(config, variant)]
+    bar = progress.add_task("block norms", total=len(tasks), status="")
+    folder = parts_folder(config)
+    found: dict[str, list[np.ndarray]] = {}
+    for seed, variant, depth in tasks:
+        progress.update(bar, status=f"seed {seed}: {VARIANTS[variant].label}, depth {depth}")
+        path = folder / f"{variant}-{depth}-{seed}.npz"
+        part = stored(path, lambda s=seed, v=variant, d=depth: measure(config, s, v, d))
+        for name, norms in part.items():
+            found.setdefault(f"{variant}/{depth}/{name}", []).append(norms)
+        progress.advance(bar)
+    arrays = {name: np.stack(norms) for name, norms in found.items()}
+    arrays |= {f"{variant}/sigma": sigmas(config, variant) for variant in VARIANTS}
+    return arrays | stored(folder / f"precision-{config.seed}.npz", lambda: precision_errors(config))
+
+
+def parts_folder(config: Config) -> Path:
+    """Where finished parts wait for the rest: one folder for each choice of all that decides their numbers."""
+    names = ("sequences", "digits", "width", "points", "probes", "precision", "dtype")
+    identity = json.dumps({name: getattr(config, name) for name in names}, sort_keys=True)
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
+    return config.output / "results" / "block-growth-parts" / digest
+
+
+def stored(path: Path, make) -> Arrays:
+    """The arrays at `path`, made and written there if they are not."""
+    from attnlab.runs import replace_file
+
+    if not path.exists():
+        arrays = make()
+        with replace_file(path) as partial:
+            np.savez(partial, allow_pickle=False, **arrays)
+    with np.load(path, allow_pickle=False) as archive:
+        return dict(archive)
+
+
+def measure(config: Config, seed: int, variant: str, depth: int) -> Arrays:
+    """Norms of one model at every sigma: `last/outer/QQ` and so on, (points,)."""
+    import jax
+
+    if variant == "mlp":
+        return mlp_norms(config, seed, depth)
+    dtype = config.precision if VARIANTS[variant].weights == "softmax" else config.dtype
+    module, params, data = problem(config, seed, variant, depth, dtype)
+    first_key = jax.random.fold_in(jax.random.key(seed), depth)
+    points = []
+    for index, sigma in enumerate(sigmas(config, variant)):
+        scaled = at_scale(params, sigma)
+        norms = {f"last/{name}": norm for name, norm in last_layer(module, scaled, *data).items()}
+        if depth > 1:
+            norms |= first_layer(config, module, scaled, data, jax.random.fold_in(first_key, index))
+        points.append(norms)
+    return {name: np.array([point[name] for point in points]) for name in points[0]}
+
+
+def problem(config: Config, seed: int, variant: str, depth: int, dtype: str):
+    """The model, its weights with embeddings of scale 1, and tokens and targets.
+
+    The last token of a sequence predicts nothing, and in a causal model no other sees it: it is left out.
+    """
+    import jax
+
+    from attnlab.data.addition import addition
+    from attnlab.models.transformer import LanguageModel
+
+    data_key, init_key = jax.random.split(jax.random.key(seed))
+    data = addition(data_key, config.sequences, config.digits)
+    tokens = data.inputs[:, :-1]
+    module = LanguageModel(model(config, variant, depth, dtype))
+    params = jax.jit(module.init)(init_key, tokens)["params"]
+    return module, params, (tokens, targets_of(variant, data.targets, dtype))
+
+
+def model(config: Config, variant: str, depth: int, dtype: str):
+    """Figure 3 of arXiv 2410.10986: one causal head, all weights N(0, 0.64 / width), biases zero.
+
+    With linear attention no residual, no MLP and no projection.
+    """
+    from attnlab.models.attention import AttentionConfig
+    from attnlab.models.transformer import LanguageModelConfig, TransformerConfig
+
+    kind, width = VARIANTS[variant], config.width
+    softmax, scheme = kind.weights == "softmax", {"init": "normal", "gain": 0.8 / config.width**0.5}
+    attention = AttentionConfig(
+        width, width, weights=kind.weights, causal=True, output_dim=width if softmax else None, **scheme
+    )
+    blocks = TransformerConfig(
+        attention,
+        depth,
+        mlp_width=4 * width if softmax else None,
+        activation="relu",
+        norm=kind.norm,
+        residual=softmax,
+        bias=True,
+        **scheme,
+    )
+    return LanguageModelConfig(blocks, vocabulary=12, length=3 * config.digits + 3, width=width, dtype=dtype, **scheme)
+
+
+def at_scale(params, sigma: float):
+    """The parameters with embeddings N(0, sigma^2) in place of N(0, 1)."""
+    embeddings = {name: sigma * params[name] for name in ("token_embedding", "position_embedding")}
+    return {**params, **embeddings}
+
+
+def targets_of(variant: str, labels, dtype: str):
+    """Labels for the cross-entropy of the transformers, one-hot vectors for the square loss."""
+    import jax
+
+    return labels if VARIANTS[variant].weights == "softmax" else jax.nn.one_hot(labels, 12, dtype=dtype)
+
+
+def loss_of(targets):
+    """The loss that goes with the targets."""
+    import jax.numpy as jnp
+
+    from attnlab.losses import cross_entropy, square_loss
+
+    return cross_entropy if jnp.issubdtype(targets.dtype, jnp.integer) else square_loss
+
+
+def answer(module) -> tuple[int, ...]:
+    """Positions whose outputs predict the answer."""
+    from attnlab.data.addition import answer_positions
+
+    return answer_positions(module.config.length // 3 - 1)
+
+
+@functools.cache
+def network_at():
+    """`network_at()(module, params, tokens, targets)`: the last attention layer and what stands behind it."""
+    import jax
+    import jax.numpy as jnp
+
+    from attnlab.attention.in_transformer import assemble, cut_at_attention
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def network(module, params, tokens, targets):
+        positions, stack = answer(module), module.config.transformer
+        loss, chosen = loss_of(targets), jnp.asarray(positions)
+        cut = cut_at_attention(module, params, tokens, f"transformer/layer_{stack.layers - 1}/attention")
+        return assemble(cut, lambda out: loss(out[:, chosen], targets), positions, stack.norm is None)
+
+    return network
+
+
+def last_layer(module, params, tokens, targets) -> dict[str, float]:
+    """Exact norms of every block of the last attention layer."""
+    return {
+        f"{part}/{LETTERS[row]}{LETTERS[column]}": float(norm)
+        for part, blocks in network_at()(module, params, tokens, targets).norms().items()
+        for (row, column), norm in blocks.items()
+        if row <= column
+    }
+
+
+@functools.cache
+def estimates_at():
+    """`estimates_at()(module, params, data, key, probes)`: squared norms of the first layer's blocks, and errors."""
+    import jax
+
+    from attnlab.curvature.estimators import squared_frobenius_norm
+    from attnlab.curvature.operators import functional, ggn, hessian
+    from attnlab.models.adapters import at_positions, from_linen
+    from attnlab.objective import objective
+
+    @functools.partial(jax.jit, static_argnums=(0, 4))
+    def estimates(module, params, data, key, probes):
+        tokens, targets = data
+        risk = objective(at_positions(from_linen(module), answer(module)), loss_of(targets), tokens, targets)
+        return {
+            f"{part}/{LETTERS[name] * 2}": squared_frobenius_norm(
+                operator(risk, params, block=f"layer_0/attention/{name}"), key, probes=probes
+            )
+            for name in ("value", "query")
+            for part, operator in zip(PARTS, (hessian, ggn, functional), strict=True)
+        }
+
+    return estimates
+
+
+def first_layer(config: Config, module, params, data, key) -> dict[str, float]:
+    """Norms of the first layer's value and query blocks, and their standard errors, from random probes."""
+    norms = {}
+    for name, square in estimates_at()(module, params, data, key, config.probes).items():
+        norms[f"first/{name}"] = norm = float(square.value) ** 0.5
+        # d sqrt(s) = ds / (2 sqrt(s))
+        norms[f"first/{name}/error"] = float(square.error) / (2 * norm) if norm > 0 else 0.0
+    return norms
+
+
+def mlp_norms(config: Config, seed: int, depth: int) -> Arrays:
+    """Blocks of the first and the last layer of a linear MLP, on the embedded tokens at the answer's positions.
+
+    With X_l the inputs of layer l and B_l the product of the matrices behind it the outputs are X_l W_l B_l, so that
+    the square loss of n entries has the block (2 / n) X_l^T X_l (x) B_l B_l^T; it is linear in W_l, and H_f is zero.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from attnlab.models.networks import MLP, MLPConfig
+
+    module, params, (tokens, targets) = problem(config, seed, "linear", 1, config.dtype)
+    embedded = params["token_embedding"][tokens] + params["position_embedding"][None, : tokens.shape[1]]
+    inputs = embedded[:, jnp.asarray(answer(module))].reshape(-1, config.width)
+    widths = (*(config.width,) * (depth - 1), 12)
+    network = MLP(MLPConfig(widths, activation="identity", init="normal", gain=0.8 / config.width**0.5))
+    matrices = list(network.init(jax.random.key(seed), inputs)["params"].values())
+    behind = jnp.eye(12, dtype=inputs.dtype)
+    for matrix in matrices[:0:-1]:
+        behind = matrix @ behind
+    before = inputs
+    for matrix in matrices[:-1]:
+        before = before @ matrix
+    last = jnp.eye(12, dtype=inputs.dtype)
+    norms = {}
+    for place, left, right in (("first", inputs, behind), ("last", before, last)):
+        norm = 2 / targets.size * jnp.linalg.norm(left.T @ left) * jnp.linalg.norm(right @ right.T)
+        norms[f"{place}/full/VV"] = float(norm) * sigmas(config, "mlp") ** 2
+    return norms
+
+
+def precision_errors(config: Config) -> Arrays:
+    """Largest relative error of the transformers' norms against float64: (sigma of three, part), at depth 1."""
+    arrays = {}
+    for variant in ("softmax", "pre_norm"):
+        chosen = sigmas(config, variant)[[0, config.points // 2, -1]]
+        errors = []
+        for sigma in chosen:
+            norms = [point_norms(config, variant, dtype, sigma) for dtype in (config.precision, "float64")]
+            errors.append([relative_error(part, *norms) for part in PARTS])
+        arrays |= {f"precision/{variant}": np.array(errors), f"precision/{variant}/sigma": chosen}
+    return arrays
+
+
+def point_norms(config: Config, variant: str, dtype: str, sigma: float):
+    """Norms at depth 1 in one precision; the weights are those of `config.precision` in both."""
+    import jax
+
+    from attnlab.models.transformer import LanguageModel
+
+    _, params, data = problem(config, config.seed, variant, 1, config.precision)
+    params = jax.tree.map(lambda x: x.astype(dtype), at_scale(params, sigma))
+    return last_layer(LanguageModel(model(config, variant, 1, dtype)), params, *data)
+
+
+def relative_error(part: str, found, expected) -> float:
+    names = [name for name in expected if name.startswith(part) and expected[name] > 0]
+    return max(abs(found[name] - expected[name]) / expected[name] for name in names)
+
+
+def log_slope(norms: np.ndarray, scales: np.ndarray, low: float, high: float) -> tuple[float, float]:
+    """Mean over the seeds of the slope of log norm against log sigma on [low, high], and its 95 % half-width."""
+    from scipy.stats import t
+
+    inside = (scales >= low * 0.999) & (scales <= high * 1.001) & np.all(norms > 0, axis=0)
+    if inside.sum() < 2:
+        return np.nan, np.nan
+    slopes = np.polyfit(np.log(scales[inside]), np.log(norms[:, inside]).T, 1)[0]
+    count = len(slopes)
+    if count == 1:
+        return float(slopes[0]), np.nan
+    return float(np.mean(slopes)), float(t.ppf(0.975, count - 1) * np.std(slopes, ddof=1) / count**0.5)
+
+
+def crossover(arrays: Arrays, place: str, variant: str) -> np.ndarray:
+    """Sigma of every seed at which the query block first overtakes the value block; NaN where it never does."""
+    scales = np.log(arrays[f"{variant}/sigma"])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = np.log(arrays[f"{place}/QQ"] / arrays[f"{place}/VV"])
+    crossings = []
+    for ratio in ratios:
+        above = np.flatnonzero((ratio[:-1] < 0) & (ratio[1:] >= 0))
+        if len(above) == 0:
+            crossings.append(np.nan)
+            continue
+        i = above[0]
+        share = -ratio[i] / (ratio[i + 1] - ratio[i])
+        crossings.append(np.exp(scales[i] + share * (scales[i + 1] - scales[i])))
+    return np.array(crossings)
+
+
+def fit_range(variant: str) -> tuple[float, float]:
+    """Where slopes are fitted: a decade at the small end, all of the range for linear models."""
+    low, high = VARIANTS[variant].sigmas
+    return (low, 10 * low) if VARIANTS[variant].weights == "softmax" else (low, high)
+
+
+def predicted(variant: str, depth: int, name: str) -> float | None:
+    """The predicted exponent of `last/outer/QQ` and the like; None where there is none or the block is zero.
+
+    Pre-LN makes the layer's inputs, and at small sigma all behind it, independent of sigma. The last of D layers of
+    linear attention sees tokens of order sigma^(3^(D-1)). First layers: the order of H_o is that of a layer by itself.
+    """
+    place, part, pair = name.split("/")
+    if variant == "mlp":
+        return 2.0
+    if variant == "pre_norm":
+        return 0.0
+    table = SOFTMAX if variant == "softmax" else LINEAR
+    if variant == "linear" and depth > 1:
+        return 2.0 * 3**depth if part == "outer" else None
+    if place == "first" and depth > 1 and part != "outer":
+        return None
+    orders = [table[part][pair]] if part != "full" else [table[kind][pair] for kind in table]
+    known = [order for order in orders if order is not None]
+    return float(min(known)) if known else None
+
+
+def plot(arrays: Arrays, config: Config):
+    """Above: one layer, every block. Middle: depth. Below: linear models, fitted and predicted slopes, crossings."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(3, 4, figsize=(15, 11))
+    plot_one_layer(axes[0], arrays, config)
+    for column, (variant, place) in enumerate([(v, p) for v in ("softmax", "pre_norm") for p in ("last", "first")]):
+        plot_depths(axes[1, column], arrays, config, variant, place, "full")
+    plot_depths(axes[2, 0], arrays, config, "linear", "last", "outer")
+    plot_depths(axes[2, 1], arrays, config, "mlp", "first", "full")
+    plot_slopes(axes[2, 2], arrays, config)
+    plot_crossovers(axes[2, 3], arrays, config)
+    return figure
+
+
+def band(axes, scales: np.ndarray, norms: np.ndarray, **options) -> None:
+    """Geometric mean over the seeds, and one standard deviation of the logarithm to either side."""
+    positive = np.all(norms > 0, axis=0)
+    if not positive.any():
+        return
+    logs = np.log(norms[:, positive])
+    middle, spread = np.mean(logs, axis=0), np.std(logs, axis=0)
+    scales = scales[positive]
+    axes.plot(scales, np.exp(middle), **options)
+    axes.fill_between(
+        scales, np.exp(middle - spread), np.exp(middle + spread), color=options["color"], alpha=0.2, linewidth=0
+    )
+
+
+def guide(axes, scales: np.ndarray, norms: np.ndarray, exponent: float, low: float, high: float) -> None:
+    """A dotted line of the predicted slope through the smallest sigma, labelled with it."""
+    start = np.exp(np.mean(np.log(np.maximum(norms[:, 0], 1e-300))))
+    line = scales[(scales >= low * 0.999) & (scales <= 3 * high)]
+    values = start * (line / line[0]) ** exponent
+    axes.plot(line, values, ":", color="black", linewidth=1, zorder=0)
+    axes.annotate(rf"$\sigma^{{{exponent:g}}}$", (line[-1], values[-1]), fontsize=8, va="center")
+
+
+def plot_one_layer(row, arrays: Arrays, config: Config) -> None:
+    """Diagonal blocks of H_o, H_f and H, and off-diagonal ones of H, at depth 1 without norms."""
+    scales, window = arrays["softmax/sigma"], fit_range("softmax")
+    diagonal, mixed = ("VV", "OO", "QQ", "KK"), ("OV", "KQ", "QV", "KV", "OQ", "KO")
+    panels = [("outer", diagonal), ("functional", ("QQ", "KK")), ("full", diagonal), ("full", mixed)]
+    for axes, (part, pairs) in zip(row, panels, strict=True):
+        drawn = set()
+        for index, pair in enumerate(pairs):
+            norms = arrays[f"softmax/1/last/{part}/{pair}"]
+            band(axes, scales, norms, color=COLORS.get(pair, f"C{index}"), label=f"{pair[0]}{pair[1]}")
+            exponent = predicted("softmax", 1, f"last/{part}/{pair}")
+            if exponent is not None and exponent not in drawn:
+                guide(axes, scales, norms, exponent, *window)
+                drawn.add(exponent)
+        kind = "diagonal" if len(pairs[0]) and pairs[0][0] == pairs[0][1] else "off-diagonal"
+        finish(axes, f"${PARTS[part]}$, {kind} blocks, one layer")
+        axes.legend(loc="lower right", ncols=2)
+
+
+def plot_depths(axes, arrays: Arrays, config: Config, variant: str, place: str, part: str) -> None:
+    """Value and query block at every depth."""
+    import matplotlib as mpl
+
+    shades = mpl.colormaps["viridis"]
+    scales, window = arrays[f"{variant}/sigma"], fit_range(variant)
+    for depth in depths(config, variant):
+        where = "last" if depth == 1 and variant != "mlp" else place
+        color = shades(0.9 * (depth - 1) / max(config.depth - 1, 1))
+        for pair, line in STYLES.items():
+            name = f"{where}/{part}/{pair}"
+            if f"{variant}/{depth}/{name}" not in arrays:
+                continue
+            norms = arrays[f"{variant}/{depth}/{name}"]
+            label = f"depth {depth}" if pair == "VV" else None
+            band(axes, scales, norms, color=color, linestyle=line, label=label)
+            exponent = predicted(variant, depth, name)
+            if exponent is not None and (depth == 1 or (variant == "linear" and pair == "VV")):
+                guide(axes, scales, norms, exponent, *window)
+    if variant != "mlp":
+        for pair, line in STYLES.items():
+            axes.plot([], [], color="gray", linestyle=line, label=pair)
+    layer = f"{place} layer" if variant != "mlp" else "first layer"
+    finish(axes, f"{VARIANTS[variant].label}, {layer}: ${PARTS[part]}$")
+    axes.legend(loc="best")
+
+
+def finish(axes, title: str) -> None:
+    axes.set(xscale="log", yscale="log", xlabel=r"scale of the embeddings, $\sigma$", ylabel="Frobenius norm")
+    axes.set_title(title)
+
+
+def slopes(arrays: Arrays, config: Config):
+    """(variant, depth, name, fitted, half-width, predicted) of every block with a prediction."""
+    for variant in VARIANTS:
+        scales, window = arrays[f"{variant}/sigma"], fit_range(variant)
+        for depth in depths(config, variant):
+            head = f"{variant}/{depth}/"
+            for key in arrays:
+                if not key.startswith(head) or key.endswith("/error"):
+                    continue
+                exponent = predicted(variant, depth, key.removeprefix(head))
+                if exponent is not None:
+                    yield variant, depth, key.removeprefix(head), *log_slope(arrays[key], scales, *window), exponent
+
+
+def plot_slopes(axes, arrays: Arrays, config: Config) -> None:
+    """Fitted minus predicted exponent of every block that has a prediction."""
+    for color, variant in enumerate(VARIANTS):
+        rows = [row for row in slopes(arrays, config) if row[0] == variant]
+        exponents = np.array([row[5] for row in rows]) * (1 + 0.04 * (color - 1.5)) + 0.05 * color
+        off, width = (np.array([row[i] for row in rows]) for i in (3, 4))
+        off = off - np.array([row[5] for row in rows])
+        axes.errorbar(
+            exponents, off, np.nan_to_num(width), fmt=".", color=f"C{color}", label=VARIANTS[variant].label, capsize=2
+        )
+    axes.axhline(0, color="gray", linewidth=0.8)
+    axes.set(xlabel="predicted exponent", ylabel="fitted minus predicted", xscale="symlog")
+    axes.set_title("slopes, with 95 % intervals over the seeds")
+    axes.legend(loc="best")
+
+
+CROSSINGS = (("softmax", "full", "last"), ("softmax", "outer", "last"), ("softmax", "full", "first"))
+
+
+def plot_crossovers(axes, arrays: Arrays, config: Config) -> None:
+    """Sigma at which the query block overtakes the value block, of every seed."""
+    for color, (variant, part, place) in enumerate(CROSSINGS):
+        points = [
+            (depth, crossover(arrays, f"{variant}/{depth}/{'last' if depth == 1 else place}/{part}", variant))
+            for depth in depths(config, variant)
+        ]
+        shift = 0.18 * (color - 1)
+        for depth, values in points:
+            axes.plot(np.full(len(values), depth + shift), values, ".", color=f"C{color}", alpha=0.4)
+        middles = [np.exp(np.nanmean(np.log(values))) if np.isfinite(values).any() else np.nan for _, values in points]
+        axes.plot(
+            [depth + shift for depth, _ in points],
+            middles,
+            "_",
+            markersize=12,
+            color=f"C{color}",
+            label=f"${PARTS[part]}$, {place} layer",
+        )
+    low, high = VARIANTS["softmax"].sigmas
+    axes.set(yscale="log", xlabel="depth", ylabel=r"$\sigma$ where $\|QQ\| = \|VV\|$", ylim=(low, high))
+    axes.set_xticks(list(depths(config, "softmax")))
+    axes.set_title("queries overtake values (no norm)")
+    axes.legend(loc="best")
+
+
+def tables(arrays: Arrays, config: Config) -> list[Table]:
+    """Slopes, crossings, and how exact the numbers are."""
+    fitted = Table("model", "depth", "block", "fitted", "predicted", title="exponents of sigma, 95 % intervals")
+    for variant, depth, name, slope, width, exponent in slopes(arrays, config):
+        fitted.add_row(VARIANTS[variant].label, str(depth), name, f"{slope:.3f} +- {width:.3f}", f"{exponent:g}")
+    crossings = Table("block of", "layer", "depth", "sigma", title="where |QQ| = |VV|, transformer without norm")
+    for variant, part, place in CROSSINGS:
+        for depth in depths(config, variant):
+            layer = "last" if depth == 1 else place
+            crossings.add_row(
+                PARTS[part], layer, str(depth), summary(crossover(arrays, f"{variant}/{depth}/{layer}/{part}", variant))
+            )
+    return [fitted, crossings, accuracy_table(arrays)]
+
+
+def summary(values: np.ndarray) -> str:
+    """Mean and 95 % half-width of the logarithm over the seeds that cross."""
+    from scipy.stats import t
+
+    logs = np.log(values[np.isfinite(values)])
+    if len(logs) < 2:
+        return f"{len(logs)} of {len(values)} seeds cross"
+    width = t.ppf(0.975, len(logs) - 1) * np.std(logs, ddof=1) / len(logs) ** 0.5
+    middle = np.exp(np.mean(logs))
+    return f"{middle:.3g} ({middle * np.exp(-width):.3g} to {middle * np.exp(width):.3g})"
+
+
+def accuracy_table(arrays: Arrays) -> Table:
+    """Errors of the lower precision, and the standard errors of the estimated norms."""
+    table = Table("norms of", "at", "largest relative error", title="accuracy")
+    for variant in ("softmax", "pre_norm"):
+        scales = arrays[f"precision/{variant}/sigma"]
+        for scale, errors in zip(scales, arrays[f"precision/{variant}"], strict=True):
+            table.add_row(
+                f"last layer, {VARIANTS[variant].label}", f"sigma {scale:.2g}", f"{errors.max():.1e} against float64"
+            )
+    names = [name for name in arrays if name.endswith("/error")]
+    if names:
+        shares = [arrays[name] / np.maximum(arrays[name.removesuffix("/error")], 1e-300) for name in names]
+        median = np.median(np.concatenate([share.ravel() for share in shares]))
+        table.add_row("first layer, depth 2 and more", "median", f"{median:.1%} standard error")
+    return table
+
+
+ANALYSIS = Analysis("block-growth", Config, compute, plot, tables, __doc__)
+
+if __name__ == "__main__":
+    ANALYSIS.main()
