@@ -333,9 +333,7 @@ def peers_of(case, python):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--quick", action="store_true", help="fewer rounds and steps; of the peers the small case alone"
-    )
+    parser.add_argument("--quick", action="store_true", help="fewer rounds; of the peers the small case alone")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the ratios there")
     parser.add_argument("--peers", default=sys.executable, metavar="PYTHON", help="interpreter that has the peers")
     arguments = parser.parse_args()
