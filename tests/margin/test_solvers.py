@@ -224,3 +224,13 @@ def test_certificate_of_any_direction_bounds_the_margin():
 def test_unknown_method():
     with pytest.raises(ValueError, match=r"no method 'simplex'.*active set"):
         max_margin(random_problem(3, 4, 6, seed=1), method="simplex")
+
+
+def test_contradiction_within_one_sequence_is_proved():
+    """The selected token of sequence 0 lies inside the hull of the others: four rows contradict, of twenty-four."""
+    random = np.random.default_rng(0)
+    tokens, queries = random.normal(size=(6, 5, 3)), random.normal(size=(6, 3))
+    tokens[0, 0] = random.dirichlet(np.ones(4)) @ tokens[0, 1:]
+    found = max_margin(attention_problem(tokens, queries, np.zeros(6, int)))
+    assert found.status == Status.INFEASIBLE
+    assert found.certificate.residual < 1e-13

@@ -123,7 +123,20 @@ def shifted_solver(rows: Rows, weights: np.ndarray) -> Solver | None:
 
 
 def gordan_multipliers(rows: Rows, multipliers: np.ndarray, *, steps: int = 4) -> np.ndarray:
-    """Drive sum_k lambda_k a_k to zero: each step is the least change of lambda, relative to lambda, that does so."""
+    """Drive sum_k lambda_k a_k to zero: each step is the least change of lambda, relative to lambda, that does so.
+
+    First with the large multipliers alone, where contradicting rows are few (the tokens of one sequence, say).
+    """
+    large = rows.free | (multipliers > 1e-4 * multipliers.max())
+    if 0 < np.count_nonzero(large & ~rows.free) < len(rows):
+        few = np.zeros_like(multipliers)
+        few[large] = _to_null_space(rows.members(large), multipliers[large], steps)
+        if np.linalg.norm(rows.combine(few)) <= 1e-13 * few[~rows.free].sum():
+            return few
+    return _to_null_space(rows, multipliers, steps)
+
+
+def _to_null_space(rows: Rows, multipliers: np.ndarray, steps: int) -> np.ndarray:
     for _ in range(steps):
         with np.errstate(all="ignore"):
             solve = shifted_solver(rows, np.where(rows.free, 1.0, multipliers**2) * (1e14 / np.max(multipliers**2)))
