@@ -7,8 +7,8 @@ whose norms were estimated from random probes: those of the last attention layer
 those of the first layer at depth 2 and more are estimates with standard errors. Slopes are fitted seed by seed and set
 beside the predicted exponents.
 
-At the default size a run takes about twenty minutes a seed on two cores; it resumes where it was stopped, and more
-seeds add to those already there.
+Every seed's part of the default size takes minutes, all of them hours; a run resumes where it was stopped, and more
+seeds add to those already there. The figure in figures/ is of a smaller size, which its manifest states.
 """
 
 import functools
@@ -456,7 +456,9 @@ def guide(axes, scales: np.ndarray, norms: np.ndarray, exponent: float, low: flo
     line = scales[(scales >= low * 0.999) & (scales <= 3 * high)]
     values = start * (line / line[0]) ** exponent
     axes.plot(line, values, ":", color="black", linewidth=1, zorder=0)
-    axes.annotate(rf"$\sigma^{{{exponent:g}}}$", (line[-1], values[-1]), fontsize=8, va="center")
+    axes.annotate(
+        rf"$\sigma^{{{exponent:g}}}$", (line[-1], values[-1]), (3, -9), textcoords="offset points", fontsize=8
+    )
 
 
 def plot_one_layer(row, arrays: Arrays, config: Config) -> None:
