@@ -10,8 +10,9 @@ READY := $(VENV)/.ready
 run: $(READY)
 	$(BIN)/attnlab run attention-spectrum
 
+# Two processes: compiling, which takes most of the time, keeps one core busy each.
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -19,7 +20,7 @@ check: $(READY)
 	$(BIN)/mypy
 
 nightly: $(READY)
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "slow or not slow"
 
 figures: $(READY)
 	for script in analyses/*.py; do $(BIN)/python $$script || exit 1; done
