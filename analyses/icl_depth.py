@@ -183,7 +183,10 @@ def plot_exponents(axes, arrays: Arrays) -> None:
     for color, risks, limit, label in zip(("C0", "C1"), arrays["law/1"], (-1, -0.5), KINDS.values(), strict=False):
         axes.semilogx(*local_slopes(depths, risks), "o-", color=color, label=label)
         axes.axhline(limit, color=color, linewidth=0.7, linestyle="--")
-    axes.set(xlabel="layers $L$", ylabel=r"$d \log L^\star / d \log L$", title="local exponent at $d = N$")
+    ticks = 2 ** np.arange(int(np.log2(depths[-1])) + 1)
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.set(xlabel="layers $L$", ylabel="slope of log risk against log depth", title="local exponent at $d = N$")
     axes.legend(loc="best")
 
 
@@ -206,7 +209,7 @@ def plot_residuals(axes, arrays: Arrays, config: Config) -> None:
         axes.plot(grid, residual, color=f"C{layers - 1}", label=f"$L = {layers}$")
         looped = (1 - grid * arrays[f"looped_step/{layers}"]) ** layers
         axes.plot(grid, looped, ":", color=f"C{layers - 1}", linewidth=0.9)
-    axes.bar(nodes, weights, 0.03, color="0.75", zorder=0, label="weights of the spectrum's Gauss rule")
+    axes.bar(nodes, weights, 0.03, color="0.75", zorder=0, label="spectrum")
     axes.axhline(0, color="black", linewidth=0.5)
     axes.set(
         ylim=(-0.6, 1.05),
@@ -215,7 +218,7 @@ def plot_residuals(axes, arrays: Arrays, config: Config) -> None:
         ylabel=r"residual $r(\lambda)$",
     )
     axes.set_title("what is left of the error (dotted: looped)")
-    axes.legend(loc="upper right")
+    axes.legend(loc="upper left", bbox_to_anchor=(0.3, 1.0))
 
 
 def plot_steps(axes, arrays: Arrays, config: Config) -> None:
@@ -255,7 +258,9 @@ def fitted(lengths, risks) -> float:
 
 def tables(arrays: Arrays, config: Config) -> list[Table]:
     """Exact risks beside the measured ones, and the exponents."""
-    risks = Table("layers", "exact", "on prompts", "standard errors apart", title="Risk by depth")
+    risks = Table(
+        "layers", "exact", "on prompts", "errors apart", title="Risk by depth, and distance in standard errors"
+    )
     for name, label in KINDS.items():
         for layers, (exact, mean, error) in enumerate(arrays[f"risk/{name}"], 1):
             apart = f"{(mean - exact) / error:+.1f}"
