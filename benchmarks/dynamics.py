@@ -3,7 +3,8 @@
     python benchmarks/dynamics.py [--quick] [--json FILE]
 
 Interleaved runs, medians of CPU time; accuracy is checked before anything is timed. A ratio above 1: attnlab is ahead.
-An overhead is the extra time of training with the probe over that without.
+An overhead is the extra time of a step with the probe over one without; the time of a step is that of 2 N steps less
+that of one of N: what a run costs once (tracing, the cold start of the eigenvectors) is counted apart, as set-up.
 """
 
 import argparse
@@ -76,13 +77,14 @@ def interleaved(functions, repeats):
 
 
 def trained(risk, params, steps, every, probes=None):
-    return train(risk, params, OPTIMIZER, jax.random.key(0), steps=steps, every=every, probes=probes)
+    run = train(risk, params, OPTIMIZER, jax.random.key(0), steps=steps, every=every, probes=probes)
+    return run.params, run.records
 
 
 def accuracy(risk, params, steps, every, tracking):
     """95th percentile of the relative error of lambda_1 against ARPACK, warm-started along a run."""
     probes = {"top": top_eigenvalues(tracking), "point": probe(lambda risk, params: params)}
-    records = trained(risk, params, steps, every, probes).records
+    _, records = trained(risk, params, steps, every, probes)
     errors = []
     for i in range(0, len(records.steps), max(1, len(records.steps) // 12)):
         point = jax.tree.map(lambda leaf, i=i: leaf[i], records.values["point"])
@@ -110,24 +112,35 @@ def cold_arpack(operator, tolerance):
 def measure(name, quick):
     """All numbers of one problem."""
     risk, params = PROBLEMS[name](jax.random.key(1))
-    steps, repeats = (1000, 3) if quick else (4000, 5)
+    steps, repeats = (1000, 3) if quick else (2000, 5)
     batched = fastest_batching(hessian(risk, params))
     one, two = Tracking(1, batched=batched), Tracking(2, batched=batched)
-    runs = {
-        "plain": lambda: plain_loop(risk, params, steps),
-        "bare": lambda: trained(risk, params, steps, 50).params,
-        "one every 50": lambda: trained(risk, params, steps, 50, {"top": top_eigenvalues(one)}).params,
-        "one every 20": lambda: trained(risk, params, steps, 20, {"top": top_eigenvalues(one)}).params,
-        "two every 50": lambda: trained(risk, params, steps, 50, {"top": top_eigenvalues(two)}).params,
+    probes = {
+        "bare": (50, None),
+        "one every 50": (50, {"top": top_eigenvalues(one)}),
+        "one every 20": (20, {"top": top_eigenvalues(one)}),
+        "two every 50": (50, {"top": top_eigenvalues(two)}),
+        "two every 20": (20, {"top": top_eigenvalues(two)}),
     }
     if quick:
-        del runs["one every 20"]
-    settings = {"one every 50": (50, one), "one every 20": (20, one), "two every 50": (50, two)}
-    errors = {f"p95 error, {key}": accuracy(risk, params, steps, *settings[key]) for key in list(runs)[2:]}
-    seconds = interleaved(runs, repeats)
+        del probes["one every 20"], probes["two every 20"]
+    trackings = {"one": one, "two": two}
+    errors = {
+        f"p95 error, {key}": accuracy(risk, params, steps, every, trackings[key[:3]])
+        for key, (every, probe_) in probes.items()
+        if probe_
+    }
+    runs = {}
+    for length in (steps, 2 * steps):
+        runs["plain", length] = partial(plain_loop, risk, params, length)
+        runs |= {(key, length): partial(trained, risk, params, length, *choice) for key, choice in probes.items()}
+    totals = interleaved(runs, repeats)
+    seconds = {key: (totals[key, 2 * steps] - totals[key, steps]) / steps for key in ("plain", *probes)}
+    setup = {key: 2 * totals[key, steps] - totals[key, 2 * steps] for key in probes}
     _, products = cold_arpack(hessian(risk, params), 5e-3)
     found = {"steps per second, attnlab over plain loop": seconds["plain"] / seconds["bare"]}
-    found |= {f"overhead, {key}": seconds[key] / seconds["bare"] - 1 for key in list(runs)[2:]}
+    found |= {f"overhead, {key}": seconds[key] / seconds["bare"] - 1 for key in list(probes)[1:]}
+    found |= {f"set-up seconds, {key}": value for key, value in setup.items()}
     found |= errors
     found["products, cold ARPACK at 0.5 % over two certified"] = products / (two.count * (two.depth + 1))
     return {f"{name} ({dimension(params)} parameters): {key}": value for key, value in found.items()}
