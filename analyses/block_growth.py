@@ -395,9 +395,9 @@ def crossover(arrays: Arrays, place: str, variant: str) -> np.ndarray:
 
 
 def fit_range(variant: str) -> tuple[float, float]:
-    """Where slopes are fitted: a decade at the small end, all of the range for linear models."""
+    """Where slopes are fitted: the lowest decade, or half of it for linear attention, which has but one."""
     low, high = VARIANTS[variant].sigmas
-    return (low, 10 * low) if VARIANTS[variant].weights == "softmax" else (low, high)
+    return low, low * (high / low) ** (1 / 3 if variant != "linear" else 1 / 2)
 
 
 def predicted(variant: str, depth: int, name: str) -> float | None:
