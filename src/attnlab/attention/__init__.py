@@ -1,6 +1,7 @@
 """The exact curvature of attention, in closed form, from data, weights and attention moments."""
 
 from attnlab.attention.blocks import PARTS, AttentionHessian, attention_hessian, attention_hessian_from_downstream
+from attnlab.attention.cross_layer import cross_layer_outer
 from attnlab.attention.describe import Factor, TermDescription, describe, describe_table
 from attnlab.attention.downstream import downstream_derivatives
 from attnlab.attention.kronecker import KroneckerSum, Leaf, Term
@@ -20,6 +21,7 @@ __all__ = [
     "attention_hessian",
     "attention_hessian_from_downstream",
     "attention_moments",
+    "cross_layer_outer",
     "describe",
     "describe_table",
     "downstream_derivatives",

@@ -1,0 +1,72 @@
+"""Blocks of the Gauss-Newton matrix that couple the weights of two attention layers of one network, in closed form.
+
+With J_a the Jacobian of layer a in its own weights and Z_a that of the network's outputs in layer a's output,
+
+    H_o[a, b] = J_a^T Λ_ab J_b,    Λ_ab = Z_a^T (d²loss/doutputs²) Z_b,
+
+a double sum over tokens of Kronecker products, as within one layer whose tokens are coupled behind it. The functional
+part has no such form here: it needs derivatives of layer b's Jacobian in the tokens that layer a changes.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from attnlab.attention.blocks import Pair
+from attnlab.attention.in_transformer import Cut, cut_at_attention
+from attnlab.attention.kronecker import KroneckerSum
+from attnlab.attention.moments import moments_of
+from attnlab.attention.terms import TokenJacobian, leaves, outer_term, token_jacobians, token_quantities
+from attnlab.types import Params, PyTree
+
+
+def cross_layer_outer(
+    module: nn.Module, params: Params, inputs: PyTree, loss: Callable[[PyTree], Array], row: str, column: str
+) -> dict[Pair, KroneckerSum]:
+    """The blocks of H_o between every weight of attention layer `row` and every weight of attention layer `column`.
+
+    Args:
+        module: a model around `SelfAttention`, whose outputs are (B, L, C).
+        params: its parameters.
+        inputs: its inputs.
+        loss: the scalar loss of the outputs.
+        row: path of a layer in the parameters, such as `layer_0/attention`.
+        column: path of another, or of the same.
+
+    Takes L x O products with the network for the coupling Λ, (B, L, O, L, O) numbers. Raises `ValueError` for a path
+    that is not an attention layer's.
+    """
+    first, second = (cut_at_attention(module, params, inputs, path) for path in (row, column))
+    coupling = _coupling(first, second, loss)
+    ours, theirs = _jacobians(first), _jacobians(second)
+    shapes, others = leaves(first.point), leaves(second.point)
+    dtype = str(first.point.inputs.dtype)
+    return {
+        (mine, other): KroneckerSum(
+            (outer_term(ours[mine], theirs[other], coupling),), shapes[mine], others[other], dtype
+        )
+        for mine in ours
+        for other in theirs
+    }
+
+
+def _jacobians(cut: Cut) -> dict[str, TokenJacobian]:
+    # The Jacobian of the layer alone: the gradient behind it plays no part.
+    tokens = token_quantities(cut.point, moments_of(cut.point), jnp.zeros_like(cut.outputs))
+    jacobians = token_jacobians(cut.point, tokens)
+    return {name: jacobians[name] for name in cut.point.names}
+
+
+def _coupling(first: Cut, second: Cut, loss: Callable[[PyTree], Array]) -> Float[Array, "B L O L P"]:
+    """Λ_ab, one unit vector of layer b's output (of all sequences at once) after another."""
+    logits, push = jax.linearize(second.rest, second.outputs)
+    _, pull = jax.vjp(first.rest, first.outputs)
+    _, curve = jax.linearize(jax.grad(loss), logits)
+    _, length, width = second.outputs.shape
+    units = jnp.eye(length * width, dtype=logits.dtype).reshape(-1, 1, length, width)
+    probes = jnp.broadcast_to(units, (length * width, *second.outputs.shape))
+    columns = jax.lax.map(lambda probe: pull(curve(push(probe)))[0], probes)
+    return jnp.moveaxis(columns, 0, -1).reshape(*first.outputs.shape, length, width)
