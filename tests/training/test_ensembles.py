@@ -82,7 +82,7 @@ def test_own_data_need_an_ensemble(key):
     risk, points, keys = members(key)
     with pytest.raises(ValueError, match="own_risks is for ensembles"):
         train(risk, points, optax.sgd(0.1), key, own_risks=True, steps=1)
-    with pytest.raises(ValueError, match="risk.*expected a first axis of 3. Stack one objective a key"):
+    with pytest.raises(ValueError, match=r"risk.*expected a first axis of 3. Stack one objective a key"):
         train(risk, points, optax.sgd(0.1), keys, own_risks=True, steps=1)
 
 

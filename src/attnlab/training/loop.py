@@ -155,7 +155,7 @@ def _first_state(
     if plan.members is not None:
         check_leading_axis("params", params, plan.members, "Stack one point a key.")
     if plan.own_risks:
-        check_leading_axis("risk", risk, plan.members, "Stack one objective a key.")
+        check_leading_axis("risk", risk, plan.members or 0, "Stack one objective a key.")
     check_objective(_one_risk(risk, plan), _one_member(params, plan))
 
     def build(params: Params, key: PRNGKey, values: dict[str, Array]) -> TrainingState:
