@@ -179,7 +179,7 @@ def plot(arrays: Arrays, config: Config):
     dimensions = [str(d) for d in DIMENSIONS[:: config.stride]]
     share_map(axes[0, 1], arrays["isotropic/shares"], dimensions, lengths)
     axes[0, 1].set(xlabel="context length $N$", ylabel="dimension $d$", title="isotropic inputs")
-    figure.colorbar(image, ax=axes[0, :2], label="starts that end in a bad minimum (%)")
+    figure.colorbar(image, ax=axes[0, :2], label="ends in a bad minimum (%)")
     plot_start(axes[0, 2], arrays, config)
     plot_losses(axes[1, 0], arrays)
     plot_hessians(axes[1, 1], arrays)
@@ -208,7 +208,7 @@ def plot_start(axes, arrays: Arrays, config: Config) -> None:
         places = sizes * 1.06 ** (number - 1)
         axes.errorbar(places, 100 * share, 100 * error, marker="o", capsize=2, color=f"C{number}", label=label)
     axes.set_xscale("log")
-    axes.set(xlabel="standard deviation of the initial weights", ylabel="starts that end in a bad minimum (%)")
+    axes.set(xlabel="standard deviation of the initial weights", ylabel="ends in a bad minimum (%)")
     axes.set(ylim=(-5, 105), title=r"$\lambda = (2, 1, .5, .25, .1)$, $N = 20$")
     axes.legend(loc="upper left")
 
@@ -224,6 +224,7 @@ def plot_losses(axes, arrays: Arrays) -> None:
     for name in ("bad", "best"):
         axes.axhline(float(arrays[f"{name}/risk"]), color="black", linewidth=0.8, linestyle="--")
     axes.set(xlabel="step", ylabel="exact risk", title="training from random starts")
+    axes.set_ylim(0.4 * float(arrays["least"]))  # room for the legend
     axes.legend(loc="lower left")
 
 
@@ -237,7 +238,7 @@ def plot_hessians(axes, arrays: Arrays) -> None:
         axes.semilogy(rank[curved], eigenvalues[curved], "ov"[number], color=f"C{1 - number}", label=label)
     axes.set(xlabel="rank (the flat direction of scale is left out)", ylabel="eigenvalue of the Hessian")
     axes.set_title("exact Hessian at both ends (balanced)")
-    axes.legend(loc="lower left")
+    axes.legend(loc="upper right")
 
 
 def plot_paths(axes, arrays: Arrays) -> None:

@@ -91,7 +91,8 @@ def best_gd_plus_plus(key: PRNGKey) -> Comparison:
             return 5 * plus_plus_risk(vector[:layers], vector[layers:], rule)
 
         descent = jax.jit(jax.value_and_grad(total))
-        best = scipy.optimize.minimize(descent, np.array(parameters) * factor, jac=True, method="BFGS", tol=1e-12)
+        start = np.array(parameters) * factor
+        best = scipy.optimize.minimize(descent, start, jac=True, method="BFGS", tol=1e-12)
         measured.append(best.fun)
     predicted = np.array([risk for _, risk in PLUS_PLUS.values()])
     return Comparison(predicted, np.array(measured), scale=predicted)
@@ -113,7 +114,7 @@ def gradient_flow(risk: Objective, start: Params, times: np.ndarray, method: str
     flat, unravel = ravel_pytree(start)
 
     def slope(_: float, vector: np.ndarray) -> np.ndarray:
-        return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(SLOPE(unravel(vector), risk))])
+        return np.asarray(ravel_pytree(SLOPE(unravel(jnp.asarray(vector)), risk))[0])
 
     span = (0.0, float(times[-1]))
     path = scipy.integrate.solve_ivp(slope, span, np.asarray(flat), method, t_eval=times, rtol=1e-10, atol=1e-12)
@@ -218,8 +219,10 @@ def anisotropy_makes_a_strict_bad_minimum(key: PRNGKey) -> Comparison:
     problem = rotated_problem(key)
     point = bad_minimum(problem, 20)
     stationary = point.gradient_norm < 1e-12
-    measured = [point.risk, optimal_risk(problem, 20), stationary, point.is_strict_minimum(symmetries=1)]
-    return Comparison([1.935972, 0.792426, 1, 1], [float(value) for value in measured], scale=1)
+    signs = float(stationary), float(point.is_strict_minimum(symmetries=1))
+    return Comparison(
+        [1.935972, 0.792426, 1, 1], [float(point.risk), float(optimal_risk(problem, 20)), *signs], scale=1
+    )
 
 
 @claim(
