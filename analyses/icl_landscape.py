@@ -188,11 +188,12 @@ def plot(arrays: Arrays, config: Config):
 
 
 def share_map(axes, shares, rows, columns):
-    """Percentages as colours and numbers."""
+    """Percentages as colours and numbers; a star where more than a tenth of the starts are not yet stationary."""
     percent = 100 * shares[:, :, 0]
     image = axes.imshow(percent, vmin=0, vmax=100, cmap="magma", aspect="auto", origin="lower")
     for (row, column), value in np.ndenumerate(percent):
-        axes.text(column, row, f"{value:.0f}", ha="center", va="center", color="black" if value > 60 else "white")
+        star = "*" if shares[row, column, 1] > 0.1 else ""
+        axes.text(column, row, f"{value:.0f}{star}", ha="center", va="center", color="black" if value > 60 else "white")
     axes.set_xticks(range(len(columns)), [str(column) for column in columns])
     axes.set_yticks(range(len(rows)), rows)
     axes.tick_params(length=0)
@@ -203,12 +204,16 @@ def share_map(axes, shares, rows, columns):
 def plot_start(axes, arrays: Arrays, config: Config) -> None:
     sizes = np.array(SIZES[:: config.stride])
     for number, (shares, label) in enumerate(zip(arrays["start/shares"], MODELS.values(), strict=True)):
-        share = shares[:, 0]
+        share = np.where(shares[:, 1] > 0.1, np.nan, shares[:, 0])
         error = np.sqrt(np.maximum(share * (1 - share), 1 / config.starts) / config.starts)
         places = sizes * 1.06 ** (number - 1)
         axes.errorbar(places, 100 * share, 100 * error, marker="o", capsize=2, color=f"C{number}", label=label)
     axes.set_xscale("log")
-    axes.set(xlabel="standard deviation of the initial weights", ylabel="ends in a bad minimum (%)")
+    axes.set_xlim(sizes[0] / 1.5, sizes[-1] * 1.5)
+    axes.set(
+        xlabel="standard deviation of the initial weights (left out: not yet stationary)",
+        ylabel="ends in a bad minimum (%)",
+    )
     axes.set(ylim=(-5, 105), title=r"$\lambda = (2, 1, .5, .25, .1)$, $N = 20$")
     axes.legend(loc="upper left")
 
