@@ -421,6 +421,11 @@ def predicted(variant: str, depth: int, name: str) -> float | None:
     return float(min(known)) if known else None
 
 
+def measured_depths(arrays: Arrays, variant: str) -> list[int]:
+    """The depths that the arrays hold."""
+    return sorted({int(name.split("/")[1]) for name in arrays if name.startswith(f"{variant}/") and "VV" in name})
+
+
 def plot(arrays: Arrays, config: Config):
     """Above: one layer, every block. Middle: depth. Below: linear models, fitted and predicted slopes, crossings."""
     import matplotlib.pyplot as plt
@@ -486,9 +491,9 @@ def plot_depths(axes, arrays: Arrays, config: Config, variant: str, place: str, 
 
     shades = mpl.colormaps["viridis"]
     scales, window = arrays[f"{variant}/sigma"], fit_range(variant)
-    for depth in depths(config, variant):
+    for depth in measured_depths(arrays, variant):
         where = "last" if depth == 1 and variant != "mlp" else place
-        color = shades(0.9 * (depth - 1) / max(config.depth - 1, 1))
+        color = shades(0.9 * (depth - 1) / 4)
         for pair, line in STYLES.items():
             name = f"{where}/{part}/{pair}"
             if f"{variant}/{depth}/{name}" not in arrays:
@@ -516,7 +521,7 @@ def slopes(arrays: Arrays, config: Config):
     """(variant, depth, name, fitted, half-width, predicted) of every block with a prediction."""
     for variant in VARIANTS:
         scales, window = arrays[f"{variant}/sigma"], fit_range(variant)
-        for depth in depths(config, variant):
+        for depth in measured_depths(arrays, variant):
             head = f"{variant}/{depth}/"
             for key in arrays:
                 if not key.startswith(head) or key.endswith("/error"):
@@ -550,7 +555,7 @@ def plot_crossovers(axes, arrays: Arrays, config: Config) -> None:
     for color, (variant, part, place) in enumerate(CROSSINGS):
         points = [
             (depth, crossover(arrays, f"{variant}/{depth}/{'last' if depth == 1 else place}/{part}", variant))
-            for depth in depths(config, variant)
+            for depth in measured_depths(arrays, variant)
         ]
         shift = 0.18 * (color - 1)
         for depth, values in points:
@@ -566,7 +571,7 @@ def plot_crossovers(axes, arrays: Arrays, config: Config) -> None:
         )
     low, high = VARIANTS["softmax"].sigmas
     axes.set(yscale="log", xlabel="depth", ylabel=r"$\sigma$ where $\|QQ\| = \|VV\|$", ylim=(low, high))
-    axes.set_xticks(list(depths(config, "softmax")))
+    axes.set_xticks(list(measured_depths(arrays, "softmax")))
     axes.set_title("queries overtake values (no norm)")
     axes.legend(loc="best")
 
@@ -578,7 +583,7 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
         fitted.add_row(VARIANTS[variant].label, str(depth), name, f"{slope:.3f} +- {width:.3f}", f"{exponent:g}")
     crossings = Table("block of", "layer", "depth", "sigma", title="where |QQ| = |VV|, transformer without norm")
     for variant, part, place in CROSSINGS:
-        for depth in depths(config, variant):
+        for depth in measured_depths(arrays, variant):
             layer = "last" if depth == 1 else place
             crossings.add_row(
                 PARTS[part], layer, str(depth), summary(crossover(arrays, f"{variant}/{depth}/{layer}/{part}", variant))
