@@ -211,7 +211,7 @@ def plot_start(axes, arrays: Arrays, config: Config) -> None:
     axes.set_xscale("log")
     axes.set_xlim(sizes[0] / 1.5, sizes[-1] * 1.5)
     axes.set(
-        xlabel="standard deviation of the initial weights (left out: not yet stationary)",
+        xlabel="deviation of initial weights (left out: not stationary)",
         ylabel="ends in a bad minimum (%)",
     )
     axes.set(ylim=(-5, 105), title=r"$\lambda = (2, 1, .5, .25, .1)$, $N = 20$")
