@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import scipy.optimize
+from jaxtyping import Array
 
 from attnlab.claims.registry import Comparison, claim
 from attnlab.margin import (
@@ -56,12 +57,16 @@ def ensemble(key: PRNGKey, members: int = MEMBERS) -> Objective:
     return jax.vmap(build)(tokens, queries, readout)
 
 
-def trajectories(key: PRNGKey, risks: Objective, params: Params, optimizer, steps: int, every: int) -> np.ndarray:
+def trajectories(
+    key: PRNGKey, risks: Objective, params: Params, optimizer: optax.GradientTransformation, steps: int, every: int
+) -> np.ndarray:
     """W of every member, (measurements, members, d, d)."""
     members = len(risks.targets)
     together = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (members, *leaf.shape)), params)
-    options = {"steps": steps, "every": every, "own_risks": True, "probes": {"matrix": MATRIX}}
-    trained = train(risks, together, optimizer, jax.random.split(key, members), **options)
+    keys = jax.random.split(key, members)
+    trained = train(
+        risks, together, optimizer, keys, steps=steps, every=every, own_risks=True, probes={"matrix": MATRIX}
+    )
     return np.asarray(trained.records.values["matrix"])
 
 
@@ -208,7 +213,9 @@ def attention_svm_is_feasible_or_has_gordan_multipliers(key: PRNGKey) -> Compari
     for number in range(60):
         tokens, queries = normal(jax.random.fold_in(key, number), (6, 5, 3), (6, 3))
         problems.append(attention_problem(tokens, queries, np.zeros(6, int)))
-    return Comparison([possible(p) for p in problems], [names[Status(max_margin(p).status)] for p in problems], scale=1)
+    return Comparison(
+        [possible(p) for p in problems], [names[Status(int(max_margin(p).status))] for p in problems], scale=1
+    )
 
 
 def possible(problem: MarginProblem) -> float:
@@ -267,23 +274,27 @@ def lp_directions(risks: Objective, matrices: np.ndarray, p: float) -> np.ndarra
     return np.stack([max_margin(problem).direction for problem in problems])
 
 
-def train_parts(key: PRNGKey, risk: Objective, inside: np.ndarray, basis: np.ndarray, steps: int) -> np.ndarray:
+def train_parts(
+    key: PRNGKey, risk: Objective, inside: np.ndarray | Array, problem: MarginProblem, steps: int
+) -> np.ndarray:
     """W after training the finite part by gradient descent and the diverging one by normalised descent."""
+    basis = jnp.asarray(equality_basis(problem))
     size = basis.shape[1:]
     labels = {"finite": "finite", "diverging": "diverging"}
     optimizer = optax.partition(
         {"finite": optax.adam(optax.cosine_decay_schedule(0.1, steps)), "diverging": DESCENT}, labels
     )
-    split = decoupled(risk, jnp.asarray(inside), jnp.asarray(basis))
+    split = decoupled(risk, jnp.asarray(inside), basis)
     start = {"finite": jnp.zeros(size), "diverging": jnp.zeros(size)}
     trained = train(split, start, optimizer, key, steps=steps, every=steps)
-    return np.asarray(decoupled_matrix(trained.params, jnp.asarray(basis)))
+    return np.asarray(decoupled_matrix(trained.params, basis))
 
 
-def parts_found(problem: MarginProblem, matrix: np.ndarray, finite: np.ndarray) -> np.ndarray:
+def parts_found(problem: MarginProblem, matrix: np.ndarray, finite: np.ndarray | Array) -> np.ndarray:
     """Error of the part in the span of the equality rows; and one less the cosine of the rest with the solution."""
+    finite = np.asarray(finite)
     missed = np.linalg.norm(project_on_equalities(problem, matrix) - finite)
-    return np.array([missed, 1 - cosine(matrix - finite, max_margin(problem).direction)])
+    return np.array([missed, 1 - cosine(matrix - finite, np.asarray(max_margin(problem).direction))])
 
 
 @claim(
@@ -302,7 +313,7 @@ def next_token_prediction_finds_log_odds_and_margin(key: PRNGKey) -> Comparison:
     problem = next_token_problem(contexts, supports)
     tokens = jnp.broadcast_to(jnp.eye(7), (5, 7, 7))
     risk = decision_risk(tokens, jnp.asarray(contexts), jnp.asarray(probabilities))
-    matrix = train_parts(key, risk, supports, equality_basis(problem), 3000)
+    matrix = train_parts(key, risk, supports, problem, 3000)
     finite = equality_solution(problem, log_odds(problem, probabilities))
     return Comparison(np.zeros(2), parts_found(problem, matrix, finite), scale=np.array([1e-5, 1e-4]))
 
@@ -337,6 +348,6 @@ def graph_svm_splits_attention_into_finite_and_diverging(key: PRNGKey) -> Compar
         jnp.asarray(embeddings[last]),
         jnp.asarray(copies / copies.sum(1, keepdims=True)),
     )
-    matrix = train_parts(key, risk, inside, equality_basis(problem), 3000)
+    matrix = train_parts(key, risk, inside, problem, 3000)
     finite = finite_component(sequences, labels, embeddings)
     return Comparison(np.zeros(2), parts_found(problem, matrix, finite), scale=np.array([1e-5, 1e-4]))
