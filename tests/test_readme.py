@@ -27,7 +27,7 @@ def test_its_files_and_make_targets_exist(readme, pytestconfig):
     for path in re.findall(r"\]\(([\w/.-]+)\)", readme):
         assert (root / path).exists(), path
     makefile = (root / "Makefile").read_text()
-    for target in re.findall(r"make (\w+)", readme):
+    for target in re.findall(r"(?:^|`)make (\w+)", readme, re.MULTILINE):
         assert f"\n{target}:" in makefile, target
 
 
