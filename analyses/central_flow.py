@@ -67,7 +67,7 @@ def compute(config: Config, progress: Progress) -> Arrays:
     options = {"learning_rate": rate, "steps": config.steps, "every": config.every, "count": config.count}
     central = central_flow(risk, start, key, **options)
     progress.update(task, advance=1, status="gradient flow")
-    times = rate * jnp.arange(0, config.steps + 1, config.every)
+    times = jnp.asarray(rate * np.arange(0, config.steps + 1, config.every), dtype=float)
     flow = gradient_flow(risk, start, times, tolerance=1e-6)
     progress.update(task, advance=1, status="")
 
