@@ -32,7 +32,11 @@ PANELS = {"gradient descent": "GD", "momentum": ("heavy", "Nesterov"), "adaptive
 class Config(AnalysisConfig):
     """Options of the analysis."""
 
-    SMOKE: ClassVar = {"runs": ("GD 0.2", "Adam 0.003", "control: GD 0.1"), "shorten": 100, "every": 10}
+    SMOKE: ClassVar = {
+        "runs": ("GD 0.2", "heavy ball 0.02", "Adam 0.003", "control: GD 0.1"),
+        "shorten": 100,
+        "every": 10,
+    }
 
     dtype: Literal["float64", "float32"] = "float32"
     """Precision of the computation."""
