@@ -29,7 +29,9 @@ def errors(name, key, offset):
     return found
 
 
-@pytest.mark.parametrize("offset", [0.0, 30.0], ids=["centred", "offset30"])
+@pytest.mark.parametrize(
+    "offset", [pytest.param(0.0, marks=pytest.mark.slow, id="centred"), pytest.param(30.0, id="offset30")]
+)
 @pytest.mark.parametrize("name", ["batch", "cross_entropy", "heads_projection", "linear"])
 def test_at_least_as_accurate_as_autodiff(name, offset):
     """Mean over seeds; where both are at the rounding error itself (linear attention), either may be ahead."""

@@ -9,6 +9,9 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import pytest
+
+pytestmark = pytest.mark.slow  # processes of their own, which compile everything again
 
 PROGRAM = Path(__file__).with_name("sharded_curvature.py")
 
