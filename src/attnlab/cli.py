@@ -4,7 +4,9 @@ import argparse
 import ast
 import importlib.util
 import sys
+import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -54,24 +56,41 @@ def list_analyses(console: Console) -> None:
     console.print(table)
 
 
-def verify(words: Sequence[str], seeds: Sequence[int], console: Console) -> bool:
+def load_all_claims(files: Sequence[Path]) -> list[str]:
+    """Configure JAX and load the package's claims and those of `files`; returns the names of the latter's."""
+    from attnlab.analysis import configure_jax
+    from attnlab.claims import load_claims
+
+    configure_jax("float64")
+    known = set(load_claims())
+    for path in files:
+        load_script(path)
+    return [name for name in load_claims() if name not in known]
+
+
+def verify(given: argparse.Namespace, console: Console) -> bool:
     """Check the named claims (all of them by default) on every seed, with a live table; whether all passed.
 
     A word that ends in .py is a file of further claims, which are checked as well. Raises `ValueError` for an unknown
     name.
     """
-    from attnlab.analysis import configure_jax
-    from attnlab.claims import claim_by_name, load_claims
-    from attnlab.verification import verify_all
+    from attnlab.claims import REGISTRY, claim_by_name
+    from attnlab.verification import STRICT_SIZE, Check, default_workers, verify_all, write_junit, write_verdicts
 
-    configure_jax("float64")
-    known = set(load_claims())
-    files = [Path(word) for word in words if word.endswith(".py")]
-    for path in files:
-        load_script(path)
-    named = [word for word in words if not word.endswith(".py")]
-    own = [name for name in load_claims() if name not in known]
-    return verify_all([claim_by_name(name) for name in (named + own or load_claims())], seeds, console)
+    started = time.perf_counter()
+    files = [Path(word) for word in given.claims if word.endswith(".py")]
+    own = load_all_claims(files)
+    names = [word for word in given.claims if not word.endswith(".py")] + own or list(REGISTRY)
+    for name in names:
+        claim_by_name(name)
+    check = Check(names, given.seeds, STRICT_SIZE if given.strict else 1)
+    verdicts = verify_all(check, console, given.workers or default_workers(), partial(load_all_claims, files))
+    seconds = time.perf_counter() - started
+    if given.json:
+        write_verdicts(given.json, verdicts, check, seconds)
+    if given.junit:
+        write_junit(given.junit, verdicts, seconds)
+    return all(verdict.passed for verdict in verdicts)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -88,6 +107,10 @@ def parser() -> argparse.ArgumentParser:
         "claims", nargs="*", help="names of claims, or files with claims of your own (all claims)"
     )
     verify_parser.add_argument("--seeds", nargs="+", type=int, default=[1], help="seeds of the random instances (1)")
+    verify_parser.add_argument("--strict", action="store_true", help="larger instances, where a claim has them")
+    verify_parser.add_argument("--workers", type=int, help="processes at a time (one a processor)")
+    verify_parser.add_argument("--json", type=Path, metavar="FILE", help="write the verdicts as JSON")
+    verify_parser.add_argument("--junit", type=Path, metavar="FILE", help="write the verdicts as JUnit XML")
     return top
 
 
@@ -104,6 +127,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _verified(given: argparse.Namespace) -> bool:
     try:
-        return verify(given.claims, given.seeds, Console())
+        return verify(given, Console())
     except (ValueError, OSError) as error:
         parser().error(str(error))

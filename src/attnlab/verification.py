@@ -1,43 +1,132 @@
-"""Claims checked one after another, shown in a live table."""
+"""Claims checked in parallel, shown in a live table, and their verdicts as JSON and JUnit."""
 
-from collections.abc import Iterable, Sequence
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from attnlab.claims import Claim, Verdict
+from attnlab.claims import Claim, Verdict, claim_by_name
+from attnlab.runs import manifest, replace_file, write_json
 
-COLUMNS = ("seed", "predicted", "measured", "error (allowed)", "verdict")
+COLUMNS = ("seed", "predicted", "measured", "error (allowed)", "seconds", "verdict")
+SIGNS = {"equal": "", "at most": "≤ ", "at least": "≥ "}
+STRICT_SIZE = 2
 
 
-def verify_all(claims: Sequence[Claim], seeds: Iterable[int], console: Console) -> bool:
-    """Check every claim on every seed, one row each as it is done; whether all passed."""
+@dataclass(frozen=True)
+class Check:
+    """What to verify: claims by name, on which seeds, and at which size (1, or `STRICT_SIZE`)."""
+
+    names: Sequence[str]
+    seeds: Sequence[int]
+    size: int = 1
+
+
+def verify_all(check: Check, console: Console, workers: int, prepare: Callable[[], Any]) -> list[Verdict]:
+    """The verdicts on every claim and seed, in the order asked for; shows them as they come, then all in one table.
+
+    Each claim is one task: its seeds share what was compiled. With one worker the claims run in this process, which has
+    called `prepare` (it configures JAX and loads the claims); each of several worker processes calls it first.
+    """
+    found: dict[str, list[Verdict]] = {}
+    progress = Progress(BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[newest]}"))
+    task = progress.add_task("claims", total=len(check.names), newest="")
+    with Live(progress, console=console, transient=True) as live:
+        for name, verdicts in _verdicts(check, min(workers, len(check.names)), prepare):
+            found[name] = verdicts
+            progress.update(task, advance=1, newest=name)
+            recent = [verdict for group in list(found.values())[-3:] for verdict in group]
+            live.update(Group(table_of(recent), progress))
+    ordered = [verdict for name in check.names for verdict in found[name]]
+    console.print(table_of(ordered))
+    console.print(f"\n{sum(verdict.passed for verdict in ordered)} of {len(ordered)} passed")
+    return ordered
+
+
+def _verdicts(check: Check, workers: int, prepare: Callable[[], Any]) -> Iterator[tuple[str, list[Verdict]]]:
+    """Name and verdicts of every claim, as they are done."""
+    if workers <= 1:
+        for name in check.names:
+            yield name, [_with_claim(verdict, name) for verdict in _check_one(name, check.seeds, check.size)]
+        return
+    # JAX keeps threads, which a forked process would not have: spawn.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=prepare) as pool:
+        futures = {pool.submit(_check_one, name, check.seeds, check.size): name for name in check.names}
+        try:
+            for future in as_completed(futures):
+                name = futures[future]
+                yield name, [_with_claim(verdict, name) for verdict in _result(future, check.seeds)]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _result(future: Future, seeds: Sequence[int]) -> list[Verdict]:
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        return [_failure(seed, "its worker process ended before it was done", 0.0) for seed in seeds]
+
+
+def _check_one(name: str, seeds: Sequence[int], size: int) -> list[Verdict]:
+    """The verdicts on one claim, without the claim itself, whose function another process could not take over."""
+    import jax
+
+    verdicts = []
+    for seed in seeds:
+        started = time.perf_counter()
+        try:
+            verdict = replace(claim_by_name(name).verify(seed, size), claim=None)  # type: ignore[arg-type]
+        except Exception as error:
+            verdict = _failure(seed, f"{type(error).__name__}: {error}", time.perf_counter() - started)
+        verdicts.append(verdict)
+    jax.clear_caches()  # thousands of compiled programs in one process exhaust its memory maps
+    return verdicts
+
+
+def _failure(seed: int, problem: str, seconds: float) -> Verdict:
+    nothing = np.array(np.nan)
+    return Verdict(None, seed, nothing, nothing, np.inf, seconds, problem)  # type: ignore[arg-type]
+
+
+def _with_claim(verdict: Verdict, name: str) -> Verdict:
+    return replace(verdict, claim=claim_by_name(name))
+
+
+def table_of(verdicts: Sequence[Verdict]) -> Table:
+    """One row a verdict."""
     table = Table(Column("claim and source", overflow="fold", ratio=2), *COLUMNS, show_lines=True)
-    passed = []
-    seeds = list(seeds)
-    with Live(table, console=console, vertical_overflow="visible"):
-        for claim in claims:
-            for seed in seeds:
-                verdict = claim.verify(seed)
-                passed.append(verdict.passed)
-                table.add_row(*cells(verdict))
-    console.print(f"\n{sum(passed)} of {len(passed)} passed")
-    return all(passed)
+    for verdict in verdicts:
+        table.add_row(*cells(verdict))
+    return table
 
 
 def cells(verdict: Verdict) -> tuple[str, ...]:
     """One row of the table."""
-    claim = verdict.claim
-    sign = {"equal": "", "at most": "\u2264 ", "at least": "\u2265 "}[claim.relation]
+    claim: Claim = verdict.claim
     word = "[green]passed[/green]" if verdict.passed else "[red]failed[/red]"
+    problem = f"\n[red]{escape(verdict.problem)}[/red]" if verdict.problem else ""
     return (
-        f"{claim.name}\n[dim]{claim.source}[/dim]",
+        f"{claim.name}\n[dim]{escape(claim.source)}[/dim]{problem}",
         str(verdict.seed),
-        sign + shown(verdict.predicted),
+        SIGNS[claim.relation] + shown(verdict.predicted),
         shown(verdict.measured),
         f"{verdict.error:.1e} ({claim.tolerance:.0e})",
+        f"{verdict.seconds:.1f}",
         word,
     )
 
@@ -47,3 +136,54 @@ def shown(values: np.ndarray) -> str:
     if values.size > 6:
         return f"{values.size} numbers, norm {np.linalg.norm(values):.4g}"
     return ", ".join(f"{value:.4g}" for value in np.ravel(values))
+
+
+def record(verdict: Verdict) -> dict[str, Any]:
+    """A verdict and its claim in values of JSON; numbers that are not finite become null."""
+    claim = verdict.claim
+    return {
+        "claim": claim.name,
+        "statement": claim.statement,
+        "source": claim.source,
+        "instance": (claim.compare.__doc__ or "").strip(),
+        "relation": claim.relation,
+        "tolerance": claim.tolerance,
+        "because": claim.because,
+        "seed": verdict.seed,
+        "predicted": shown(verdict.predicted),
+        "measured": shown(verdict.measured),
+        "error": verdict.error if np.isfinite(verdict.error) else None,
+        "passed": verdict.passed,
+        "problem": verdict.problem,
+        "seconds": round(verdict.seconds, 3),
+    }
+
+
+def write_verdicts(path: Path, verdicts: Sequence[Verdict], check: Check, seconds: float) -> None:
+    """All verdicts and how they came about as JSON: what `attnlab report` reads."""
+    config = {"seeds": list(check.seeds), "size": check.size}
+    write_json(path, {**manifest(config, seconds), "verdicts": [record(verdict) for verdict in verdicts]})
+
+
+def write_junit(path: Path, verdicts: Sequence[Verdict], seconds: float) -> None:
+    """The verdicts as JUnit XML, which continuous-integration services read: one test case a claim and seed."""
+    failed = sum(not verdict.passed for verdict in verdicts)
+    counts = {"tests": str(len(verdicts)), "failures": str(failed), "time": f"{seconds:.3f}"}
+    suites = ElementTree.Element("testsuites", counts)
+    suite = ElementTree.SubElement(suites, "testsuite", {"name": "attnlab", **counts})
+    for verdict in verdicts:
+        row = record(verdict)
+        names = {"classname": f"attnlab.{row['claim']}", "name": f"seed {row['seed']}", "time": str(row["seconds"])}
+        case = ElementTree.SubElement(suite, "testcase", names)
+        if not verdict.passed:
+            sign = SIGNS[verdict.claim.relation]
+            message = row["problem"] or f"predicted {sign}{row['predicted']}, measured {row['measured']}"
+            ElementTree.SubElement(case, "failure", {"message": message}).text = f"{row['statement']}\n{row['source']}"
+    ElementTree.indent(suites)
+    with replace_file(path) as partial:
+        ElementTree.ElementTree(suites).write(partial, encoding="utf-8", xml_declaration=True)
+
+
+def default_workers() -> int:
+    """The processors that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -30,12 +30,12 @@ from attnlab.types import PRNGKey
     tolerance=1e-12,
     because="an identity in float64, to rounding",
 )
-def closed_form_equals_autodiff(key: PRNGKey) -> Comparison:
+def closed_form_equals_autodiff(key: PRNGKey, size: int = 1) -> Comparison:
     """The whole Hessian of softmax, linear, and causal multi-head layers under both losses."""
     errors = []
     for options in VARIANTS:
         config = AttentionConfig(key_dim=3, value_dim=4, **options)
-        params, inputs, targets = instance(key, config)
+        params, inputs, targets = instance(key, config, size)
         labels = jnp.argmax(targets, axis=-1)
         for loss, wanted in (("square", targets), ("cross_entropy", labels)):
             risk = objective(from_linen(SelfAttention(config)), loss_by_name(loss), inputs, wanted)

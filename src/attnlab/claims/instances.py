@@ -17,10 +17,10 @@ QK, VQ, VK = ("query", "key"), ("value", "query"), ("value", "key")
 Pair = tuple[str, str]
 
 
-def instance(key: PRNGKey, config: AttentionConfig) -> tuple[Params, Array, Array]:
-    """Gaussian weights, tokens and targets for one sequence."""
+def instance(key: PRNGKey, config: AttentionConfig, size: int = 1) -> tuple[Params, Array, Array]:
+    """Gaussian weights, tokens and targets for one sequence, `size` times as long."""
     token_key, target_key, init_key = jax.random.split(key, 3)
-    inputs = jax.random.normal(token_key, (TOKENS, WIDTH))
+    inputs = jax.random.normal(token_key, (size * TOKENS, WIDTH))
     features = config.heads * config.value_dim if config.output_dim is None else config.output_dim
-    targets = jax.random.normal(target_key, (TOKENS, features))
+    targets = jax.random.normal(target_key, (size * TOKENS, features))
     return SelfAttention(config).init(init_key, inputs)["params"], inputs, targets

@@ -1,5 +1,6 @@
 """What a claim is, and the table of all of them."""
 
+import inspect
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +10,6 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from attnlab.checks import unknown_name
-from attnlab.types import PRNGKey
 
 Relation = Literal["equal", "at most", "at least"]
 
@@ -38,7 +38,8 @@ class Claim:
         tolerance: largest error that passes, in units of the comparison's scale.
         because: why the tolerance is what it is.
         relation: of the measurement to the prediction.
-        compare: draws an instance and returns its `Comparison`.
+        compare: `compare(key)` draws an instance and returns its `Comparison`; a claim that can be checked on larger
+            instances takes `compare(key, size)` as well, with `size=1` the default and a multiple of it `--strict`.
     """
 
     name: str
@@ -47,14 +48,20 @@ class Claim:
     tolerance: float
     because: str
     relation: Relation
-    compare: Callable[[PRNGKey], Comparison]
+    compare: Callable[..., Comparison]
 
-    def verify(self, seed: int) -> "Verdict":
-        """Check the claim on the instance of one seed."""
+    @property
+    def sizable(self) -> bool:
+        """Whether there are larger instances."""
+        return "size" in inspect.signature(self.compare).parameters
+
+    def verify(self, seed: int, size: int = 1) -> "Verdict":
+        """Check the claim on the instance of one seed, `size` times the default where it has larger ones."""
         import jax
 
         started = time.perf_counter()
-        comparison = self.compare(jax.random.key(seed))
+        options = {"size": size} if self.sizable else {}
+        comparison = self.compare(jax.random.key(seed), **options)
         predicted, measured = (np.asarray(value, float) for value in comparison[:2])
         if predicted.shape != measured.shape:
             raise ValueError(
@@ -77,7 +84,7 @@ def _error(predicted: np.ndarray, measured: np.ndarray, scale: ArrayLike | None,
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a claim gave on one seed."""
+    """What a claim gave on one seed; `problem` says why there is no measurement, where an error kept it."""
 
     claim: Claim
     seed: int
@@ -85,6 +92,7 @@ class Verdict:
     measured: np.ndarray
     error: float
     seconds: float
+    problem: str = ""
 
     @property
     def passed(self) -> bool:
@@ -97,13 +105,13 @@ REGISTRY: dict[str, Claim] = {}
 
 def claim(
     *, statement: str, source: str, tolerance: float, because: str, relation: Relation = "equal"
-) -> Callable[[Callable[[PRNGKey], Comparison]], Claim]:
-    """Register a function of a key that returns a `Comparison`; its name, with dashes, is the claim's.
+) -> Callable[[Callable[..., Comparison]], Claim]:
+    """Register a function of a key (and a size) that returns a `Comparison`; its name, with dashes, is the claim's.
 
     Raises `ValueError` for a name that is taken.
     """
 
-    def register(compare: Callable[[PRNGKey], Comparison]) -> Claim:
+    def register(compare: Callable[..., Comparison]) -> Claim:
         name = compare.__name__.replace("_", "-")
         if name in REGISTRY:
             raise ValueError(f"there is a claim '{name}' already; expected a new name. Rename the function.")
