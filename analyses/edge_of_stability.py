@@ -1,7 +1,8 @@
 """Training at the edge of stability: the sharpness of attention on digits settles at each optimizer's threshold.
 
-Gradient descent at three learning rates, momentum, and the preconditioned sharpness of RMSProp and Adam, each over its
-analytic threshold; and a negative control, a regression that is solved before its sharpness reaches the edge.
+Gradient descent at four learning rates (the highest diverges), momentum, and the preconditioned sharpness of RMSProp
+and Adam, each over its analytic threshold; and a negative control, a regression that gradient descent solves before its
+sharpness reaches the edge.
 """
 
 from dataclasses import dataclass
@@ -11,12 +12,13 @@ import numpy as np
 from rich.progress import Progress
 from rich.table import Table
 
-from attnlab.analysis import Analysis, AnalysisConfig, Arrays
+from attnlab.analysis import Analysis, AnalysisConfig, Arrays, Finding, findings_table
 
 RUNS = {
     "GD 0.05": ("gd", 0.05, 8000, {}),
     "GD 0.1": ("gd", 0.1, 6000, {}),
     "GD 0.2": ("gd", 0.2, 4000, {}),
+    "GD 0.4": ("gd", 0.4, 2000, {}),
     "heavy ball 0.02": ("heavy_ball", 0.02, 3000, {}),
     "Nesterov 0.05": ("nesterov", 0.05, 3000, {}),
     "RMSProp 0.0005": ("rmsprop", 5e-4, 3000, {}),
@@ -55,7 +57,7 @@ def compute(config: Config, progress: Progress) -> Arrays:
     from attnlab.dynamics.problems import digits_attention, easy_regression
     from attnlab.dynamics.sharpness import stability, top_eigenvalues
     from attnlab.dynamics.stability import stable_optimizer
-    from attnlab.training import show_progress, train
+    from attnlab.training import DivergenceError, show_progress, train
 
     key, arrays = jax.random.key(config.seed), {}
     digits, control = digits_attention(key, key), easy_regression(key)
@@ -66,19 +68,22 @@ def compute(config: Config, progress: Progress) -> Arrays:
         probes = {"edge": stability(optimizer)}
         if optimizer.preconditioner is not None:
             probes["raw"] = top_eigenvalues()
-        run = train(
-            risk,
-            params,
-            optimizer.transformation,
-            key,
-            steps=steps // config.shorten,
-            every=config.every,
-            probes=probes,
-            directory=config.scratch() / name,
-            report=show_progress(progress, name),
-        )
-        measured = {"steps": run.records.steps, "losses": run.records.losses, **run.records.values["edge"]}
-        measured["raw"] = run.records.values.get("raw", run.records.values["edge"])["values"][:, -1]
+        try:
+            records = train(
+                risk,
+                params,
+                optimizer.transformation,
+                key,
+                steps=steps // config.shorten,
+                every=config.every,
+                probes=probes,
+                directory=config.scratch() / name,
+                report=show_progress(progress, name),
+            ).records
+        except DivergenceError as error:
+            records = error.records
+        measured = {"steps": records.steps, "losses": records.losses, **records.values["edge"]}
+        measured["raw"] = records.values.get("raw", records.values["edge"])["values"][:, -1]
         arrays |= {f"{name}/{part}": np.asarray(array) for part, array in measured.items()}
     return arrays
 
@@ -102,20 +107,49 @@ def plot(arrays: Arrays, config: Config):
     return figure
 
 
+def settled(arrays: Arrays, name: str) -> float:
+    """Mean of sharpness over threshold in the second half."""
+    ratio = arrays[f"{name}/ratio"]
+    return float(ratio[len(ratio) // 2 :].mean())
+
+
+def findings(arrays: Arrays, config: Config) -> list[Finding]:
+    """Where each run settles; that GD 0.4 diverges; and that for Adam the plain sharpness says nothing."""
+    gd, adaptive = "Cohen et al., arXiv 2103.00065", "Cohen et al., arXiv 2207.14484"
+    intervals = dict.fromkeys(("GD 0.05", "GD 0.1", "GD 0.2"), (0.98, 1.06, gd))
+    intervals |= dict.fromkeys(("heavy ball 0.02", "Nesterov 0.05"), (0.9, 1.1, gd))
+    intervals |= dict.fromkeys(("Adam 0.003", "Adam 0.003, b1 = 0.5", "RMSProp 0.0005"), (0.9, 1.1, adaptive))
+    intervals["control: GD 0.1"] = (0.0, 0.95, "negative control")
+    found = [
+        Finding(f"{name}: sharpness / threshold", settled(arrays, name), low, high, source)
+        for name, (low, high, source) in intervals.items()
+        if name in config.runs
+    ]
+    if "GD 0.4" in config.runs:
+        broken = float(np.sum(~np.isfinite(arrays["GD 0.4/losses"])))
+        found.append(Finding("GD 0.4: steps with a loss that is not finite", broken, 1, np.inf, gd))
+    if "Adam 0.003" in config.runs:
+        raw = arrays["Adam 0.003/raw"]
+        growth = float(raw[-len(raw) // 10 :].mean() / raw[0])
+        found.append(Finding("Adam 0.003: growth of the plain sharpness", growth, 1.5, np.inf, adaptive))
+    return found
+
+
 def tables(arrays: Arrays, config: Config) -> list[Table]:
-    """When each run reaches its edge, and where it stands over its second half."""
+    """When each run reaches its edge, where it stands over its second half; and the findings."""
     table = Table(
-        "run", "threshold", "reaches it at step", "sharpness / threshold, 2nd half", "lambda_1(H), start to end"
+        "run", "threshold", "reaches it at step", "sharpness / threshold, 2nd half", "lambda_1(H), start to end", "loss"
     )
     for name in config.runs:
-        ratio, raw = arrays[f"{name}/ratio"], arrays[f"{name}/raw"]
+        ratio, raw, losses = (arrays[f"{name}/{part}"] for part in ("ratio", "raw", "losses"))
         late = ratio[len(ratio) // 2 :]
-        above = np.flatnonzero(ratio >= 1)
+        above, broken = np.flatnonzero(ratio >= 1), np.flatnonzero(~np.isfinite(losses))
         reached = str(arrays[f"{name}/steps"][above[0]]) if len(above) else "never"
-        threshold = arrays[f"{name}/threshold"][-1]
-        settled = f"{late.mean():.3f} ± {late.std():.3f}"
-        table.add_row(name, f"{threshold:.4g}", reached, settled, f"{raw[0]:.3g} to {raw[-1]:.3g}")
-    return [table]
+        end = f"not finite at step {broken[0]}" if len(broken) else f"{losses[-1]:.3g}"
+        threshold = arrays[f"{name}/threshold"][0]
+        settles = f"{late.mean():.3f} ± {late.std():.3f}"
+        table.add_row(name, f"{threshold:.4g}", reached, settles, f"{raw[0]:.3g} to {raw[-1]:.3g}", end)
+    return [table, findings_table(findings(arrays, config))]
 
 
 ANALYSIS = Analysis("edge-of-stability", Config, compute, plot, tables, __doc__)

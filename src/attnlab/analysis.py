@@ -6,13 +6,14 @@ No heavy import at the top: `--help` answers at once. Scripts import JAX inside 
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import tyro
 from rich.console import Console
@@ -46,6 +47,40 @@ class AnalysisConfig:
         options = {**dataclasses.asdict(self), "kind": type(self).__qualname__, "module": type(self).__module__}
         digest = hashlib.sha256(json.dumps(options, default=str, sort_keys=True).encode()).hexdigest()[:16]
         return self.output / "results" / ".running" / digest
+
+
+class Finding(NamedTuple):
+    """One number that an analysis puts to the test: reproduced where it lies within [low, high].
+
+    `source` says whose expectation that is; an infinite end leaves a side open.
+    """
+
+    what: str
+    measured: float
+    low: float
+    high: float
+    source: str
+
+    @property
+    def reproduced(self) -> bool:
+        """Whether the measurement lies where it was expected; never so for NaN."""
+        return self.low <= self.measured <= self.high
+
+    @property
+    def expected(self) -> str:
+        """The interval in words."""
+        if math.isinf(self.high):
+            return f"at least {self.low:.4g}"
+        return f"at most {self.high:.4g}" if math.isinf(self.low) else f"{self.low:.4g} to {self.high:.4g}"
+
+
+def findings_table(findings: Sequence[Finding]) -> Table:
+    """What was measured beside what was expected."""
+    table = Table("what", "expected", "measured", "reproduced", "source")
+    for finding in findings:
+        verdict = "yes" if finding.reproduced else "[red]no[/red]"
+        table.add_row(finding.what, finding.expected, f"{finding.measured:.4g}", verdict, finding.source)
+    return table
 
 
 @dataclass(frozen=True)
