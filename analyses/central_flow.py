@@ -11,7 +11,7 @@ import numpy as np
 from rich.progress import Progress
 from rich.table import Table
 
-from attnlab.analysis import Analysis, AnalysisConfig, Arrays
+from attnlab.analysis import Analysis, AnalysisConfig, Arrays, Finding, findings_table
 
 
 @dataclass(frozen=True)
@@ -115,23 +115,39 @@ def plot(arrays: Arrays, config: Config):
     return figure
 
 
-def tables(arrays: Arrays, config: Config) -> list[Table]:
-    """How well the edge is held, and the distances."""
+def held_off_edge(arrays: Arrays) -> float:
+    """Largest distance of the flow's sharpness over the edge from 1 while its oscillation is active."""
     active = (arrays["variance"][:, -1] > 0) & (arrays["steps"] > 0)  # the start itself may lie above the edge
-    held = np.abs(arrays["sharpness/central"][active, -1] - 1).max() if active.any() else np.nan
-    ratio = arrays["distance/gradient flow"][1:] / arrays["distance/central"][1:]
-    half = len(ratio) // 2
+    return float(np.abs(arrays["sharpness/central"][active, -1] - 1).max()) if active.any() else float("nan")
+
+
+def distance_ratio(arrays: Arrays) -> np.ndarray:
+    """Distance of descent from gradient flow over that from the central flow."""
+    return arrays["distance/gradient flow"][1:] / arrays["distance/central"][1:]
+
+
+def findings(arrays: Arrays, config: Config) -> list[Finding]:
+    """The edge is held; descent is nearer to the central flow; gradient flow leaves the edge."""
+    source = "Cohen et al., arXiv 2410.24206"
+    ratio, edge = distance_ratio(arrays), held_off_edge(arrays)
+    mean, predicted = arrays["loss/iterates"].mean(), arrays["loss/predicted"].mean()
+    return [
+        Finding("|sharpness / edge - 1| of the central flow while active", edge, 0, 1e-4, source),
+        Finding("distance to gradient flow over that to the central flow, end", float(ratio[-1]), 10, np.inf, source),
+        Finding("mean loss of gradient descent over that predicted", float(mean / predicted), 0.9, 1.1, source),
+        Finding("residual of the complementarity problem", float(arrays["residual"].max()), 0, 1e-7, "rounding"),
+    ]
+
+
+def tables(arrays: Arrays, config: Config) -> list[Table]:
+    """The findings, and the median of the distances."""
+    ratio = distance_ratio(arrays)
     table = Table("what", "value")
-    table.add_row("largest |sharpness / edge - 1| of the central flow while active", f"{held:.2g}")
     table.add_row(
         "distance to gradient flow over distance to the central flow, median of 2nd half",
-        f"{np.median(ratio[half:]):.3g}",
+        f"{np.median(ratio[len(ratio) // 2 :]):.3g}",
     )
-    table.add_row("the same at the end", f"{ratio[-1]:.3g}")
-    mean, predicted = arrays["loss/iterates"].mean(), arrays["loss/predicted"].mean()
-    table.add_row("mean loss of gradient descent / predicted", f"{mean:.4g} / {predicted:.4g}")
-    table.add_row("largest residual of the complementarity problem", f"{arrays['residual'].max():.2g}")
-    return [table]
+    return [table, findings_table(findings(arrays, config))]
 
 
 ANALYSIS = Analysis("central-flow", Config, compute, plot, tables, __doc__)

@@ -31,7 +31,9 @@ def test_smoke_run_writes_a_whole_result(name, tmp_path):
     for key, array in arrays.items():
         np.testing.assert_array_equal(saved[key], array)
     figures = tmp_path / "figures"
-    assert {path.name for path in figures.iterdir()} == {f"{name}-smoke.{kind}" for kind in ("png", "pdf", "json")}
+    members = {name, *arrays.get("analysis", np.array([])).tolist()}  # a gallery writes the figures of its members
+    expected = {f"{member}-smoke.{kind}" for member in members for kind in ("png", "pdf", "json")}
+    assert {path.name for path in figures.iterdir()} == expected
     record = json.loads((figures / f"{name}-smoke.json").read_text())
     assert record["analysis"] == name
     assert record["config"]["smoke"] is True

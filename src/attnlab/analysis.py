@@ -120,18 +120,24 @@ class Analysis:
 
     def run(self, config: AnalysisConfig, console: Console) -> Arrays:
         """Compute, write and show the analysis for one config; returns the arrays."""
-        configure_jax(config.dtype)
-        config = dataclasses.replace(config, **config.SMOKE) if config.smoke else config
-        started = time.perf_counter()
         with progress_display(console) as progress:
-            arrays = self.compute(config, progress)
-        written = self._write(arrays, config, time.perf_counter() - started)
-        shutil.rmtree(config.scratch(), ignore_errors=True)
+            config, arrays, written = self.produce(config, progress)
         for table in self.tables(arrays, config):
             console.print(table)
         for path in written:
             console.print(f"wrote {path}", highlight=False, soft_wrap=True)
         return arrays
+
+    def produce(self, config: AnalysisConfig, progress: Progress) -> tuple[AnalysisConfig, Arrays, list[Path]]:
+        """Compute and write, under a progress display that is there already: the config with the sizes that were
+        used, the arrays, and what was written."""
+        configure_jax(config.dtype)
+        config = dataclasses.replace(config, **config.SMOKE) if config.smoke else config
+        started = time.perf_counter()
+        arrays = self.compute(config, progress)
+        written = self._write(arrays, config, time.perf_counter() - started)
+        shutil.rmtree(config.scratch(), ignore_errors=True)
+        return config, arrays, written
 
     def _write(self, arrays: Arrays, config: AnalysisConfig, seconds: float) -> list[Path]:
         from attnlab.plotting.style import save_figure, style

@@ -1,0 +1,168 @@
+"""Adam against stochastic gradient descent on deep linear attention that learns regression in context.
+
+Both optimizers with the same rate, clipping and fresh prompts at every step, from several starts: the training loss,
+its ratio, and the spread of the curvatures that single coordinates see (largest over median |diagonal entry| of the
+exact Hessian, of all parameters and within each matrix). Control: with one layer both reach the same risk.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+from rich.progress import Progress
+from rich.table import Table
+
+from attnlab.analysis import Analysis, AnalysisConfig, Arrays, Finding, findings_table
+
+OPTIMIZERS = ("Adam", "SGD with momentum")
+SPREADS = ("spread, all parameters", "spread, within a matrix")
+
+
+@dataclass(frozen=True)
+class Config(AnalysisConfig):
+    """Options of the analysis."""
+
+    SMOKE: ClassVar = {"steps": 20, "every": 10, "batch": 8, "prompts": 16, "seeds": 2, "layers": 2, "dimension": 2}
+
+    dtype: Literal["float64", "float32"] = "float32"
+    """Precision of the computation."""
+    layers: int = 3
+    """Layers of linear attention."""
+    dimension: int = 5
+    """Dimension of the inputs."""
+    length: int = 20
+    """Examples in a prompt."""
+    batch: int = 256
+    """Fresh prompts a step."""
+    prompts: int = 1024
+    """Fixed prompts on which the Hessian is measured."""
+    learning_rate: float = 0.02
+    """Of both optimizers."""
+    steps: int = 1250
+    """Steps, a multiple of `every`."""
+    every: int = 125
+    """Steps between measurements."""
+    seeds: int = 3
+    """Starts, with prompts of their own."""
+
+
+def compute(config: Config, progress: Progress) -> Arrays:
+    """Train all starts side by side with each optimizer, the full depth and one layer."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    from attnlab.curvature import hessian
+    from attnlab.icl.training import FreshPrompts, stack_training
+    from attnlab.training import probe, show_progress, train
+
+    def spreads(risk, params):
+        diagonal = jnp.abs(jnp.diagonal(hessian(risk, params).dense()))
+        # all but the label column of the last layer's values is never read: no curvature there, by construction
+        diagonal = jnp.where(diagonal > 0, diagonal, jnp.nan)
+        matrices = diagonal.reshape(2 * len(params["value"]), -1)
+        within = jnp.nanmax(matrices, axis=1) / jnp.nanmedian(matrices, axis=1)
+        return dict(zip(SPREADS, (jnp.nanmax(diagonal) / jnp.nanmedian(diagonal), jnp.mean(within)), strict=True))
+
+    keys = jax.random.split(jax.random.key(config.seed), config.seeds)
+    rules = (optax.adam(config.learning_rate), optax.sgd(config.learning_rate, momentum=0.9))
+    sizes = {"dimension": config.dimension, "length": config.length, "prompts": config.prompts}
+    arrays: Arrays = {"steps": np.arange(0, config.steps + 1, config.every)}
+    for layers in (config.layers, 1):
+        risks, starts = jax.vmap(lambda key, layers=layers: stack_training(key, layers=layers, **sizes))(keys)
+        for name, rule in zip(OPTIMIZERS, rules, strict=True):
+            records = train(
+                risks,
+                starts,
+                optax.chain(optax.clip_by_global_norm(1.0), rule),
+                keys,
+                steps=config.steps,
+                every=config.every,
+                resample=FreshPrompts(config.dimension, config.length, config.batch),
+                probes={"spreads": probe(spreads)} if layers > 1 else None,
+                own_risks=True,
+                report=show_progress(progress, f"{name}, {layers} layers"),
+            ).records
+            arrays[f"{name}/{layers}/loss"] = window_medians(np.asarray(records.losses), config.every)
+            if layers > 1:
+                arrays |= {f"{name}/{what}": np.asarray(value) for what, value in records.values["spreads"].items()}
+    return arrays
+
+
+def window_medians(losses: np.ndarray, every: int) -> np.ndarray:
+    """Median of the losses (steps, seeds) over the `every` steps before each measurement: batch losses have heavy
+    tails, and their means do not settle. Before the first step, the first loss."""
+    windows = losses.reshape(-1, every, losses.shape[1])
+    return np.concatenate([losses[:1], np.median(windows, axis=1)])
+
+
+def gap(arrays: Arrays, what: str) -> np.ndarray:
+    """SGD over Adam, (r, seeds)."""
+    return arrays[f"{OPTIMIZERS[1]}/{what}"] / arrays[f"{OPTIMIZERS[0]}/{what}"]
+
+
+def log_mean(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Geometric mean over the last axis, and its standard error as a factor."""
+    logs = np.log(values)
+    return np.exp(logs.mean(axis=-1)), np.exp(logs.std(axis=-1, ddof=1) / values.shape[-1] ** 0.5)
+
+
+def plot(arrays: Arrays, config: Config):
+    """Loss of both, its ratio, and the spread of the diagonal."""
+    import matplotlib.pyplot as plt
+
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8))
+
+    def draw(axes, values, **style):
+        mean, factor = log_mean(values)
+        (line,) = axes.semilogy(arrays["steps"], mean, **style)
+        axes.fill_between(arrays["steps"], mean / factor, mean * factor, color=line.get_color(), alpha=0.2)
+
+    depths = (config.layers, 1)
+    for position, name in enumerate(OPTIMIZERS):
+        color = f"C{position}"
+        for layers, style in zip(depths, ("-", "--"), strict=True):
+            draw(left, arrays[f"{name}/{layers}/loss"], color=color, ls=style, label=f"{name}, {layers} layers")
+        draw(right, arrays[f"{name}/{SPREADS[0]}"], color=color, label=f"{name}, all parameters")
+        draw(right, arrays[f"{name}/{SPREADS[1]}"], color=color, ls="--", label=f"{name}, within a matrix")
+    for layers, style in zip(depths, ("-", "--"), strict=True):
+        draw(middle, gap(arrays, f"{layers}/loss"), color="C2", ls=style, label=f"{layers} layers")
+    middle.axhline(1, color="0.4", ls=":")
+    left.set(xlabel="step", ylabel="training loss", title=f"geometric mean of {config.seeds} starts")
+    middle.set(xlabel="step", ylabel="loss, SGD over Adam", title="the gap")
+    right.set(xlabel="step", ylabel="max / median of $|H_{ii}|$", title="spread of the diagonal")
+    for axes in (left, middle, right):
+        axes.legend(fontsize="small")
+    return figure
+
+
+def findings(arrays: Arrays, config: Config) -> list[Finding]:
+    """The gap after 250 steps and at the end, and whether Adam goes where the diagonal is more even."""
+    source, found = "Ahn et al., arXiv 2310.01082", []
+    loss, _ = log_mean(gap(arrays, f"{config.layers}/loss"))
+    if 250 in arrays["steps"]:
+        early = float(loss[list(arrays["steps"]).index(250)])
+        found.append(Finding("loss of SGD over Adam at step 250", early, 2.0, 6.0, source))
+    found.append(Finding(f"loss of SGD over Adam at step {config.steps}", float(loss[-1]), 5.0, 40.0, source))
+    single = float(log_mean(gap(arrays, "1/loss"))[0][-1])
+    found.append(Finding("the same with one layer", single, 0.8, 1.25, "negative control"))
+    for what in SPREADS:
+        late = float(log_mean(gap(arrays, what))[0][-1])
+        found.append(Finding(f"{what}: SGD over Adam at the end", late, 1.0, np.inf, source))
+    return found
+
+
+def tables(arrays: Arrays, config: Config) -> list[Table]:
+    """Ratios along training, with standard errors over the starts; and the findings."""
+    columns = {"loss": f"{config.layers}/loss", "loss, one layer": "1/loss", **{what: what for what in SPREADS}}
+    table = Table("step", *(f"{title}: SGD over Adam" for title in columns))
+    ratios = [log_mean(gap(arrays, what)) for what in columns.values()]
+    for row, step in enumerate(arrays["steps"]):
+        table.add_row(str(step), *(f"{mean[row]:.3g} x/ {factor[row]:.2f}" for mean, factor in ratios))
+    return [table, findings_table(findings(arrays, config))]
+
+
+ANALYSIS = Analysis("adam-on-linear-attention", Config, compute, plot, tables, __doc__)
+
+if __name__ == "__main__":
+    ANALYSIS.main()

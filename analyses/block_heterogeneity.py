@@ -1,0 +1,186 @@
+"""How unlike the blocks of an attention layer's Hessian are at initialisation, and which statistic sees it.
+
+One layer on five-digit addition with softmax attention, linear attention, and softmax behind a LayerNorm, over the
+scale of the embeddings: ratio of the value and the query block, and the mean over pairs of blocks of two distances of
+their exact spectra, Jensen-Shannon on 64 linear bins and Wasserstein-1 of log10 |eigenvalue|.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from rich.progress import Progress
+from rich.table import Table
+
+from attnlab.analysis import Analysis, AnalysisConfig, Arrays, Finding, findings_table
+
+BLOCKS = ("key", "output", "query", "value")
+
+
+@dataclass(frozen=True)
+class Config(AnalysisConfig):
+    """Options of the analysis."""
+
+    SMOKE: ClassVar = {"sequences": 4, "starts": 2, "scales": (0.2, 1.0), "kinds": ("softmax", "linear")}
+
+    sequences: int = 64
+    """How many additions."""
+    starts: int = 3
+    """Random data and initialisations."""
+    scales: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5, 1.0)
+    """Standard deviations of the embeddings."""
+    kinds: tuple[str, ...] = ("softmax", "linear", "pre-LN")
+    """Kinds of attention layer."""
+
+
+def compute(config: Config, progress: Progress) -> Arrays:
+    """Exact spectra of the diagonal blocks, (starts, scales, n) by kind, the ratio of norms, and both distances."""
+    import jax
+    import jax.numpy as jnp
+
+    from attnlab.curvature import hessian
+    from attnlab.dynamics.problems import addition_attention
+
+    @jax.jit
+    def spectra(risk, params):
+        blocks = {name: hessian(risk, params, block=f"attention/{name}").dense() for name in BLOCKS}
+        return jax.tree.map(jnp.linalg.eigvalsh, blocks)
+
+    keys = jax.random.split(jax.random.key(config.seed), config.starts)
+    task = progress.add_task("curvature", total=len(config.kinds) * config.starts * len(config.scales), status="")
+    arrays: Arrays = {}
+    for kind in config.kinds:
+        points: dict[str, list[np.ndarray]] = {}
+        for key in keys:
+            risk, params = addition_attention(key, kind, config.sequences)
+            for scale in config.scales:
+                for name, value in statistics(spectra(risk, with_embeddings(params, scale))).items():
+                    points.setdefault(name, []).append(value)
+                progress.update(task, advance=1, status=kind)
+        for name, values in points.items():
+            stacked = np.array(values)
+            arrays[f"{kind}/{name}"] = stacked.reshape(config.starts, len(config.scales), *stacked.shape[1:])
+    return arrays
+
+
+def with_embeddings(params, scale: float):
+    """The parameters with both embeddings multiplied by `scale`."""
+    tables = ("token_embedding", "position_embedding")
+    return {name: scale * leaf if name in tables else leaf for name, leaf in params.items()}
+
+
+def statistics(spectra) -> dict[str, np.ndarray]:
+    """The spectra of one point, the ratio of the value and the query block's norms, and the two distances, mean over
+    pairs of blocks."""
+    from itertools import combinations
+
+    from attnlab.dynamics.heterogeneity import jensen_shannon, log_wasserstein
+
+    pairs = list(combinations(spectra.values(), 2))
+    found = {f"eigenvalues/{name}": np.asarray(values) for name, values in spectra.items()}
+    found["ratio"] = np.linalg.norm(spectra["value"]) / np.linalg.norm(spectra["query"])
+    found["jensen_shannon"] = np.mean([jensen_shannon(*pair) for pair in pairs])
+    found["wasserstein"] = np.mean([log_wasserstein(*pair) for pair in pairs])
+    return found
+
+
+def log_mean(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Geometric mean over starts, and its standard error as a factor."""
+    logs = np.log(values)
+    return np.exp(logs.mean(axis=0)), np.exp(logs.std(axis=0, ddof=1) / len(logs) ** 0.5)
+
+
+def plot(arrays: Arrays, config: Config):
+    """Spectra of the blocks; their ratio, and the two distances, over the scale of the embeddings."""
+    import matplotlib.pyplot as plt
+
+    kinds = config.kinds
+    figure, rows = plt.subplots(2, 3, figsize=(13, 7))
+    shown = int(np.argmin(np.abs(np.array(config.scales) - 0.2)))
+    for axes, kind in zip(rows[0], kinds, strict=False):
+        for name in BLOCKS:
+            sizes = np.sort(np.abs(arrays[f"{kind}/eigenvalues/{name}"][0, shown]))[::-1]
+            axes.semilogy(np.arange(1, len(sizes) + 1), sizes, label=name)
+        top = max(np.abs(arrays[f"{kind}/eigenvalues/{name}"][0, shown]).max() for name in BLOCKS)
+        axes.set(xlabel="rank", title=f"{kind}, embeddings of std {config.scales[shown]:g}", ylim=(1e-9 * top, 3 * top))
+        axes.legend()
+    rows[0, 0].set_ylabel(r"$|$eigenvalue$|$ of the diagonal block")
+    for axes in rows[0, len(kinds) :]:
+        axes.remove()
+    labels = {
+        "ratio": r"$\|H_{VV}\| \,/\, \|H_{QQ}\|$",
+        "jensen_shannon": "Jensen-Shannon, 64 linear bins [bits]",
+        "wasserstein": r"Wasserstein-1 of $\log_{10}|\lambda|$ [decades]",
+    }
+    for axes, (name, label) in zip(rows[1], labels.items(), strict=True):
+        for kind in kinds:
+            values = arrays[f"{kind}/{name}"]
+            if name == "ratio":
+                middle, factor = log_mean(values)
+                low, high = middle / factor, middle * factor
+            else:
+                middle, error = values.mean(axis=0), values.std(axis=0, ddof=1) / len(values) ** 0.5
+                low, high = middle - error, middle + error
+            axes.plot(config.scales, middle, "o-", label=kind)
+            axes.fill_between(config.scales, low, high, alpha=0.2)
+        axes.set(xscale="log", xlabel=r"standard deviation $\sigma$ of the embeddings", ylabel=label)
+        axes.legend()
+    rows[1, 0].set_yscale("log")
+    rows[1, 1].set_ylim(0, 1)
+    rows[1, 2].set_ylim(bottom=0)
+    return figure
+
+
+def at_scale(arrays: Arrays, config: Config, kind: str, name: str, scale: float) -> np.ndarray:
+    """The values of all starts at one scale of the embeddings."""
+    return arrays[f"{kind}/{name}"][:, config.scales.index(scale)]
+
+
+def findings(arrays: Arrays, config: Config) -> list[Finding]:
+    """The ratio of the blocks by kind, its growth, and how both distances rank the kinds."""
+    growth, adam = "Ormaniec et al., arXiv 2410.10986", "Zhang et al., arXiv 2402.16788"
+    expected = {
+        ("softmax", 0.2): (30, 200),
+        ("linear", 0.2): (0.3, 3),
+        ("pre-LN", 0.2): (1, 6),
+        ("softmax", 1.0): (0.3, 3),
+    }
+    found = []
+    for (kind, scale), (low, high) in expected.items():
+        if kind in config.kinds and scale in config.scales:
+            ratio = float(log_mean(at_scale(arrays, config, kind, "ratio", scale))[0])
+            found.append(Finding(f"{kind}, std {scale:g}: ||H_VV|| / ||H_QQ||", ratio, low, high, growth))
+    small = [config.scales.index(scale) for scale in (0.05, 0.1) if scale in config.scales]
+    if len(small) == 2:
+        ratios = log_mean(arrays["softmax/ratio"])[0][small]
+        exponent = float(np.log2(ratios[1] / ratios[0]))
+        found.append(Finding("softmax: exponent of that ratio in the scale", exponent, -4.3, -3.7, growth))
+    if 0.2 in config.scales:
+        for name, title, high in (
+            ("wasserstein", "Wasserstein-1 of log10", np.inf),
+            ("jensen_shannon", "Jensen-Shannon, of at most 1 bit", 0.15),
+        ):
+            values = {kind: at_scale(arrays, config, kind, name, 0.2).mean() for kind in config.kinds}
+            low = 1.5 * max(value for kind, value in values.items() if kind != "softmax") if high == np.inf else 0.0
+            found.append(Finding(f"softmax, std 0.2: {title}", float(values["softmax"]), low, high, adam))
+    return found
+
+
+def tables(arrays: Arrays, config: Config) -> list[Table]:
+    """The statistics by kind and scale, with standard errors over the starts; and the findings."""
+    table = Table("layer", "std", "||H_VV|| / ||H_QQ|| (x/ error)", "Jensen-Shannon [bits]", "Wasserstein-1 [decades]")
+    for kind in config.kinds:
+        for position, scale in enumerate(config.scales):
+            ratio, factor = (part[position] for part in log_mean(arrays[f"{kind}/ratio"]))
+            cells = []
+            for name in ("jensen_shannon", "wasserstein"):
+                values = arrays[f"{kind}/{name}"][:, position]
+                cells.append(f"{values.mean():.3f} ± {values.std(ddof=1) / len(values) ** 0.5:.3f}")
+            table.add_row(kind, f"{scale:g}", f"{ratio:.3g} x/ {factor:.2f}", *cells)
+    return [table, findings_table(findings(arrays, config))]
+
+
+ANALYSIS = Analysis("block-heterogeneity", Config, compute, plot, tables, __doc__)
+
+if __name__ == "__main__":
+    ANALYSIS.main()

@@ -1,0 +1,139 @@
+"""Why warm-up works: a transformer that starts far above the edge of stability blows up, or walks down to it.
+
+Gradient descent on two pre-norm blocks on digits, at a rate more than six times the stable one of the starting point.
+Without warm-up the loss overflows within some steps; with a linear warm-up the sharpness falls ahead of the rising edge
+and settles there. Control: a LayerNorm at the end bounds the outputs, and the same excess does no lasting harm.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+from rich.progress import Progress
+from rich.table import Table
+
+from attnlab.analysis import Analysis, AnalysisConfig, Arrays, Finding, findings_table
+
+RUNS = {"no warm-up": (False, False), "warm-up": (True, False), "no warm-up, final LayerNorm": (False, True)}
+"""Name of the run: whether it warms up, whether its model has a final LayerNorm."""
+
+
+@dataclass(frozen=True)
+class Config(AnalysisConfig):
+    """Options of the analysis."""
+
+    SMOKE: ClassVar = {"steps": 20, "warmup": 10, "every": 10, "images": 16, "runs": ("no warm-up", "warm-up")}
+
+    dtype: Literal["float64", "float32"] = "float32"
+    """Precision of the computation."""
+    excess: float = 6.7
+    """Learning rate over the stable one, 2 / sharpness, at the start."""
+    steps: int = 1200
+    """Steps, a multiple of `every`."""
+    warmup: int = 400
+    """Steps over which the rate rises from zero."""
+    every: int = 10
+    """Steps between measurements."""
+    images: int = 128
+    """Digits to train on."""
+    runs: tuple[str, ...] = tuple(RUNS)
+    """Which of the runs."""
+
+
+def compute(config: Config, progress: Progress) -> Arrays:
+    """Train every run from its start, at `excess` times the edge there."""
+    import jax
+    import optax
+
+    from attnlab.dynamics.problems import digits_transformer
+    from attnlab.dynamics.sharpness import stability
+    from attnlab.dynamics.stability import stable_optimizer
+    from attnlab.training import DivergenceError, show_progress, train
+
+    key, arrays = jax.random.key(config.seed), {}
+    for name in config.runs:
+        warm, final_norm = RUNS[name]
+        risk, params = digits_transformer(key, key, config.images, final_norm=final_norm)
+        rate = config.excess * 2 / initial_sharpness(risk, params, key)
+        schedule = optax.linear_schedule(0.0, rate, config.warmup) if warm else rate
+        # a step of a warm-up counts from one: at rate zero there is no edge
+        optimizer = stable_optimizer("gd", (lambda count, rise=schedule: rise(count + 1)) if warm else schedule)
+        probes = {"edge": stability(optimizer)}
+        options = {"steps": config.steps, "every": config.every, "probes": probes}
+        try:
+            report = show_progress(progress, name)
+            records = train(risk, params, optimizer.transformation, key, report=report, **options).records
+        except DivergenceError as error:
+            records = error.records
+        arrays |= {
+            f"{name}/rate": np.asarray(rate),
+            f"{name}/steps": np.asarray(records.steps),
+            f"{name}/losses": np.asarray(records.losses),
+            f"{name}/sharpness": np.asarray(records.values["edge"]["values"][:, -1]),
+            f"{name}/ratio": np.asarray(records.values["edge"]["ratio"]),
+        }
+    return arrays
+
+
+def initial_sharpness(risk, params, key) -> float:
+    """The highest eigenvalue of the Hessian at the start."""
+    from attnlab.curvature import eigenpairs, hessian
+
+    return float(eigenpairs(hessian(risk, params), key, count=1).values[-1])
+
+
+def plot(arrays: Arrays, config: Config):
+    """Loss, sharpness, and sharpness over the edge."""
+    import matplotlib.pyplot as plt
+
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8))
+    for position, name in enumerate(config.runs):
+        losses, steps = arrays[f"{name}/losses"], arrays[f"{name}/steps"]
+        finite = np.isfinite(losses)
+        color = f"C{position}"
+        left.semilogy(np.flatnonzero(finite), losses[finite], color=color, label=name)
+        if not finite.all():
+            last = int(np.argmin(finite)) - 1
+            left.semilogy(last, losses[last], "x", color=color, ms=9, mew=2)
+        middle.semilogy(steps, arrays[f"{name}/sharpness"], ".-", color=color, ms=3, label=name)
+        right.plot(steps, arrays[f"{name}/ratio"], ".-", color=color, ms=3, label=name)
+    left.set(xlabel="step", ylabel="training loss", title="loss (cross: the last finite one)", ylim=(None, 1e3))
+    middle.set(xlabel="step", ylabel=r"$\lambda_1(H)$", title="sharpness")
+    right.axhline(1, color="0.4", ls=":")
+    right.set(xlabel="step", ylabel=r"$\lambda_1(H) \, \eta / 2$", title="sharpness over the edge", ylim=(0, None))
+    right.legend()
+    return figure
+
+
+def findings(arrays: Arrays, config: Config) -> list[Finding]:
+    """Overflow without warm-up, the edge with it, survival with a final LayerNorm."""
+    source, found = "Gilmer et al., arXiv 2110.04369", []
+    for name in config.runs:
+        losses, ratio = arrays[f"{name}/losses"], arrays[f"{name}/ratio"]
+        broken = int(np.sum(~np.isfinite(losses)))
+        if name == "no warm-up":
+            found.append(Finding(f"{name}: steps with a loss that is not finite", broken, 1, np.inf, source))
+        elif name == "warm-up":
+            settled = float(ratio[-len(ratio) // 3 :].mean())
+            found.append(Finding(f"{name}: sharpness over the edge, last third", settled, 0.95, 1.1, source))
+        else:
+            found.append(Finding(f"{name}: steps with a loss that is not finite", broken, 0, 0, "negative control"))
+    return found
+
+
+def tables(arrays: Arrays, config: Config) -> list[Table]:
+    """Rate, start and end of every run; and the findings."""
+    table = Table("run", "learning rate", "sharpness at the start", "loss at the start", "loss at the end")
+    for name in config.runs:
+        losses = arrays[f"{name}/losses"]
+        finite = np.isfinite(losses)
+        end = f"{losses[-1]:.3g}" if finite.all() else f"not finite at step {int(np.argmin(finite))}"
+        sharpness = arrays[f"{name}/sharpness"][0]
+        table.add_row(name, f"{arrays[f'{name}/rate']:.4g}", f"{sharpness:.4g}", f"{losses[0]:.3g}", end)
+    return [table, findings_table(findings(arrays, config))]
+
+
+ANALYSIS = Analysis("warmup", Config, compute, plot, tables, __doc__)
+
+if __name__ == "__main__":
+    ANALYSIS.main()
