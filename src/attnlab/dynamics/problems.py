@@ -1,11 +1,13 @@
 """The small training problems on which the phenomena are shown: real data, minutes of one CPU at most."""
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from attnlab.checks import unknown_name
 from attnlab.data.addition import VOCABULARY, addition, answer_positions
 from attnlab.data.digits import digits
 from attnlab.data.gaussian import gaussian_tokens, taught
@@ -100,22 +102,23 @@ def digits_transformer(
     return objective(from_function(_DigitsTransformer(model)), half_squared_error, *data), params
 
 
-ADDITION_KINDS = {"softmax": ("softmax", None), "linear": ("linear", None), "pre-LN": ("softmax", "pre")}
-"""Kinds of attention layer for `addition_attention`: attention weights and place of the LayerNorm."""
+ADDITION_KINDS = ("softmax", "linear", "pre-LN")
+"""Kinds of attention layer for `addition_attention`; the last is softmax attention behind a LayerNorm."""
 
 
 def addition_attention(key: PRNGKey, kind: str, count: int = 64, digits: int = 5) -> tuple[Objective, Params]:
     """Addition of two numbers through one causal attention layer with a residual, at initialisation.
 
-    `kind` is a key of `ADDITION_KINDS`. Width 16, weights N(0, 0.64 / width), embeddings N(0, 1): scale the two
+    `kind` is one of `ADDITION_KINDS`. Width 16, weights N(0, 0.64 / width), embeddings N(0, 1): scale the two
     embeddings to see how the blocks of the Hessian grow with them. Cross-entropy of the answer.
     """
-    weights, norm = ADDITION_KINDS[kind]
-    scheme = {"init": "normal", "gain": 0.8 * WIDTH**-0.5}
+    if kind not in ADDITION_KINDS:
+        raise unknown_name("kind of attention layer", kind, ADDITION_KINDS)
+    scheme: dict[str, Any] = {"init": "normal", "gain": 0.8 * WIDTH**-0.5}
+    weights: Literal["softmax", "linear"] = "linear" if kind == "linear" else "softmax"
     attention = AttentionConfig(WIDTH, WIDTH, causal=True, output_dim=WIDTH, weights=weights, **scheme)
-    model = LanguageModel(
-        LanguageModelConfig(TransformerConfig(attention, norm=norm), len(VOCABULARY), 3 * digits + 3, WIDTH, **scheme)
-    )
+    blocks = TransformerConfig(attention, norm="pre" if kind == "pre-LN" else None)
+    model = LanguageModel(LanguageModelConfig(blocks, len(VOCABULARY), 3 * digits + 3, WIDTH, **scheme))
     data_key, init_key = jax.random.split(key)
     data = addition(data_key, count, digits)
     params = model.init(init_key, data.inputs)["params"]
