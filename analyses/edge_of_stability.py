@@ -19,7 +19,7 @@ RUNS = {
     "GD 0.1": ("gd", 0.1, 6000, {}),
     "GD 0.2": ("gd", 0.2, 4000, {}),
     "GD 0.4": ("gd", 0.4, 2000, {}),
-    "heavy ball 0.02": ("heavy_ball", 0.02, 3000, {}),
+    "heavy ball 0.1": ("heavy_ball", 0.1, 3000, {}),
     "Nesterov 0.05": ("nesterov", 0.05, 3000, {}),
     "RMSProp 0.0005": ("rmsprop", 5e-4, 3000, {}),
     "Adam 0.003": ("adam", 3e-3, 3000, {}),
@@ -35,7 +35,7 @@ class Config(AnalysisConfig):
     """Options of the analysis."""
 
     SMOKE: ClassVar = {
-        "runs": ("GD 0.2", "heavy ball 0.02", "Adam 0.003", "control: GD 0.1"),
+        "runs": ("GD 0.2", "heavy ball 0.1", "Adam 0.003", "control: GD 0.1"),
         "shorten": 100,
         "every": 10,
     }
@@ -117,7 +117,7 @@ def findings(arrays: Arrays, config: Config) -> list[Finding]:
     """Where each run settles; that GD 0.4 diverges; and that for Adam the plain sharpness says nothing."""
     gd, adaptive = "Cohen et al., arXiv 2103.00065", "Cohen et al., arXiv 2207.14484"
     intervals = dict.fromkeys(("GD 0.05", "GD 0.1", "GD 0.2"), (0.98, 1.06, gd))
-    intervals |= dict.fromkeys(("heavy ball 0.02", "Nesterov 0.05"), (0.9, 1.1, gd))
+    intervals |= dict.fromkeys(("heavy ball 0.1", "Nesterov 0.05"), (0.9, 1.1, gd))
     intervals |= dict.fromkeys(("Adam 0.003", "Adam 0.003, b1 = 0.5", "RMSProp 0.0005"), (0.9, 1.1, adaptive))
     intervals["control: GD 0.1"] = (0.0, 0.95, "negative control")
     found = [

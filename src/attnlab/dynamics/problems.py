@@ -77,7 +77,7 @@ class _DigitsTransformer:
 
     def __call__(self, params: Params, images: Float[Array, "n L pixels"]) -> Float[Array, "n classes"]:
         tokens = images @ params["embedding"] + params["position"][None]
-        tokens = self.model.apply({"params": params["blocks"]}, tokens)
+        tokens = from_linen(self.model)(params["blocks"], tokens)
         return jnp.mean(tokens, axis=-2) @ params["readout"]
 
 
