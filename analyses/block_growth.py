@@ -11,7 +11,6 @@ Every seed's part of the default size takes minutes, all of them hours; a run re
 seeds add to those already there. The figure in figures/ is of a smaller size, which its manifest states.
 """
 
-import functools
 import hashlib
 import json
 from dataclasses import dataclass
@@ -25,7 +24,6 @@ from rich.table import Table
 from attnlab.analysis import Analysis, AnalysisConfig, Arrays
 
 PARTS = {"full": "H", "outer": "H_o", "functional": "H_f"}
-LETTERS = {"value": "V", "query": "Q", "key": "K", "output": "O"}
 COLORS = {"VV": "C0", "QQ": "C1", "KK": "C2", "OO": "C3"}
 STYLES = {"VV": "-", "QQ": "--"}
 
@@ -46,17 +44,6 @@ VARIANTS = {
     "pre_norm": Variant("transformer, pre-LN", "pre", "softmax", (1e-2, 1e1), 5),
     "linear": Variant("linear attention", None, "linear", (1e-1, 1e0), 3),
     "mlp": Variant("linear MLP", None, "none", (1e-2, 1e1), 5),
-}
-
-# Exponents as sigma -> 0 (arXiv 2410.10986, section 4): of H the smaller of the two parts' exponents. The projection
-# W_O enters like the values, but with a functional block g_i m_i^T of its own; None is a block that is zero.
-SOFTMAX = {
-    "outer": {"VV": 2, "OO": 2, "OV": 2, "QQ": 6, "KK": 6, "KQ": 6, "QV": 4, "KV": 4, "OQ": 4, "KO": 4},
-    "functional": {"VV": None, "OO": None, "OV": 1, "QQ": 5, "KK": 5, "KQ": 3, "QV": 3, "KV": 3, "OQ": 3, "KO": 3},
-}
-LINEAR = {
-    "outer": dict.fromkeys(("VV", "QQ", "KK", "KQ", "QV", "KV"), 6),
-    "functional": {"VV": None, "QQ": None, "KK": None, "KQ": 3, "QV": 3, "KV": 3},
 }
 
 
@@ -148,189 +135,46 @@ def stored(path: Path, make) -> Arrays:
         return dict(archive)
 
 
+def network(config: Config, variant: str, depth: int, dtype: str | None = None):
+    """The network of a variant; transformers in `config.precision`."""
+    from attnlab.attention.addition_networks import AdditionNetwork
+
+    kind = VARIANTS[variant]
+    dtype = dtype or (config.precision if kind.weights == "softmax" else config.dtype)
+    return AdditionNetwork(kind.weights, kind.norm, depth, config.width, config.digits, config.sequences, dtype)
+
+
 def measure(config: Config, seed: int, variant: str, depth: int) -> Arrays:
     """Norms of one model at every sigma: `last/outer/QQ` and so on, (points,)."""
     import jax
 
+    from attnlab.attention.addition_networks import last_layer_norms, linear_mlp_norms, with_embedding_scale
+
+    key, scales = jax.random.key(seed), sigmas(config, variant)
     if variant == "mlp":
-        return mlp_norms(config, seed, depth)
-    dtype = config.precision if VARIANTS[variant].weights == "softmax" else config.dtype
-    module, params, data = problem(config, seed, variant, depth, dtype)
-    first_key = jax.random.fold_in(jax.random.key(seed), depth)
+        norms = linear_mlp_norms(network(config, "linear", 1), depth, key)
+        return {f"{place}/full/VV": float(norm) * scales**2 for place, norm in norms.items()}
+    model = network(config, variant, depth)
+    params, data = model.draw(key)
     points = []
-    for index, sigma in enumerate(sigmas(config, variant)):
-        scaled = at_scale(params, sigma)
-        norms = {f"last/{name}": norm for name, norm in last_layer(module, scaled, *data).items()}
+    for index, sigma in enumerate(scales):
+        scaled = with_embedding_scale(params, sigma)
+        norms = {f"last/{name}": norm for name, norm in last_layer_norms(model, scaled, data).items()}
         if depth > 1:
-            norms |= first_layer(config, module, scaled, data, jax.random.fold_in(first_key, index))
+            norms |= first_layer(config, model, scaled, data, jax.random.fold_in(jax.random.fold_in(key, depth), index))
         points.append(norms)
     return {name: np.array([point[name] for point in points]) for name in points[0]}
 
 
-def problem(config: Config, seed: int, variant: str, depth: int, dtype: str):
-    """The model, its weights with embeddings of scale 1, and tokens and targets.
-
-    The last token of a sequence predicts nothing, and in a causal model no other sees it: it is left out.
-    """
-    import jax
-
-    from attnlab.data.addition import addition
-    from attnlab.models.transformer import LanguageModel
-
-    data_key, init_key = jax.random.split(jax.random.key(seed))
-    data = addition(data_key, config.sequences, config.digits)
-    tokens = data.inputs[:, :-1]
-    module = LanguageModel(model(config, variant, depth, dtype))
-    params = jax.jit(module.init)(init_key, tokens)["params"]
-    return module, params, (tokens, targets_of(variant, data.targets, dtype))
-
-
-def model(config: Config, variant: str, depth: int, dtype: str):
-    """Figure 3 of arXiv 2410.10986: one causal head, all weights N(0, 0.64 / width), biases zero.
-
-    With linear attention no residual, no MLP and no projection.
-    """
-    from attnlab.models.attention import AttentionConfig
-    from attnlab.models.transformer import LanguageModelConfig, TransformerConfig
-
-    kind, width = VARIANTS[variant], config.width
-    softmax, scheme = kind.weights == "softmax", {"init": "normal", "gain": 0.8 / config.width**0.5}
-    attention = AttentionConfig(
-        width, width, weights=kind.weights, causal=True, output_dim=width if softmax else None, **scheme
-    )
-    blocks = TransformerConfig(
-        attention,
-        depth,
-        mlp_width=4 * width if softmax else None,
-        activation="relu",
-        norm=kind.norm,
-        residual=softmax,
-        bias=True,
-        **scheme,
-    )
-    return LanguageModelConfig(blocks, vocabulary=12, length=3 * config.digits + 3, width=width, dtype=dtype, **scheme)
-
-
-def at_scale(params, sigma: float):
-    """The parameters with embeddings N(0, sigma^2) in place of N(0, 1)."""
-    embeddings = {name: sigma * params[name] for name in ("token_embedding", "position_embedding")}
-    return {**params, **embeddings}
-
-
-def targets_of(variant: str, labels, dtype: str):
-    """Labels for the cross-entropy of the transformers, one-hot vectors for the square loss."""
-    import jax
-
-    return labels if VARIANTS[variant].weights == "softmax" else jax.nn.one_hot(labels, 12, dtype=dtype)
-
-
-def loss_of(targets):
-    """The loss that goes with the targets."""
-    import jax.numpy as jnp
-
-    from attnlab.losses import cross_entropy, square_loss
-
-    return cross_entropy if jnp.issubdtype(targets.dtype, jnp.integer) else square_loss
-
-
-def answer(module) -> tuple[int, ...]:
-    """Positions whose outputs predict the answer."""
-    from attnlab.data.addition import answer_positions
-
-    return answer_positions(module.config.length // 3 - 1)
-
-
-@functools.cache
-def network_at():
-    """`network_at()(module, params, tokens, targets)`: the last attention layer and what stands behind it."""
-    import jax
-    import jax.numpy as jnp
-
-    from attnlab.attention.in_transformer import assemble, cut_at_attention
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def network(module, params, tokens, targets):
-        positions, stack = answer(module), module.config.transformer
-        loss, chosen = loss_of(targets), jnp.asarray(positions)
-        cut = cut_at_attention(module, params, tokens, f"transformer/layer_{stack.layers - 1}/attention")
-        return assemble(cut, lambda out: loss(out[:, chosen], targets), positions, stack.norm is None)
-
-    return network
-
-
-def last_layer(module, params, tokens, targets) -> dict[str, float]:
-    """Exact norms of every block of the last attention layer."""
-    return {
-        f"{part}/{LETTERS[row]}{LETTERS[column]}": float(norm)
-        for part, blocks in network_at()(module, params, tokens, targets).norms().items()
-        for (row, column), norm in blocks.items()
-        if row <= column
-    }
-
-
-@functools.cache
-def estimates_at():
-    """`estimates_at()(module, params, data, key, probes)`: squared norms of the first layer's blocks, and errors."""
-    import jax
-
-    from attnlab.curvature.estimators import squared_frobenius_norm
-    from attnlab.curvature.operators import functional, ggn, hessian
-    from attnlab.models.adapters import at_positions, from_linen
-    from attnlab.objective import objective
-
-    @functools.partial(jax.jit, static_argnums=(0, 4))
-    def estimates(module, params, data, key, probes):
-        tokens, targets = data
-        risk = objective(at_positions(from_linen(module), answer(module)), loss_of(targets), tokens, targets)
-        return {
-            f"{part}/{LETTERS[name] * 2}": squared_frobenius_norm(
-                operator(risk, params, block=f"layer_0/attention/{name}"), key, probes=probes
-            )
-            for name in ("value", "query")
-            for part, operator in zip(PARTS, (hessian, ggn, functional), strict=True)
-        }
-
-    return estimates
-
-
-def first_layer(config: Config, module, params, data, key) -> dict[str, float]:
+def first_layer(config: Config, model, params, data, key) -> dict[str, float]:
     """Norms of the first layer's value and query blocks, and their standard errors, from random probes."""
+    from attnlab.attention.addition_networks import first_layer_squares
+
     norms = {}
-    for name, square in estimates_at()(module, params, data, key, config.probes).items():
+    for name, square in first_layer_squares(model, params, data, key, probes=config.probes).items():
         norms[f"first/{name}"] = norm = float(square.value) ** 0.5
         # d sqrt(s) = ds / (2 sqrt(s))
         norms[f"first/{name}/error"] = float(square.error) / (2 * norm) if norm > 0 else 0.0
-    return norms
-
-
-def mlp_norms(config: Config, seed: int, depth: int) -> Arrays:
-    """Blocks of the first and the last layer of a linear MLP, on the embedded tokens at the answer's positions.
-
-    With X_l the inputs of layer l and B_l the product of the matrices behind it the outputs are X_l W_l B_l, so that
-    the square loss of n entries has the block (2 / n) X_l^T X_l (x) B_l B_l^T; it is linear in W_l, and H_f is zero.
-    """
-    import jax
-    import jax.numpy as jnp
-
-    from attnlab.models.networks import MLP, MLPConfig
-
-    module, params, (tokens, targets) = problem(config, seed, "linear", 1, config.dtype)
-    embedded = params["token_embedding"][tokens] + params["position_embedding"][None, : tokens.shape[1]]
-    inputs = embedded[:, jnp.asarray(answer(module))].reshape(-1, config.width)
-    widths = (*(config.width,) * (depth - 1), 12)
-    network = MLP(MLPConfig(widths, activation="identity", init="normal", gain=0.8 / config.width**0.5))
-    matrices = list(network.init(jax.random.key(seed), inputs)["params"].values())
-    behind = jnp.eye(12, dtype=inputs.dtype)
-    for matrix in matrices[:0:-1]:
-        behind = matrix @ behind
-    before = inputs
-    for matrix in matrices[:-1]:
-        before = before @ matrix
-    last = jnp.eye(12, dtype=inputs.dtype)
-    norms = {}
-    for place, left, right in (("first", inputs, behind), ("last", before, last)):
-        norm = 2 / targets.size * jnp.linalg.norm(left.T @ left) * jnp.linalg.norm(right @ right.T)
-        norms[f"{place}/full/VV"] = float(norm) * sigmas(config, "mlp") ** 2
     return norms
 
 
@@ -351,47 +195,16 @@ def point_norms(config: Config, variant: str, dtype: str, sigma: float):
     """Norms at depth 1 in one precision; the weights are those of `config.precision` in both."""
     import jax
 
-    from attnlab.models.transformer import LanguageModel
+    from attnlab.attention.addition_networks import last_layer_norms, with_embedding_scale
 
-    _, params, data = problem(config, config.seed, variant, 1, config.precision)
-    params = jax.tree.map(lambda x: x.astype(dtype), at_scale(params, sigma))
-    return last_layer(LanguageModel(model(config, variant, 1, dtype)), params, *data)
+    params, data = network(config, variant, 1).draw(jax.random.key(config.seed))
+    params = jax.tree.map(lambda x: x.astype(dtype), with_embedding_scale(params, sigma))
+    return last_layer_norms(network(config, variant, 1, dtype), params, data)
 
 
 def relative_error(part: str, found, expected) -> float:
     names = [name for name in expected if name.startswith(part) and expected[name] > 0]
     return max(abs(found[name] - expected[name]) / expected[name] for name in names)
-
-
-def log_slope(norms: np.ndarray, scales: np.ndarray, low: float, high: float) -> tuple[float, float]:
-    """Mean over the seeds of the slope of log norm against log sigma on [low, high], and its 95 % half-width."""
-    from scipy.stats import t
-
-    inside = (scales >= low * 0.999) & (scales <= high * 1.001) & np.all(norms > 0, axis=0)
-    if inside.sum() < 2:
-        return np.nan, np.nan
-    slopes = np.polyfit(np.log(scales[inside]), np.log(norms[:, inside]).T, 1)[0]
-    count = len(slopes)
-    if count == 1:
-        return float(slopes[0]), np.nan
-    return float(np.mean(slopes)), float(t.ppf(0.975, count - 1) * np.std(slopes, ddof=1) / count**0.5)
-
-
-def crossover(arrays: Arrays, place: str, variant: str) -> np.ndarray:
-    """Sigma of every seed at which the query block first overtakes the value block; NaN where it never does."""
-    scales = np.log(arrays[f"{variant}/sigma"])
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = np.log(arrays[f"{place}/QQ"] / arrays[f"{place}/VV"])
-    crossings = []
-    for ratio in ratios:
-        above = np.flatnonzero((ratio[:-1] < 0) & (ratio[1:] >= 0))
-        if len(above) == 0:
-            crossings.append(np.nan)
-            continue
-        i = above[0]
-        share = -ratio[i] / (ratio[i + 1] - ratio[i])
-        crossings.append(np.exp(scales[i] + share * (scales[i + 1] - scales[i])))
-    return np.array(crossings)
 
 
 def fit_range(variant: str) -> tuple[float, float]:
@@ -406,19 +219,26 @@ def predicted(variant: str, depth: int, name: str) -> float | None:
     Pre-LN makes the layer's inputs, and at small sigma all behind it, independent of sigma. The last of D layers of
     linear attention sees tokens of order sigma^(3^(D-1)). First layers: the order of H_o is that of a layer by itself.
     """
+    from attnlab.attention.growth import LINEAR_EXPONENTS, SOFTMAX_EXPONENTS, predicted_exponent
+
     place, part, pair = name.split("/")
     if variant == "mlp":
         return 2.0
     if variant == "pre_norm":
         return 0.0
-    table = SOFTMAX if variant == "softmax" else LINEAR
     if variant == "linear" and depth > 1:
         return 2.0 * 3**depth if part == "outer" else None
     if place == "first" and depth > 1 and part != "outer":
         return None
-    orders = [table[part][pair]] if part != "full" else [table[kind][pair] for kind in table]
-    known = [order for order in orders if order is not None]
-    return float(min(known)) if known else None
+    table = SOFTMAX_EXPONENTS if variant == "softmax" else LINEAR_EXPONENTS
+    return predicted_exponent(table, part, pair)
+
+
+def crossover(arrays: Arrays, place: str, variant: str) -> np.ndarray:
+    """Sigma of every seed at which the query block first overtakes the value block; NaN where it never does."""
+    from attnlab.attention.growth import crossings
+
+    return crossings(arrays[f"{place}/QQ"], arrays[f"{place}/VV"], arrays[f"{variant}/sigma"])
 
 
 def measured_depths(arrays: Arrays, variant: str) -> list[int]:
@@ -441,33 +261,18 @@ def plot(arrays: Arrays, config: Config):
     return figure
 
 
-def band(axes, scales: np.ndarray, norms: np.ndarray, **options) -> None:
-    """Geometric mean over the seeds, and one standard deviation of the logarithm to either side."""
-    positive = np.all(norms > 0, axis=0)
-    if not positive.any():
-        return
-    logs = np.log(norms[:, positive])
-    middle, spread = np.mean(logs, axis=0), np.std(logs, axis=0)
-    scales = scales[positive]
-    axes.plot(scales, np.exp(middle), **options)
-    axes.fill_between(
-        scales, np.exp(middle - spread), np.exp(middle + spread), color=options["color"], alpha=0.2, linewidth=0
-    )
-
-
 def guide(axes, scales: np.ndarray, norms: np.ndarray, exponent: float, low: float, high: float) -> None:
-    """A dotted line of the predicted slope through the smallest sigma, labelled with it."""
+    """A dotted line of the predicted slope from the smallest sigma on."""
+    from attnlab.plotting.curves import power_guide
+
     start = np.exp(np.mean(np.log(np.maximum(norms[:, 0], 1e-300))))
-    line = scales[(scales >= low * 0.999) & (scales <= 3 * high)]
-    values = start * (line / line[0]) ** exponent
-    axes.plot(line, values, ":", color="black", linewidth=1, zorder=0)
-    axes.annotate(
-        rf"$\sigma^{{{exponent:g}}}$", (line[-1], values[-1]), (3, -9), textcoords="offset points", fontsize=8
-    )
+    power_guide(axes, scales[(scales >= low * 0.999) & (scales <= 3 * high)], start, exponent, r"\sigma")
 
 
 def plot_one_layer(row, arrays: Arrays, config: Config) -> None:
     """Diagonal blocks of H_o, H_f and H, and off-diagonal ones of H, at depth 1 without norms."""
+    from attnlab.plotting.curves import geometric_band
+
     scales, window = arrays["softmax/sigma"], fit_range("softmax")
     diagonal, mixed = ("VV", "OO", "QQ", "KK"), ("OV", "KQ", "QV", "KV", "OQ", "KO")
     panels = [("outer", diagonal), ("functional", ("QQ", "KK")), ("full", diagonal), ("full", mixed)]
@@ -475,12 +280,12 @@ def plot_one_layer(row, arrays: Arrays, config: Config) -> None:
         drawn = set()
         for index, pair in enumerate(pairs):
             norms = arrays[f"softmax/1/last/{part}/{pair}"]
-            band(axes, scales, norms, color=COLORS.get(pair, f"C{index}"), label=f"{pair[0]}{pair[1]}")
+            geometric_band(axes, scales, norms, color=COLORS.get(pair, f"C{index}"), label=pair)
             exponent = predicted("softmax", 1, f"last/{part}/{pair}")
             if exponent is not None and exponent not in drawn:
                 guide(axes, scales, norms, exponent, *window)
                 drawn.add(exponent)
-        kind = "diagonal" if len(pairs[0]) and pairs[0][0] == pairs[0][1] else "off-diagonal"
+        kind = "off-diagonal" if pairs is mixed else "diagonal"
         finish(axes, f"${PARTS[part]}$, {kind} blocks, one layer")
         axes.legend(loc="lower right", ncols=2)
 
@@ -488,6 +293,8 @@ def plot_one_layer(row, arrays: Arrays, config: Config) -> None:
 def plot_depths(axes, arrays: Arrays, config: Config, variant: str, place: str, part: str) -> None:
     """Value and query block at every depth."""
     import matplotlib as mpl
+
+    from attnlab.plotting.curves import geometric_band
 
     shades = mpl.colormaps["viridis"]
     scales, window = arrays[f"{variant}/sigma"], fit_range(variant)
@@ -500,7 +307,7 @@ def plot_depths(axes, arrays: Arrays, config: Config, variant: str, place: str, 
                 continue
             norms = arrays[f"{variant}/{depth}/{name}"]
             label = f"depth {depth}" if pair == "VV" else None
-            band(axes, scales, norms, color=color, linestyle=line, label=label)
+            geometric_band(axes, scales, norms, color=color, linestyle=line, label=label)
             exponent = predicted(variant, depth, name)
             if exponent is not None and (depth == 1 or (variant == "linear" and pair == "VV")):
                 guide(axes, scales, norms, exponent, *window)
@@ -519,6 +326,8 @@ def finish(axes, title: str) -> None:
 
 def slopes(arrays: Arrays, config: Config):
     """(variant, depth, name, fitted, half-width, predicted) of every block with a prediction."""
+    from attnlab.attention.growth import fitted_exponent
+
     for variant in VARIANTS:
         scales, window = arrays[f"{variant}/sigma"], fit_range(variant)
         for depth in measured_depths(arrays, variant):
@@ -528,7 +337,13 @@ def slopes(arrays: Arrays, config: Config):
                     continue
                 exponent = predicted(variant, depth, key.removeprefix(head))
                 if exponent is not None:
-                    yield variant, depth, key.removeprefix(head), *log_slope(arrays[key], scales, *window), exponent
+                    yield (
+                        variant,
+                        depth,
+                        key.removeprefix(head),
+                        *fitted_exponent(arrays[key], scales, *window),
+                        exponent,
+                    )
 
 
 def plot_slopes(axes, arrays: Arrays, config: Config) -> None:
@@ -593,13 +408,12 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
 
 def summary(values: np.ndarray) -> str:
     """Mean and 95 % half-width of the logarithm over the seeds that cross."""
-    from scipy.stats import t
+    from attnlab.attention.growth import half_width
 
     logs = np.log(values[np.isfinite(values)])
     if len(logs) < 2:
         return f"{len(logs)} of {len(values)} seeds cross"
-    width = t.ppf(0.975, len(logs) - 1) * np.std(logs, ddof=1) / len(logs) ** 0.5
-    middle = np.exp(np.mean(logs))
+    middle, width = np.exp(np.mean(logs)), half_width(logs)
     return f"{middle:.3g} ({middle * np.exp(-width):.3g} to {middle * np.exp(width):.3g})"
 
 

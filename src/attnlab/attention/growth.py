@@ -1,0 +1,75 @@
+"""How the blocks of the Hessian grow with the scale sigma of the tokens: predicted exponents, and fitted ones.
+
+Ormaniec, Dangel, Singh, arXiv 2410.10986, section 4. A pair of letters names a block: V values, Q queries, K keys,
+O the output projection.
+"""
+
+import numpy as np
+from jaxtyping import Float
+from scipy.stats import t as student
+
+Exponents = dict[str, dict[str, int | None]]
+
+# Exponents as sigma -> 0. The projection W_O enters like the values, but with a functional block g_i m_i^T of its own;
+# None is a block that is zero.
+SOFTMAX_EXPONENTS: Exponents = {
+    "outer": {"VV": 2, "OO": 2, "OV": 2, "QQ": 6, "KK": 6, "KQ": 6, "QV": 4, "KV": 4, "OQ": 4, "KO": 4},
+    "functional": {"VV": None, "OO": None, "OV": 1, "QQ": 5, "KK": 5, "KQ": 3, "QV": 3, "KV": 3, "OQ": 3, "KO": 3},
+}
+LINEAR_EXPONENTS: Exponents = {
+    "outer": dict.fromkeys(("VV", "QQ", "KK", "KQ", "QV", "KV"), 6),
+    "functional": {"VV": None, "QQ": None, "KK": None, "KQ": 3, "QV": 3, "KV": 3},
+}
+
+
+def predicted_exponent(table: Exponents, part: str, pair: str) -> int | None:
+    """The exponent of one block of a single layer: of H (`full`) the smaller of its parts'; None where it is zero."""
+    if part != "full":
+        return table[part][pair]
+    orders = [order for kind in table if (order := table[kind][pair]) is not None]
+    return min(orders, default=None)
+
+
+def fitted_exponent(
+    norms: Float[np.ndarray, "seeds points"], scales: Float[np.ndarray, "points"], low: float, high: float
+) -> tuple[float, float]:
+    """Mean over the seeds of the slope of log norm against log sigma on [low, high], and its 95 % half-width.
+
+    The half-width (Student's t) is NaN for one seed; both are NaN where fewer than two scales with norms above zero
+    lie in the range.
+    """
+    slack = 1e-3
+    inside = (scales >= low * (1 - slack)) & (scales <= high * (1 + slack)) & np.all(norms > 0, axis=0)
+    if inside.sum() < 2:
+        return np.nan, np.nan
+    slopes = np.polyfit(np.log(scales[inside]), np.log(norms[:, inside]).T, 1)[0]
+    return float(np.mean(slopes)), half_width(slopes)
+
+
+def half_width(sample: Float[np.ndarray, "seeds"]) -> float:
+    """Half the 95 % confidence interval of the mean (Student's t); NaN for a sample of one."""
+    count = len(sample)
+    return float(student.ppf(0.975, count - 1) * np.std(sample, ddof=1) / count**0.5) if count > 1 else np.nan
+
+
+def crossings(
+    first: Float[np.ndarray, "seeds points"],
+    second: Float[np.ndarray, "seeds points"],
+    scales: Float[np.ndarray, "points"],
+) -> Float[np.ndarray, "seeds"]:
+    """Scale at which every seed's first norm overtakes its second for the first time; NaN where it never does.
+
+    Linear in the logarithms between the two scales on either side.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = np.log(first / second)
+    return np.array([_crossing(ratio, np.log(scales)) for ratio in ratios])
+
+
+def _crossing(ratio: np.ndarray, scales: np.ndarray) -> float:
+    above = np.flatnonzero((ratio[:-1] < 0) & (ratio[1:] >= 0))
+    if len(above) == 0:
+        return np.nan
+    i = above[0]
+    share = -ratio[i] / (ratio[i + 1] - ratio[i])
+    return float(np.exp(scales[i] + share * (scales[i + 1] - scales[i])))

@@ -1,0 +1,35 @@
+"""Curves in log-log axes: means over seeds with a band, and lines of a given slope."""
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.axes import Axes
+
+
+def geometric_band(
+    axes: Axes,
+    abscissae: Float[np.ndarray, "points"],
+    values: Float[np.ndarray, "seeds points"],
+    color: str,
+    linestyle: str = "-",
+    label: str | None = None,
+) -> None:
+    """Geometric mean over the seeds, and one standard deviation of the logarithm to either side.
+
+    Points where a seed's value is zero or less are left out.
+    """
+    positive = np.all(values > 0, axis=0)
+    if not positive.any():
+        return
+    logs, abscissae = np.log(values[:, positive]), abscissae[positive]
+    middle, spread = np.mean(logs, axis=0), np.std(logs, axis=0)
+    axes.plot(abscissae, np.exp(middle), color=color, linestyle=linestyle, label=label)
+    axes.fill_between(abscissae, np.exp(middle - spread), np.exp(middle + spread), color=color, alpha=0.2, linewidth=0)
+
+
+def power_guide(axes: Axes, line: Float[np.ndarray, "points"], start: float, exponent: float, symbol: str) -> None:
+    """A dotted line of slope `exponent` over the abscissae `line`, from the value `start`, labelled with the power."""
+    values = start * (line / line[0]) ** exponent
+    axes.plot(line, values, ":", color="black", linewidth=1, zorder=0)
+    axes.annotate(
+        f"${symbol}^{{{exponent:g}}}$", (line[-1], values[-1]), (3, -9), textcoords="offset points", fontsize=8
+    )

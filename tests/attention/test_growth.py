@@ -1,0 +1,100 @@
+"""Exponents, fits and crossings of growing norms; the networks of the growth experiment against dense autodiff."""
+
+import jax
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+from attnlab.attention.addition_networks import (
+    AdditionNetwork,
+    first_layer_squares,
+    last_layer_norms,
+    linear_mlp_norms,
+    with_embedding_scale,
+)
+from attnlab.attention.growth import (
+    LINEAR_EXPONENTS,
+    SOFTMAX_EXPONENTS,
+    crossings,
+    fitted_exponent,
+    half_width,
+    predicted_exponent,
+)
+from attnlab.curvature import hessian
+from attnlab.losses import square_loss
+from attnlab.models.adapters import at_positions, from_linen
+from attnlab.models.networks import MLP, MLPConfig
+from attnlab.objective import objective
+from compare import assert_close
+
+SCALES = np.geomspace(1e-2, 1, 9)
+TINY = {"width": 4, "digits": 1, "sequences": 3, "dtype": "float64"}
+
+
+def test_a_power_law_is_fitted_exactly_and_its_spread_is_the_sample_s():
+    norms = np.stack([c * SCALES**p for c, p in ((1.0, 2.0), (3.0, 2.2), (0.1, 2.4))])
+    slope, width = fitted_exponent(norms, SCALES, 1e-2, 1e-1)
+    np.testing.assert_allclose(slope, 2.2, rtol=1e-12)
+    # t(0.975, 2) = 4.302653, standard deviation 0.2
+    np.testing.assert_allclose(width, 4.302652729911275 * 0.2 / 3**0.5, rtol=1e-9)
+
+
+def test_the_fit_sees_the_range_alone():
+    norms = np.where(SCALES < 0.11, SCALES**3, 1.0)[None]
+    slope, width = fitted_exponent(norms, SCALES, 1e-2, 1e-1)
+    np.testing.assert_allclose(slope, 3, rtol=1e-12)
+    assert np.isnan(width)
+    assert np.isnan(fitted_exponent(0 * norms, SCALES, 1e-2, 1e-1)[0])
+    assert np.isnan(half_width(np.array([1.0])))
+
+
+def test_crossings_of_two_powers():
+    first, second = 5 * SCALES**3, SCALES**2  # equal at 1/5
+    found = crossings(np.stack([first, second, first]), np.stack([second, first, 1e3 * second]), SCALES)
+    np.testing.assert_allclose(found[0], 0.2, rtol=1e-12)
+    assert np.isnan(found[1:]).all()  # overtaken the other way, and never
+
+
+@pytest.mark.parametrize(
+    ("table", "pair", "full"), [(SOFTMAX_EXPONENTS, "QQ", 5), (SOFTMAX_EXPONENTS, "VV", 2), (LINEAR_EXPONENTS, "KQ", 3)]
+)
+def test_the_exponent_of_the_whole_is_the_smaller(table, pair, full):
+    assert predicted_exponent(table, "full", pair) == full
+
+
+@pytest.mark.parametrize(
+    ("weights", "norm"), [("linear", None), pytest.param("softmax", "pre", marks=pytest.mark.slow)]
+)
+def test_norms_of_both_layers_are_those_of_the_dense_hessian(weights, norm):
+    key = jax.random.key(1)
+    network = AdditionNetwork(weights, norm, 2, **TINY)
+    params, (tokens, targets) = network.draw(key)
+    params = with_embedding_scale(params, 0.7)
+    predict = at_positions(from_linen(network.module), network.positions)
+    risk = objective(predict, network.loss, tokens, targets)
+    exact = last_layer_norms(network, params, (tokens, targets))
+    for letter, name in (("V", "value"), ("Q", "query")):
+        dense = hessian(risk, params, block=f"layer_1/attention/{name}").dense()
+        assert_close(exact[f"full/{letter * 2}"], np.linalg.norm(dense))
+        first = np.linalg.norm(hessian(risk, params, block=f"layer_0/attention/{name}").dense()) ** 2
+        estimate = first_layer_squares(network, params, (tokens, targets), key, probes=64)[f"full/{letter * 2}"]
+        assert abs(estimate.value - first) <= 4 * estimate.error
+        assert estimate.error < first
+
+
+def test_norms_of_a_linear_mlp_are_those_of_autodiff():
+    key = jax.random.key(1)
+    network = AdditionNetwork("linear", None, 1, **TINY)
+    params, (tokens, targets) = network.draw(key)
+    embedded = params["token_embedding"][tokens] + params["position_embedding"][None, : tokens.shape[1]]
+    mlp = MLP(MLPConfig((4, 4, 12), activation="identity", init="normal", gain=0.8 / 2))
+    inputs = embedded[:, np.asarray(network.positions)].reshape(-1, 4)
+    weights = mlp.init(key, inputs)["params"]
+    risk = objective(from_linen(mlp), square_loss, inputs, targets.reshape(-1, 12))
+    found = linear_mlp_norms(network, 3, key)
+    for place, layer in (("first", "layer_0"), ("last", "layer_2")):
+        matrix, unravel = ravel_pytree(weights[layer])
+        dense = jax.jit(jax.hessian(lambda w, layer=layer, unravel=unravel: risk({**weights, layer: unravel(w)})))(
+            matrix
+        )
+        assert_close(found[place], np.linalg.norm(dense))
