@@ -5,6 +5,8 @@ never among the keys, and scores carry the factor 1/N (linear attention) or go t
 residual stream and the prediction is minus the label slot of the query: that is what makes a layer that subtracts
 its fit from the labels (gradient descent, arXiv 2212.07677, proposition 1) predict with the right sign.
 
+`transformer_predict` reads a prompt with a whole transformer: LayerNorms, MLPs, a read-in and a read-out.
+
 A *layer* is a dict of `query`, `key` D x (H K), `value` D x (H V) and `output` (H V) x D, in the layout of
 `attnlab.models.heads`; optionally also `hidden` D x W and `hidden_output` W x D, a ReLU network after the attention.
 """
@@ -15,7 +17,8 @@ from jaxtyping import Array, Float
 
 from attnlab.icl.tasks import Prompt, check_prompt
 from attnlab.models import heads as equations
-from attnlab.types import PRNGKey, Scalar
+from attnlab.models.transformer import Transformer, TransformerConfig
+from attnlab.types import Params, PRNGKey, Scalar
 
 Layer = dict[str, Array]
 
@@ -75,6 +78,32 @@ def init_layer(key: PRNGKey, width: int, scale: float, *, heads: int = 1, head_d
     shapes["output"] = (heads * head_dim, width)
     keys = jax.random.split(key, len(shapes))
     return {name: scale * jax.random.normal(k, shape) for k, (name, shape) in zip(keys, shapes.items(), strict=True)}
+
+
+def init_transformer(key: PRNGKey, config: TransformerConfig, dimension: int, width: int) -> Params:
+    """Parameters of `transformer_predict` for inputs of the given dimension and tokens of the given width.
+
+    `read_in` (d + 1, width), the `transformer`'s own, and `read_out` (width,), a tenth of its usual size so that
+    predictions start near 0.
+    """
+    key_in, key_stack, key_out = jax.random.split(key, 3)
+    return {
+        "read_in": jax.random.normal(key_in, (dimension + 1, width)) / (dimension + 1) ** 0.5,
+        "transformer": Transformer(config).init(key_stack, jnp.zeros((2, width)))["params"],
+        "read_out": 0.1 * jax.random.normal(key_out, (width,)) / width**0.5,
+    }
+
+
+def transformer_predict(params: Params, prompt: Prompt, *, config: TransformerConfig) -> Scalar:
+    """Prediction of a transformer for one prompt, read out at the query; no token attends to the query.
+
+    There are no positions: permuting the examples changes nothing.
+    """
+    tokens = prompt_tokens(prompt)
+    count = len(tokens)
+    mask = jnp.broadcast_to(jnp.arange(count) < count - 1, (count, count))
+    hidden = Transformer(config).apply({"params": params["transformer"]}, tokens @ params["read_in"], mask)
+    return hidden[-1] @ params["read_out"]
 
 
 def layer_predict(effective: dict[str, Array], prompt: Prompt) -> Scalar:

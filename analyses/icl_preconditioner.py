@@ -1,0 +1,238 @@
+"""The step that one layer takes under anisotropic inputs: between one step size for all and the inverse covariance.
+
+What a full linear attention layer, trained on the exact risk, does along every eigenvector of the inputs' covariance,
+beside the optimum of theory; what it gains on plain descent at every context length; and what it loses when it is
+tested on inputs of another covariance than it was trained on.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from rich.progress import Progress
+from rich.table import Table
+
+from attnlab.analysis import Analysis, AnalysisConfig, Arrays
+
+STEPS = {
+    "best": "best preconditioner",
+    "scalar": "best single step size",
+    "inverse": r"inverse covariance $\Lambda^{-1}$",
+}
+SHIFTS = np.linspace(0.0, 2.0, 21)
+
+
+@dataclass(frozen=True)
+class Config(AnalysisConfig):
+    """Options of the analysis."""
+
+    SMOKE: ClassVar = {"dimension": 3, "seeds": 2, "steps": 40, "prompts": 64, "lengths": (5, 40)}
+
+    dimension: int = 6
+    """Dimension d of the inputs."""
+    power: float = 1.0
+    """The covariance has the spectrum i^-power, scaled to trace d."""
+    noise_variance: float = 0.1
+    """Of the labels."""
+    lengths: tuple[int, ...] = (5, 20, 80, 320)
+    """Context lengths N at which layers are trained."""
+    seeds: int = 8
+    """Layers trained at each length."""
+    steps: int = 3000
+    """Steps of Adam with a cosine schedule."""
+    learning_rate: float = 0.02
+    """Of Adam at the start."""
+    prompts: int = 20_000
+    """Sampled prompts on which a trained layer is tested."""
+
+
+def compute(config: Config, progress: Progress) -> Arrays:
+    """Train layers at every length; exact risks over lengths and over shifts of the covariance."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    from attnlab.icl.tasks import linear_regression
+
+    key = jax.random.key(config.seed)
+    # one optimizer for all lengths, so that they share a compiled loop
+    optimizer = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps))
+    spectrum = power_spectrum(config.dimension, config.power)
+    problem = linear_regression(jnp.diag(spectrum), noise_variance=config.noise_variance)
+    arrays: Arrays = {"spectrum": np.asarray(spectrum)}
+    task = progress.add_task("training", total=len(config.lengths), status="")
+    for number, length in enumerate(config.lengths):
+        found = trained_layers(problem, length, optimizer, config, jax.random.fold_in(key, number))
+        arrays |= {f"trained/{length}/{name}": array for name, array in found.items()}
+        progress.advance(task)
+    return arrays | risk_curves(problem, config) | shifted_risks(problem, config)
+
+
+def power_spectrum(dimension: int, power: float):
+    """i^-power for i = 1, ..., d, scaled to sum d."""
+    import jax.numpy as jnp
+
+    spectrum = jnp.arange(1.0, dimension + 1) ** -power
+    return dimension * spectrum / jnp.sum(spectrum)
+
+
+def trained_layers(problem, length: int, optimizer, config: Config, key) -> Arrays:
+    """Preconditioners of trained layers (seeds, d, d), their exact risks, one layer's on prompts; the optimum."""
+    from functools import partial
+
+    import jax
+    import jax.numpy as jnp
+
+    from attnlab.icl.models import layer_predict
+    from attnlab.icl.optima import optimal_preconditioner, optimal_risk
+    from attnlab.icl.population import population_objective
+    from attnlab.icl.probes import risk
+    from attnlab.icl.tasks import sample_prompts
+    from attnlab.training import train
+
+    d = problem.dimension
+
+    def start(key):
+        # no swapped path, which gradient flow cannot leave: from other starts some layers end in bad local minima
+        factor = 0.1 * jax.random.normal(key, (d, d))
+        query_key = jnp.pad(0.05 * jnp.eye(d) + factor @ factor.T, ((0, 1), (0, 0)))[None]
+        return {"value": 0.3 * jnp.eye(d + 1)[-1:], "query_key": query_key}
+
+    exact = population_objective(problem, length)
+    keys = jax.random.split(key, config.seeds)
+    layers = train(
+        exact, jax.jit(jax.vmap(start))(keys), optimizer, keys, steps=config.steps, every=config.steps
+    ).params
+    prompts = sample_prompts(jax.random.fold_in(key, 1), problem, length, config.prompts)
+    first = jax.tree.map(lambda leaf: leaf[0], layers)
+    on_prompts = jax.jit(lambda layer, prompts: risk(partial(layer_predict, layer), prompts))(first, prompts)
+    return {
+        "steps": np.asarray(layers["value"][:, 0, -1, None, None] * layers["query_key"][:, 0, :-1]),
+        "risks": np.asarray(jax.vmap(exact)(layers)),
+        "on_prompts": np.asarray(on_prompts),
+        "best": np.asarray(optimal_preconditioner(problem, length)),
+        "least": np.asarray(optimal_risk(problem, length)),
+    }
+
+
+def candidates(problem, length):
+    """The preconditioners of `STEPS` at one length; the single step size minimises its own quadratic risk."""
+    import jax.numpy as jnp
+
+    from attnlab.icl.optima import optimal_preconditioner, step_curvature
+
+    covariance = problem.covariance
+    gain = jnp.sum((covariance @ problem.task_moment) * covariance)  # tr(L O L)
+    size = gain / jnp.sum(step_curvature(problem, length) * covariance)
+    return jnp.stack(
+        [
+            optimal_preconditioner(problem, length),
+            size * jnp.eye(problem.dimension, dtype=covariance.dtype),
+            jnp.linalg.inv(covariance),
+        ]
+    )
+
+
+def risk_curves(problem, config: Config) -> Arrays:
+    """Exact risks of the three steps over context lengths, (lengths, 3)."""
+    import jax
+    import jax.numpy as jnp
+
+    from attnlab.icl.optima import reduced_risk
+
+    lengths = np.geomspace(min(config.lengths) / 2, 4 * max(config.lengths), 25)
+
+    def risks(length):
+        return jax.vmap(lambda gamma: reduced_risk(gamma, problem, length))(candidates(problem, length))
+
+    return {"lengths": lengths, "risks": np.asarray(jax.jit(jax.vmap(risks))(jnp.asarray(lengths)))}
+
+
+def shifted_risks(problem, config: Config) -> Arrays:
+    """Risks under test covariances Lambda^t, scaled to trace d, of what was best at t = 1 and of what is best at t."""
+    import jax
+    import jax.numpy as jnp
+
+    from attnlab.icl.optima import optimal_risk, reduced_risk
+    from attnlab.icl.tasks import LinearRegression
+
+    length = max(config.lengths)
+    fixed = candidates(problem, length)[:2]
+
+    def risks(shift):
+        spectrum = power_spectrum(config.dimension, config.power * shift)
+        test = LinearRegression(
+            jnp.diag(jnp.sqrt(spectrum)), problem.task_moment, None, problem.noise_variance, problem.inputs
+        )
+        kept = jax.vmap(lambda gamma: reduced_risk(gamma, test, length))(fixed)
+        return jnp.append(kept, optimal_risk(test, length)) / test.signal
+
+    return {"shifted": np.asarray(jax.jit(jax.vmap(risks))(jnp.asarray(SHIFTS)))}
+
+
+def plot(arrays: Arrays, config: Config):
+    """Steps by eigenvalue, risks by length, risks under a shifted covariance."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(12.5, 3.9))
+    plot_steps(axes[0], arrays, config)
+    plot_risks(axes[1], arrays, config)
+    plot_shifts(axes[2], arrays, config)
+    return figure
+
+
+def plot_steps(axes, arrays: Arrays, config: Config) -> None:
+    spectrum = arrays["spectrum"]
+    for number, length in enumerate(config.lengths):
+        best, steps = (arrays[f"trained/{length}/{name}"] for name in ("best", "steps"))
+        axes.loglog(spectrum, np.diag(best), color=f"C{number}", label=f"$N = {length}$")
+        for layer in steps:
+            axes.loglog(spectrum, np.diag(layer), "o", color=f"C{number}", markerfacecolor="none")
+    axes.loglog(spectrum, 1 / spectrum, "--", color="black", linewidth=0.8, label=r"$1 / \lambda$")
+    axes.set(xlabel=r"eigenvalue $\lambda$ of the inputs' covariance", ylabel="step size along its eigenvector")
+    axes.set_title(f"theory, and {config.seeds} trained layers (circles)")
+    axes.legend(loc="best")
+
+
+def plot_risks(axes, arrays: Arrays, config: Config) -> None:
+    for number, label in enumerate(STEPS.values()):
+        axes.loglog(arrays["lengths"], arrays["risks"][:, number], color=f"C{number}", label=label)
+    for length in config.lengths:
+        mean, error = arrays[f"trained/{length}/on_prompts"]
+        label = "trained layer on prompts" if length == config.lengths[0] else None
+        axes.errorbar(length, mean, 2 * error, fmt="o", capsize=2, color="black", markerfacecolor="none", label=label)
+    low, high = arrays["risks"][:, 0].min(), arrays["risks"][:, 1].max()
+    axes.set_ylim(low / 2, 3 * high)
+    axes.set(xlabel="context length $N$", ylabel="risk", title="what the preconditioner gains")
+    axes.legend(loc="lower left")
+
+
+def plot_shifts(axes, arrays: Arrays, config: Config) -> None:
+    labels = ("best for $t = 1$", "single step size, best for $t = 1$", "best for each $t$")
+    for number, (label, style) in enumerate(zip(labels, ("-", "-", "k--"), strict=True)):
+        axes.semilogy(SHIFTS, arrays["shifted"][:, number], style, label=label)
+    axes.set_ylim(top=4 * arrays["shifted"].max())  # room for the legend
+    axes.set(xlabel=r"test inputs with covariance $\propto \Lambda^t$", ylabel="risk / mean squared target")
+    axes.set_title(f"another covariance in the test, $N = {max(config.lengths)}$")
+    axes.legend(loc="upper left")
+
+
+def tables(arrays: Arrays, config: Config) -> list[Table]:
+    """Trained layers beside theory at every length."""
+    table = Table(
+        "N", "least risk", "trained: largest excess", "on prompts", "largest error of a step", title="One trained layer"
+    )
+    for length in config.lengths:
+        best, steps, risks, least, (mean, error) = (
+            arrays[f"trained/{length}/{name}"] for name in ("best", "steps", "risks", "least", "on_prompts")
+        )
+        off = np.abs(steps - best).max() / np.abs(best).max()
+        excess = (risks / least - 1).max()
+        table.add_row(str(length), f"{least:.6g}", f"{excess:.1e}", f"{mean:.4g} +- {error:.2g}", f"{off:.1e}")
+    return [table]
+
+
+ANALYSIS = Analysis("icl-preconditioner", Config, compute, plot, tables, __doc__)
+
+if __name__ == "__main__":
+    ANALYSIS.main()

@@ -1,0 +1,264 @@
+"""How many tasks and how many prompts one layer needs: the law in M/d, and double descent where prompts number d^2.
+
+The preconditioner that is best for M training tasks, on fresh tasks; layers trained on those tasks; and the
+preconditioner fitted to n sampled prompts, whose risk peaks where n reaches the number of its entries.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from rich.progress import Progress
+from rich.table import Table
+
+from attnlab.analysis import Analysis, AnalysisConfig, Arrays
+
+MODELS = {"reduced": "preconditioner, from zero", "full": "whole layer, from a small random start"}
+
+
+@dataclass(frozen=True)
+class Config(AnalysisConfig):
+    """Options of the analysis."""
+
+    SMOKE: ClassVar = {
+        "dimension": 3,
+        "lengths": (20,),
+        "draws": 3,
+        "trained": (1, 4),
+        "steps": 20,
+        "dimensions": (2,),
+        "fits": 3,
+        "ratios": 4,
+    }
+
+    dimension: int = 8
+    """Dimension d of inputs and tasks."""
+    lengths: tuple[int, ...] = (20, 100, 1000)
+    """Context lengths N of the curves in M/d."""
+    draws: int = 200
+    """Random sets of tasks for each number of tasks."""
+    trained: tuple[int, ...] = (1, 2, 4, 8, 16)
+    """Numbers of tasks at which layers are trained, at the longest context; each divides the largest."""
+    seeds: int = 4
+    """Layers trained for each number of tasks, each on tasks of its own."""
+    steps: int = 3000
+    """Steps of Adam on the exact risk of the training tasks, with a cosine schedule."""
+    learning_rate: float = 0.01
+    """Of Adam at the start."""
+    dimensions: tuple[int, ...] = (4, 6, 8)
+    """Dimensions of the fits to sampled prompts; contexts hold 4 d examples."""
+    fits: int = 40
+    """Fits for each number of prompts."""
+    ratios: int = 15
+    """Numbers of prompts n between d^2 / 4 and 4 d^2."""
+
+
+def compute(config: Config, progress: Progress) -> Arrays:
+    """Risks over the number of tasks, trained layers, and risks of fits over the number of prompts."""
+    task = progress.add_task("task diversity", total=2 + len(config.dimensions), status="")
+    arrays = diversity(config)
+    progress.advance(task)
+    arrays |= trained_on_tasks(config)
+    progress.advance(task)
+    for dimension in config.dimensions:
+        arrays[f"fits/{dimension}"] = fitted_risks(dimension, config)
+        progress.advance(task)
+    return arrays
+
+
+def counts_of(config: Config) -> np.ndarray:
+    return np.arange(1, 2 * config.dimension + 1)
+
+
+def diversity(config: Config) -> Arrays:
+    """Risk on fresh tasks over d, means and standard errors over random sets of tasks, (lengths, numbers, 2)."""
+    import jax
+    import jax.numpy as jnp
+
+    from attnlab.icl.optima import optimal_risk, task_diversity_risk
+    from attnlab.icl.probes import estimate
+    from attnlab.icl.tasks import isotropic
+
+    d, largest = config.dimension, 2 * config.dimension
+    problem = isotropic(d)
+
+    def risk(key, count, length):
+        # M tasks as `largest` rows of the same second moment, all that counts here: one shape for every M
+        kept = jnp.where(jnp.arange(largest) < count, jnp.sqrt(largest / count), 0.0)
+        return task_diversity_risk(problem, kept[:, None] * jax.random.normal(key, (largest, d)), length) / d
+
+    @jax.jit
+    def row(count, length):
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), count), config.draws)
+        return estimate(jax.vmap(risk, (0, None, None))(keys, count, length))
+
+    lengths = jnp.array([float(n) for n in config.lengths])
+    found = [[np.stack(row(count, length)) for count in counts_of(config)] for length in lengths]
+    return {"diversity": np.array(found), "least": np.array([float(optimal_risk(problem, n)) / d for n in lengths])}
+
+
+def trained_on_tasks(config: Config) -> Arrays:
+    """Risks over d on fresh tasks of models trained on M tasks, (numbers, seeds), for both `MODELS`."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    from attnlab.icl.population import population_objective
+    from attnlab.icl.tasks import isotropic, with_tasks
+    from attnlab.training import train
+
+    d, length, largest = config.dimension, max(config.lengths), max(config.trained)
+    fresh = isotropic(d)
+    keys = jax.random.split(jax.random.key(config.seed), (len(config.trained), config.seeds)).ravel()
+    counts = jnp.repeat(jnp.array(config.trained), config.seeds)
+
+    def tasks_of(key, count):
+        # repeated to the largest number: the same law, and one shape for all
+        return jax.random.normal(key, (largest, d))[jnp.arange(largest) % count]
+
+    def random_start(key):
+        value, query_key = jax.random.split(key)
+        return {
+            "value": 0.1 * jax.random.normal(value, (1, d + 1)),
+            "query_key": 0.1 * jax.random.normal(query_key, (1, d + 1, d)),
+        }
+
+    starts = {
+        "reduced": {"preconditioner": jnp.zeros((len(keys), d, d))},
+        "full": jax.jit(jax.vmap(random_start))(keys),
+    }
+    optimizer = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps))
+    arrays: Arrays = {}
+    for name, start in starts.items():
+        kind = "reduced" if name == "reduced" else "merged"
+        build = jax.jit(
+            jax.vmap(
+                lambda key, count, kind=kind: population_objective(
+                    with_tasks(fresh, tasks_of(key, count)), length, kind
+                )
+            )
+        )
+        options = {"steps": config.steps, "every": config.steps, "own_risks": True}
+        params = train(build(keys, counts), start, optimizer, keys, **options).params
+        tested = jax.jit(jax.vmap(population_objective(fresh, length, kind)))(params) / d
+        arrays[f"trained/{name}"] = np.reshape(tested, (-1, config.seeds))
+    return arrays
+
+
+def fit_sizes(dimension: int, config: Config) -> np.ndarray:
+    return np.unique(np.round(dimension**2 * np.geomspace(0.25, 4, config.ratios)).astype(int))
+
+
+def fitted_risks(dimension: int, config: Config) -> np.ndarray:
+    """Exact risks over d of preconditioners fitted to n prompts, (numbers, fits)."""
+    import jax
+    import jax.numpy as jnp
+
+    from attnlab.icl.optima import fit_preconditioner, reduced_risk
+    from attnlab.icl.tasks import Prompt, isotropic, sample_prompts
+
+    problem, length = isotropic(dimension), 4 * dimension
+    sizes = fit_sizes(dimension, config)
+
+    @jax.jit
+    @jax.vmap
+    def risks(key):
+        prompts = sample_prompts(key, problem, length, int(sizes[-1]))
+
+        def risk(size):
+            # prompts beyond the first n count for nothing in the fit of least norm
+            kept = jnp.where(jnp.arange(sizes[-1]) < size, 1.0, 0.0)
+            labels, target = kept[:, None] * prompts.labels, kept * prompts.target
+            return reduced_risk(
+                fit_preconditioner(Prompt(prompts.inputs, labels, prompts.query, target)), problem, length
+            )
+
+        return jax.lax.map(risk, jnp.asarray(sizes)) / dimension
+
+    return np.asarray(risks(jax.random.split(jax.random.key(config.seed), config.fits))).T
+
+
+def plot(arrays: Arrays, config: Config):
+    """The law in M/d, the trained layers on it, and the double descent."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(12.5, 3.9))
+    ratios = counts_of(config) / config.dimension
+    for number, length in enumerate(config.lengths):
+        mean, error = arrays["diversity"][number].T
+        axes[0].errorbar(ratios, mean, 2 * error, fmt=".-", color=f"C{number}", label=f"$N = {length}$")
+        axes[0].axhline(arrays["least"][number], color=f"C{number}", linewidth=0.6, linestyle=":")
+    plot_law(axes[0], config)
+    axes[0].set_title("best preconditioner for $M$ tasks (dotted: all tasks)")
+    plot_trained(axes[1], arrays, config)
+    plot_fits(axes[2], arrays, config)
+    return figure
+
+
+def plot_law(axes, config: Config) -> None:
+    ratios = np.array([0, 1, 2])
+    axes.plot(
+        ratios, np.maximum(1 - ratios, 0), "--", color="black", linewidth=0.9, label=r"$(1 - M/d)_+$, $N \to \infty$"
+    )
+    axes.set(xlabel="training tasks $M$ / dimension $d$", ylabel="risk on fresh tasks / $d$", ylim=(-0.05, 1.35))
+    axes.legend(loc="upper right")
+
+
+def plot_trained(axes, arrays: Arrays, config: Config) -> None:
+    places = np.array(config.trained) / config.dimension
+    for number, (name, label) in enumerate(MODELS.items()):
+        risks = arrays[f"trained/{name}"]
+        marker = "os"[number]
+        for seed in range(risks.shape[1]):
+            shown = label if seed == 0 else None
+            axes.plot(
+                places * 1.02**number,
+                risks[:, seed],
+                marker,
+                color=f"C{number + 3}",
+                markerfacecolor="none",
+                label=shown,
+            )
+    plot_law(axes, config)
+    axes.set_ylim(top=1.2 * max(arrays[f"trained/{name}"].max() for name in MODELS))
+    axes.set_title(f"layers trained on $M$ tasks, $N = {max(config.lengths)}$")
+
+
+def plot_fits(axes, arrays: Arrays, config: Config) -> None:
+    for number, dimension in enumerate(config.dimensions):
+        ratios = fit_sizes(dimension, config) / dimension**2
+        low, middle, high = np.quantile(arrays[f"fits/{dimension}"], (0.25, 0.5, 0.75), axis=1)
+        axes.fill_between(ratios, low, high, color=f"C{number}", alpha=0.2, linewidth=0)
+        axes.loglog(ratios, middle, ".-", color=f"C{number}", label=f"$d = {dimension}$")
+    axes.axvline(1, color="black", linewidth=0.6, linestyle="--")
+    ticks = (0.25, 0.5, 1, 2, 4)
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
+    axes.set(
+        xlabel="prompts $n$ / $d^2$", ylabel="risk / $d$ (median, quartiles)", title="fit to $n$ prompts, $N = 4 d$"
+    )
+    axes.legend(loc="best")
+
+
+def tables(arrays: Arrays, config: Config) -> list[Table]:
+    """The law at the longest context beside what was found, and where the risk of the fits peaks."""
+    law = Table("M", "1 - M/d", *(f"N = {n}" for n in config.lengths), title="Risk on fresh tasks / d")
+    for number, count in enumerate(counts_of(config)):
+        found = (f"{m:.4f} +- {e:.4f}" for m, e in arrays["diversity"][:, number])
+        law.add_row(str(count), f"{max(1 - count / config.dimension, 0):.3f}", *found)
+    trained = Table("M", *MODELS.values(), title="Trained on M tasks: risk on fresh tasks / d, range over seeds")
+    for number, count in enumerate(config.trained):
+        rows = (arrays[f"trained/{name}"][number] for name in MODELS)
+        trained.add_row(str(count), *(f"{row.min():.4f} to {row.max():.4f}" for row in rows))
+    peaks = Table("d", "d^2", "n of the highest median", "risk / d there", "at 4 d^2", title="Double descent")
+    for dimension in config.dimensions:
+        median = np.median(arrays[f"fits/{dimension}"], axis=1)
+        peak = fit_sizes(dimension, config)[np.argmax(median)]
+        peaks.add_row(*map(str, (dimension, dimension**2, peak)), f"{median.max():.3g}", f"{median[-1]:.3g}")
+    return [law, trained, peaks]
+
+
+ANALYSIS = Analysis("icl-task-diversity", Config, compute, plot, tables, __doc__)
+
+if __name__ == "__main__":
+    ANALYSIS.main()
