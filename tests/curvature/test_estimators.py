@@ -84,10 +84,10 @@ def test_log_determinant_lies_in_its_error(damping):
     assert np.max(np.abs(deviations)) <= 5
 
 
-def test_the_log_determinant_says_what_a_short_quadrature_misses(key):
+def test_the_log_determinant_says_what_a_short_quadrature_misses(each_key):
     operators, matrices = layer()
     _, exact = np.linalg.slogdet(matrices["ggn"] + 1e-6 * np.eye(144))
-    value, error = log_determinant(operators["ggn"], key, damping=1e-6, steps=8, probes=100)
+    value, error = log_determinant(operators["ggn"], each_key, damping=1e-6, steps=8, probes=100)
     assert abs(value - exact) <= 1.2 * error
 
 
@@ -97,23 +97,23 @@ def test_an_indefinite_matrix_has_no_log_determinant(key):
         log_determinant(operators["hessian"], key, damping=0.0)
 
 
-def test_condition_number(key):
+def test_condition_number(each_key):
     operators, matrices = layer()
     values = np.linalg.eigvalsh(matrices["ggn"]) + 1e-3
-    value, error = condition_number(operators["ggn"], key, damping=1e-3)
+    value, error = condition_number(operators["ggn"], each_key, damping=1e-3)
     assert abs(value - values[-1] / values[0]) <= error + 1e-9 * value
     with pytest.raises(ValueError, match="expected a positive one"):
-        condition_number(operators["hessian"], key)
+        condition_number(operators["hessian"], each_key)
 
 
-def test_negative_share(key):
+def test_negative_share(each_key):
     operators, matrices = layer()
     values = np.linalg.eigvalsh(matrices["hessian"])
     exact = -values[values < 0].sum() / np.abs(values).sum()
-    share, error = spectral_density(operators["hessian"], key, probes=30, steps=40).negative_share()
+    share, error = spectral_density(operators["hessian"], each_key, probes=30, steps=40).negative_share()
     assert abs(share - exact) <= 3 * error
     assert 0 < error < 0.1
-    positive, _ = spectral_density(operators["ggn"], key, probes=3, steps=20).negative_share()
+    positive, _ = spectral_density(operators["ggn"], each_key, probes=3, steps=20).negative_share()
     assert positive <= 1e-10
 
 

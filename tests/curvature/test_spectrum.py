@@ -31,9 +31,9 @@ def wide_attention():
 
 
 @pytest.mark.parametrize("which", ["low", "high", "both"])
-def test_eigenpairs_of_a_wide_layer(which, key):
+def test_eigenpairs_of_a_wide_layer(which, each_key):
     operator, exact = wide_attention()
-    pairs = eigenpairs(operator, key, 5, which=which)
+    pairs = eigenpairs(operator, each_key, 5, which=which)
     expected = {"low": exact[:5], "high": exact[-5:], "both": np.r_[exact[:5], exact[-5:]]}[which]
     assert np.max(np.abs(pairs.values - expected)) <= 1e-8 * exact[-1]
     for i, value in enumerate(pairs.values):
@@ -71,11 +71,11 @@ def test_moments_of_the_density_lie_in_their_own_error_band():
     assert np.max(np.abs(deviations)) > 0.5
 
 
-def test_first_two_moments_are_exact_for_each_probe(key):
+def test_first_two_moments_are_exact_for_each_probe(each_key):
     # <z, A z> and |A z|^2 by the Gauss rule: degrees 1 and 2 need two steps.
     operator, _ = wide_attention()
-    density = spectral_density(operator, key, probes=3, steps=2)
-    keys = jax.random.split(key, 3)
+    density = spectral_density(operator, each_key, probes=3, steps=2)
+    keys = jax.random.split(each_key, 3)
     for row, probe_key in enumerate(keys):
         z = jax.random.rademacher(probe_key, (operator.dimension,), float)
         image = operator.flat_mv(z)
@@ -83,9 +83,9 @@ def test_first_two_moments_are_exact_for_each_probe(key):
             assert abs(density.nodes[row] ** power @ density.weights[row] - expected) <= 1e-12
 
 
-def test_density_and_cumulative_agree_with_the_exact_spectrum(key):
+def test_density_and_cumulative_agree_with_the_exact_spectrum(each_key):
     operator, exact = wide_attention()
-    density = spectral_density(operator, key, probes=40, steps=60)
+    density = spectral_density(operator, each_key, probes=40, steps=60)
     grid = jnp.linspace(1.1 * exact[0], 1.1 * exact[-1], 200)
     width = 0.05 * (exact[-1] - exact[0])
     smooth, error = density.density(grid, width)

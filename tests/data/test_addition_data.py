@@ -54,9 +54,9 @@ def test_answer_is_one_position_after_where_it_is_read(key, digits):
     assert positions[-1] == data.inputs.shape[1] - 2
 
 
-def test_digits_of_the_numbers_are_uniform_and_independent(key):
+def test_digits_of_the_numbers_are_uniform_and_independent(each_key):
     """Each digit, and each pair of neighbouring places, within 5 standard errors of its binomial count."""
-    tokens = np.asarray(addition(key, COUNT).inputs)
+    tokens = np.asarray(addition(each_key, COUNT).inputs)
     operands = np.concatenate([tokens[:, :5], tokens[:, 6:11]], axis=1)
     error = 5 * math.sqrt(0.1 * 0.9 / COUNT)
     frequency = np.stack([(operands == digit).mean(axis=0) for digit in range(10)])

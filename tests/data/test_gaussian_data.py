@@ -42,9 +42,9 @@ def test_without_noise_the_teacher_has_no_risk(key):
     assert float(objective(TEACHER, square_loss, *data)(params)) == 0
 
 
-def test_risk_of_the_teacher_is_the_noise(key):
+def test_risk_of_the_teacher_is_the_noise(each_key):
     """The mean of N squared noises has standard error noise^2 sqrt(2 / N)."""
-    tokens_key, noise_key, params_key = jax.random.split(key, 3)
+    tokens_key, noise_key, params_key = jax.random.split(each_key, 3)
     params, tokens = teacher_params(params_key), gaussian_tokens(tokens_key, COUNT, LENGTH, DIM)
     data = taught(noise_key, TEACHER, params, tokens, noise=0.3)
     risk = float(objective(TEACHER, square_loss, *data)(params))

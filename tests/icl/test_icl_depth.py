@@ -43,8 +43,8 @@ def test_one_dimensional_moments_are_those_of_chi_squared(length):
     assert wishart_moments(1, length, 6) == expected
 
 
-def test_moments_against_monte_carlo(key):
-    inputs = jax.random.normal(key, (20_000, 20, 5))
+def test_moments_against_monte_carlo(each_key):
+    inputs = jax.random.normal(each_key, (20_000, 20, 5))
     values = jnp.linalg.eigvalsh(jnp.einsum("bni,bnj->bij", inputs, inputs) / 20)
     powers = jnp.stack([jnp.mean(values**k, axis=1) for k in range(7)], axis=1)
     assert_within_error(powers, jnp.array([float(m) for m in WISHART[:7]]))

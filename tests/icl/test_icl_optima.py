@@ -114,14 +114,14 @@ def test_staircase_levels():
     assert_close(adapted_risks(problem, 31), jnp.array([7.5, 3.839483, 2.105218, 1.320408, 0.990620]), 1e-6)
 
 
-def test_length_generalization(key):
+def test_length_generalization(each_key):
     d, train, test, noise = 4, 12, 5, 0.4
     problem = isotropic(d, noise)
     g = train / (train + d + 1 + noise)
     expected = jnp.asarray(d * ((1 - g) ** 2 + g**2 * (d + 1 + noise) / test))
     found = length_generalization_risk(problem, train, test)
     assert_close(found, expected, 1e-12)
-    prompts = sample_prompts(key, problem, test, 20_000)
+    prompts = sample_prompts(each_key, problem, test, 20_000)
     optimum = optimal_preconditioner(problem, train)
     errors = (jax.vmap(lambda prompt: reduced_predict(optimum, prompt))(prompts) - prompts.target) ** 2
     assert_within_error(errors, found)
@@ -215,11 +215,11 @@ def test_state_space_against_attention():
     assert abs(unweighted_risk(correlation, 10, 0.1) + 0.1 - 8.692) < 5e-4
 
 
-def test_state_space_risk_against_monte_carlo(key):
+def test_state_space_risk_against_monte_carlo(each_key):
     d, noise = 3, 0.2
     correlation = _forgetting(0.7, 5)
     params = {"filter": state_space_filter(correlation, d, noise), "preconditioner": jnp.eye(d)}
-    prompts = drifting_prompts(key, d, correlation, 50_000, noise)
+    prompts = drifting_prompts(each_key, d, correlation, 50_000, noise)
     errors = (jax.vmap(lambda prompt: state_space_predict(params, prompt))(prompts) - prompts.target) ** 2
     assert_within_error(errors, state_space_risk(correlation, d, noise))
 

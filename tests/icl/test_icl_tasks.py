@@ -34,30 +34,30 @@ def prompt(key):
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_second_moments_of_inputs_and_tasks(name, key):
+def test_second_moments_of_inputs_and_tasks(name, each_key):
     problem = PROBLEMS[name]()
-    inputs, tasks = sample_inputs(key, problem, (20_000,)), sample_tasks(key, problem, 20_000)
+    inputs, tasks = sample_inputs(each_key, problem, (20_000,)), sample_tasks(each_key, problem, 20_000)
     for samples, moment in ((inputs, problem.covariance), (tasks, problem.task_moment)):
         assert_within_error(jnp.einsum("bi,bj->bij", samples, samples), moment)
 
 
 @pytest.mark.parametrize("name", INPUT_LAWS)
-def test_kurtosis_of_input_laws(name, key):
-    fourth = sample_inputs(key, linear_regression(jnp.eye(2), inputs=name), (50_000,)) ** 4 - 3
+def test_kurtosis_of_input_laws(name, each_key):
+    fourth = sample_inputs(each_key, linear_regression(jnp.eye(2), inputs=name), (50_000,)) ** 4 - 3
     assert_within_error(fourth, INPUT_LAWS[name].excess_kurtosis * jnp.ones(2))
 
 
-def test_labels_and_target_of_prompts(key):
+def test_labels_and_target_of_prompts(each_key):
     problem = linear_regression(jnp.eye(D), tasks=jnp.ones((1, D)), noise_variance=0.3)
-    prompts = sample_prompts(key, problem, N, 5_000)
+    prompts = sample_prompts(each_key, problem, N, 5_000)
     assert_close(prompts.target, jnp.sum(prompts.query, axis=1), 1e-13)  # no noise on the query
     noise = (prompts.labels - jnp.sum(prompts.inputs, axis=-1)) ** 2
     assert_within_error(noise, 0.3 * jnp.ones(N))
 
 
-def test_drifting_tasks_correlate_as_stated(key):
+def test_drifting_tasks_correlate_as_stated(each_key):
     correlation = jnp.array([[1.0, 0.2, 0.5], [0.2, 1.0, -0.3], [0.5, -0.3, 1.0]])
-    prompts = drifting_prompts(key, D, correlation, 50_000)
+    prompts = drifting_prompts(each_key, D, correlation, 50_000)
     # E y_i x_i is w_i on average over inputs: <y_i x_i, y_j x_j> has mean d R_ij.
     estimates = prompts.labels[..., None] * prompts.inputs
     with_query = jnp.sum(estimates * (prompts.target[:, None] * prompts.query)[:, None, :], axis=-1)

@@ -77,17 +77,17 @@ VARIANCES = {
 
 
 @pytest.mark.parametrize("name", VARIANCES)
-def test_mean_and_variance_of_the_entries(key, name):
+def test_mean_and_variance_of_the_entries(each_key, name):
     """Over N entries the mean of x^2 has standard error at most std sqrt(2 / N), with equality for a Gaussian."""
-    weights = np.asarray(initializer(name, 0.8)(key, (ROWS, COLUMNS), jnp.float64))
+    weights = np.asarray(initializer(name, 0.8)(each_key, (ROWS, COLUMNS), jnp.float64))
     variance, number = 0.64 * VARIANCES[name], weights.size
     assert abs(weights.mean()) < 5 * math.sqrt(variance / number)
     assert abs((weights**2).mean() - variance) < 5 * variance * math.sqrt(2 / number)
 
 
 @pytest.mark.parametrize("name", ["lecun_normal", "xavier_normal", "he_normal", "normal"])
-def test_normal_schemes_are_not_truncated(key, name):
-    weights = np.asarray(initializer(name)(key, (ROWS, COLUMNS), jnp.float64))
+def test_normal_schemes_are_not_truncated(each_key, name):
+    weights = np.asarray(initializer(name)(each_key, (ROWS, COLUMNS), jnp.float64))
     kurtosis = (weights**4).mean() / (weights**2).mean() ** 2
     # 3 for a Gaussian, with standard error sqrt(24 / N); 2.4 if it were truncated at two standard deviations
     assert abs(kurtosis - 3) < 5 * math.sqrt(24 / weights.size)
