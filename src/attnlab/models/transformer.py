@@ -128,8 +128,8 @@ class Transformer(nn.Module):
 
 
 @dataclass(frozen=True)
-class LanguageModelConfig:
-    """A transformer between an embedding of tokens and positions and a linear map to logits.
+class EmbeddingConfig:
+    """What models of tokens share: a transformer over an embedding of tokens and positions.
 
     Attributes:
         transformer: the stack of blocks; it is as causal as its attention layer.
@@ -137,8 +137,6 @@ class LanguageModelConfig:
         length: the longest sequence, the number of position embeddings.
         width: width D of the embeddings.
         embedding_std: token and position embeddings have entries N(0, embedding_std^2).
-        init: name of the initialisation scheme of the unembedding matrix.
-        gain: scale of that scheme.
         dtype: of the parameters, such as `float64`; None is JAX's default (float32, or float64 in 64-bit mode).
     """
 
@@ -147,13 +145,10 @@ class LanguageModelConfig:
     length: int
     width: int
     embedding_std: float = 1.0
-    init: str = "lecun_normal"
-    gain: float = 1.0
     dtype: str | None = None
 
     def __post_init__(self) -> None:
         check_positive(vocabulary=self.vocabulary, length=self.length, width=self.width)
-        initializer(self.init, self.gain)
         if not self.embedding_std >= 0:
             raise ValueError(f"embedding_std is {self.embedding_std}; expected zero or a positive number.")
 
@@ -171,6 +166,38 @@ class LanguageModelConfig:
         return dtype
 
 
+def embed(module: nn.Module, tokens: Int[Array, "*B L"], config: EmbeddingConfig) -> Float[Array, "*B L D"]:
+    """The sum of token and position embeddings, parameters `token_embedding` and `position_embedding` of `module`.
+
+    Raises for tokens that are not whole numbers of the vocabulary (`TypeError`, `ValueError`) or too long a sequence
+    (`ValueError`).
+    """
+    _check_tokens(tokens, config)
+    dtype, init = config.parameter_dtype, initializer("normal", config.embedding_std)
+    token_table = module.param("token_embedding", init, (config.vocabulary, config.width), dtype)
+    position_table = module.param("position_embedding", init, (config.length, config.width), dtype)
+    # Under jit a token cannot be looked at: one outside the vocabulary embeds as NaN rather than as its neighbour.
+    embedded = token_table.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    return embedded + jnp.broadcast_to(position_table[: tokens.shape[-1]], embedded.shape)
+
+
+@dataclass(frozen=True)
+class LanguageModelConfig(EmbeddingConfig):
+    """A transformer between an embedding of tokens and positions and a linear map to logits.
+
+    Attributes, besides those of `EmbeddingConfig`:
+        init: name of the initialisation scheme of the unembedding matrix.
+        gain: scale of that scheme.
+    """
+
+    init: str = "lecun_normal"
+    gain: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        initializer(self.init, self.gain)
+
+
 class LanguageModel(nn.Module):
     """Next-token logits of whole-number tokens (..., L): (..., L, vocabulary).
 
@@ -184,18 +211,11 @@ class LanguageModel(nn.Module):
     def __call__(self, tokens: Int[Array, "*B L"]) -> Float[Array, "*B L C"]:
         """See the class. Raises for tokens that are not whole numbers of the vocabulary or too long a sequence."""
         config = self.config
-        _check_tokens(tokens, config)
-        dtype, embedding_init = config.parameter_dtype, initializer("normal", config.embedding_std)
-        token_table = self.param("token_embedding", embedding_init, (config.vocabulary, config.width), dtype)
-        position_table = self.param("position_embedding", embedding_init, (config.length, config.width), dtype)
-        # Under jit a token cannot be looked at: one outside the vocabulary embeds as NaN rather than as its neighbour.
-        embedded = token_table.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-        positions = jnp.broadcast_to(position_table[: tokens.shape[-1]], embedded.shape)
-        hidden = Transformer(config.transformer, name="transformer")(embedded + positions)
+        hidden = Transformer(config.transformer, name="transformer")(embed(self, tokens, config))
         return linear(self, "unembedding", hidden, config.vocabulary, initializer(config.init, config.gain), bias=False)
 
 
-def _check_tokens(tokens: jax.Array, config: LanguageModelConfig) -> None:
+def _check_tokens(tokens: jax.Array, config: EmbeddingConfig) -> None:
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise TypeError(f"tokens have dtype {tokens.dtype}; expected whole numbers below {config.vocabulary}.")
     if tokens.ndim < 1 or tokens.size == 0 or tokens.shape[-1] > config.length:
