@@ -1,0 +1,298 @@
+"""Curvature of the query, key and value matrices in every layer of a pretrained sentence encoder, on real sentences.
+
+MiniLM (six layers, 22.7 million parameters) with the contrastive loss it was trained with: each sentence of the Python
+language reference is told from others as the one before its successor. Norms and spectra of the blocks of H, H_o and
+H_f beside those at BERT's initialisation: the value block's lead over query and key (Ormaniec, Dangel, Singh, arXiv
+2410.10986), which their theory and experiments have at initialisation, in a trained network.
+"""
+
+import itertools
+import string
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+from rich.progress import Progress
+from rich.table import Table
+
+from attnlab.analysis import Analysis, AnalysisConfig, Arrays
+
+MATRICES = ("query", "key", "value")
+PARTS = {"hessian": "H", "ggn": "H_o", "functional": "H_f"}
+WEIGHTS = {"trained": "trained", "initial": "at initialisation"}
+SCALE = 20.0  # of the cosines, as in this model's training
+
+
+@dataclass(frozen=True)
+class Config(AnalysisConfig):
+    """Options of the analysis."""
+
+    SMOKE: ClassVar = {"pairs": 3, "length": 8, "probes": 2, "steps": 4, "tiny": True}
+
+    pairs: int = 12
+    """Pairs of neighbouring sentences."""
+    length: int = 24
+    """Tokens that are read of each sentence."""
+    probes: int = 4
+    """Random vectors of each spectrum."""
+    steps: int = 8
+    """Lanczos steps of each."""
+    tiny: bool = False
+    """A random encoder of one small layer in place of the pretrained one."""
+    dtype: Literal["float64", "float32"] = "float32"
+    """Precision of the computation; that of the published weights by default."""
+
+
+def compute(config: Config, progress: Progress) -> Arrays:
+    """Gauss rules (probes, steps) of every block, by weights, layer, part and matrix."""
+    import jax
+
+    from attnlab.curvature import functional, ggn, hessian, spectral_density
+
+    build = {"hessian": hessian, "ggn": ggn, "functional": functional}
+    encoder, weights, pairs = problem(config)
+    risk, key, layers = contrastive_risk(encoder, pairs), jax.random.key(config.seed), encoder.config.transformer.layers
+    arrays: Arrays = {"dimension": np.array(encoder.config.width**2)}
+    arrays |= {f"{name}/loss": np.array(loss_and_accuracy(risk, params)) for name, params in weights.items()}
+    cases = list(itertools.product(range(layers), PARTS, WEIGHTS, range(len(MATRICES))))
+    task = progress.add_task("blocks", total=len(cases), status="")
+    for layer, part, name, number in cases:
+        progress.update(task, status=f"layer {layer + 1}, {PARTS[part]}, {MATRICES[number]}, {WEIGHTS[name]}")
+        operator = build[part](*in_one_matrix(risk, weights[name], f"layer_{layer}", number))
+        found = spectral_density(operator, key, probes=config.probes, steps=config.steps)
+        where = f"{name}/{layer}/{part}/{MATRICES[number]}"
+        arrays |= {f"{where}/nodes": np.asarray(found.nodes), f"{where}/weights": np.asarray(found.weights)}
+        progress.advance(task)
+    return arrays
+
+
+def problem(config: Config):
+    """The encoder, its weights (trained, initial), and the pairs as tokens (2, pairs, length)."""
+    import jax
+
+    from attnlab.data.sentences import sentence_pairs
+    from attnlab.models.pretrained import bert_config, minilm
+    from attnlab.models.text_encoder import TextEncoder
+    from attnlab.models.wordpiece import TokenBatch, wordpiece
+
+    data_key, init_key, tiny_key = jax.random.split(jax.random.key(config.seed), 3)
+    if config.tiny:
+        letters = string.ascii_lowercase
+        tokenizer = wordpiece(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters, *(f"##{letter}" for letter in letters)])
+        size = {"layers": 1, "width": 8, "heads": 2, "vocabulary": len(tokenizer.numbers), "length": config.length}
+        encoder = TextEncoder(bert_config(**size))
+    else:
+        encoder, trained, tokenizer = minilm()
+    firsts, seconds = sentence_pairs(data_key, config.pairs)
+    batch = tokenizer.encode(firsts + seconds, config.length)
+    pairs = TokenBatch(*(leaf.reshape(2, config.pairs, config.length) for leaf in batch))
+    init = jax.jit(encoder.init)
+    if config.tiny:
+        trained = init(tiny_key, pairs)["params"]
+    return encoder, {"trained": trained, "initial": init(init_key, pairs)["params"]}, pairs
+
+
+def contrastive_risk(encoder, pairs):
+    """The loss of the model's training: each first text is to be told which of the second ones follows it."""
+    import jax.numpy as jnp
+
+    from attnlab.losses import cross_entropy
+    from attnlab.models.adapters import from_linen
+    from attnlab.models.text_encoder import pair_logits
+    from attnlab.objective import objective
+
+    return objective(pair_logits(from_linen(encoder), SCALE), cross_entropy, pairs, jnp.arange(len(pairs.mask[0])))
+
+
+def loss_and_accuracy(risk, params) -> tuple[float, float]:
+    """The contrastive loss, and how many first texts find their successor nearest."""
+    import jax
+    import jax.numpy as jnp
+
+    logits = jax.jit(risk.predict)(params, risk.inputs)
+    return float(risk.loss(logits, risk.targets)), float(jnp.mean(jnp.argmax(logits, axis=1) == risk.targets))
+
+
+def in_one_matrix(risk, params, layer: str, number: int):
+    """The risk as a function of one matrix of one layer, and its place there.
+
+    Which of the three matrices is an array, so that one compiled program serves all; `hessian(..., block=)` would
+    compile each.
+    """
+    from jax.tree_util import Partial
+
+    from attnlab.objective import Objective
+
+    point = params["transformer"][layer]["attention"][MATRICES[number]]
+    predict = Partial(PredictFromMatrix(layer), np.asarray(number), params, risk.predict)
+    return Objective(predict, risk.loss, risk.inputs, risk.targets), point
+
+
+@dataclass(frozen=True)
+class PredictFromMatrix:
+    """`predict` as a function of the matrix with a number of `MATRICES` in one layer, the others held fixed."""
+
+    layer: str
+
+    def __call__(self, number, params, predict, matrix, inputs):
+        """See the class."""
+        import jax.numpy as jnp
+
+        transformer = params["transformer"]
+        attention = transformer[self.layer]["attention"]
+        placed = {name: jnp.where(number == i, matrix, attention[name]) for i, name in enumerate(MATRICES)}
+        layer = transformer[self.layer] | {"attention": attention | placed}
+        return predict(params | {"transformer": transformer | {self.layer: layer}}, inputs)
+
+
+def norm(arrays: Arrays, where: str) -> tuple[float, float]:
+    """Frobenius norm of a block from its rules' second moments, and its standard error to first order."""
+    n, nodes, weights = (arrays[name] for name in ("dimension", f"{where}/nodes", f"{where}/weights"))
+    squares = n * np.sum(nodes**2 * weights, axis=1)
+    value = np.sqrt(np.mean(squares))
+    return float(value), float(np.std(squares, ddof=1) / len(squares) ** 0.5 / (2 * value))
+
+
+def norms(arrays: Arrays, name: str, part: str, matrix: str) -> np.ndarray:
+    """Norm and standard error in every layer, (2, layers)."""
+    return np.array([norm(arrays, f"{name}/{layer}/{part}/{matrix}") for layer in range(layers_of(arrays))]).T
+
+
+def layers_of(arrays: Arrays) -> int:
+    return len({name.split("/")[1] for name in arrays if name.endswith("/nodes")})
+
+
+def lead(arrays: Arrays, name: str, part: str) -> np.ndarray:
+    """Norm of the value block over the geometric mean of query's and key's in every layer, and its standard error.
+
+    The three share their probes but are taken as independent, which if anything widens the bars."""
+    found = {matrix: norms(arrays, name, part, matrix) for matrix in MATRICES}
+    (value, _), (query, _), (key, _) = (found[matrix] for matrix in ("value", "query", "key"))
+    ratio = value / np.sqrt(query * key)
+    relative = {matrix: error / norm for matrix, (norm, error) in found.items()}
+    return np.array(
+        [ratio, ratio * np.sqrt(relative["value"] ** 2 + (relative["query"] ** 2 + relative["key"] ** 2) / 4)]
+    )
+
+
+def negative_share(arrays: Arrays, where: str) -> float:
+    """Share of the negative eigenvalues in the sum of moduli."""
+    nodes, weights = arrays[f"{where}/nodes"], arrays[f"{where}/weights"]
+    return float(np.sum(np.maximum(-nodes, 0) * weights) / np.sum(np.abs(nodes) * weights))
+
+
+def plot(arrays: Arrays, config: Config):
+    """Above: norms by layer of H, H_o and H_f; below: the value block's lead, negative share, counts of eigenvalues."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 3, figsize=(12.5, 7))
+    for column, part in enumerate(PARTS):
+        plot_norms(axes[0, column], arrays, part)
+    for column in (1, 2):
+        axes[0, column].sharey(axes[0, 0])
+    plot_lead(axes[1, 0], arrays)
+    plot_negative(axes[1, 1], arrays)
+    plot_counts(axes[1, 2], arrays)
+    return figure
+
+
+LOOK = {"trained": ("o-", None), "initial": ("s:", "none")}
+
+
+def plot_norms(axes, arrays: Arrays, part: str) -> None:
+    layers = 1 + np.arange(layers_of(arrays))
+    for color, matrix in enumerate(MATRICES):
+        for name, (line, face) in LOOK.items():
+            value, error = norms(arrays, name, part, matrix)
+            label = matrix if name == "trained" else None
+            low = np.minimum(2 * error, 0.9 * value)  # a bar that reaches zero cannot be drawn to its end
+            axes.errorbar(
+                layers,
+                value,
+                (low, 2 * error),
+                fmt=line,
+                color=f"C{color}",
+                markerfacecolor=face,
+                capsize=2,
+                label=label,
+            )
+    axes.set(yscale="log", xlabel="layer", xticks=layers, title=f"blocks of ${PARTS[part]}$ (open: at initialisation)")
+    axes.set_ylabel("Frobenius norm")
+    axes.legend(loc="best")
+
+
+def plot_lead(axes, arrays: Arrays) -> None:
+    layers = 1 + np.arange(layers_of(arrays))
+    for color, (part, label) in enumerate(PARTS.items()):
+        for name, (line, face) in LOOK.items():
+            value, error = lead(arrays, name, part)
+            low = np.minimum(2 * error, 0.9 * value)
+            caption = f"${label}$" if name == "trained" else None
+            color_name = f"C{color + 3}"
+            axes.errorbar(
+                layers,
+                value,
+                (low, 2 * error),
+                fmt=line,
+                color=color_name,
+                markerfacecolor=face,
+                capsize=2,
+                label=caption,
+            )
+    axes.axhline(1, color="black", linewidth=0.7)
+    axes.set(yscale="log", xlabel="layer", xticks=layers, title="lead of the value block (open: at initialisation)")
+    axes.set_ylabel(r"$\Vert VV\Vert \, / \sqrt{\Vert QQ\Vert \, \Vert KK\Vert}$")
+    axes.legend(loc="best")
+
+
+def plot_negative(axes, arrays: Arrays) -> None:
+    layers = range(layers_of(arrays))
+    for color, matrix in enumerate(MATRICES):
+        for name, (line, face) in LOOK.items():
+            shares = [negative_share(arrays, f"{name}/{layer}/hessian/{matrix}") for layer in layers]
+            label = matrix if name == "trained" else None
+            axes.plot(1 + np.array(layers), shares, line, color=f"C{color}", markerfacecolor=face, label=label)
+    axes.axhline(0.5, color="black", linewidth=0.7)
+    axes.set(ylim=(0, 1), xlabel="layer", xticks=1 + np.array(layers), ylabel=r"negative share of $\sum_i |\lambda_i|$")
+    axes.set_title("negative curvature of $H$ (open: at initialisation)")
+    axes.legend(loc="best")
+
+
+def plot_counts(axes, arrays: Arrays) -> None:
+    """How many eigenvalues are above a value in modulus, for the positive and the negative ones of the middle layer."""
+    layer, n = layers_of(arrays) // 2, arrays["dimension"]
+    for color, matrix in enumerate(MATRICES):
+        where = f"trained/{layer}/hessian/{matrix}"
+        nodes, weights = arrays[f"{where}/nodes"], arrays[f"{where}/weights"]
+        for sign, line in ((1, "-"), (-1, ":")):
+            values = (sign * nodes).ravel()
+            order = np.argsort(-values)
+            order = order[values[order] > 0]
+            counts = n * np.cumsum(weights.ravel()[order]) / len(nodes)
+            axes.step(values[order], counts, line, where="pre", color=f"C{color}", label=matrix if sign == 1 else None)
+    axes.set(xscale="log", yscale="log", ylim=(0.3, None), xlabel=r"$|\lambda|$ (dotted: negative eigenvalues)")
+    axes.set(ylabel="eigenvalues above", title=f"spectra of the blocks of $H$ in layer {layer + 1}, trained")
+    axes.legend(loc="best")
+
+
+def tables(arrays: Arrays, config: Config) -> list[Table]:
+    """Norms by layer, part and matrix with their standard errors, and the lead of the value block."""
+    found = []
+    for name, caption in WEIGHTS.items():
+        loss, accuracy = arrays[f"{name}/loss"]
+        title = f"{caption}: loss {loss:.3g} (chance {np.log(config.pairs):.3g}), {accuracy:.0%} of pairs found"
+        heads = [f"|{matrix}|" for matrix in MATRICES]
+        table = Table("layer", "part", *heads, "value / sqrt(query key)", "negative share Q, K, V", title=title)
+        for layer, part in itertools.product(range(layers_of(arrays)), PARTS):
+            cells = ["{:.3g} ± {:.1g}".format(*norms(arrays, name, part, matrix)[:, layer]) for matrix in MATRICES]
+            cells.append("{:.3g} ± {:.1g}".format(*lead(arrays, name, part)[:, layer]))
+            shares = [negative_share(arrays, f"{name}/{layer}/{part}/{matrix}") for matrix in MATRICES]
+            table.add_row(str(layer + 1), PARTS[part], *cells, ", ".join(f"{share:.0%}" for share in shares))
+        found.append(table)
+    return found
+
+
+ANALYSIS = Analysis("pretrained-blocks", Config, compute, plot, tables, __doc__)
+
+if __name__ == "__main__":
+    ANALYSIS.main()
