@@ -47,6 +47,7 @@ def transformer_problem(key):
 
 
 PROBLEMS = {"digits attention": lambda key: digits_attention(key, key), "transformer": transformer_problem}
+STEPS = {"digits attention": 2000, "transformer": 400}
 OPTIMIZER = optax.sgd(0.05)
 
 
@@ -112,7 +113,7 @@ def cold_arpack(operator, tolerance):
 def measure(name, quick):
     """All numbers of one problem."""
     risk, params = PROBLEMS[name](jax.random.key(1))
-    steps, repeats = (1000, 3) if quick else (2000, 5)
+    steps, repeats = (STEPS[name] // 2, 3) if quick else (STEPS[name], 5)
     batched = fastest_batching(hessian(risk, params))
     one, two = Tracking(1, batched=batched), Tracking(2, batched=batched)
     probes = {

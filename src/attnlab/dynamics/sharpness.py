@@ -149,7 +149,7 @@ def block_norms(samples: int = 10) -> Probe:
 
     `squared` is unbiased for the squared norms: E ||H_ab z||^2 = ||H_ab||^2 over random signs z on leaf b alone, which
     gives the whole block column at once, for m `samples` products in all; `error` is its standard error. For an
-    attention layer by itself `attention_blocks` is exact.
+    attention layer by itself `closed_form.attention_blocks` is exact.
     """
     check_positive(samples=samples - 1)  # one sample has no error estimate
 

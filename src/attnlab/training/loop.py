@@ -244,8 +244,9 @@ def _advance(risk: Objective, state: TrainingState, plan: _Plan, intervals: int)
 
 def _advance_one(risk: Objective, state: TrainingState, plan: _Plan, intervals: int) -> tuple[TrainingState, Records]:
     def step(state: TrainingState, _: None) -> tuple[TrainingState, Array]:
-        key, batch_key = jax.random.split(state.key)
-        batch = risk if plan.resample is None else plan.resample(batch_key, risk)
+        batch = risk
+        if plan.resample is not None:
+            batch = plan.resample(jax.random.fold_in(state.key, 2 * state.step), risk)
         loss, gradient = jax.value_and_grad(batch)(state.params)
         # the value is for optimizers that set their step by it, such as optax.polyak_sgd
         optimizer = optax.with_extra_args_support(plan.optimizer)
@@ -253,7 +254,7 @@ def _advance_one(risk: Objective, state: TrainingState, plan: _Plan, intervals: 
             gradient, state.optimizer_state, state.params, value=loss
         )
         params = optax.apply_updates(state.params, updates)
-        return TrainingState(state.step + 1, params, optimizer_state, key, state.memory), loss
+        return TrainingState(state.step + 1, params, optimizer_state, state.key, state.memory), loss
 
     def interval(state: TrainingState, _: None) -> tuple[TrainingState, tuple[Array, PyTree, Array]]:
         values, memory = _measure(risk, state, plan)
@@ -268,7 +269,7 @@ def _advance_one(risk: Objective, state: TrainingState, plan: _Plan, intervals: 
 def _measure(risk: Objective, state: TrainingState, plan: _Plan) -> tuple[dict[str, PyTree], dict[str, Any]]:
     values, memory = {}, {}
     for number, (name, probe) in enumerate(plan.probes):
-        key = jax.random.fold_in(state.key, number)
+        key = _probe_key(state, number)
         measured = probe.measure(risk, state, state.memory[name], key)
         if not (isinstance(measured, tuple) and len(measured) == 2):
             raise TypeError(
@@ -292,8 +293,13 @@ def _start_probes(risk: Objective, state: TrainingState, plan: _Plan) -> Trainin
 def _with_memory(risk: Objective, state: TrainingState, plan: _Plan) -> TrainingState:
     memory = {}
     for number, (name, probe) in enumerate(plan.probes):
-        memory[name] = probe.start(risk, state, jax.random.fold_in(state.key, number))
+        memory[name] = probe.start(risk, state, _probe_key(state, number))
     return state._replace(memory=memory)
+
+
+def _probe_key(state: TrainingState, number: int) -> PRNGKey:
+    """Of one probe at one step; the minibatch of a step has the even number before."""
+    return jax.random.fold_in(jax.random.fold_in(state.key, 2 * state.step + 1), number)
 
 
 def _standard_promotion(function: Callable) -> Callable:

@@ -1,0 +1,225 @@
+"""Claims about phenomena of training, on instances of seconds: the adaptive edge, warm-up, blocks, Adam's advantage,
+rank collapse; each with its negative control. The analyses show the same at full size."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array
+
+from attnlab.claims.registry import Comparison, claim
+from attnlab.curvature import eigenpairs, hessian
+from attnlab.dynamics.heterogeneity import jensen_shannon, log_wasserstein
+from attnlab.dynamics.problems import addition_attention, digits_attention, digits_transformer
+from attnlab.dynamics.sharpness import stability, top_eigenvalues
+from attnlab.dynamics.stability import stable_optimizer
+from attnlab.dynamics.tokens import rank_residual
+from attnlab.icl.training import FreshPrompts, stack_training
+from attnlab.models.adapters import from_linen
+from attnlab.models.attention import AttentionConfig
+from attnlab.models.transformer import Transformer, TransformerConfig
+from attnlab.objective import Objective, objective
+from attnlab.training import DivergenceError, train
+from attnlab.types import Params, PRNGKey
+
+# Built once: the training loop is compiled afresh for every new optimizer.
+RATE = 5e-3
+ADAM = stable_optimizer("adam", RATE, b2=0.95)
+ADAM_PROBES = {"adam": stability(ADAM), "plain": top_eigenvalues()}
+
+
+@claim(
+    statement=r"\lambda_1(P^{-1/2} H P^{-1/2}) \to \frac{2 + 2\beta_1}{(1 - \beta_1)\eta} \text{ under Adam},"
+    r"\text{ while } \tfrac{\eta}{2}\lambda_1(H) \ll 1",
+    source="Cohen et al., arXiv 2207.14484, section 3",
+    tolerance=0.25,
+    because="the preconditioned sharpness oscillates around the edge by some 10 %; the plain one, a tenth of the edge of "
+    "gradient descent at this rate, is the negative control",
+)
+def adam_settles_at_its_own_edge(key: PRNGKey) -> Comparison:
+    """Means over the second half of 400 steps on 16 digits, over the edge of Adam and over that of gradient descent."""
+    risk, params = digits_attention(key, key, 16)
+    run = train(risk, params, ADAM.transformation, key, steps=400, every=50, probes=ADAM_PROBES)
+    values = run.records.values
+    own = np.asarray(values["adam"]["ratio"])[4:].mean()
+    plain = np.asarray(values["plain"]["values"])[4:, -1].mean() * RATE / 2
+    return Comparison(np.array([1.0, 0.0]), np.array([own, plain]))
+
+
+# A factor that is warmed up, times a rate in the optimizer's state.
+DESCENT = optax.inject_hyperparams(optax.sgd)(learning_rate=1.0)
+WARMED = optax.chain(optax.scale_by_schedule(lambda count: jnp.minimum((count + 1) / 80, 1)), DESCENT)
+
+
+@claim(
+    statement=r"\eta = 12 \cdot 2/\lambda_1(H_0): \text{ gradient descent overflows at once, and trains behind a warm-up}",
+    source="Gilmer et al., arXiv 2110.04369; Kalra, Barkeshli, arXiv 2406.09405",
+    tolerance=0.0,
+    because="yes or no: is a loss not finite, and did the loss fall; the last run, at half the edge and without a "
+    "warm-up, is the negative control",
+)
+def warmup_survives_a_sharp_start(key: PRNGKey) -> Comparison:
+    """Two pre-norm blocks on 16 digits, 100 steps: at once, behind 80 steps of warm-up, and at half the edge."""
+    risk, params = digits_transformer(key, key, 16)
+    edge = 2 / eigenpairs(hessian(risk, params), key, count=1).values[-1]
+    measured = []
+    for optimizer, excess in ((DESCENT, 12), (WARMED, 12), (DESCENT, 0.5)):
+        losses = losses_of(risk, params, optimizer, excess * edge, key)
+        measured.append([not np.isfinite(losses).all(), losses[-1] < losses[0]])
+    return Comparison(np.array([[1, 0], [0, 1], [0, 1]]), np.array(measured, dtype=int), scale=1)
+
+
+def losses_of(
+    risk: Objective, params: Params, optimizer: optax.GradientTransformation, rate: Array, key: PRNGKey
+) -> np.ndarray:
+    """Losses of 100 steps, also of a run that diverges."""
+    options: dict[str, Any] = {"steps": 100, "every": 100, "hyperparameters": {"learning_rate": rate}}
+    try:
+        return np.asarray(train(risk, params, optimizer, key, **options).records.losses)
+    except DivergenceError as error:
+        return np.asarray(error.records.losses)
+
+
+@claim(
+    statement=r"\frac{\|H_{VV}\|}{\|H_{QQ}\|}\Big|_{\text{softmax}} \ge 10\, \frac{\|H_{VV}\|}{\|H_{QQ}\|}\Big|_{\text{linear}}"
+    r" \text{ at initialisation, embeddings of standard deviation } 0.2",
+    source="Ormaniec, Dangel, Singh, arXiv 2410.10986, figure 1",
+    tolerance=0.0,
+    because="one-sided: softmax stands at 30 to 100, linear attention at 0.3 to 3, which is the negative control",
+    relation="at least",
+)
+def softmax_blocks_are_heterogeneous(key: PRNGKey) -> Comparison:
+    """One causal layer on the addition of two numbers of two digits."""
+
+    def ratio(kind: str) -> float:
+        risk, params = addition_attention(key, kind, 16, digits=2)
+        params = {name: 0.2 * leaf if "embedding" in name else leaf for name, leaf in params.items()}
+        params["unembedding"] = 5 * params["unembedding"]
+        value, query = (hessian(risk, params, block=f"attention/{name}").dense() for name in ("value", "query"))
+        return float(jnp.linalg.norm(value) / jnp.linalg.norm(query))
+
+    return Comparison(10.0, ratio("softmax") / ratio("linear"))
+
+
+@claim(
+    statement=r"W_1(\log_{10}|c \lambda|, \log_{10}|\lambda|) = |\log_{10} c|",
+    source="derived here: a shift moves every quantile alike",
+    tolerance=1e-10,
+    because="rounding",
+)
+def wasserstein_of_logarithms_sees_scale(key: PRNGKey) -> Comparison:
+    """A spectrum over six decades against its multiples by 0.01 to 100."""
+    spectrum = 10.0 ** (-6 * jax.random.uniform(key, (256,)))
+    factors = 10.0 ** jnp.arange(-2.0, 2.5)
+    found = jnp.stack([log_wasserstein(factor * spectrum, spectrum) for factor in factors])
+    return Comparison(jnp.abs(jnp.log10(factors)), found)
+
+
+@claim(
+    statement=r"\mathrm{JS}_{64}(c \lambda, \lambda) \le 0.25 \text{ bits on linear bins, for } c \text{ from } 0.01 \text{ to } 100",
+    source="derived here: the negative control of the statistic of Zhang et al., arXiv 2402.16788",
+    tolerance=0.0,
+    because="one-sided: of at most 1 bit; two decades apart, and most eigenvalues still share one bin",
+    relation="at most",
+)
+def jensen_shannon_on_linear_bins_is_nearly_blind_to_scale(key: PRNGKey) -> Comparison:
+    """The same spectra."""
+    spectrum = 10.0 ** (-6 * jax.random.uniform(key, (256,)))
+    found = jnp.stack([jensen_shannon(10.0**power * spectrum, spectrum) for power in (-2, -1, 1, 2)])
+    return Comparison(jnp.full(4, 0.25), found)
+
+
+SGD_AND_ADAM = tuple(
+    optax.chain(optax.clip_by_global_norm(1.0), rule) for rule in (optax.sgd(0.02, momentum=0.9), optax.adam(0.02))
+)
+
+
+@claim(
+    statement=r"\frac{L_{\mathrm{SGD}}}{L_{\mathrm{Adam}}} \ge 1.5 \text{ on deep linear attention},\quad"
+    r" \le 1.5 \text{ with one layer}",
+    source="Ahn et al., arXiv 2310.01082, section 3",
+    tolerance=0.0,
+    because="one-sided in both entries (the second, the negative control, is turned round): the median of batch losses "
+    "over 50 steps scatters by some 10 %",
+    relation="at least",
+)
+def adam_gains_with_depth_on_linear_attention(key: PRNGKey) -> Comparison:
+    """Three layers and one, d = 3, N = 10, 250 steps of either optimizer at rate 0.02 with clipping."""
+
+    def ratio(layers: int) -> float:
+        risk, params = stack_training(key, layers=layers, dimension=3, length=10, prompts=8)
+        options: dict[str, Any] = {"steps": 250, "every": 250, "resample": FreshPrompts(3, 10, 64)}
+        losses = [train(risk, params, optimizer, key, **options).records.losses for optimizer in SGD_AND_ADAM]
+        medians = [float(np.median(part[-50:])) for part in losses]
+        return medians[0] / medians[1]
+
+    return Comparison(np.array([1.5, -1.5]), np.array([ratio(3), -ratio(1)]), scale=1)
+
+
+@claim(
+    statement=r"\pi_k\, t\, \ell_k \to \frac{C - 1}{C} \text{ under gradient flow},\quad"
+    r" \ell_k \text{ independent of } \pi_k \text{ under Adam}",
+    source="Kunstner et al., arXiv 2402.19449, section 3; the constant derived here",
+    tolerance=0.1,
+    because="the next order is log(pi_k t) / (pi_k t), a few percent for the rarest class; Adam, whose steps do not see "
+    "the scale of a gradient, is the negative control: there the largest loss over the smallest is 1",
+)
+def gradient_descent_neglects_rare_classes(key: PRNGKey) -> Comparison:
+    """Softmax regression, C = 6 classes with an input each, frequencies by Zipf's law in random order."""
+    classes = 6
+    frequencies = jax.random.permutation(key, 1 / jnp.arange(1, classes + 1))
+    frequencies = frequencies / frequencies.sum()
+    risk = objective(_logits, _weighted_cross_entropy, jnp.eye(classes), frequencies)
+    start = jnp.zeros((classes, classes))
+    # of class k with margin m, by symmetry: dm/dt = pi_k C / (C - 1) (1 - p), and l = 1 - p = (C - 1) exp(-m) once it
+    # is small, so that dl/dt = -pi_k C / (C - 1) l^2
+    slow = train(risk, start, ZIPF_DESCENT, key, steps=4000, every=4000).params
+    fast = class_losses(train(risk, start, ZIPF_ADAM, key, steps=200, every=200).params)
+    scaled = frequencies * 4000 * class_losses(slow)
+    measured = np.append(np.asarray(scaled) * classes / (classes - 1), fast.max() / fast.min())
+    return Comparison(np.ones(classes + 1), measured)
+
+
+ZIPF_DESCENT, ZIPF_ADAM = optax.sgd(1.0), optax.adam(0.03, eps=1e-12)
+
+
+def _logits(weights: Array, inputs: Array) -> Array:
+    return inputs @ weights
+
+
+def _weighted_cross_entropy(logits: Array, frequencies: Array) -> Array:
+    return -jnp.sum(frequencies * jnp.diagonal(jax.nn.log_softmax(logits)))
+
+
+def class_losses(weights: Array) -> Array:
+    """The loss of each class."""
+    return -jnp.diagonal(jax.nn.log_softmax(weights))
+
+
+@claim(
+    statement=r"\|X_4 - 1\bar x^\top\| / \|X_4\| \le 0.01 \text{ without skip connections},"
+    r"\quad \|X_{12} - 1\bar x^\top\| / \|X_{12}\| \ge 0.8 \text{ with branches over } \sqrt{12}",
+    source="Dong, Cordonnier, Loukas, arXiv 2103.03404; Noci et al., arXiv 2206.03126",
+    tolerance=0.0,
+    because="one-sided in both entries (the second, the negative control, is turned round)",
+    relation="at most",
+)
+def attention_alone_collapses_the_rank(key: PRNGKey) -> Comparison:
+    """Random softmax attention layers of width 16 on 8 tokens."""
+    found = np.array([_rank_residual(key, 4, False), -_rank_residual(key, 12, True)])
+    return Comparison(np.array([0.01, -0.8]), found, scale=1)
+
+
+@partial(jax.jit, static_argnames=("depth", "skip"))
+def _rank_residual(key: PRNGKey, depth: int, skip: bool) -> Array:
+    attention = AttentionConfig(16, 16, output_dim=16)
+    stack = Transformer(TransformerConfig(attention, depth, norm=None, residual=skip))
+    tokens = jax.random.normal(key, (4, 8, 16))
+    params = stack.init(key, tokens)["params"]
+    if skip:
+        for layer in params.values():
+            layer["attention"]["output"] = layer["attention"]["output"] / depth**0.5
+    return rank_residual(from_linen(stack)(params, tokens))
