@@ -93,15 +93,16 @@ def plot(arrays: Arrays, config: Config):
         color = f"C{position}"
         left.semilogy(np.flatnonzero(finite), losses[finite], color=color, label=name)
         if not finite.all():
-            last = int(np.argmin(finite)) - 1
-            left.semilogy(last, losses[last], "x", color=color, ms=9, mew=2)
-        middle.semilogy(steps, arrays[f"{name}/sharpness"], ".-", color=color, ms=3, label=name)
-        right.plot(steps, arrays[f"{name}/ratio"], ".-", color=color, ms=3, label=name)
-    left.set(xlabel="step", ylabel="training loss", title="loss (cross: the last finite one)", ylim=(None, 1e3))
+            left.semilogy(0, losses[0], "x", color=color, ms=9, mew=2)
+            for axes, what in ((middle, "sharpness"), (right, "ratio")):  # of which there is the start alone
+                axes.plot(0, arrays[f"{name}/{what}"][0], "x", color=color, ms=9, mew=2)
+        middle.semilogy(steps, arrays[f"{name}/sharpness"], ".-", color=color, ms=3)
+        right.plot(steps, arrays[f"{name}/ratio"], ".-", color=color, ms=3)
+    left.set(xlabel="step", ylabel="training loss", title="loss (cross: overflow follows)", ylim=(1e-2, 1e3))
+    left.legend()
     middle.set(xlabel="step", ylabel=r"$\lambda_1(H)$", title="sharpness")
     right.axhline(1, color="0.4", ls=":")
     right.set(xlabel="step", ylabel=r"$\lambda_1(H) \, \eta / 2$", title="sharpness over the edge", ylim=(0, None))
-    right.legend()
     return figure
 
 
