@@ -32,9 +32,9 @@ class Config(AnalysisConfig):
     """Dimension of the inputs."""
     length: int = 20
     """Examples in a prompt."""
-    batch: int = 256
+    batch: int = 128
     """Fresh prompts a step."""
-    prompts: int = 1024
+    prompts: int = 256
     """Fixed prompts on which the Hessian is measured."""
     learning_rate: float = 0.02
     """Of both optimizers."""
@@ -81,7 +81,7 @@ def compute(config: Config, progress: Progress) -> Arrays:
                 resample=FreshPrompts(config.dimension, config.length, config.batch),
                 probes={"spreads": probe(spreads)} if layers > 1 else None,
                 own_risks=True,
-                report=show_progress(progress, f"{name}, {layers} layers"),
+                report=show_progress(progress, f"{name}, depth {layers}"),
             ).records
             arrays[f"{name}/{layers}/loss"] = window_medians(np.asarray(records.losses), config.every)
             if layers > 1:
@@ -122,11 +122,11 @@ def plot(arrays: Arrays, config: Config):
     for position, name in enumerate(OPTIMIZERS):
         color = f"C{position}"
         for layers, style in zip(depths, ("-", "--"), strict=True):
-            draw(left, arrays[f"{name}/{layers}/loss"], color=color, ls=style, label=f"{name}, {layers} layers")
+            draw(left, arrays[f"{name}/{layers}/loss"], color=color, ls=style, label=f"{name}, depth {layers}")
         draw(right, arrays[f"{name}/{SPREADS[0]}"], color=color, label=f"{name}, all parameters")
         draw(right, arrays[f"{name}/{SPREADS[1]}"], color=color, ls="--", label=f"{name}, within a matrix")
     for layers, style in zip(depths, ("-", "--"), strict=True):
-        draw(middle, gap(arrays, f"{layers}/loss"), color="C2", ls=style, label=f"{layers} layers")
+        draw(middle, gap(arrays, f"{layers}/loss"), color="C2", ls=style, label=f"depth {layers}")
     middle.axhline(1, color="0.4", ls=":")
     left.set(xlabel="step", ylabel="training loss", title=f"geometric mean of {config.seeds} starts")
     middle.set(xlabel="step", ylabel="loss, SGD over Adam", title="the gap")
