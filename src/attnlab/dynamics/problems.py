@@ -125,7 +125,7 @@ def addition_attention(key: PRNGKey, kind: str, count: int = 64, digits: int = 5
     return objective(at_positions(from_linen(model), answer_positions(digits)), cross_entropy, *data), params
 
 
-def next_word_prediction(key: PRNGKey, count: int = 512, length: int = 16) -> tuple[Objective, Params]:
+def next_word_prediction(key: PRNGKey, count: int = 2048, length: int = 16) -> tuple[Objective, Params]:
     """The next word of English text by one causal pre-norm attention layer of width 32, with cross-entropy.
 
     The data of `data.text.next_words`; its tokens are ranks, the most frequent word first, so that the frequencies
