@@ -12,18 +12,21 @@ from attnlab.icl.constructions import gradient_descent_stack, plus_plus_stack
 from attnlab.icl.identification import best_family, fitted_residual, identify, identify_shuffled
 from attnlab.icl.models import attention_layer, init_layer, stack_predict
 from attnlab.icl.probes import (
+    against_nulls,
     alignment,
     copying,
     estimate,
     interpolate,
     iterated,
+    noisy_risks,
     predictions,
     residual_cosine,
     risk,
     scaled_risks,
+    shuffled,
     with_nulls,
 )
-from attnlab.icl.tasks import isotropic, sample_prompts
+from attnlab.icl.tasks import add_noise, isotropic, sample_prompts
 from compare import assert_close
 
 DIMENSION, LENGTH, BATCH = 4, 10, 256
@@ -98,6 +101,42 @@ def test_identification_nulls():
     assert all(fit.held_out_error.value > 0.7 for fit in shuffled.values())
     fits = identify(untrained(3), prompts, 1, jax.random.key(0))
     assert all(fit.held_out_error.value > 0.05 for fit in fits.values())
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        lambda model: risk(model, prompts_of(11, 512)),
+        lambda model: jax.tree.map(lambda x: x[1], scaled_risks(model, prompts_of(11, 512), [0.5, 1.0])),
+        lambda model: jax.tree.map(lambda x: x[0], noisy_risks(model, prompts_of(11, 512), [0.2], jax.random.key(1))),
+        lambda model: identify(model, prompts_of(11, 512), 1, jax.random.key(0))["gradient_descent"].held_out_error,
+    ],
+    ids=["risk", "scaled_risks", "noisy_risks", "identify"],
+)
+def test_any_probe_has_both_nulls(measure):
+    found = against_nulls(measure, ONE_STEP, untrained(7), jax.random.key(3))
+    for null in (found.untrained, found.shuffled):
+        apart = null.value - found.model.value
+        assert apart > 3 * (null.standard_error + found.model.standard_error)
+
+
+def test_shuffled_models_see_every_label_once():
+    prompts = prompts_of(12, 4)
+    seen = jax.vmap(shuffled(lambda prompt: prompt.labels, jax.random.key(5)))(prompts)
+    assert_close(jnp.sort(seen, axis=1), jnp.sort(prompts.labels, axis=1), 1e-15)
+    assert not jnp.allclose(seen, prompts.labels)
+
+
+def test_noise_adds_its_share_to_the_risk():
+    """One step of size s on labels with noise v: s^2 v |x_q^T X^T / N|^2 more, its mean s^2 v d / N."""
+    prompts, variances = prompts_of(13, 4096), [0.0, 1.0, 4.0]
+    found = noisy_risks(ONE_STEP, prompts, variances, jax.random.key(2))
+    unit = 0.25 * DIMENSION / LENGTH / jnp.mean(prompts.target**2)
+    added = (found.value - found.value[0]) / unit
+    assert jnp.all(jnp.abs(added - jnp.array(variances)) < 4.5 * found.standard_error / unit)
+    assert found.value[2] > found.value[1] > found.value[0]
+    with pytest.raises(ValueError, match=r"noise_variance is -1\.0"):
+        add_noise(jax.random.key(0), prompts, -1.0)
 
 
 def test_interpolated_weights_between_equal_models():

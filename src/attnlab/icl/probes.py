@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from attnlab.checks import check_range, is_concrete, unknown_name
 from attnlab.icl.models import prompt_tokens
-from attnlab.icl.tasks import Prompt, check_prompt, scale_prompts, shuffle_labels
+from attnlab.icl.tasks import Prompt, add_noise, check_prompt, scale_prompts, shuffle_labels
 from attnlab.types import PRNGKey, PyTree, Real
 
 Model = Callable[[Prompt], Array]
@@ -148,6 +148,17 @@ def with_nulls(
     )
 
 
+def shuffled(model: Model, key: PRNGKey) -> Model:
+    """The model shown its labels in another order, one permutation for all prompts of a length."""
+    return lambda prompt: model(shuffle_labels(key, prompt))
+
+
+def against_nulls(measure: Callable[[Model], PyTree], model: Model, untrained: Model, key: PRNGKey) -> WithNulls:
+    """`measure` of the model and of both nulls, for any probe that looks at one model: risks, an iterated layer,
+    interpolated weights, `identification.identify`."""
+    return WithNulls(measure(model), measure(untrained), measure(shuffled(model, key)))
+
+
 def interpolate(first: PyTree, second: PyTree, fraction: Real) -> PyTree:
     """Weights (1 - fraction) * first + fraction * second: a model halfway between trained and constructed weights."""
     if is_concrete(fraction):
@@ -168,6 +179,16 @@ def scaled_risks(model: Model, prompts: Prompt, scales: Sequence[float], what: s
         errors = (predictions(model, scaled) - scaled.target) ** 2
         samples.append(errors / jnp.mean(scaled.target**2))
     return estimate(jnp.stack(samples, axis=1))
+
+
+def noisy_risks(model: Model, prompts: Prompt, noise_variances: Sequence[float], key: PRNGKey) -> Estimate:
+    """Risk on prompts with label noise of each of the variances added, over the mean squared target.
+
+    The same noise, scaled, at every variance, so that their differences are less noisy than they are.
+    """
+    scale = jnp.mean(prompts.target**2)
+    noisy = [add_noise(key, prompts, variance) for variance in noise_variances]
+    return estimate(jnp.stack([(predictions(model, p) - p.target) ** 2 / scale for p in noisy], axis=1))
 
 
 def iterated(layer: Callable[[Float[Array, "T D"]], Float[Array, "T D"]], times: int) -> Model:

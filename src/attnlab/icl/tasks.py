@@ -300,6 +300,14 @@ def shuffle_labels(key: PRNGKey, prompts: Prompt) -> Prompt:
     return Prompt(prompts.inputs, shuffled, prompts.query, prompts.target)
 
 
+def add_noise(key: PRNGKey, prompts: Prompt, noise_variance: Real) -> Prompt:
+    """The same prompts with independent N(0, `noise_variance`) added to every label of the contexts."""
+    if is_concrete(noise_variance) and not 0 <= float(noise_variance) < float("inf"):
+        raise ValueError(f"noise_variance is {noise_variance}; expected a finite variance of at least 0.")
+    noise = noise_variance**0.5 * jax.random.normal(key, prompts.labels.shape, prompts.labels.dtype)
+    return replace(prompts, labels=prompts.labels + noise)
+
+
 def scale_prompts(prompts: Prompt, inputs: float = 1.0, tasks: float = 1.0) -> Prompt:
     """Linear prompts with every input multiplied by `inputs` and every task by `tasks` (noise scales with the
     labels)."""
