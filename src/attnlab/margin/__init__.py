@@ -6,6 +6,7 @@ from attnlab.margin.compound import JointMargin, joint_max_margin, log_odds, nex
 from attnlab.margin.equalities import equality_basis, equality_solution, project_on_equalities
 from attnlab.margin.graph import finite_component, graph_problem, priority_components
 from attnlab.margin.optimizers import mirror_descent, normalize_gradient, normalized_descent
+from attnlab.margin.path import RegularizationPath, regularization_path
 from attnlab.margin.probes import correlation, imbalance, margin_probe
 from attnlab.margin.problems import (
     MarginProblem,
@@ -33,6 +34,7 @@ __all__ = [
     "JointMargin",
     "MarginProblem",
     "MaxMargin",
+    "RegularizationPath",
     "Status",
     "attention_logits",
     "attention_matrix",
@@ -61,6 +63,7 @@ __all__ = [
     "normalized_descent",
     "priority_components",
     "project_on_equalities",
+    "regularization_path",
     "rescaled",
     "selected_probability",
     "stack",

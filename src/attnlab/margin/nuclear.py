@@ -5,11 +5,12 @@ The dual problem, maximise bound^T lambda over ||M||_op <= 1 with M = sum_k lamb
     S = [[1, -M], [-M^T, 1]] >= 0.     Its multiplier X >= 0 satisfies 2 <a_k, X_12> = bound_k + slack_k,
 
 so W = 2 X_12 is the primal solution, and ||W||_* <= tr X. The method is that of Helmberg, Kojima and Monteiro with
-Mehrotra's predictor-corrector; with a_k = Delta_k z_k^T its Schur complement is made of products of small bilinear
-forms, and a working set keeps it to the rows that matter.
+Mehrotra's predictor-corrector, from the solution of the Frobenius problem, where M is W. With a_k = Delta_k z_k^T its
+Schur complement is made of products of small bilinear forms, and a working set keeps it to the rows that matter.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy.linalg.lapack import dpotrf, dpotrs, dtrtri
@@ -26,8 +27,24 @@ class _State:
     semidefinite: np.ndarray
 
 
-BACK_OFF = 0.97
+class _Move(NamedTuple):
+    """A step of the state, and of M = sum_k lambda_k a_k."""
+
+    multipliers: np.ndarray
+    slacks: np.ndarray
+    semidefinite: np.ndarray
+    combined: np.ndarray
+
+
+BACK_OFF = 0.98
 """Steps stop at this part of the way to the boundary."""
+
+SHRINK = 0.9
+"""Factor between the step lengths that are tried."""
+
+START_MU, START_RADIUS = 0.1, 0.9
+"""The method starts at lambda_k slack_k = START_MU times its mean at the Frobenius solution's value, from multipliers
+with ||M||_op = START_RADIUS."""
 
 WORKING_SET_ABOVE = 400
 """Up to so many rows all of them are taken at once."""
@@ -58,19 +75,20 @@ def interior_point(
     rows: Rows, start: np.ndarray, *, tolerance: float = 1e-9, steps: int = 60
 ) -> tuple[np.ndarray, np.ndarray]:
     """(W, lambda) of all the rows: the first iterate of duality gap and infeasibility `tolerance`, or the best."""
-    state = _centered_start(rows, start)
+    queries = rows.queries[rows.owner]
+    state = _warm_start(rows, start)
     best, stalled = (np.inf, state), 0
-    for _ in range(steps):
-        with np.errstate(all="ignore"):
-            moved = _step(rows, state)
-        if moved is None:
-            break
-        state = moved
-        error = _error(rows, state)
-        stalled = 0 if error < best[0] else stalled + 1
-        best = min(best, (error, state), key=lambda entry: entry[0])
-        if error <= tolerance or stalled > 3:
-            break
+    with np.errstate(all="ignore"):
+        for _ in range(steps):
+            moved = _step(rows, queries, state)
+            if moved is None:
+                break
+            state = moved
+            error = _error(rows, state)
+            stalled = 0 if error < best[0] else stalled + 1
+            best = min(best, (error, state), key=lambda entry: entry[0])
+            if error <= tolerance or stalled > 3:
+                break
     return _primal(rows, best[1].semidefinite), best[1].multipliers
 
 
@@ -78,7 +96,7 @@ def _error(rows: Rows, state: _State) -> float:
     """The larger of the relative duality gap and the violation of the rows, in their own scale."""
     value = rows.bound @ state.multipliers
     violated = rows.bound + state.slacks - rows.scores(_primal(rows, state.semidefinite))
-    return float(max(np.trace(state.semidefinite) / value - 1, abs(violated).max() / rows.bound.max()))
+    return float(max(state.semidefinite.trace() / value - 1, abs(violated).max() / rows.bound.max()))
 
 
 def _primal(rows: Rows, semidefinite: np.ndarray) -> np.ndarray:
@@ -94,79 +112,91 @@ def _embed(matrix: np.ndarray) -> np.ndarray:
     return embedded
 
 
-def _centered_start(rows: Rows, start: np.ndarray) -> _State:
-    """lambda inside the dual feasible set; X = mu S^-1 and slack = mu / lambda, central but infeasible."""
-    inside = np.where(rows.free, start, np.maximum(start, 0.1 * np.abs(start).mean()))
-    inside *= 0.7 / np.linalg.norm(rows.combine(inside), 2)
-    inverse = np.linalg.inv(np.eye(sum(_shape(rows))) - _embed(rows.combine(inside)))
-    mu = 1 / max(np.median(rows.scores(_primal(rows, inverse)) / np.maximum(rows.bound, 1e-3)), 1e-3)
-    return _State(inside, np.where(rows.free, 0.0, mu / np.where(rows.free, 1.0, inside)), mu * inverse)
+def _warm_start(rows: Rows, start: np.ndarray) -> _State:
+    """The Frobenius solution W = sum_k lambda_k a_k = U diag(s) V^T, scaled to ||M||_op = START_RADIUS, made central.
+
+    S has the eigenvectors (u, +-v) with eigenvalues 1 -+ START_RADIUS s / s_max; X is given the same ones, its
+    eigenvalues s and 0 raised to mu / those of S: nearly feasible, nearly central.
+    """
+    matrix, free = rows.combine(start), rows.free
+    left, sizes, right = np.linalg.svd(matrix, full_matrices=False)
+    (d, e), m = matrix.shape, len(rows)
+    mu = START_MU * sizes.sum() / (m + e)
+    dual = START_RADIUS * sizes / sizes[0]
+    plus, minus = np.maximum(sizes, mu / (1 - dual)), mu / (1 + dual)
+    semidefinite = _embed((left * (plus - minus) / 2) @ right)
+    semidefinite[:d, :d] = (left * ((plus + minus) / 2 - mu)) @ left.T
+    semidefinite[d:, d:] = (right.T * ((plus + minus) / 2 - mu)) @ right
+    semidefinite.flat[:: d + e + 1] += mu
+    scaled = start * START_RADIUS / sizes[0]
+    slacks = np.maximum(rows.scores(matrix) - rows.bound, mu / max(np.abs(scaled).mean(), 1e-300))
+    inside = np.where(free, scaled, np.maximum(scaled, mu / slacks))
+    inside /= max(np.linalg.norm(rows.combine(inside), 2) / 0.95, 1.0)
+    slacks = np.maximum(rows.scores(matrix) - rows.bound, mu / np.where(free, 1.0, inside))
+    return _State(inside, np.where(free, 0.0, slacks), semidefinite)
 
 
-def _shape(rows: Rows) -> tuple[int, int]:
-    return rows.differences.shape[1], rows.queries.shape[1]
-
-
-def _schur_complement(rows: Rows, semidefinite: np.ndarray, inverse: np.ndarray) -> np.ndarray:
+def _schur_complement(rows: Rows, right: np.ndarray, semidefinite: np.ndarray, inverse: np.ndarray) -> np.ndarray:
     """tr(A_k X A_l S^-1) for A_k = [[0, a_k], [a_k^T, 0]]: four products of bilinear forms in Delta and z."""
-    d = rows.differences.shape[1]
-    left, right, owner = rows.differences, rows.queries, rows.owner
-    spread = np.ix_(owner, owner)
+    left = rows.differences
+    d = left.shape[1]
 
     def forms(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         within = left @ matrix[:d, :d] @ left.T
-        across = (left @ matrix[:d, d:] @ right.T)[:, owner]
-        return within, across, (right @ matrix[d:, d:] @ right.T)[spread]
+        return within, left @ matrix[:d, d:] @ right.T, right @ matrix[d:, d:] @ right.T
 
     (x_left, x_across, x_right), (s_left, s_across, s_right) = forms(semidefinite), forms(inverse)
     mixed = x_across * s_across.T
     return x_left * s_right + s_left * x_right + mixed + mixed.T
 
 
-def _step(rows: Rows, state: _State) -> _State | None:
+def _step(rows: Rows, queries: np.ndarray, state: _State) -> _State | None:
     """One predictor-corrector step; None where the linear algebra breaks down."""
     multipliers, slacks, semidefinite = state.multipliers, state.slacks, state.semidefinite
-    free, size = rows.free, sum(_shape(rows))
-    dual_slack = np.eye(size) - _embed(rows.combine(multipliers))
-    safe = np.where(free, 1.0, multipliers)
-    try:
-        primal_root, dual_root = _inverse_root(semidefinite), _inverse_root(dual_slack)
-        # The Newton equations hold for any matrix in the place of S^-1, as long as it is symmetric to the last bit.
-        inverse = dual_root.T @ dual_root
-        inverse = (inverse + inverse.T) / 2
-        schur = _schur_complement(rows, semidefinite, inverse)
-        schur.flat[:: len(rows) + 1] += slacks / safe + 1e-15 * np.abs(schur.diagonal())
-        factor, failed = dpotrf(schur, lower=1, overwrite_a=1, clean=0)
-        if failed:
-            return None
-    except np.linalg.LinAlgError:
+    free = rows.free
+    combined = rows.combine(multipliers)
+    inverse = _inverse_dual_slack(combined)
+    if inverse is None:
         return None
-    mu = (np.vdot(semidefinite, dual_slack) + slacks @ multipliers) / (size + np.count_nonzero(~free))
+    degree = len(inverse) + len(rows) - np.count_nonzero(free)
+    safe = np.where(free, 1.0, multipliers) if rows.any_free else multipliers
+    schur = _schur_complement(rows, queries, semidefinite, inverse)
+    schur.flat[:: len(rows) + 1] += slacks / safe + 1e-15 * np.abs(schur.diagonal())
+    factor, failed = dpotrf(schur, lower=1, overwrite_a=1, clean=0)
+    if failed:
+        return None
+    mu = (_complementarity(semidefinite, combined) + slacks @ multipliers) / degree
 
-    def newton(target: float, cross: np.ndarray, cross_slacks: np.ndarray) -> _State:
+    def newton(target: float, cross: np.ndarray | float, cross_slacks: np.ndarray | float) -> _Move:
         # dX = target S^-1 - X + sym(X A(d lambda) S^-1) - cross
         # d slack = (target - cross_slacks - slack d lambda) / lambda - slack
-        pull = np.where(free, 0.0, (target - cross_slacks) / safe)
-        right = rows.bound + pull - rows.scores(_primal(rows, target * inverse - cross))
-        dmultipliers = dpotrs(factor, right, lower=1)[0]
-        product = semidefinite @ _embed(rows.combine(dmultipliers)) @ inverse
-        dsemidefinite = target * inverse - semidefinite + (product + product.T) / 2 - cross
-        return _State(dmultipliers, np.where(free, 0.0, pull - slacks - slacks / safe * dmultipliers), dsemidefinite)
+        pull = _without(free, rows.any_free, (target - cross_slacks) / safe)
+        pushed = target * inverse - cross
+        dmultipliers = dpotrs(factor, rows.bound + pull - rows.scores(_primal(rows, pushed)), lower=1)[0]
+        dcombined = rows.combine(dmultipliers)
+        product = _sandwich(semidefinite, dcombined, inverse)
+        dsemidefinite = pushed - semidefinite + (product + product.T) / 2
+        dslacks = _without(free, rows.any_free, pull - slacks - slacks / safe * dmultipliers)
+        return _Move(dmultipliers, dslacks, dsemidefinite, dcombined)
 
-    def lengths(move: _State) -> tuple[float, float, np.ndarray]:
-        primal = min(_to_boundary(primal_root, move.semidefinite), _to_zero(slacks, move.slacks, free))
-        moved = -_embed(rows.combine(move.multipliers))
-        return primal, min(_to_boundary(dual_root, moved), _to_zero(multipliers, move.multipliers, free)), moved
+    positive = slacks + free  # 1 on equalities, whose slacks do not move
 
-    predictor = newton(0.0, np.zeros_like(inverse), np.zeros(len(rows)))
-    primal, dual, moved = lengths(predictor)
-    gap = np.vdot(semidefinite + primal * predictor.semidefinite, dual_slack + dual * moved)
-    gap += (slacks + primal * predictor.slacks) @ (multipliers + dual * predictor.multipliers)
-    centering = min(max(gap / mu / (size + np.count_nonzero(~free)), 1e-6), 1.0) ** 2
-    cross = predictor.semidefinite @ moved @ inverse
+    def lengths(move: _Move) -> tuple[float, float]:
+        primal = _definite_until(semidefinite, move.semidefinite, _to_zero(positive, move.slacks))
+        inequalities = _without(free, rows.any_free, move.multipliers)
+        return primal, _contraction_until(combined, move.combined, _to_zero(safe, inequalities))
+
+    predictor = newton(0.0, 0.0, 0.0)
+    primal, dual = lengths(predictor)
+    gap = _complementarity(semidefinite + primal * predictor.semidefinite, combined + dual * predictor.combined)
+    gap += float((slacks + primal * predictor.slacks) @ (multipliers + dual * predictor.multipliers))
+    centering = min(max(gap / mu / degree, 1e-6), 1.0) ** 2
+    cross = -_sandwich(predictor.semidefinite, predictor.combined, inverse)
     move = newton(centering * mu, (cross + cross.T) / 2, predictor.slacks * predictor.multipliers)
-    primal, dual = (min(1.0, BACK_OFF * length) for length in lengths(move)[:2])
-    if not np.isfinite(move.multipliers).all() or min(primal, dual) < 1e-8:
+    if not np.isfinite(move.multipliers).all():
+        return None
+    primal, dual = (min(1.0, BACK_OFF * length) for length in lengths(move))
+    if min(primal, dual) < 1e-8:
         return None
     return _State(
         multipliers + dual * move.multipliers,
@@ -175,21 +205,58 @@ def _step(rows: Rows, state: _State) -> _State | None:
     )
 
 
-def _inverse_root(matrix: np.ndarray) -> np.ndarray:
-    """L^-1 of the Cholesky factor L; raises `LinAlgError` for a matrix that is not positive definite."""
-    root, failed = dtrtri(np.linalg.cholesky(matrix), lower=1)
+def _complementarity(semidefinite: np.ndarray, combined: np.ndarray) -> float:
+    """tr(X S)."""
+    d = len(combined)
+    return float(semidefinite.trace() - 2 * np.vdot(semidefinite[:d, d:], combined))
+
+
+def _sandwich(left: np.ndarray, matrix: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """left [[0, M], [M^T, 0]] right."""
+    d = len(matrix)
+    return (left[:, :d] @ matrix) @ right[d:] + left[:, d:] @ (matrix.T @ right[:d])
+
+
+def _inverse_dual_slack(combined: np.ndarray) -> np.ndarray | None:
+    """S^-1 = [[1 + M R M^T, M R], [R M^T, R]] with R = (1 - M^T M)^-1; None unless ||M||_op < 1.
+
+    Symmetric to the last bit, as the Newton equations need.
+    """
+    d, e = combined.shape
+    factor, failed = dpotrf(np.eye(e) - combined.T @ combined, lower=1)
     if failed:
-        raise np.linalg.LinAlgError
-    return root
+        return None
+    root = dtrtri(factor, lower=1, overwrite_c=1)[0]
+    tall = np.empty((d + e, e))  # [M; 1] L^-T with R = L^-T L^-1
+    tall[:d], tall[d:] = combined @ root.T, root.T
+    inverse = tall @ tall.T
+    inverse.flat[: d * (d + e) : d + e + 1] += 1.0
+    return (inverse + inverse.T) / 2
 
 
-def _to_boundary(inverse_root: np.ndarray, move: np.ndarray) -> float:
-    """The largest step up to 1 / BACK_OFF that keeps matrix + step * move positive semidefinite."""
-    lowest = np.linalg.eigvalsh(inverse_root @ move @ inverse_root.T)[0]
-    return 1 / max(-lowest, BACK_OFF)
+def _definite_until(matrix: np.ndarray, move: np.ndarray, length: float) -> float:
+    """The first of length, SHRINK length, ... that keeps matrix + length * move positive definite."""
+    while length > 1e-8 and dpotrf((matrix + length * move).T, lower=1, overwrite_a=1, clean=0)[1]:
+        length *= SHRINK
+    return length
 
 
-def _to_zero(values: np.ndarray, move: np.ndarray, free: np.ndarray) -> float:
-    """The largest step up to 1 / BACK_OFF that keeps the values of inequalities non-negative."""
-    ratio = np.where(free, 0.0, -move / np.where(free, 1.0, values))
-    return 1 / max(ratio.max(), BACK_OFF)
+def _contraction_until(combined: np.ndarray, move: np.ndarray, length: float) -> float:
+    """The first of length, SHRINK length, ... that keeps ||M + length * move||_op < 1."""
+    eye = np.eye(combined.shape[1])
+    while length > 1e-8:
+        ahead = combined + length * move
+        if not dpotrf((eye - ahead.T @ ahead).T, lower=1, overwrite_a=1, clean=0)[1]:
+            break
+        length *= SHRINK
+    return length
+
+
+def _to_zero(values: np.ndarray, move: np.ndarray) -> float:
+    """The largest step up to 1 / BACK_OFF that keeps positive values non-negative."""
+    return 1 / max(-(move / values).min(), BACK_OFF)
+
+
+def _without(free: np.ndarray, any_free: bool, values: np.ndarray) -> np.ndarray:
+    """`values`, 0 on equalities."""
+    return np.where(free, 0.0, values) if any_free else values

@@ -1,0 +1,253 @@
+"""Which patches of handwritten digits trained attention selects, and whether its direction is the SVM of these patches.
+
+Two classes of digits; an image is the sequence of its patches, each its pixels and its place, of unit norm; the query
+is the whole image. A read-out v is fitted to the mean of the tokens and kept; then W learns by normalised descent.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from rich.progress import Progress
+from rich.table import Table
+
+from attnlab.analysis import Analysis, AnalysisConfig, Arrays
+
+DIRECTIONS = {
+    "selected": "patches it selects",
+    "best": "best patches for $v$",
+    "random": "randomly chosen patches",
+}
+
+
+@dataclass(frozen=True)
+class Config(AnalysisConfig):
+    """Options of the analysis."""
+
+    SMOKE: ClassVar = {"images": 4, "steps": 100, "every": 50}
+
+    classes: tuple[int, int] = (3, 8)
+    """The two digits to tell apart; the first has the label -1."""
+    images: int = 30
+    """Images of each class."""
+    patch: int = 2
+    """Side of a patch, in pixels; divides 8."""
+    steps: int = 20000
+    """Steps of normalised gradient descent; a multiple of `every`."""
+    every: int = 50
+    """Steps between measurements."""
+    step_size: float = 0.5
+    """Length of a step."""
+
+
+def compute(config: Config, progress: Progress) -> Arrays:
+    """Path of W, the patches selected in the end, and cosines with the maximal margins of three selections."""
+    import jax
+    import jax.numpy as jnp
+
+    from attnlab.margin import attention_matrix, attention_risk, normalized_descent, rescaled, selected_probability
+    from attnlab.training import probe, train
+
+    images, labels = draw(config)
+    tokens, queries = sequences(images, config.patch)
+    readout = fitted_readout(tokens, labels)
+    risk = attention_risk(
+        jnp.asarray(tokens), jnp.asarray(labels), queries=jnp.asarray(queries), readout=jnp.asarray(readout)
+    )
+    task = progress.add_task("descent", total=config.steps, status="")
+    key = jax.random.key(config.seed)
+    trained = train(
+        rescaled(risk),
+        {"query_key": jnp.zeros((tokens.shape[-1], queries.shape[-1]))},
+        normalized_descent(config.step_size),
+        key,
+        steps=config.steps,
+        every=config.every,
+        probes={"matrix": probe(lambda risk, params: attention_matrix(params))},
+        report=lambda now: progress.update(task, completed=now.step),
+    )
+    path = np.asarray(trained.records.values["matrix"])
+    scores = np.einsum("ntd,rde,ne->rnt", tokens, path, queries)
+    values = labels[:, None] * (tokens @ readout)
+    choices = {
+        "selected": scores[-1].argmax(1),
+        "best": values.argmax(1),
+        "random": np.asarray(jax.random.randint(key, len(labels), 0, tokens.shape[1])),
+    }
+    found = {name: margins(tokens, queries, choice) for name, choice in choices.items()}
+    attended = jax.vmap(lambda w: selected_probability({"query_key": w}, risk.inputs, jnp.asarray(choices["selected"])))
+    arrays = {
+        "images": images,
+        "labels": labels,
+        "steps": trained.records.steps,
+        "norms": np.linalg.norm(path, axis=(-2, -1)),
+        "probability": np.asarray(attended(trained.records.values["matrix"])),
+        "smallest margin": smallest_margin(scores, choices["selected"])
+        / np.linalg.norm(path, axis=(-2, -1)).clip(1e-300),
+        "rank": ranks(values, choices["selected"]),
+        "exceptions": exceptions(values, choices["selected"], found["selected"].support),
+    }
+    for name, solution in found.items():
+        lengths = np.linalg.norm(path, axis=(-2, -1)).clip(1e-300)
+        arrays[f"{name}/choice"] = choices[name]
+        arrays[f"{name}/cosine"] = np.sum(path * solution.direction, (-2, -1)) / lengths
+        arrays[f"{name}/margin"], arrays[f"{name}/gap"] = solution.margin, solution.gap
+        arrays[f"{name}/support"] = np.count_nonzero(solution.support)
+    return {name: np.asarray(array) for name, array in arrays.items()}
+
+
+def draw(config: Config) -> tuple[np.ndarray, np.ndarray]:
+    """Images of the two classes, drawn by the seed, and their labels -1 and 1."""
+    import jax
+
+    from attnlab.data.digits import IMAGES, digit_images
+
+    pixels, digits = (np.asarray(part) for part in digit_images(jax.random.key(config.seed), IMAGES, targets="labels"))
+    for digit in config.classes:
+        if np.count_nonzero(digits == digit) < config.images:
+            raise ValueError(f"classes hold {digit}, of which there are fewer than images = {config.images} digits.")
+    rows = np.concatenate([np.flatnonzero(digits == digit)[: config.images] for digit in config.classes])
+    return pixels[rows, ..., 0].astype(float), np.repeat([-1.0, 1.0], config.images)
+
+
+def sequences(images: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens (n, T, pixels + rows + columns), a patch and one-hot codes of its row and column; queries (n, 64).
+
+    Both of unit norm. Places differ, so no two tokens of an image are equal, blank patches included.
+    """
+    from attnlab.data.digits import POSITION_CODES, SIDE, patches
+
+    pixels = np.asarray(patches(images, (side, side)), float)
+    code = np.asarray(POSITION_CODES["one_hot"](SIDE // side, SIDE // side), float)
+    tokens = np.concatenate([pixels, np.broadcast_to(code, (len(images), *code.shape))], axis=-1)
+    queries = images.reshape(len(images), -1)
+    return tuple(array / np.linalg.norm(array, axis=-1, keepdims=True) for array in (tokens, queries))
+
+
+def fitted_readout(tokens: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The ridge regression of the labels on the mean token: what the head can do before its attention learns."""
+    means = tokens.mean(1)
+    return np.linalg.solve(means.T @ means + 1e-3 * np.eye(means.shape[1]), means.T @ labels)
+
+
+def margins(tokens: np.ndarray, queries: np.ndarray, choice: np.ndarray):
+    from attnlab.margin import attention_problem, max_margin
+
+    return max_margin(attention_problem(tokens, queries, choice))
+
+
+def smallest_margin(scores: np.ndarray, choice: np.ndarray) -> np.ndarray:
+    """By how much the selected tokens win at least, at every measurement."""
+    others = np.arange(scores.shape[-1]) != choice[:, None]
+    lead = scores[:, np.arange(len(choice)), choice][..., None] - scores
+    return np.where(others, lead, np.inf).min((1, 2))
+
+
+def ranks(values: np.ndarray, choice: np.ndarray) -> np.ndarray:
+    """Rank of the selected token among its image's tokens by value to the loss, 0 for the best."""
+    return np.sum(values > values[np.arange(len(choice)), choice][:, None], axis=1)
+
+
+def exceptions(values: np.ndarray, choice: np.ndarray, support: np.ndarray) -> np.ndarray:
+    """Support vectors of each image of a better value than the token selected: none where it is locally optimal."""
+    n, length = values.shape
+    others = np.arange(length) != choice[:, None]
+    better = (values > values[np.arange(n), choice][:, None])[others].reshape(n, length - 1)
+    return np.sum(better & support.reshape(n, length - 1), axis=1)
+
+
+def plot(arrays: Arrays, config: Config):
+    """Images with their selected patches; how often each place is selected; the direction; attention and margin."""
+    import matplotlib.pyplot as plt
+
+    figure = plt.figure(figsize=(12, 7.6))
+    rows = figure.add_gridspec(2, 1, height_ratios=(1, 1.5))
+    shown = min(8, config.images)
+    top = rows[0].subgridspec(2, shown + 1, width_ratios=[1] * shown + [1.5])
+    for line, label in enumerate((-1, 1)):
+        ours = np.flatnonzero(arrays["labels"] == label)
+        for column, i in enumerate(ours[:shown]):
+            plot_image(figure.add_subplot(top[line, column]), arrays["images"][i], arrays["selected/choice"][i], config)
+        plot_places(figure.add_subplot(top[line, shown]), arrays["selected/choice"][ours], config, line)
+    bottom = rows[1].subgridspec(1, 2)
+    plot_direction(figure.add_subplot(bottom[0]), arrays)
+    plot_margin(figure.add_subplot(bottom[1]), arrays)
+    return figure
+
+
+def plot_image(axes, image: np.ndarray, choice: int, config: Config) -> None:
+    """An image, its selected patch framed."""
+    from matplotlib.patches import Rectangle
+
+    row, column = divmod(int(choice), 8 // config.patch)
+    corner = column * config.patch - 0.5, row * config.patch - 0.5
+    axes.imshow(image, cmap="gray_r", vmin=0, vmax=1)
+    axes.add_patch(Rectangle(corner, config.patch, config.patch, fill=False, edgecolor="C1", linewidth=2))
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+
+
+def plot_places(axes, choices: np.ndarray, config: Config, line: int) -> None:
+    """The share of a class's images in which each place is selected."""
+    side = 8 // config.patch
+    shares = np.bincount(choices, minlength=side * side).reshape(side, side) / len(choices)
+    picture = axes.imshow(shares, cmap="Oranges", vmin=0, vmax=1)
+    for (row, column), share in np.ndenumerate(shares):
+        if share:
+            axes.text(column, row, f"{share:.2f}", ha="center", va="center", fontsize=7)
+    axes.set(xticks=[], yticks=[], ylabel=f"digit {config.classes[line]}")
+    axes.figure.colorbar(picture, ax=axes, fraction=0.046)
+    if not line:
+        axes.set_title("share selected", fontsize=10)
+
+
+def plot_direction(axes, arrays: Arrays) -> None:
+    """One less the cosine of W with each selection's solution, against the norm of W."""
+    norms = arrays["norms"][1:]
+    for color, (name, label) in enumerate(DIRECTIONS.items()):
+        angle = 1 - arrays[f"{name}/cosine"][1:]
+        axes.loglog(norms, angle, color=f"C{color}", label=f"solution for the {label}")
+    late = norms[norms > norms[-1] / 50]
+    last = 1 - arrays["selected/cosine"][-1]
+    axes.loglog(late, last * (late[-1] / late) ** 2, ":", color="black", label=r"$\|W\|^{-2}$")
+    axes.set(xlabel=r"$\|W\|_F$", ylabel="1 - cosine of $W$ with the solution", title="direction of the trained $W$")
+    axes.legend(loc="lower left")
+
+
+def plot_margin(axes, arrays: Arrays) -> None:
+    """Attention off the selected patches, and the margin on the way as a share of the maximal one."""
+    norms, missing = arrays["norms"][1:], 1 - arrays["probability"][1:]
+    for style, label, values in (
+        ("-", "median image", np.median(missing, axis=1)),
+        ("--", "worst image", missing.max(1)),
+    ):
+        above = np.where(values > 1e-14, values, np.nan)  # beneath it, 1 - probability is rounding
+        axes.loglog(norms, above, style, color="C3", label=f"attention off the selected patch, {label}")
+    short = 1 - arrays["smallest margin"][1:] / arrays["selected/margin"]
+    axes.loglog(norms, np.where(short < 1, short, np.nan), color="C4", label="1 - margin of $W$ / maximal margin")
+    axes.set(xlabel=r"$\|W\|_F$", ylabel="share", title="saturation and margin")
+    axes.legend(loc="lower right")
+
+
+def tables(arrays: Arrays, config: Config) -> list[Table]:
+    """The three selections; what is selected."""
+    table = Table("solution of the", "cosine with the trained W", "margin", "support vectors", "certified gap")
+    for name, label in DIRECTIONS.items():
+        numbers = (arrays[f"{name}/{what}"] for what in ("margin", "support", "gap"))
+        margin, support, gap = (array.item() for array in numbers)
+        cosine = arrays[f"{name}/cosine"][-1]
+        table.add_row(label.replace("$", ""), f"{cosine:.6f}", f"{margin:.4g}", str(support), f"{gap:.0e}")
+    patches = Table(
+        "images", "best patch selected", "least attention to the selected", "images with a better support vector"
+    )
+    agree = np.mean(arrays["rank"] == 0)
+    error = np.sqrt(agree * (1 - agree) / len(arrays["rank"]))
+    least, exceptions = arrays["probability"][-1].min(), np.count_nonzero(arrays["exceptions"])
+    patches.add_row(str(len(arrays["labels"])), f"{agree:.2f} +- {error:.2f}", f"{least:.4f}", str(exceptions))
+    return [table, patches]
+
+
+ANALYSIS = Analysis("margin-digits", Config, compute, plot, tables, __doc__)
+
+if __name__ == "__main__":
+    ANALYSIS.main()
