@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -144,13 +145,16 @@ class Analysis:
         from attnlab.runs import manifest, save_result, write_json
 
         name = self.name + ("-smoke" if config.smoke else "")
-        record = {"analysis": self.name, **manifest(config, seconds)}
+        record = {"analysis": self.name, **manifest(config, seconds, self._script())}
         with style():
             figure = self.plot(arrays, config)
             png, pdf = save_figure(figure, config.output / "figures" / name)
         write_json(png.with_suffix(".json"), record)
         save_result(config.output / "results" / name, arrays, record)
         return [png, pdf, config.output / "results" / name]
+
+    def _script(self) -> Path:
+        return Path(str(sys.modules[self.config.__module__].__file__))
 
 
 def progress_display(console: Console) -> Progress:

@@ -3,6 +3,7 @@
 import argparse
 import ast
 import importlib.util
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -68,6 +69,17 @@ def load_all_claims(files: Sequence[Path]) -> list[str]:
     return [name for name in load_claims() if name not in known]
 
 
+def report(given: argparse.Namespace, console: Console) -> None:
+    """Write the report from the verdicts and figures that are there; verify all claims first where none are."""
+    from attnlab.report import write_report
+
+    if not given.verdicts.exists():
+        console.print(f"no verdicts in {given.verdicts}: verifying every claim first")
+        verify(parser().parse_args(["verify", "--json", str(given.verdicts)]), console)
+    write_report(given.output, json.loads(given.verdicts.read_text()), given.figures, analysis_scripts())
+    console.print(f"wrote {given.output}", highlight=False, soft_wrap=True)
+
+
 def verify(given: argparse.Namespace, console: Console) -> bool:
     """Check the named claims (all of them by default) on every seed, with a live table; whether all passed.
 
@@ -111,6 +123,16 @@ def parser() -> argparse.ArgumentParser:
     verify_parser.add_argument("--workers", type=int, help="processes at a time (one a processor)")
     verify_parser.add_argument("--json", type=Path, metavar="FILE", help="write the verdicts as JSON")
     verify_parser.add_argument("--junit", type=Path, metavar="FILE", help="write the verdicts as JUnit XML")
+    report_parser = commands.add_parser("report", help="write claims and figures to one HTML file")
+    report_parser.add_argument(
+        "--verdicts",
+        type=Path,
+        default=Path("results/verdicts.json"),
+        metavar="FILE",
+        help="of attnlab verify --json FILE (%(default)s; made first if it is not there)",
+    )
+    report_parser.add_argument("--figures", type=Path, default=Path("figures"), help="folder (%(default)s)")
+    report_parser.add_argument("--output", type=Path, default=Path("report.html"), help="file (%(default)s)")
     return top
 
 
@@ -121,6 +143,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         list_analyses(Console())
     elif given.command == "run":
         run(given.name, given.flags)
+    elif given.command == "report":
+        report(given, Console())
     elif not _verified(given):
         raise SystemExit(1)
 

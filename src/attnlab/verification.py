@@ -143,6 +143,7 @@ def record(verdict: Verdict) -> dict[str, Any]:
     claim = verdict.claim
     return {
         "claim": claim.name,
+        "strand": claim.compare.__module__.rpartition(".")[2],
         "statement": claim.statement,
         "source": claim.source,
         "instance": (claim.compare.__doc__ or "").strip(),

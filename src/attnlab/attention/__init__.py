@@ -2,6 +2,7 @@
 
 from attnlab.attention.blocks import PARTS, AttentionHessian, attention_hessian, attention_hessian_from_downstream
 from attnlab.attention.cross_layer import cross_layer_outer
+from attnlab.attention.cumulants import Cumulants, attend_query, cumulants
 from attnlab.attention.describe import Factor, TermDescription, describe, describe_table
 from attnlab.attention.downstream import downstream_derivatives
 from attnlab.attention.kronecker import KroneckerSum, Leaf, Term
@@ -12,16 +13,19 @@ __all__ = [
     "PARTS",
     "AttentionHessian",
     "AttentionMoments",
+    "Cumulants",
     "Factor",
     "KroneckerSum",
     "Leaf",
     "NearestKronecker",
     "Term",
     "TermDescription",
+    "attend_query",
     "attention_hessian",
     "attention_hessian_from_downstream",
     "attention_moments",
     "cross_layer_outer",
+    "cumulants",
     "describe",
     "describe_table",
     "downstream_derivatives",

@@ -5,6 +5,8 @@ per head, V value dimension per head. Weights are two-dimensional, heads side by
 `value` D x (H V), `output` (H V) x O, `query_key` D x (H D). With one head they are the W_Q, W_K, W_V of the papers.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +32,20 @@ def attention_scores(
 ) -> Float[Array, "*B H L M"]:
     """T = scale * Q K^T; the papers' temperature 1/sqrt(d_k) is `scale`."""
     return scale * jnp.einsum("...lk,...mk->...lm", queries_BxHxLxK, keys_BxHxMxK)
+
+
+def additive_scores(
+    queries_BxLxK: Float[Array, "*B L K"],
+    keys_BxMxK: Float[Array, "*B M K"],
+    weight_K: Float[Array, " K"],
+    activation: Callable[[jax.Array], jax.Array] = jnp.tanh,
+) -> Float[Array, "*B L M"]:
+    """T_ij = w . activation(q_i + k_j) for projected queries and keys (Bahdanau, Cho, Bengio, arXiv 1409.0473).
+
+    Without an activation the score is w . q_i + w . k_j, whose first part softmax does not see.
+    """
+    sums_BxLxMxK = queries_BxLxK[..., :, None, :] + keys_BxMxK[..., None, :, :]
+    return activation(sums_BxLxMxK) @ weight_K
 
 
 def softmax_weights(

@@ -1,0 +1,1 @@
+"""Adaptation of a trained model as a change of its parameters: LoRA, prompts, federated averaging."""

@@ -1,0 +1,26 @@
+"""Prompt-tuning as a change of the inputs: learned tokens before those of the data, the model held fixed."""
+
+from dataclasses import replace
+
+import jax.numpy as jnp
+from jax.tree_util import Partial
+from jaxtyping import Array, Float
+
+from attnlab.objective import Objective
+from attnlab.types import Params, Predict
+
+
+def prompt_tuned(risk: Objective, params: Params) -> Objective:
+    """`risk` as an objective in a prompt (P, D) that is put before the tokens (..., L, D) of every input.
+
+    The outputs at the prompt's own positions are dropped, so the targets stay as they are. `params` is held fixed.
+    """
+    return replace(risk, predict=Partial(_predict_prompted, risk.predict, params))
+
+
+def _predict_prompted(
+    predict: Predict, params: Params, prompt: Float[Array, "P D"], inputs: Float[Array, "*B L D"]
+) -> Float[Array, "*B L O"]:
+    shared = jnp.broadcast_to(prompt, (*inputs.shape[:-2], *prompt.shape))
+    outputs = predict(params, jnp.concatenate([shared, inputs], axis=-2))
+    return outputs[..., prompt.shape[0] :, :]

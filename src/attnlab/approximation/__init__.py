@@ -1,0 +1,1 @@
+"""Attention computed otherwise: exactly in tiles, on graphs and as recurrences, or approximately at lower cost."""

@@ -1,0 +1,1 @@
+"""Attention as memory: what it stores, recalls, denoises and can memorize."""

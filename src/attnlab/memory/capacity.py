@@ -1,0 +1,74 @@
+"""How many numbers a model can fit: the rank of its Jacobian, and that rank of attention by counting gauges."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from attnlab.checks import check_positive
+from attnlab.curvature import ggn
+from attnlab.losses import square_loss
+from attnlab.models.heads import softmax_weights
+from attnlab.objective import objective
+from attnlab.types import Params, Predict, PRNGKey, PyTree
+
+
+def jacobian_rank(predict: Predict, params: Params, inputs: PyTree, tolerance: float = 1e-10) -> int:
+    """Rank of the Jacobian of all outputs in all parameters: that of the empirical tangent kernel.
+
+    Singular values below `tolerance` of the largest count as zero (in the square root of the Gauss-Newton matrix's
+    spectrum, so no more than about 1e-7 is resolved). Parameters minus this rank are flat directions.
+    """
+    outputs = jax.eval_shape(predict, params, inputs)
+    risk = objective(predict, square_loss, inputs, jnp.zeros(outputs.shape, outputs.dtype))
+    values = np.linalg.eigvalsh(ggn(risk, params).dense())
+    return int(np.sum(values > tolerance * values[-1]))
+
+
+def scalar_heads(params: Params, inputs: tuple[Float[Array, "m d"], Float[Array, "m n d"]]) -> Float[Array, " m"]:
+    """Sum over heads of sum_j softmax_j(q^T W_Q W_K^T x_j) w . x_j: a query and a context in, a number out.
+
+    Parameters: `query`, `key` (H, d, d_h) and `value` (H, d).
+    """
+
+    def one(query: Array, context: Array) -> Array:
+        left = jnp.einsum("d,hdk->hk", query, params["query"])
+        right = jnp.einsum("nd,hdk->hnk", context, params["key"])
+        weights = softmax_weights(jnp.einsum("hk,hnk->hn", left, right))
+        return jnp.einsum("hn,nd,hd->", weights, context, params["value"])
+
+    return jax.vmap(one)(*inputs)
+
+
+def scalar_head_params(key: PRNGKey, heads: int, width: int, head_dim: int) -> Params:
+    """Gaussian parameters of `scalar_heads`, with variance 1 / width."""
+    check_positive(heads=heads, width=width, head_dim=head_dim)
+    shapes = {"query": (heads, width, head_dim), "key": (heads, width, head_dim), "value": (heads, width)}
+    keys = jax.random.split(key, 3)
+    return {n: jax.random.normal(k, s) / width**0.5 for k, (n, s) in zip(keys, shapes.items(), strict=True)}
+
+
+def rank_with_random_contexts(heads: int, width: int, head_dim: int) -> int:
+    """H (2 d d_h - d_h^2 + d): the parameters of `scalar_heads` less the gauge GL(d_h) of every query-key pair.
+
+    Derived here, for d_h <= d, generic parameters and enough generic contexts.
+    """
+    return heads * (2 * width * head_dim - head_dim**2 + width)
+
+
+def rank_with_shared_context(heads: int, width: int, head_dim: int, tokens: int) -> int:
+    """H [rho (d + n - 1 - rho) + n - 1] + 1, rho = min(d_h, n - 1, d), when all queries see one context of n tokens.
+
+    Derived here: a head sees its query-key matrix through the d x (n - 1) matrix of score differences, of rank rho, and
+    its values through n numbers, whose common shift all heads share. For n <= d.
+    """
+    rank = min(head_dim, tokens - 1, width)
+    return heads * (rank * (width + tokens - 1 - rank) + tokens - 1) + 1
+
+
+def published_capacity(heads: int, tokens: int, head_dim: int) -> int:
+    """H (min(n, d_h) - 1) + 1 examples that `heads` heads can memorize, a lower bound.
+
+    Mahdavi, Liao, Thrampoulidis (arXiv 2306.02010): Omega(H min(n, d_h)) with these constants quoted from memory.
+    """
+    return heads * (min(tokens, head_dim) - 1) + 1

@@ -1,0 +1,146 @@
+"""The report: complete, one file, the same on every rerun, and honest about what is stale."""
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from latex2mathml.converter import convert
+
+from attnlab.claims import load_claims
+from attnlab.cli import analysis_scripts
+from attnlab.report import staleness, write_report
+from attnlab.runs import source_digests
+
+VOID = {"meta", "link", "img", "br"}
+PIXEL = bytes.fromhex(
+    "89504e470d0a1a0a0000000d4948445200000001000000010806000000"
+    "1f15c4890000000d49444154789c626001000000ffff03000006000557bfabd40000000049454e44ae426082"
+)
+
+
+class Balanced(HTMLParser):
+    """Raises where a tag is not closed by its own kind; collects what the page would load."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.addresses = [], []
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in VOID:
+            self.open.append(tag)
+        self.addresses += [value for name, value in attributes if name in ("src", "href")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def row(**changes):
+    usual = {
+        "claim": "one-is-one",
+        "strand": "arithmetic",
+        "statement": r"\alpha < \tfrac{1}{2} \text{ & more}",
+        "source": "a <source> & co",
+        "instance": "Draws one.",
+        "relation": "at most",
+        "tolerance": 0.1,
+        "because": "rounding",
+        "seed": 1,
+        "predicted": "1",
+        "measured": "1",
+        "error": 0.0,
+        "passed": True,
+        "problem": "",
+        "seconds": 0.1,
+    }
+    return {**usual, **changes}
+
+
+def verdicts(*rows):
+    versions = {"attnlab": "0", "jax": "0", "python": "3"}
+    config = {"seeds": [1, 2], "size": 1}
+    run = {"config": config, "seconds": 3.0, "device": "cpu", "versions": versions, "git_commit": None}
+    return {**run, "verdicts": list(rows)}
+
+
+def figure(folder: Path, name: str, **record):
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.png").write_bytes(PIXEL)
+    (folder / f"{name}.json").write_text(json.dumps({"analysis": name, "command": f"attnlab run {name}", **record}))
+
+
+def page(tmp_path, *rows, scripts=None):
+    path = tmp_path / "report.html"
+    write_report(path, verdicts(*rows), tmp_path / "figures", scripts or {})
+    return path.read_text()
+
+
+def test_the_page_is_whole_and_needs_no_network(tmp_path):
+    figure(tmp_path / "figures", "icl-depth", sources={})
+    figure(tmp_path / "figures", "icl-depth-smoke")
+    text = page(tmp_path, row(), row(seed=2, passed=False, error=None, problem="it <broke>"))
+    reader = Balanced()
+    reader.feed(text)
+    assert reader.open == []
+    assert all(address.startswith(("data:", "#")) for address in reader.addresses)
+    assert "0 of 1 claims hold" in text
+    assert "it &lt;broke&gt;" in text
+    assert "a &lt;source&gt; &amp; co" in text
+    assert text.count("<img") == 1
+    assert "<math" in text
+    assert text == page(tmp_path, row(), row(seed=2, passed=False, error=None, problem="it <broke>"))
+
+
+@pytest.mark.parametrize("name", load_claims())
+def test_every_statement_becomes_mathematics(name):
+    formula = convert(load_claims()[name].statement)
+    reader = Balanced()
+    reader.feed(formula)
+    assert reader.open == []
+    assert not re.search(r"\\|\$", formula), "a command that the converter does not know"
+
+
+@pytest.fixture
+def script():
+    return analysis_scripts()["icl-depth"]
+
+
+def test_digests_cover_what_a_script_imports(script):
+    names = set(source_digests(script))
+    assert {"analyses/icl_depth.py", "attnlab/icl/depth.py", "attnlab/icl/tasks.py", "attnlab/objective.py"} <= names
+    assert not {"attnlab/cli.py", "attnlab/margin/solve.py", "attnlab/icl/landscape.py"} & names
+
+
+def test_a_figure_is_stale_when_its_code_changed(script):
+    sources = source_digests(script)
+    assert staleness({"sources": sources}, script).changed == ()
+    older = {**sources, "attnlab/icl/depth.py": "0", "attnlab/gone.py": "0"}
+    assert staleness({"sources": older}, script).changed == ("attnlab/gone.py", "attnlab/icl/depth.py")
+
+
+def test_an_older_manifest_is_compared_by_its_commit(script):
+    def git(*words):
+        return subprocess.run(["git", "-C", script.parent, *words], capture_output=True, text=True)
+
+    root = git("rev-list", "--max-parents=0", "HEAD").stdout.split()
+    if not root:
+        pytest.skip("not a git checkout")
+    assert "analyses/icl_depth.py" in staleness({"git_commit": root[0]}, script).changed
+    assert staleness({"git_commit": "0" * 40}, script).changed is None
+    assert staleness({"git_commit": None}, script).changed is None
+    assert staleness({}, None).note == "no script makes this figure any more"
+
+
+def test_the_command_writes_the_report_from_what_is_there(tmp_path):
+    figure(tmp_path / "figures", "icl-depth", sources={})
+    (tmp_path / "verdicts.json").write_text(json.dumps(verdicts(row())))
+    command = [Path(sys.executable).with_name("attnlab"), "report", "--verdicts", "verdicts.json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "wrote report.html" in done.stdout
+    text = (tmp_path / "report.html").read_text()
+    assert "1 of 1 claims hold" in text
+    assert "stale: " in text
