@@ -203,7 +203,8 @@ def trained_factors(problem, length: int, old, config: Config) -> np.ndarray:
     size = jnp.asarray(length, old.dtype)
 
     def adapted(factors, rank):
-        kept = jnp.where(jnp.arange(d) < rank, 1.0, 0.0)  # the other columns of the factors count for nothing
+        # The other columns of the factors count for nothing.
+        kept = jnp.where(jnp.arange(d, dtype=old.dtype) < rank, 1.0, 0.0)
         return reduced_weights({"preconditioner": old + (factors["left"] * kept[None, :]) @ factors["right"].T})
 
     def risk_of(rank):

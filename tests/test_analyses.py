@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import matplotlib as mpl
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
@@ -51,3 +52,4 @@ def check_axes(analysis, arrays, config, folder):
     with style():
         again, _ = save_figure(analysis.plot(arrays, config), folder / "again")
     assert again.read_bytes() == (folder / "figures" / f"{analysis.name}-smoke.png").read_bytes()
+    plt.close("all")
