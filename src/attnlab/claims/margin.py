@@ -301,7 +301,7 @@ def parts_found(problem: MarginProblem, matrix: np.ndarray, finite: np.ndarray |
     statement=r"\text{cross-entropy of } W h_j:\ P_F W_t \to W^\star \text{ (the log-odds of the data)},\ W_t / \|W_t\| \to W^{\mathrm{mm}} \text{ off } F",
     source="Thrampoulidis, arXiv 2402.18551, theorem 2",
     tolerance=1.0,
-    because="in units of 1e-5 for the finite part and of 1e-4 for one less the cosine",
+    because="in units of 1e-6 for the finite part and of 1e-4 for one less the cosine",
     relation="at most",
 )
 def next_token_prediction_finds_log_odds_and_margin(key: PRNGKey) -> Comparison:
@@ -315,14 +315,14 @@ def next_token_prediction_finds_log_odds_and_margin(key: PRNGKey) -> Comparison:
     risk = decision_risk(tokens, jnp.asarray(contexts), jnp.asarray(probabilities))
     matrix = train_parts(key, risk, supports, problem, 3000)
     finite = equality_solution(problem, log_odds(problem, probabilities))
-    return Comparison(np.zeros(2), parts_found(problem, matrix, finite), scale=np.array([1e-5, 1e-4]))
+    return Comparison(np.zeros(2), parts_found(problem, matrix, finite), scale=np.array([1e-6, 1e-4]))
 
 
 @claim(
     statement=r"W_t \approx W^{\mathrm{fin}} + \|W_t\| W^{\mathrm{svm}} / \|W^{\mathrm{svm}}\| \text{ on the token-priority graph}",
     source="Li et al., arXiv 2403.08081, theorem 2, by a descent that takes the two parts apart",
     tolerance=1.0,
-    because="in units of 1e-5 for the finite part and of 1e-4 for one less the cosine",
+    because="in units of 1e-6 for the finite part and of 1e-4 for one less the cosine",
     relation="at most",
 )
 def graph_svm_splits_attention_into_finite_and_diverging(key: PRNGKey) -> Comparison:
@@ -350,4 +350,4 @@ def graph_svm_splits_attention_into_finite_and_diverging(key: PRNGKey) -> Compar
     )
     matrix = train_parts(key, risk, inside, problem, 3000)
     finite = finite_component(sequences, labels, embeddings)
-    return Comparison(np.zeros(2), parts_found(problem, matrix, finite), scale=np.array([1e-5, 1e-4]))
+    return Comparison(np.zeros(2), parts_found(problem, matrix, finite), scale=np.array([1e-6, 1e-4]))

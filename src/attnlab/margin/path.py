@@ -54,6 +54,7 @@ def regularization_path(
         raise ValueError(f"radii are {radii}; expected positive numbers, one larger than the other.")
     if not jnp.any(flat):
         raise ValueError("start is 0, which has no direction; expected parameters of any other norm.")
+    _check_best(risk, selection)
     excess = rescaled(risk, selection)
     ends, values, slopes = [], [], []
     for radius in radii:
@@ -64,17 +65,23 @@ def regularization_path(
             method="L-BFGS-B",
             options={"maxiter": 5000, "maxfun": 10_000, "ftol": 1e-16, "gtol": 1e-10, "maxcor": 30},
         )
-        if not np.isfinite(found.fun):
-            raise ValueError(
-                f"the loss at radius {radius} is no larger than that of the selected tokens; expected a "
-                "selection of the best token of every sequence, the largest Y_i v^T x_it."
-            )
         flat = radius * found.x / np.linalg.norm(found.x)
         ends.append(unravel(jnp.asarray(flat)))
         values.append(found.fun)
         slopes.append(float(_outwards(unravel, excess, flat)))
     params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *ends)
     return RegularizationPath(np.asarray(radii), params, np.array(values), np.array(slopes))
+
+
+def _check_best(risk: Objective, selection: Int[Array, " n"]) -> None:
+    values = np.asarray(risk.targets)[:, None] * np.asarray(risk.inputs["tokens"] @ risk.inputs["readout"])
+    short = values.max(axis=1) - values[np.arange(len(values)), selection]
+    if short.any():
+        i = int(short.argmax())
+        raise ValueError(
+            f"selection[{i}] is {int(selection[i])}, but token {int(values[i].argmax())} of sequence {i} has a larger "
+            "Y_i v^T x_it; expected the best token of every sequence. Follow another selection by descent instead."
+        )
 
 
 @partial(jax.jit, static_argnums=0)

@@ -1,0 +1,173 @@
+"""Claims about the regularization path, several selected tokens, and attention trained with its classifier."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from attnlab.claims.margin import ATT_SVM, cosine, ensemble, member, normal, parts_found, train_parts
+from attnlab.claims.registry import Comparison, claim
+from attnlab.margin import (
+    JointMargin,
+    attention_problem,
+    attention_risk,
+    decision_risk,
+    equality_solution,
+    joint_max_margin,
+    max_margin,
+    normalized_descent,
+    regularization_path,
+)
+from attnlab.objective import Objective
+from attnlab.training import train
+from attnlab.types import Params, PRNGKey
+
+JOINT = "Tarzanagh, Li, Zhang, Oymak, arXiv 2306.13596"
+
+
+PROBLEMS = 8
+SIZES = np.array([16.0, 64.0, 256.0, 1024.0])
+"""Norms along the paths, in units of that of the solution with margin 1."""
+
+
+def path_ends(key: PRNGKey, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Median over `PROBLEMS` of 1 - cosine at each of `SIZES`, with the Frobenius and with the nuclear solution; and
+    of the slope of the log loss along the norm of W over its limit, minus the Frobenius margin.
+
+    The path of the best tokens starts at the Frobenius solution.
+    """
+    risks = ensemble(key, PROBLEMS)
+    angles, slopes = [], []
+    for i in range(PROBLEMS):
+        tokens, queries, values = member(risks, i)
+        best = values.argmax(1)
+        frobenius, nuclear = (
+            max_margin(attention_problem(tokens, queries, best, norm=norm)) for norm in ("frobenius", "nuclear")
+        )
+        risk: Objective = jax.tree.map(lambda leaf, i=i: leaf[i], risks)
+        left, sizes, right = np.linalg.svd(frobenius.direction)
+        start: Params = {"query_key": jnp.asarray(frobenius.direction)}
+        radii = SIZES / frobenius.margin
+        if kind == "factors":
+            radii = np.sqrt(2 * SIZES / nuclear.margin)  # (||K||^2 + ||Q||^2) / 2 is the nuclear norm of K Q^T
+            start = {"key": jnp.asarray(left * np.sqrt(sizes)), "query": jnp.asarray(right.T * np.sqrt(sizes))}
+        path = regularization_path(risk, jnp.asarray(best), start, radii)
+        ends = np.asarray(
+            path.params["query_key"]
+            if kind == "weights"
+            else jnp.einsum("rik,rjk->rij", path.params["key"], path.params["query"])
+        )
+        angles.append([1 - cosine(ends, np.asarray(found.direction)) for found in (frobenius, nuclear)])
+        slopes.append(path.slope / -frobenius.margin)
+    frobenius_angle, nuclear_angle = np.median(angles, axis=0)
+    return frobenius_angle, nuclear_angle, np.median(slopes, axis=0)
+
+
+@claim(
+    statement=r"W_R = \arg\min_{\|W\|_F \le R} L:\ 1 - \cos(W_R, W^{\mathrm{mm}}) \propto R^{-2},\ "
+    r"\frac{d}{dR} \log (L(W_R) - L_*) \to -1 / \|W^{\mathrm{mm}}\|_F",
+    source=f"{ATT_SVM}, for the direction; the rates derived here: at radius R the loss is a soft minimum of width 1/R",
+    tolerance=0.15,
+    because="norms of 64 and 1,024 times that of the solution; the exponent's correction falls like one over the norm's logarithm, the slope's faster",
+)
+def regularization_path_leads_to_the_frobenius_solution(key: PRNGKey) -> Comparison:
+    """Exponent of the angle, and the slope of the log loss relative to its limit."""
+    angles, _, slopes = path_ends(key, "weights")
+    exponent = np.log(angles[-1] / angles[-3]) / np.log(SIZES[-1] / SIZES[-3])
+    return Comparison(np.array([-2.0, 1.0]), np.array([exponent, slopes[-1]]), scale=1)
+
+
+@claim(
+    statement=r"(K_R, Q_R) = \arg\min_{\|K\|_F^2 + \|Q\|_F^2 \le R^2} L:\ \cos(K_R Q_R^\top, W^{\mathrm{mm}}_*) \to 1, "
+    r"\text{ the solution of least nuclear norm}",
+    source=f"{ATT_SVM}, on the regularization path of (K, Q)",
+    tolerance=1.0,
+    because="in units of 1e-5 for one less the cosine with the nuclear solution; the Frobenius one stays further than 1e-2",
+    relation="at most",
+)
+def regularization_path_of_factors_leads_to_the_nuclear_solution(key: PRNGKey) -> Comparison:
+    """One less the cosine at the largest radius; and 0.01 over that with the Frobenius solution, at most 1."""
+    frobenius_angle, nuclear_angle, _ = path_ends(key, "factors")
+    return Comparison(
+        np.zeros(2), np.array([nuclear_angle[-1], 1e-2 / frobenius_angle[-1]]), scale=np.array([1e-5, 1.0])
+    )
+
+
+@claim(
+    statement=r"W_t \approx W^{\mathrm{fin}} + R_t W^{\mathrm{dir}} / \|W^{\mathrm{dir}}\| \text{ with several selected tokens}",
+    source=f"{ATT_SVM}, on selections of several tokens, by a descent that takes the two parts apart",
+    tolerance=1.0,
+    because="in units of 1e-6 for the finite part and of 1e-4 for one less the cosine",
+    relation="at most",
+)
+def several_selected_tokens_have_a_finite_part(key: PRNGKey) -> Comparison:
+    """Cross-entropy to a distribution over two of five tokens in each of four sequences, in ten dimensions."""
+    tokens, queries, logits = normal(key, (4, 5, 10), (4, 10), (4, 2))
+    selection = np.broadcast_to(np.arange(5) < 2, (4, 5))
+    wanted = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    probabilities = np.concatenate([wanted, np.zeros((4, 3))], axis=1)
+    problem = attention_problem(tokens, queries, selection)
+    risk = decision_risk(jnp.asarray(tokens), jnp.asarray(queries), jnp.asarray(probabilities))
+    matrix = train_parts(key, risk, selection, problem, 3000)
+    finite = equality_solution(problem, logits[:, 0] - logits[:, 1])
+    return Comparison(np.zeros(2), parts_found(problem, matrix, finite), scale=np.array([1e-6, 1e-4]))
+
+
+def train_jointly(
+    key: PRNGKey, tokens: np.ndarray, labels: np.ndarray, prompt_step: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """p and v after 2,500 normalised steps of each, those of v of length 0.1, from p = 0 and the mean of Y_i x_i0."""
+    optimizer = optax.partition(
+        {"prompt": normalized_descent(prompt_step), "readout": normalized_descent(0.1)},
+        {"prompt": "prompt", "readout": "readout"},
+    )
+    readout = np.mean(labels[:, None] * tokens[:, 0], axis=0)
+    start = {"prompt": jnp.zeros_like(readout), "readout": jnp.asarray(readout)}
+    risk = attention_risk(jnp.asarray(tokens), jnp.asarray(labels))
+    ends = train(risk, start, optimizer, key, steps=2500, every=2500).params
+    return np.asarray(ends["prompt"]), np.asarray(ends["readout"])
+
+
+def joint_case(key: PRNGKey) -> tuple[np.ndarray, np.ndarray]:
+    """Six sequences of four unit tokens in thirty dimensions, and alternating labels."""
+    (tokens,) = normal(key, (6, 4, 30))
+    return tokens / np.linalg.norm(tokens, axis=-1, keepdims=True), np.where(np.arange(6) % 2, 1.0, -1.0)
+
+
+def missed(ends: tuple[np.ndarray, np.ndarray], found: JointMargin) -> np.ndarray:
+    """One less the cosines of p and v with the solutions'."""
+    pairs = zip(ends, (found.query.direction, found.classifier.direction), strict=True)
+    return np.array([1 - cosine(np.atleast_2d(end), np.atleast_2d(direction)) for end, direction in pairs])
+
+
+@claim(
+    statement=r"(p_t, v_t) \to (p^{\mathrm{mm}}, v^{\mathrm{mm}}) \text{ in direction, where every selected token supports } v^{\mathrm{mm}}",
+    source=f"{JOINT}, on joint convergence",
+    tolerance=1.0,
+    because="in units of 1e-3 for one less the cosine, after norms of about 250",
+    relation="at most",
+)
+def joint_training_finds_both_margins(key: PRNGKey) -> Comparison:
+    """First tokens three times as long as the others: all support the classifier."""
+    tokens, labels = joint_case(key)
+    tokens[:, 0] *= 3
+    found = joint_max_margin(tokens, labels, np.zeros(6, int))
+    angles = missed(train_jointly(key, tokens, labels, 0.1), found)
+    return Comparison(np.zeros(2), np.where(found.classifier.support.all(), angles, np.nan), scale=1e-3)
+
+
+@claim(
+    statement=r"p_t \to p^{\mathrm{relax}}: \text{ sequences that do not support } v^{\mathrm{mm}} \text{ need a margin of } 0 \text{ only}",
+    source=f"{JOINT}, on joint convergence with slack, at v growing faster than p",
+    tolerance=1.0,
+    because="in units of 0.01 for one less the cosine of p with the relaxed solution; and a twentieth of that with the strict one",
+    relation="at most",
+)
+def joint_training_relaxes_what_does_not_support(key: PRNGKey) -> Comparison:
+    """First tokens at different distances from the boundary: few support the classifier."""
+    tokens, labels = joint_case(key)
+    tokens[:, 0] += (labels * np.linspace(1, 3, 6))[:, None] * np.eye(30)[0]
+    relaxed, strict = (joint_max_margin(tokens, labels, np.zeros(6, int), relaxed=flag) for flag in (True, False))
+    ends = train_jointly(key, tokens, labels, 0.03)
+    near, far = missed(ends, relaxed)[0], missed(ends, strict)[0]
+    return Comparison(np.zeros(2), np.array([near, near / far]), scale=np.array([0.01, 0.05]))
