@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
@@ -16,6 +17,13 @@ from attnlab.plotting.style import save_figure, style
 from attnlab.runs import load_arrays
 
 mpl.use("agg")
+
+
+@pytest.fixture(autouse=True)
+def double_precision_again():
+    """An analysis sets the precision that it wants, and the tests that follow want 64 bits."""
+    yield
+    jax.config.update("jax_enable_x64", True)
 
 
 @pytest.mark.parametrize("name", analysis_scripts())
