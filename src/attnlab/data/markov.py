@@ -9,10 +9,10 @@ from attnlab.data.dataset import Dataset
 from attnlab.types import PRNGKey, Scalar
 
 
-def random_transitions(key: PRNGKey, states: int, concentration: float = 1.0) -> Float[Array, "S S"]:
-    """Rows drawn from a symmetric Dirichlet law: row i is the distribution of what follows state i."""
+def random_transitions(key: PRNGKey, states: int, spread: float = 1.0) -> Float[Array, "S S"]:
+    """Rows softmax(N(0, spread^2)): row i is the distribution of what follows state i."""
     check_positive(states=states)
-    return jax.random.dirichlet(key, jnp.full(states, concentration), (states,))
+    return jax.nn.softmax(spread * jax.random.normal(key, (states, states)), axis=-1)
 
 
 def stationary(transitions: Float[Array, "S S"]) -> Float[Array, " S"]:

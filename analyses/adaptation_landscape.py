@@ -1,0 +1,208 @@
+"""Adapting a trained model: where LoRA starts and ends, when prompts beat pooling, how far federated rounds drift.
+
+Left: the spectrum of LoRA's Hessian at its start, a strict saddle, and at a minimiser, flat along its gauge. Middle:
+error of one gradient step on pooled tokens against attention to a prompt, in the three phases of contextual data.
+Right: distance of a federated round from descent on all data, and what its leading order leaves, against the rate.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from rich.progress import Progress
+from rich.table import Table
+
+from attnlab.analysis import Analysis, AnalysisConfig, Arrays
+
+LOCAL_STEPS = (2, 5, 20)
+
+
+@dataclass(frozen=True)
+class Config(AnalysisConfig):
+    """Options of the analysis."""
+
+    SMOKE: ClassVar = {"shape": (4, 3), "rank": 2, "gradient_rank": 1, "spreads": 4, "sequences": 500, "rates": 3}
+
+    shape: tuple[int, int] = (16, 12)
+    """Rows and columns of the adapted matrix."""
+    rank: int = 4
+    """Rank r of the adaptation."""
+    gradient_rank: int = 3
+    """Rank of the change that the new data ask for."""
+    relevant: float = 0.25
+    """Share of relevant tokens."""
+    spreads: int = 25
+    """Spreads of the irrelevant tokens, up to four edges."""
+    sequences: int = 20_000
+    """Sequences at each spread."""
+    rates: int = 9
+    """Learning rates between 1e-4 and 1e-1."""
+
+
+def compute(config: Config, progress: Progress) -> Arrays:
+    """The three panels."""
+    task = progress.add_task("panels", total=3, status="")
+    arrays: Arrays = {}
+    for part in (lora_spectra, phases, drifts):
+        arrays |= part(config)
+        progress.advance(task)
+    return arrays
+
+
+def lora_spectra(config: Config) -> Arrays:
+    """Eigenvalues at B = 0 and at a minimiser of LoRA on a linear map whose targets differ by a low-rank change."""
+    import jax
+    import jax.numpy as jnp
+
+    from attnlab.adaptation.lora import lora
+    from attnlab.adaptation.pullback import reparametrise
+    from attnlab.curvature import hessian
+    from attnlab.losses import square_loss
+    from attnlab.objective import objective
+
+    keys = jax.random.split(jax.random.key(config.seed), 5)
+    rows = config.shape[0]
+    inputs, weight = jax.random.normal(keys[0], (4 * rows, rows)), jax.random.normal(keys[1], config.shape)
+
+    def spectra(change_rank: int):
+        left, right = (jax.random.normal(k, (n, change_rank)) for k, n in zip(keys[2:], config.shape, strict=False))
+        risk = objective(lambda p, x: x @ p["W"], square_loss, inputs, inputs @ (weight + left @ right.T))
+        change, start = lora({"W": weight}, "W", config.rank, keys[4])
+        adapted = reparametrise(risk, change)
+        u, s, vt = jnp.linalg.svd(left @ right.T, full_matrices=False)
+        end = {"W": {"B": u[:, : config.rank] * s[None, : config.rank], "A": vt[: config.rank]}}
+        return [np.linalg.eigvalsh(hessian(adapted, point).dense()) for point in (start, end)]
+
+    # the start asks for less than the rank can give, the minimiser uses all of it
+    return {"spectrum/start": spectra(config.gradient_rank)[0], "spectrum/end": spectra(config.rank)[1]}
+
+
+def phases(config: Config) -> Arrays:
+    """Error rates of one gradient step on pooled tokens and on attention to a prompt, (spreads, 2)."""
+    import jax
+    import jax.numpy as jnp
+
+    from attnlab.data.contextual import contextual_mixture, pooling_error
+    from attnlab.models.heads import softmax_weights
+
+    edge = config.relevant / (1 - config.relevant)
+    spreads = edge * np.linspace(0.2, 4, config.spreads)
+    rows = []
+    for number, spread in enumerate(spreads):
+        key = jax.random.fold_in(jax.random.key(config.seed), number)
+        tokens, labels = contextual_mixture(key, config.sequences, 8, 3, config.relevant, float(spread))
+        weights = softmax_weights(50 * tokens[..., 0])
+        features = jnp.mean(tokens, axis=1), jnp.einsum("nl,nld->nd", weights, tokens)
+        rows.append([jnp.mean(labels * (x @ jnp.mean(labels[:, None] * x, axis=0)) <= 0) for x in features])
+    exact = np.array([pooling_error(config.relevant, float(spread)) for spread in spreads])
+    return {
+        "phase/spreads": spreads,
+        "phase/errors": np.array(rows),
+        "phase/exact": exact,
+        "phase/edge": np.array(edge),
+    }
+
+
+def drifts(config: Config) -> Arrays:
+    """Norms of FedAvg - GD and of that less its leading order, (local steps, rates, 2), for one attention layer."""
+    import jax
+    import jax.numpy as jnp
+
+    from attnlab.adaptation.federated import central_descent, drift, federated_round
+    from attnlab.losses import square_loss
+    from attnlab.models.adapters import from_linen
+    from attnlab.models.attention import AttentionConfig, SelfAttention
+    from attnlab.objective import objective
+    from attnlab.trees import ravel
+
+    module, key = SelfAttention(AttentionConfig(key_dim=2, value_dim=2)), jax.random.key(config.seed)
+    tokens, targets = jax.random.normal(key, (4, 8, 4, 3)), jax.random.normal(key, (4, 8, 4, 2))
+    params = module.init(key, tokens[0])["params"]
+    risks = [objective(from_linen(module), square_loss, *pair) for pair in zip(tokens, targets, strict=True)]
+    clients = jax.tree.map(lambda *leaves: jnp.stack(leaves), *risks)
+    rates = np.geomspace(1e-4, 1e-1, config.rates)
+    rows = []
+    for steps in LOCAL_STEPS:
+
+        @jax.jit
+        def norms(rate, steps=steps):
+            local, central, formula = (
+                ravel(f(clients, params, rate, steps)) for f in (federated_round, central_descent, drift)
+            )
+            return jnp.stack([jnp.linalg.norm(local - central), jnp.linalg.norm(local - central - formula)])
+
+        rows.append([norms(jnp.asarray(rate)) for rate in rates])
+    return {"drift/rates": rates, "drift/norms": np.array(rows)}
+
+
+def plot(arrays: Arrays, config: Config):
+    """LoRA's spectra, phases, drift."""
+    import matplotlib.pyplot as plt
+
+    from attnlab.plotting.matrices import signed_spectrum
+
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2))
+    for number, (name, label) in enumerate((("start", "start, $B = 0$"), ("end", "minimiser"))):
+        values = arrays[f"spectrum/{name}"]
+        scale = np.abs(values).max()
+        signed_spectrum(axes[0], np.where(np.abs(values) < 1e-12 * scale, 1e-17 * scale, values), f"C{number}", label)
+    axes[0].set(xlabel="rank of the eigenvalue", ylabel="|eigenvalue| (triangles: negative; lowest: zero)")
+    axes[0].set_title(f"LoRA, {config.shape[0]} x {config.shape[1]}, $r = {config.rank}$")
+    axes[0].legend(loc="lower left")
+    plot_phases(axes[1], arrays, config)
+    plot_drift(axes[2], arrays)
+    return figure
+
+
+def plot_phases(axes, arrays: Arrays, config: Config) -> None:
+    spreads, errors, edge = arrays["phase/spreads"], arrays["phase/errors"], float(arrays["phase/edge"])
+    bars = 2 * np.sqrt(errors * (1 - errors) / config.sequences)
+    axes.plot(spreads, arrays["phase/exact"], color="C0", label="pooling, predicted")
+    axes.errorbar(spreads, errors[:, 0], bars[:, 0], fmt="o", color="C0", markerfacecolor="none", label="pooling")
+    axes.errorbar(spreads, errors[:, 1], bars[:, 1], fmt="s-", color="C1", label="attention to a prompt")
+    for factor in (1, 2):
+        axes.axvline(factor * edge, color="black", linewidth=0.7, linestyle="--")
+    axes.set(xlabel=r"spread $\Delta$ of irrelevant tokens", ylabel="classification error", ylim=(-0.02, 0.56))
+    axes.set_title(r"three phases, edges $\zeta/(1-\zeta)$ and $2\zeta/(1-\zeta)$")
+    axes.legend(loc="upper left")
+
+
+def plot_drift(axes, arrays: Arrays) -> None:
+    for number, (steps, rows) in enumerate(zip(LOCAL_STEPS, arrays["drift/norms"], strict=True)):
+        rates = arrays["drift/rates"]
+        axes.loglog(rates, rows[:, 0], "o-", color=f"C{number}", label=f"drift, {steps} local steps")
+        axes.loglog(rates, rows[:, 1], "s:", color=f"C{number}", markerfacecolor="none")
+        for column, power in ((0, 2), (1, 3)):
+            guide = rows[0, column] * (rates / rates[0]) ** power
+            axes.loglog(rates, guide, "--", color="black", linewidth=0.5)
+    axes.set(xlabel=r"learning rate $\eta$", ylabel="distance in parameters")
+    axes.set_title(r"federated drift $\eta^2$, less its leading order $\eta^3$ (dotted)")
+    axes.legend(loc="upper left")
+
+
+def tables(arrays: Arrays, config: Config) -> list[Table]:
+    """Signs of the spectra and slopes of the drift, with what theory says."""
+    from attnlab.adaptation.lora import inertia, initial_inertia
+
+    signs = Table("point", "negative", "zero", "positive", title="LoRA's Hessian")
+    predicted = initial_inertia(config.shape, config.rank, config.gradient_rank)
+    signs.add_row("start, predicted", *map(str, predicted))
+    signs.add_row("start, found", *map(str, inertia(arrays["spectrum/start"])))
+    signs.add_row(
+        "minimiser, predicted", "0", str(config.rank**2), str(sum(config.shape) * config.rank - config.rank**2)
+    )
+    signs.add_row("minimiser, found", *map(str, inertia(arrays["spectrum/end"])))
+    slopes = Table("local steps", "slope of the drift (2)", "slope of the remainder (3)")
+    for steps, rows in zip(LOCAL_STEPS, arrays["drift/norms"], strict=True):
+        fits = np.polyfit(np.log(arrays["drift/rates"][:3]), np.log(rows[:3]), 1)[0]
+        slopes.add_row(str(steps), *(f"{slope:.3f}" for slope in fits))
+    errors = Table("phase", "largest |error - predicted| of pooling", "largest error of the prompt")
+    difference = np.abs(arrays["phase/errors"][:, 0] - arrays["phase/exact"])
+    errors.add_row("all", f"{difference.max():.4f}", f"{arrays['phase/errors'][:, 1].max():.4f}")
+    return [signs, slopes, errors]
+
+
+ANALYSIS = Analysis("adaptation-landscape", Config, compute, plot, tables, __doc__)
+
+if __name__ == "__main__":
+    ANALYSIS.main()

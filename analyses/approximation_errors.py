@@ -1,0 +1,113 @@
+"""What approximations of attention do to its curvature: relative errors of output, gradient and Hessian, by budget.
+
+Five approximations of one softmax head on random data, from cheap to nearly exact; the Hessian is exact and dense. Is
+an approximation that is good enough for the outputs good enough for curvature?
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from rich.progress import Progress
+from rich.table import Table
+
+from attnlab.analysis import Analysis, AnalysisConfig, Arrays
+
+QUANTITIES = ("output", "gradient", "curvature", "score_curvature")
+
+
+@dataclass(frozen=True)
+class Config(AnalysisConfig):
+    """Options of the analysis."""
+
+    SMOKE: ClassVar = {"tokens": 8, "seeds": 1, "fractions": (0.5,), "features": (32,)}
+
+    tokens: int = 32
+    """Tokens L of a sequence."""
+    sequences: int = 4
+    """Sequences."""
+    width: int = 6
+    """Width D of the tokens."""
+    key_dim: int = 4
+    """Width of queries and keys."""
+    seeds: int = 5
+    """Random heads and data."""
+    fractions: tuple[float, ...] = (0.25, 0.5, 0.75)
+    """Share of the tokens that landmarks, projections, top-k and windows keep."""
+    features: tuple[int, ...] = (64, 512, 4096, 32_768)
+    """Numbers of random features."""
+
+
+def builders(config: Config) -> dict[str, list]:
+    """For each approximation its budgets: functions of a key that build it."""
+    from attnlab.approximation.approximate import low_rank, nystrom, random_features, sliding_window, top_k
+
+    scale, length = config.key_dim**-0.5, config.tokens
+    kept = [max(int(fraction * length), 1) for fraction in config.fractions]
+    landmarks = [count for count in (length // 8, length // 4, length // 2) if count][: len(kept)]
+    return {
+        "random features": [lambda key, m=m: random_features(key, config.key_dim, m, scale) for m in config.features],
+        "Nystrom": [lambda key, m=m: nystrom(m, scale) for m in landmarks],
+        "low rank": [lambda key, m=m: low_rank(key, length, m, scale) for m in kept],
+        "top-k": [lambda key, m=m: top_k(m, scale) for m in kept],
+        "sliding window": [lambda key, m=m: sliding_window(m, scale) for m in kept],
+    }
+
+
+def compute(config: Config, progress: Progress) -> Arrays:
+    """Errors of every approximation, (budgets, seeds, quantities)."""
+    import jax
+
+    from attnlab.approximation.approximate import exact
+    from attnlab.approximation.errors import approximation_errors, head_params
+
+    table = builders(config)
+    reference = exact(config.key_dim**-0.5)
+    task = progress.add_task("heads", total=sum(map(len, table.values())) * config.seeds, status="")
+    arrays: Arrays = {}
+    for name, budgets in table.items():
+        rows = np.zeros((len(budgets), config.seeds, len(QUANTITIES)))
+        for row, build in enumerate(budgets):
+            for seed in range(config.seeds):
+                keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), seed), 4)
+                tokens = jax.random.normal(keys[0], (config.sequences, config.tokens, config.width))
+                targets = jax.random.normal(keys[1], (config.sequences, config.tokens, 3))
+                params = head_params(keys[2], config.width, config.key_dim, 3)
+                rows[row, seed] = approximation_errors(build(keys[3]), reference, params, tokens, targets)
+                progress.update(task, advance=1, status=name)
+        arrays[name] = rows
+    return arrays
+
+
+def plot(arrays: Arrays, config: Config):
+    """Hessian errors against output errors."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10.5, 4.6), sharex=True, sharey=True)
+    for panel, quantity, title in zip(axes, (2, 3), ("whole Hessian", "block of query and key weights"), strict=True):
+        for number, (name, rows) in enumerate(arrays.items()):
+            flat = rows.reshape(-1, len(QUANTITIES))
+            panel.loglog(flat[:, 0], flat[:, quantity], ".", color=f"C{number}", alpha=0.5)
+            middle = np.median(rows, axis=1)
+            panel.loglog(middle[:, 0], middle[:, quantity], "o-", color=f"C{number}", label=name)
+        low, high = panel.get_xlim()
+        panel.loglog([low, high], [low, high], "--", color="black", linewidth=0.8, label="equal errors")
+        panel.set(xlabel="relative error of the output", title=title)
+    axes[0].set_ylabel("relative error of the Hessian")
+    axes[0].legend(loc="upper left")
+    return figure
+
+
+def tables(arrays: Arrays, config: Config) -> list[Table]:
+    """Medians over seeds."""
+    table = Table("approximation", *QUANTITIES, "score curvature / output", title="Median relative errors, by budget")
+    for name, rows in arrays.items():
+        for middle in np.median(rows, axis=1):
+            table.add_row(name, *(f"{value:.3g}" for value in middle), f"{middle[3] / middle[0]:.3g}")
+    return [table]
+
+
+ANALYSIS = Analysis("approximation-errors", Config, compute, plot, tables, __doc__)
+
+if __name__ == "__main__":
+    ANALYSIS.main()

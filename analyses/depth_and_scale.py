@@ -1,0 +1,209 @@
+"""Two ways for attention to go blind: its tokens become one with depth, and its softmax saturates with dimension.
+
+Left: the spread of the tokens around their mean by depth, for pure attention, with a residual, and for pre-LN blocks
+with an MLP. Middle: one layer's spread, gradient and Hessian blocks against the spread of its inputs. Right: mean and
+median of the softmax Jacobian's trace against the dimension, with and without the scale 1/sqrt(d).
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from rich.progress import Progress
+from rich.table import Table
+
+from attnlab.analysis import Analysis, AnalysisConfig, Arrays
+
+STACKS = {
+    "pure": ("pure attention", {"norm": None, "residual": False}),
+    "residual": ("with residual", {"norm": None, "residual": True}),
+    "mlp": ("pre-LN blocks with MLP", {"norm": "pre", "residual": True, "mlp_width": 64}),
+}
+EXPONENTS = {"spread": 3, "gradient": 2, "outer": 4, "functional": 3, "value": 0}
+LABELS = {
+    "spread": "spread of the outputs",
+    "gradient": r"gradient, $QK$",
+    "outer": r"$\|H_o[QK,QK]\|$",
+    "functional": r"$\|H_f[QK,QK]\|$",
+    "value": r"$\|H_o[V,V]\|$",
+}
+
+
+@dataclass(frozen=True)
+class Config(AnalysisConfig):
+    """Options of the analysis."""
+
+    SMOKE: ClassVar = {"layers": 3, "seeds": 2, "draws": 1000, "dims": (1, 4), "points": 4}
+
+    layers: int = 12
+    """Depth of the stacks."""
+    length: int = 16
+    """Tokens of a sequence."""
+    width: int = 32
+    """Width of the tokens in the stacks."""
+    seeds: int = 20
+    """Random initialisations of the stacks."""
+    points: int = 13
+    """Spreads between 1e-4 and 1 of one layer's inputs."""
+    dims: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+    """Dimensions d of queries and keys."""
+    tokens: int = 8
+    """Tokens that a query chooses from."""
+    draws: int = 200_000
+    """Random queries and keys at each dimension."""
+
+
+def compute(config: Config, progress: Progress) -> Arrays:
+    """Spreads by depth, powers of one layer, saturation by dimension."""
+    task = progress.add_task("parts", total=3, status="")
+    arrays: Arrays = {}
+    for part in (by_depth, by_spread, by_dimension):
+        arrays |= part(config)
+        progress.advance(task)
+    return arrays
+
+
+def by_depth(config: Config) -> Arrays:
+    """Relative spread ||X - mean|| / ||X|| after every layer, (seeds, layers + 1)."""
+    import jax
+    import jax.numpy as jnp
+
+    from attnlab.models.attention import AttentionConfig
+    from attnlab.models.transformer import TransformerBlock, TransformerConfig
+
+    attention = AttentionConfig(config.width, config.width)
+    arrays: Arrays = {}
+    for name, (_, options) in STACKS.items():
+        block = TransformerBlock(TransformerConfig(attention, **options))
+        step = jax.jit(jax.vmap(lambda key, x, block=block: block.apply(block.init(key, x), x)))
+        tokens = jax.random.normal(jax.random.key(config.seed), (config.seeds, config.length, config.width))
+        rows = []
+        for layer in range(config.layers + 1):
+            centred = tokens - jnp.mean(tokens, axis=1, keepdims=True)
+            rows.append(np.asarray(jnp.linalg.norm(centred, axis=(1, 2)) / jnp.linalg.norm(tokens, axis=(1, 2))))
+            tokens = step(jax.random.split(jax.random.key(config.seed + 1 + layer), config.seeds), tokens)
+        arrays[f"depth/{name}"] = np.stack(rows, axis=1)
+    return arrays
+
+
+def by_spread(config: Config) -> Arrays:
+    """Norms of one merged layer whose tokens are one token plus a spread."""
+    import jax
+    import jax.numpy as jnp
+
+    from attnlab.attention import attention_hessian
+    from attnlab.losses import square_loss
+    from attnlab.models.adapters import from_linen
+    from attnlab.models.attention import AttentionConfig, SelfAttention
+    from attnlab.objective import objective
+
+    layer = AttentionConfig(key_dim=4, value_dim=3, merged=True)
+    key = jax.random.key(config.seed)
+    common, noise = jax.random.normal(key, (1, 4)), jax.random.normal(jax.random.fold_in(key, 1), (6, 4))
+    noise, targets = noise - jnp.mean(noise, axis=0, keepdims=True), jax.random.normal(key, (6, 3))
+    params = SelfAttention(layer).init(key, noise)["params"]
+    spreads, rows = np.geomspace(1e-4, 1, config.points), {name: [] for name in EXPONENTS}
+    pair = ("query_key", "query_key")
+    first_order = jax.jit(lambda risk, params: (risk.outputs(params), jax.grad(risk)(params)))
+    for spread in spreads:
+        tokens = common + spread * noise
+        risk = objective(from_linen(SelfAttention(layer)), square_loss, tokens, targets)
+        outputs, gradient = first_order(risk, params)
+        norms = attention_hessian(layer, params, tokens, targets).norms()
+        found = {
+            "spread": jnp.linalg.norm(outputs - jnp.mean(outputs, axis=0, keepdims=True)),
+            "gradient": jnp.linalg.norm(gradient["query_key"]),
+            "outer": norms["outer"][pair],
+            "functional": norms["functional"][pair],
+            "value": norms["outer"]["value", "value"],
+        }
+        for name, value in found.items():
+            rows[name].append(float(value))
+    return {"spreads": spreads, **{f"power/{name}": np.array(row) for name, row in rows.items()}}
+
+
+def by_dimension(config: Config) -> Arrays:
+    """Mean with its standard error, and median, of 1 - sum a^2 without and with the scale."""
+    import jax
+    import jax.numpy as jnp
+
+    from attnlab.attention.cumulants import saturation, saturation_constant
+
+    arrays: Arrays = {"constant": np.array(saturation_constant(config.tokens))}
+    for name, power in (("unscaled", 0.0), ("scaled", -0.5)):
+        rows = []
+        for dim in config.dims:
+            key = jax.random.fold_in(jax.random.key(config.seed), dim)
+            values = saturation(key, dim, config.tokens, config.draws, dim**power)
+            rows.append([jnp.mean(values), jnp.std(values) / config.draws**0.5, jnp.median(values)])
+        arrays[f"trace/{name}"] = np.array(rows)
+    return arrays
+
+
+def plot(arrays: Arrays, config: Config):
+    """Depth, powers of the spread, saturation."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2))
+    plot_depth(axes[0], arrays)
+    plot_powers(axes[1], arrays)
+    plot_saturation(axes[2], arrays, config)
+    return figure
+
+
+def plot_depth(axes, arrays: Arrays) -> None:
+    for number, (name, (label, _)) in enumerate(STACKS.items()):
+        logs = np.log10(np.maximum(arrays[f"depth/{name}"], 1e-16))
+        mean, error = logs.mean(axis=0), logs.std(axis=0, ddof=1) / len(logs) ** 0.5
+        layers = np.arange(len(mean))
+        axes.semilogy(layers, 10**mean, "o-", color=f"C{number}", label=label)
+        axes.fill_between(
+            layers, 10 ** (mean - 2 * error), 10 ** (mean + 2 * error), color=f"C{number}", alpha=0.3, linewidth=0
+        )
+    axes.set(xlabel="layer", ylabel=r"$\|X - \bar X\| \,/\, \|X\|$", ylim=(1e-17, 10))
+    axes.set_title("tokens become one without a residual")
+    axes.legend(loc="lower left")
+
+
+def plot_powers(axes, arrays: Arrays) -> None:
+    spreads = arrays["spreads"]
+    for number, (name, exponent) in enumerate(EXPONENTS.items()):
+        values = arrays[f"power/{name}"]
+        axes.loglog(spreads, values, "o-", color=f"C{number}", label=f"{LABELS[name]}: {exponent}")
+        guide = values[0] * (spreads / spreads[0]) ** exponent
+        axes.loglog(spreads, guide, "--", color="black", linewidth=0.6)
+    axes.set(xlabel=r"spread $\epsilon$ of the input tokens", ylabel="norm")
+    axes.set_title("one layer, with the predicted powers (dashed)")
+    axes.legend(loc="lower right")
+
+
+def plot_saturation(axes, arrays: Arrays, config: Config) -> None:
+    dims = np.array(config.dims, float)
+    for number, name in enumerate(("unscaled", "scaled")):
+        mean, error, median = arrays[f"trace/{name}"].T
+        axes.errorbar(dims, mean, 2 * error, fmt="o-", color=f"C{number}", label=f"{name}: mean")
+        axes.loglog(dims, median, "s:", color=f"C{number}", markerfacecolor="none", label=f"{name}: median")
+    axes.loglog(dims, arrays["constant"] / dims**0.5, "--", color="black", linewidth=0.8, label=r"$c_N / \sqrt{d}$")
+    axes.set(xlabel="dimension $d$", ylabel=r"$1 - \sum_j a_j^2$", ylim=(1e-8, 2))
+    axes.set_xscale("log", base=2)
+    axes.set_title(f"saturation of softmax over {config.tokens} tokens")
+    axes.legend(loc="lower left")
+
+
+def tables(arrays: Arrays, config: Config) -> list[Table]:
+    """Fitted exponents, and the mean trace over its prediction."""
+    exponents = Table("quantity", "exponent", "fitted over the three smallest spreads")
+    for name, exponent in EXPONENTS.items():
+        slope = np.polyfit(np.log(arrays["spreads"][:3]), np.log(arrays[f"power/{name}"][:3]), 1)[0]
+        exponents.add_row(name, str(exponent), f"{slope:.4f}")
+    ratios = Table("d", "mean trace, unscaled", "over c_N / sqrt(d)", "median, unscaled", "mean, scaled")
+    for dim, row, other in zip(config.dims, arrays["trace/unscaled"], arrays["trace/scaled"], strict=True):
+        ratio = row[0] * dim**0.5 / arrays["constant"]
+        ratios.add_row(str(dim), f"{row[0]:.4g} +- {row[1]:.1g}", f"{ratio:.3f}", f"{row[2]:.3g}", f"{other[0]:.4g}")
+    return [exponents, ratios]
+
+
+ANALYSIS = Analysis("depth-and-scale", Config, compute, plot, tables, __doc__)
+
+if __name__ == "__main__":
+    ANALYSIS.main()

@@ -1,0 +1,192 @@
+"""Claims about attention computed otherwise: tiles, graphs, recurrences, and approximations with their errors."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from attnlab.approximation.approximate import (
+    Attention,
+    exact,
+    nystrom,
+    positive_features,
+    random_features,
+    top_k,
+    top_k_bound,
+)
+from attnlab.approximation.errors import approximation_errors, head_params
+from attnlab.approximation.structure import (
+    decay_mask,
+    graph_attention,
+    masked_linear_attention,
+    recurrent_linear_attention,
+)
+from attnlab.approximation.tiled import Partition, merge, output, partition, tiled_attention
+from attnlab.claims.registry import Comparison, claim
+from attnlab.models.heads import softmax_weights
+from attnlab.types import PRNGKey
+
+ROUNDING = "an identity in float64, to rounding"
+
+
+def head_inputs(key: PRNGKey, length: int = 12, dim: int = 4, value_dim: int = 3) -> tuple[Array, Array, Array]:
+    """Gaussian queries, keys and values."""
+    widths = (dim, dim, value_dim)
+    queries, keys, values = (
+        jax.random.normal(k, (length, w)) for k, w in zip(jax.random.split(key, 3), widths, strict=True)
+    )
+    return queries, keys, values
+
+
+def second_order(attention: Attention, queries: Array, keys: Array, values: Array) -> Array:
+    """A Hessian-vector product of the sum of squares of the outputs in all three inputs."""
+
+    def risk(inputs: tuple[Array, Array, Array]) -> Array:
+        return jnp.sum(attention(*inputs) ** 2)
+
+    inputs = (queries, keys, values)
+    product = jax.jvp(jax.grad(risk), (inputs,), (jax.tree.map(jnp.sin, inputs),))[1]
+    return jnp.concatenate([leaf.ravel() for leaf in product])
+
+
+@claim(
+    statement=r"\text{tiled attention has the output and the Hessian-vector product of the naive one}",
+    source="derived here; the tiles are of Rabe, Staats, arXiv 2112.05682",
+    tolerance=1e-12,
+    because=ROUNDING,
+)
+def tiled_attention_is_exact_to_second_order(key: PRNGKey, size: int = 1) -> Comparison:
+    """24 tokens in tiles of 4 with scores of spread 10, against one softmax."""
+    inputs = head_inputs(key, 24 * size)
+    naive, tiled = exact(5.0), partial(tiled_attention, scale=5.0, tile=4)
+    both = [jnp.append(second_order(each, *inputs), each(*inputs)) for each in (naive, tiled)]
+    return Comparison(*both)
+
+
+@claim(
+    statement=r"\text{temporary memory of a Hessian-vector product: } N^{1} \text{ in tiles, } N^{2} \text{ naively}",
+    source="derived here: reverse mode keeps the inputs alone and makes each tile again",
+    tolerance=0.0,
+    because="one-sided bounds on log-log slopes between N = 512 and 2048: at most 1.2, and at least 1.8",
+    relation="at most",
+)
+def tiled_attention_takes_memory_linear_in_tokens(key: PRNGKey) -> Comparison:
+    """Temporary bytes that the compiler reports for the two products."""
+    slopes = []
+    for attention in (partial(tiled_attention, tile=128), exact()):
+        sizes = []
+        for length in (512, 2048):
+            shapes = [jax.ShapeDtypeStruct((length, width), float) for width in (16, 16, 16)]
+            analysis = jax.jit(partial(second_order, attention)).lower(*shapes).compile().memory_analysis()
+            assert analysis is not None
+            sizes.append(analysis.temp_size_in_bytes)
+        slopes.append(np.log(sizes[1] / sizes[0]) / np.log(4))
+    return Comparison([1.2, -1.8], [slopes[0], -slopes[1]], scale=1)
+
+
+@claim(
+    statement=r"\text{merging partitions } (m, l, o) \text{ is associative and commutative}",
+    source="derived here: attention over a union of key sets",
+    tolerance=1e-12,
+    because=ROUNDING,
+)
+def merging_partial_attention_is_associative(key: PRNGKey) -> Comparison:
+    """Three sets of keys merged in three orders, against one softmax."""
+    queries, keys, values = head_inputs(key)
+    first, second, third = (partition(queries, keys[s], values[s], 1.0) for s in np.split(np.arange(12), [3, 7]))
+    orders: list[Partition] = [
+        merge(merge(first, second), third),
+        merge(first, merge(second, third)),
+        merge(third, merge(first, second)),
+    ]
+    whole = exact()(queries, keys, values)
+    return Comparison(jnp.stack([whole] * 3), jnp.stack([output(order) for order in orders]))
+
+
+@claim(
+    statement=r"m\,\mathrm{MSE}\big(\phi(x)^\top\phi(y)\big) = e^{\|x+y\|^2} \mathrm{SM}^2 \big(1 - e^{-\|x+y\|^2}\big), "
+    r"\ \mathrm{SM} = e^{x \cdot y}",
+    source="Choromanski et al., arXiv 2009.14794; rederived here from the moments of e^(w . (x + y))",
+    tolerance=5.0,
+    because="in standard errors of the mean square over 400,000 draws",
+)
+def positive_random_features_have_this_variance(key: PRNGKey) -> Comparison:
+    """Single features (m = 1) at a random pair with |x + y| near 1, in units of SM^2."""
+    pair = jax.random.normal(key, (2, 4)) / 3
+    features = positive_features(pair, jax.random.normal(jax.random.fold_in(key, 1), (400_000, 4)))
+    kernel = jnp.exp(pair[0] @ pair[1])
+    squares = (400_000 * features[0] * features[1] - kernel) ** 2 / kernel**2
+    distance = jnp.sum((pair[0] + pair[1]) ** 2)
+    predicted = jnp.exp(distance) * (1 - jnp.exp(-distance))
+    return Comparison(predicted, jnp.mean(squares), scale=jnp.std(squares) / 400_000**0.5)
+
+
+@claim(
+    statement=r"\frac{\|\hat H[QK,QK] - H[QK,QK]\|}{\|H[QK,QK]\|} > \frac{\|\hat f - f\|}{\|f\|} "
+    r"\text{ for random features and Nystrom}",
+    source="derived here: the curvature differentiates the approximation's error twice; it is no law for top-k and windows",
+    tolerance=0.0,
+    because="one-sided: the ratio of errors is at least 1; found between 1.4 and 1e6",
+    relation="at least",
+)
+def surrogate_kernels_lose_more_curvature_than_output(key: PRNGKey) -> Comparison:
+    """Ratio of relative errors of a random head (D = 6, d = 4, 16 tokens): 1,024 features and 8 landmarks."""
+    tokens, targets = jax.random.normal(key, (4, 16, 6)), jax.random.normal(key, (4, 16, 3))
+    params = head_params(key, 6, 4, 3)
+    found = []
+    for attention in (random_features(key, 4, 1024, 0.5), nystrom(8, 0.5)):
+        errors = approximation_errors(attention, exact(0.5), params, tokens, targets)
+        found.append(errors.score_curvature / errors.output)
+    return Comparison(np.ones(2), np.array(found))
+
+
+@claim(
+    statement=r"\|f_{\mathrm{top}\,k} - f\| \le 2 (1 - \mathrm{mass}_k) \max_j \|v_j\|",
+    source="derived here: the two distributions differ by 2 (1 - mass) in the 1-norm",
+    tolerance=1e-12,
+    because="an inequality: only rounding may go beyond it",
+    relation="at most",
+)
+def the_error_of_top_k_is_bounded_by_the_lost_mass(key: PRNGKey) -> Comparison:
+    """Every query of a random head, for k = 1 ... 11 of 12 tokens."""
+    queries, keys, values = head_inputs(key)
+    weights, whole = softmax_weights(queries @ keys.T), exact()(queries, keys, values)
+    kept = range(1, 12)
+    bounds = [top_k_bound(weights, values, count) for count in kept]
+    found = [jnp.linalg.norm(top_k(count)(queries, keys, values) - whole, axis=-1) for count in kept]
+    return Comparison(jnp.stack(bounds), jnp.stack(found), scale=1)
+
+
+@claim(
+    statement=r"(M \circ Q K^\top) V = \text{ the recurrence } S_i = a_i S_{i-1} + k_i v_i^\top,\ y_i = q_i^\top S_i; "
+    r"\ \mathrm{rank}(M \circ Q K^\top)_{\mathrm{below}} = d",
+    source="Dao, Gu, arXiv 2405.21060 (state-space duality)",
+    tolerance=1e-12,
+    because=ROUNDING + "; the rank of an off-diagonal block is a whole number",
+)
+def masked_linear_attention_is_a_recurrence(key: PRNGKey, size: int = 1) -> Comparison:
+    """Both forms on 12 tokens with random decays, and the rank of the lower left block for state size 4."""
+    queries, keys, values = head_inputs(key, 12 * size)
+    decays = jax.nn.sigmoid(jax.random.normal(key, (12 * size,)))
+    forms = [f(queries, keys, values, decays).ravel() for f in (masked_linear_attention, recurrent_linear_attention)]
+    block = np.asarray(decay_mask(decays) * (queries @ keys.T))[6 * size :, : 6 * size]
+    singular = np.linalg.svd(block, compute_uv=False)
+    rank = float(np.sum(singular > 1e-12 * singular[0]))
+    return Comparison(jnp.append(forms[0], 4.0), jnp.append(forms[1], rank))
+
+
+@claim(
+    statement=r"\text{attention under a mask is message passing along the edges of that graph}",
+    source="derived here; compare graph attention networks, Velickovic et al., arXiv 1710.10903",
+    tolerance=1e-12,
+    because=ROUNDING,
+)
+def masked_attention_is_message_passing(key: PRNGKey, size: int = 1) -> Comparison:
+    """A random graph with self-loops on 12 nodes, against masked softmax."""
+    queries, keys, values = head_inputs(key, 12 * size)
+    mask = np.asarray(jax.random.bernoulli(key, 0.3, (12 * size, 12 * size))) | np.eye(12 * size, dtype=bool)
+    receivers, senders = (jnp.asarray(index) for index in np.nonzero(mask))
+    masked = softmax_weights(queries @ keys.T, jnp.asarray(mask)) @ values
+    return Comparison(masked, graph_attention(queries, keys, values, senders, receivers))

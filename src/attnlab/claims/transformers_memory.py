@@ -1,0 +1,264 @@
+"""Claims about attention as memory: rank and capacity, outer products, Hopfield networks, sparse recovery."""
+
+from collections import Counter
+from itertools import product
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from attnlab.claims.registry import Comparison, claim
+from attnlab.curvature import hessian
+from attnlab.data.markov import entropy_rate, markov_sequences, random_transitions
+from attnlab.memory.associative import first_curvature, first_step, recall_errors, recall_objective, storage_error, zipf
+from attnlab.memory.capacity import (
+    jacobian_rank,
+    rank_with_random_contexts,
+    rank_with_shared_context,
+    scalar_head_params,
+    scalar_heads,
+)
+from attnlab.memory.hopfield import denoising_slope, hopfield_energy, hopfield_update
+from attnlab.memory.recovery import (
+    Code,
+    attention_threshold,
+    decode,
+    detection_errors,
+    pooling_threshold,
+    state_evolution,
+)
+from attnlab.memory.scaling import fit_power_law
+from attnlab.models.heads import softmax_weights
+from attnlab.types import PRNGKey
+
+ROUNDING = "an identity in float64, to rounding"
+WHOLE = "whole numbers; singular values below 1e-11 of the largest count as zero"
+
+
+@claim(
+    statement=r"\mathrm{rank}\,J = H (2 d d_h - d_h^2 + d) \text{ with random contexts}",
+    source="derived here by counting gauges; published lower bound: Mahdavi, Liao, Thrampoulidis, arXiv 2306.02010",
+    tolerance=0.0,
+    because=WHOLE,
+)
+def memorization_rank_with_random_contexts(key: PRNGKey, size: int = 1) -> Comparison:
+    """Rank of the Jacobian of scalar heads on 80 random queries, each with its own context of 5 tokens."""
+    predicted, found = [], []
+    for heads, width, head_dim in ((1, 4, 2), (2 * size, 4, 2), (2, 3, 1)):
+        params = scalar_head_params(key, heads, width, head_dim)
+        inputs = jax.random.normal(key, (80 * size, width)), jax.random.normal(key, (80 * size, 5, width))
+        found.append(jacobian_rank(scalar_heads, params, inputs))
+        predicted.append(rank_with_random_contexts(heads, width, head_dim))
+    return Comparison(predicted, found, scale=1)
+
+
+@claim(
+    statement=r"\mathrm{rank}\,J = H[\rho(d + n - 1 - \rho) + n - 1] + 1, \ \rho = \min(d_h, n-1, d), \text{ in one shared context}",
+    source="derived here by counting gauges; published lower bound: Mahdavi, Liao, Thrampoulidis, arXiv 2306.02010",
+    tolerance=0.0,
+    because=WHOLE,
+)
+def memorization_rank_in_a_shared_context(key: PRNGKey, size: int = 1) -> Comparison:
+    """The same for queries that see one context, with fewer and more tokens than the head dimension."""
+    predicted, found = [], []
+    for heads, width, head_dim, tokens in ((2, 5, 2, 4), (1, 5, 3, 3), (2 * size, 4, 1, 4)):
+        params = scalar_head_params(key, heads, width, head_dim)
+        context = jnp.broadcast_to(jax.random.normal(key, (tokens, width)), (80 * size, tokens, width))
+        inputs = jax.random.normal(key, (80 * size, width)), context
+        found.append(jacobian_rank(scalar_heads, params, inputs))
+        predicted.append(rank_with_shared_context(heads, width, head_dim, tokens))
+    return Comparison(predicted, found, scale=1)
+
+
+@claim(
+    statement=r"-\nabla_{W=0} = \tfrac1n \textstyle\sum_i (u_{y_i} - \bar u)\, e_i^\top, \quad "
+    r"H_{W=0} = \mathrm{Cov}(u) \otimes \tfrac1n \textstyle\sum_i e_i e_i^\top",
+    source="derived here: at zero softmax is uniform; compare Cabannes, Dohmatob, Bietti, arXiv 2310.02984",
+    tolerance=1e-12,
+    because=ROUNDING,
+)
+def the_first_step_stores_outer_products(key: PRNGKey) -> Comparison:
+    """Autodiff gradient and Hessian of the cross-entropy of an associative memory at zero."""
+    keys, outputs = jax.random.normal(key, (9, 4)), jax.random.normal(jax.random.fold_in(key, 1), (5, 3))
+    labels = jax.random.randint(key, (9,), 0, 5)
+    risk, zero = recall_objective(keys, outputs, labels), {"W": jnp.zeros((3, 4))}
+    predicted = [first_step(keys, outputs, labels).ravel(), first_curvature(keys, outputs).ravel()]
+    found = [-jax.jit(jax.grad(risk))(zero)["W"].ravel(), hessian(risk, zero).dense().ravel()]
+    return Comparison(jnp.concatenate(predicted), jnp.concatenate(found))
+
+
+@claim(
+    statement=r"\text{recall error of } N \text{ pairs in } d \text{ dimensions: } (N-1)/d \text{ (outer products)}, "
+    r"\max(0, 1 - d/N) \text{ (least squares)}, \approx 0 \text{ (softmax)}",
+    source="derived here: crosstalk of random keys, residual of a projection, exponential separation",
+    tolerance=4.0,
+    because="in standard errors over 20 draws; softmax at beta = 50 is below 1e-3",
+)
+def recall_errors_form_a_ladder(key: PRNGKey) -> Comparison:
+    """96 random unit keys in 64 dimensions with values N(0, I)."""
+    count, dim = 96, 64
+
+    @jax.jit
+    @jax.vmap
+    def errors(key: PRNGKey) -> dict[str, Array]:
+        keys = jax.random.normal(key, (count, dim))
+        keys = keys / jnp.linalg.norm(keys, axis=1, keepdims=True)
+        return recall_errors(keys, jax.random.normal(jax.random.fold_in(key, 1), (count, dim)), 50.0)
+
+    found = {name: np.asarray(row) for name, row in errors(jax.random.split(key, 20)).items()}
+    scale = [row.std(ddof=1) / 20**0.5 for row in found.values()]
+    scale[list(found).index("softmax")] = 1e-3
+    predicted = {"linear": (count - 1) / dim, "least_squares": 1 - dim / count, "softmax": 0.0}
+    return Comparison([predicted[n] for n in found], [row.mean() for row in found.values()], scale=np.array(scale))
+
+
+@claim(
+    statement=r"\text{error} \sim d^{\,1 - \alpha} \text{ of an associative memory of } \propto d \text{ items under Zipf}(\alpha)",
+    source="Cabannes, Dohmatob, Bietti, arXiv 2310.02984 (thresholded storage; the constant d / 8 is chosen here)",
+    tolerance=0.15,
+    because="slope over d = 64 ... 512 with 10 draws each; a finite number of items bends it",
+)
+def associative_memory_scales_with_dimension(key: PRNGKey, size: int = 1) -> Comparison:
+    """Log-log slope of the error against d, alpha = 2, storing the d / 8 most frequent of 4,000 items in 200 classes."""
+    probabilities, dims = zipf(4000, 2.0), [64, 128, 256, 512]
+    errors: list[list[Array]] = []
+    for dim in dims:
+        one = jax.jit(lambda k, dim=dim: storage_error(k, probabilities, 200, dim, dim // 8))
+        errors.append([one(k) for k in jax.random.split(key, 10 * size)])
+    draws: np.ndarray = np.array(errors)
+    law = fit_power_law(dims, draws.mean(axis=1), draws.std(axis=1, ddof=1) / draws.shape[1] ** 0.5)
+    return Comparison(-1.0, law.exponent, scale=1)
+
+
+@claim(
+    statement=r"\beta^* = 1 / \sigma^2: \text{ softmax attention over patterns of one norm is the MMSE denoiser}",
+    source="derived here; the update is of Ramsauer et al., arXiv 2008.02217",
+    tolerance=4.0,
+    because="the error's slope in beta in standard errors; half and double beta must be 4 and more away from zero",
+)
+def hopfield_attention_is_the_best_denoiser(key: PRNGKey) -> Comparison:
+    """Slope at beta* on 100,000 noisy patterns, and whether it has the right sign at half and double beta*."""
+    patterns = jax.random.normal(key, (6, 4))
+    patterns = patterns / jnp.linalg.norm(patterns, axis=1, keepdims=True)
+    noise = 0.6
+    slopes = [denoising_slope(key, patterns, noise, factor / noise**2, 100_000) for factor in (0.5, 1.0, 2.0)]
+    (low, at, high) = (float(slope / error) for slope, error in slopes)
+    return Comparison([0.0, 1.0, 1.0], [at, float(low < -4), float(high > 4)], scale=np.array([1.0, 0.1, 0.1]))
+
+
+@claim(
+    statement=r"E(\mathrm{update}(x)) \le E(x), \quad \mathrm{update}(x) = x - \nabla E(x)",
+    source="Ramsauer et al., arXiv 2008.02217; the gradient: derived here",
+    tolerance=1e-12,
+    because=ROUNDING,
+)
+def hopfield_updates_descend_their_energy(key: PRNGKey) -> Comparison:
+    """Ten random states among six patterns: the update against the energy's gradient, and rises of the energy."""
+    patterns, states = jax.random.normal(key, (6, 4)), jax.random.normal(jax.random.fold_in(key, 1), (10, 4))
+    updated = hopfield_update(patterns, states, 1.3)
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(hopfield_energy(patterns, x, 1.3))))(states)
+    rises = jnp.maximum(hopfield_energy(patterns, updated, 1.3) - hopfield_energy(patterns, states, 1.3), 0)
+    zero = jnp.zeros_like(rises)
+    return Comparison(jnp.append(updated.ravel(), zero), jnp.append((states - gradient).ravel(), rises))
+
+
+@claim(
+    statement=r"\|\nabla^2 \Phi\| = \max_h \|\nabla^2 \varphi_h\| / \sqrt{H} \text{ for } \Phi = \tfrac{1}{\sqrt H} \textstyle\sum_h \varphi_h",
+    source="Deora, Ghaderi, Taheri, Thrampoulidis, arXiv 2310.12680 (heads smooth the landscape); the identity: derived here",
+    tolerance=1e-12,
+    because=ROUNDING,
+)
+def heads_smooth_the_landscape(key: PRNGKey) -> Comparison:
+    """Hessian of one output of 1, 2 and 4 heads in all weights against those of its heads alone."""
+    query, context = jax.random.normal(key, (1, 3)), jax.random.normal(key, (1, 5, 3))
+    params = scalar_head_params(key, 4, 3, 2)
+    predicted, found = [], []
+    for heads in (1, 2, 4):
+        parts = [jax.tree.map(lambda leaf, h=h: leaf[h : h + 1], params) for h in range(heads)]
+        alone = [np.linalg.norm(_output_hessian(part, (query, context)), 2) for part in parts]
+        some = jax.tree.map(lambda leaf, heads=heads: leaf[:heads], params)
+        predicted.append(max(alone) / heads**0.5)
+        found.append(np.linalg.norm(_output_hessian(some, (query, context)), 2) / heads**0.5)
+    return Comparison(predicted, found)
+
+
+@jax.jit
+def _output_hessian(params: dict[str, Array], inputs: tuple[Array, Array]) -> Array:
+    flat, unravel = jax.flatten_util.ravel_pytree(params)
+    return jax.hessian(lambda vector: scalar_heads(unravel(vector), inputs)[0])(flat)
+
+
+@claim(
+    statement=r"\text{softmax attention separates all contexts that mean pooling confuses}",
+    source="after Kajitsuka, Sato, arXiv 2307.14023; the enumeration: derived here",
+    tolerance=0.0,
+    because="whole numbers: pairs of contexts with outputs closer than 1e-9",
+)
+def softmax_separates_contexts_that_pooling_confuses(key: PRNGKey) -> Comparison:
+    """All multisets of four tokens among -1, 0, 1 in one dimension, seen by one query with a random score weight."""
+    contexts = np.array([c for c in product([-1.0, 0.0, 1.0], repeat=4) if list(c) == sorted(c)])
+    weight = 1 + jax.random.uniform(key)
+    softmax = np.asarray(jnp.sum(softmax_weights(weight * jnp.asarray(contexts)) * contexts, axis=1))
+    pairs = Counter(contexts.sum(axis=1)).values()
+    by_count = sum(n * (n - 1) // 2 for n in pairs)
+    return Comparison([by_count, 0], [_confused(contexts.mean(axis=1)), _confused(softmax)], scale=1)
+
+
+def _confused(outputs: np.ndarray) -> int:
+    close = np.abs(outputs[:, None] - outputs[None]) < 1e-9
+    return int(np.triu(close, 1).sum())
+
+
+@claim(
+    statement=r"\|x_t - x\|^2 / n = P(1 - s_t): \text{ state evolution of message passing with a softmax denoiser}",
+    source="Rush, Greig, Venkataramanan, arXiv 1501.05892; Onsager's term as a softmax Jacobian's trace: derived here",
+    tolerance=0.12,
+    because="in units of the power: the share of 256 sections fluctuates by 0.03, which the steep part amplifies twice",
+)
+def state_evolution_predicts_softmax_message_passing(key: PRNGKey) -> Comparison:
+    """Six iterations on one code word: L = 256 sections, M = 32 entries, capacity 1.5 bits, rate 0.8 and 1.4 bits."""
+    predicted, found = [], []
+    for rate in (0.8, 1.4):
+        code = Code(256, 32, rows=round(256 * 5 / rate), power=7.0)  # log2(1 + 7) / 2 = 1.5 bits
+        found.append(jax.jit(decode, static_argnums=(1, 2))(key, code, 6))
+        predicted.append(jax.jit(state_evolution, static_argnums=(1, 2))(key, code, 6))
+    return Comparison(jnp.stack(predicted), jnp.stack(found), scale=7.0)
+
+
+@claim(
+    statement=r"\mu^*_{\mathrm{pooling}} = 2 z \sqrt{L}, \quad \mu^*_{\mathrm{attention}} \sim \sqrt{2 \ln L}",
+    source="derived here: one token of strength mu among L, errors of 10 % of both kinds",
+    tolerance=5.0,
+    because="in standard errors of a share over 20,000 draws; the attention's miss rate is at most the predicted one",
+)
+def attention_detects_a_token_that_pooling_drowns(key: PRNGKey) -> Comparison:
+    """Error rates at the predicted thresholds for L = 16 and 256, and false alarms of the maximum."""
+    error, draws, found = 0.1, 20_000, []
+    for length in (16, 256):
+        strength = pooling_threshold(length, error)
+        found.append(detection_errors(key, length, float(strength), float(strength / 2), draws, True))
+        strength = attention_threshold(length, error)
+        level = strength - attention_threshold(1, error) / 2  # the maximum's own level: ndtri((1 - error)^(1/L))
+        alarms, misses = detection_errors(key, length, float(strength), float(level), draws, False)
+        found.append(jnp.stack([alarms, misses / (1 - error) ** ((length - 1) / length)]))
+    return Comparison(np.full((4, 2), error), jnp.stack(found), scale=(error * (1 - error) / draws) ** 0.5)
+
+
+@claim(
+    statement=r"W = \log P \text{ with one-hot embeddings has the least cross-entropy on a Markov chain, its entropy rate}",
+    source="derived here: the log-likelihood of a chain; its excess is a Kullback-Leibler divergence",
+    tolerance=4.5,
+    because="in standard errors over 40,000 pairs; the gradient has mean zero where each share is right",
+)
+def a_memory_of_bigrams_reaches_the_entropy_rate(key: PRNGKey) -> Comparison:
+    """Risk and gradient of the associative memory with W = log P on sequences of a random chain of five states."""
+    transitions = random_transitions(key, 5)
+    data = markov_sequences(jax.random.fold_in(key, 1), transitions, 4000, 10)
+    keys, labels = jnp.eye(5)[data.inputs.ravel()], data.targets.ravel()
+    risk, point = recall_objective(keys, jnp.eye(5), labels), {"W": jnp.log(transitions).T}
+    losses = -jnp.log(transitions)[data.inputs, data.targets].mean(axis=1)
+    found = jnp.append(risk(point), jnp.max(jnp.abs(jax.grad(risk)(point)["W"])))
+    # an entry of the gradient is the mean of at most a Bernoulli variable less its probability
+    scale = jnp.array([jnp.std(losses) / losses.size**0.5, 0.5 / labels.size**0.5])
+    return Comparison(jnp.append(entropy_rate(transitions), 0.0), found, scale=scale)
