@@ -162,7 +162,7 @@ def plot_phases(axes, arrays: Arrays, config: Config) -> None:
     axes.errorbar(spreads, errors[:, 1], bars[:, 1], fmt="s-", color="C1", label="attention to a prompt")
     for factor in (1, 2):
         axes.axvline(factor * edge, color="black", linewidth=0.7, linestyle="--")
-    axes.set(xlabel=r"spread $\Delta$ of irrelevant tokens", ylabel="classification error", ylim=(-0.02, 0.56))
+    axes.set(xlabel=r"spread $\Delta$ of irrelevant tokens", ylabel="classification error", ylim=(-0.02, 0.68))
     axes.set_title(r"three phases, edges $\zeta/(1-\zeta)$ and $2\zeta/(1-\zeta)$")
     axes.legend(loc="upper left")
 

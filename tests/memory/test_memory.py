@@ -91,6 +91,8 @@ def test_power_laws_are_fitted_with_their_error():
     exact = fit_power_law(x, 3 * x**-0.7, 0.01 * x**-0.7)
     assert exact.exponent == pytest.approx(-0.7)
     assert exact.factor == pytest.approx(3)
+    certain = fit_power_law([16.0, 32.0], [0.46, 0.34], [0.0, 0.02])  # one point without error
+    assert certain.exponent == pytest.approx(np.log(0.34 / 0.46) / np.log(2))
     draws = np.array(
         [fit_power_law(x, np.exp(-np.log(x) + 0.02 * random.standard_normal(4)), 0.02 / x) for _ in range(400)]
     )

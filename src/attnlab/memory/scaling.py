@@ -24,8 +24,8 @@ def fit_power_law(x: ArrayLike, means: ArrayLike, errors: ArrayLike) -> PowerLaw
     if len(x) < 2 or np.any(means <= 0) or np.any(x <= 0):
         raise ValueError(f"means are {means} at {x}; a power law takes at least two positive points. Drop the others.")
     weights = (means / np.maximum(errors, 1e-12 * means)) ** 2
-    logs, centred = np.log(means), np.log(x) - np.average(np.log(x), weights=weights)
-    information = np.sum(weights * centred**2)
-    exponent = np.sum(weights * centred * logs) / information
-    level = np.average(logs - exponent * np.log(x), weights=weights)
-    return PowerLaw(float(exponent), float(information**-0.5), float(np.exp(level)))
+    centres = [np.average(np.log(values), weights=weights) for values in (x, means)]
+    across, up = (np.log(values) - centre for values, centre in zip((x, means), centres, strict=True))
+    information = np.sum(weights * across**2)
+    exponent = np.sum(weights * across * up) / information
+    return PowerLaw(float(exponent), float(information**-0.5), float(np.exp(centres[1] - exponent * centres[0])))
