@@ -41,11 +41,11 @@ class Config(AnalysisConfig):
     """Head dimension d_h."""
     labels: tuple[float, ...] = (0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)
     """Numbers of random labels over the rank."""
-    starts: int = 8
+    starts: int = 5
     """Random starts of each fit."""
     dims: tuple[int, ...] = (32, 64, 128, 256, 512)
     """Dimensions of the associative memory."""
-    draws: int = 40
+    draws: int = 20
     """Random memories."""
     items: int = 4000
     """Items, with Zipf probabilities."""
