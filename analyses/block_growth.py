@@ -93,6 +93,8 @@ def depths(config: Config, variant: str) -> range:
 
 def compute(config: Config, progress: Progress) -> Arrays:
     """All norms, part by part: what a stopped run had finished is read from disk."""
+    from attnlab.runs import stored_arrays
+
     if config.dtype != "float64":
         raise ValueError(
             "dtype is float32, where the blocks of deep linear attention underflow (they grow like sigma^54); "
@@ -106,13 +108,13 @@ def compute(config: Config, progress: Progress) -> Arrays:
     for seed, variant, depth in tasks:
         progress.update(bar, status=f"seed {seed}: {VARIANTS[variant].label}, depth {depth}")
         path = folder / f"{variant}-{depth}-{seed}.npz"
-        part = stored(path, lambda s=seed, v=variant, d=depth: measure(config, s, v, d))
+        part = stored_arrays(path, lambda s=seed, v=variant, d=depth: measure(config, s, v, d))
         for name, norms in part.items():
             found.setdefault(f"{variant}/{depth}/{name}", []).append(norms)
         progress.advance(bar)
     arrays = {name: np.stack(norms) for name, norms in found.items()}
     arrays |= {f"{variant}/sigma": sigmas(config, variant) for variant in VARIANTS}
-    return arrays | stored(folder / f"precision-{config.seed}.npz", lambda: precision_errors(config))
+    return arrays | stored_arrays(folder / f"precision-{config.seed}.npz", lambda: precision_errors(config))
 
 
 def parts_folder(config: Config) -> Path:
@@ -123,24 +125,12 @@ def parts_folder(config: Config) -> Path:
     return config.output / "results" / "block-growth-parts" / digest
 
 
-def stored(path: Path, make) -> Arrays:
-    """The arrays at `path`, made and written there if they are not."""
-    from attnlab.runs import replace_file
-
-    if not path.exists():
-        arrays = make()
-        with replace_file(path) as partial:
-            np.savez(partial, allow_pickle=False, **arrays)
-    with np.load(path, allow_pickle=False) as archive:
-        return dict(archive)
-
-
-def network(config: Config, variant: str, depth: int, dtype: str | None = None):
+def network(config: Config, variant: str, depth: int):
     """The network of a variant; transformers in `config.precision`."""
     from attnlab.attention.addition_networks import AdditionNetwork
 
     kind = VARIANTS[variant]
-    dtype = dtype or (config.precision if kind.weights == "softmax" else config.dtype)
+    dtype = config.precision if kind.weights == "softmax" else config.dtype
     return AdditionNetwork(kind.weights, kind.norm, depth, config.width, config.digits, config.sequences, dtype)
 
 
@@ -179,32 +169,17 @@ def first_layer(config: Config, model, params, data, key) -> dict[str, float]:
 
 
 def precision_errors(config: Config) -> Arrays:
-    """Largest relative error of the transformers' norms against float64: (sigma of three, part), at depth 1."""
-    arrays = {}
-    for variant in ("softmax", "pre_norm"):
-        chosen = sigmas(config, variant)[[0, config.points // 2, -1]]
-        errors = []
-        for sigma in chosen:
-            norms = [point_norms(config, variant, dtype, sigma) for dtype in (config.precision, "float64")]
-            errors.append([relative_error(part, *norms) for part in PARTS])
-        arrays |= {f"precision/{variant}": np.array(errors), f"precision/{variant}/sigma": chosen}
-    return arrays
-
-
-def point_norms(config: Config, variant: str, dtype: str, sigma: float):
-    """Norms at depth 1 in one precision; the weights are those of `config.precision` in both."""
+    """Largest relative error of the transformers' norms against float64 at depth 1, for three values of sigma."""
     import jax
 
-    from attnlab.attention.addition_networks import last_layer_norms, with_embedding_scale
+    from attnlab.attention.addition_networks import precision_error
 
-    params, data = network(config, variant, 1).draw(jax.random.key(config.seed))
-    params = jax.tree.map(lambda x: x.astype(dtype), with_embedding_scale(params, sigma))
-    return last_layer_norms(network(config, variant, 1, dtype), params, data)
-
-
-def relative_error(part: str, found, expected) -> float:
-    names = [name for name in expected if name.startswith(part) and expected[name] > 0]
-    return max(abs(found[name] - expected[name]) / expected[name] for name in names)
+    key, arrays = jax.random.key(config.seed), {}
+    for variant in ("softmax", "pre_norm"):
+        chosen = sigmas(config, variant)[[0, config.points // 2, -1]]
+        errors = [precision_error(network(config, variant, 1), key, sigma) for sigma in chosen]
+        arrays |= {f"precision/{variant}": np.array(errors), f"precision/{variant}/sigma": chosen}
+    return arrays
 
 
 def fit_range(variant: str) -> tuple[float, float]:
@@ -424,7 +399,7 @@ def accuracy_table(arrays: Arrays) -> Table:
         scales = arrays[f"precision/{variant}/sigma"]
         for scale, errors in zip(scales, arrays[f"precision/{variant}"], strict=True):
             table.add_row(
-                f"last layer, {VARIANTS[variant].label}", f"sigma {scale:.2g}", f"{errors.max():.1e} against float64"
+                f"last layer, {VARIANTS[variant].label}", f"sigma {scale:.2g}", f"{np.max(errors):.1e} against float64"
             )
     names = [name for name in arrays if name.endswith("/error")]
     if names:

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from attnlab.runs import load_arrays, manifest, replace_directory, replace_file, save_result
+from attnlab.runs import load_arrays, manifest, replace_directory, replace_file, save_result, stored_arrays
 
 
 def test_arrays_come_back_as_they_went(tmp_path):
@@ -50,3 +50,22 @@ def test_the_manifest_says_how_to_make_it_again(tmp_path):
     assert record["dtype"] == "float64"
     assert {"python", "attnlab", "jax", "flax", "numpy"} <= set(record["versions"])
     assert {"command", "git_commit", "git_dirty", "device", "device_count"} <= set(record)
+
+
+def test_stored_arrays_are_made_once(tmp_path):
+    calls = []
+
+    def make():
+        calls.append(1)
+        return {"values": np.arange(3.0)}
+
+    path = tmp_path / "parts" / "one.npz"
+    first, second = stored_arrays(path, make), stored_arrays(path, make)
+    np.testing.assert_array_equal(first["values"], second["values"])
+    assert len(calls) == 1
+
+
+def test_arrays_whose_making_fails_are_not_stored(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        stored_arrays(tmp_path / "one.npz", lambda: {"values": np.array(1 // 0)})
+    assert list(tmp_path.iterdir()) == []

@@ -8,7 +8,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -144,6 +144,16 @@ def replace_file(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def stored_arrays(path: Path, make: Callable[[], Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The arrays at `path` (npz), made by `make()` and written there if they are not: parts of a run that resumes."""
+    if not path.exists():
+        arrays = make()
+        with replace_file(path) as partial:
+            np.savez(partial, allow_pickle=False, **arrays)
+    with np.load(path, allow_pickle=False) as archive:
+        return dict(archive)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -1,5 +1,7 @@
 """Exponents, fits and crossings of growing norms; the networks of the growth experiment against dense autodiff."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from attnlab.attention.addition_networks import (
     first_layer_squares,
     last_layer_norms,
     linear_mlp_norms,
+    precision_error,
     with_embedding_scale,
 )
 from attnlab.attention.growth import (
@@ -98,3 +101,9 @@ def test_norms_of_a_linear_mlp_are_those_of_autodiff():
             matrix
         )
         assert_close(found[place], np.linalg.norm(dense))
+
+
+def test_lower_precision_errs_by_its_rounding():
+    network = AdditionNetwork("softmax", None, 1, **TINY)
+    assert precision_error(network, jax.random.key(1), 0.5) == 0  # float64 against itself
+    assert 1e-8 < precision_error(replace(network, dtype="float32"), jax.random.key(1), 0.5) < 1e-4

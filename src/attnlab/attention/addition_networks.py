@@ -6,7 +6,7 @@ linear MLPs (square loss); all weights N(0, 0.64 / width), biases zero, embeddin
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -120,6 +120,18 @@ def last_layer_norms(network: AdditionNetwork, params: Params, data: tuple[Array
         for (row, column), norm in blocks.items()
         if row <= column
     }
+
+
+def precision_error(network: AdditionNetwork, key: PRNGKey, sigma: float) -> float:
+    """Largest relative error of `last_layer_norms` against float64, for the same weights; blocks that are zero are left
+    out. Needs 64 bits switched on."""
+    params, data = network.draw(key)
+    norms = []
+    for dtype in (network.dtype, "float64"):
+        weights = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), with_embedding_scale(params, sigma))
+        norms.append(last_layer_norms(replace(network, dtype=dtype), weights, data))
+    found, expected = norms
+    return max(abs(found[name] - expected[name]) / expected[name] for name in expected if expected[name] > 0)
 
 
 @partial(jax.jit, static_argnames="network")
