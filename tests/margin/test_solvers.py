@@ -150,6 +150,28 @@ def test_feasibility_near_the_threshold_is_proved_either_way(shape):
     assert Status.INFEASIBLE in verdicts
 
 
+@pytest.mark.slow
+def test_a_thousand_verdicts_near_the_threshold():
+    """Half of such problems are feasible: every verdict is proved, and is that of linear programming."""
+    feasible = 0
+    for seed in range(1000):
+        problem = unplanned_problem(6, 5, 3, seed=seed)
+        rows, found = dense_rows(problem), max_margin(problem)
+        possible = scipy.optimize.linprog(
+            np.zeros(9), A_ub=-rows, b_ub=-np.ones(len(rows)), bounds=(None, None), method="highs"
+        )
+        assert found.status == (Status.SOLVED if possible.status == 0 else Status.INFEASIBLE), seed
+        if found.status == Status.SOLVED:
+            assert (rows @ found.direction.ravel()).min() > 0
+            assert found.gap < 1e-9
+        else:
+            assert found.multipliers.min() >= 0
+            assert_close(found.multipliers.sum(), 1.0)
+            assert np.linalg.norm(rows.T @ found.multipliers) < 1e-10
+        feasible += found.status == Status.SOLVED
+    assert 150 < feasible < 850
+
+
 def test_other_norms_inherit_infeasibility():
     problem = next(p for p in (unplanned_problem(12, 6, 3, s) for s in range(9)) if max_margin(p).status)
     for norm in ("nuclear", ("lp", 3), ("lp", 1)):

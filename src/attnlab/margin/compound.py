@@ -54,7 +54,7 @@ def joint_max_margin(
     keys: Float[AnyArray, "n T d"] | None = None,
     relaxed: bool = True,
 ) -> JointMargin:
-    """v is the SVM of the selected tokens with labels +-1; p selects them (arXiv 2306.13596, theorem 5).
+    """v is the SVM of the selected tokens with labels +-1; p selects them (arXiv 2306.13596).
 
     minimise ||v|| : Y_i v^T x_{i alpha_i} >= 1. Then p: p^T (k_{i alpha_i} - k_it) >= 1 for sequences i that support v,
     and with `relaxed` only >= 0 for the others, whose attention need not saturate; else >= 1 for all. `keys` are the

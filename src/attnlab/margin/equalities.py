@@ -31,7 +31,7 @@ def equality_solution(problem: MarginProblem, values: Float[AnyArray, " q"]) -> 
     """The least-norm W with <a_k, W> = values_k on the equality rows, in their order: W_fin of several selected tokens.
 
     For selected tokens s, s' the value is the difference of scores that the loss prefers: the logarithm of the ratio of
-    their optimal probabilities (arXiv 2308.16898 section 5; 2402.18551 equation 5 for next tokens). Raises
+    their optimal probabilities (arXiv 2308.16898; 2402.18551 for next tokens). Raises
     `ValueError` if the values contradict each other.
     """
     rows = np.flatnonzero(np.asarray(problem.equality))

@@ -84,7 +84,7 @@ def finite_component(
 
         mean_i -log sum_{t: x_it = y_i} softmax((e_{x_it}^T W e_{k_i})_{t in the component of y_i})_t,
 
-    convex there, by Newton's method to rounding (arXiv 2403.08081, equation 4, with the log loss). Zero if nothing is
+    convex there, by Newton's method to rounding (arXiv 2403.08081, for the log loss). Zero if nothing is
     cyclic.
     """
     embeddings = np.asarray(embeddings, float)

@@ -71,7 +71,7 @@ def attention_problem(
 
         minimise ||W|| : (x_{i alpha_i} - x_it)^T W z_i >= 1 for all t != alpha_i
 
-    (arXiv 2308.16898, equation Att-SVM; the nuclear norm belongs to the factors W = K Q^T). `selection` is the index
+    (Att-SVM of arXiv 2308.16898; the nuclear norm belongs to the factors W = K Q^T). `selection` is the index
     alpha_i, or a mask of several selected tokens: then scores are equal inside the selected set and larger by 1 than
     those outside it. Raises `ValueError` for a selection outside the sequence, one-token sequences, a token that equals
     the selected one (no W separates them), and values that are not finite.
