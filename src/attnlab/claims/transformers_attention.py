@@ -17,6 +17,7 @@ from attnlab.claims.registry import Comparison, claim
 from attnlab.curvature import hessian
 from attnlab.data.digits import patches
 from attnlab.data.signals import frames, spectrogram
+from attnlab.dynamics.tokens import rank_residual
 from attnlab.losses import square_loss
 from attnlab.models import heads
 from attnlab.models.adapters import from_linen
@@ -118,11 +119,6 @@ def a_needle_needs_a_logarithmic_logit(key: PRNGKey) -> Comparison:
     return Comparison(needle_logit(lengths), found, scale=1)
 
 
-def token_spread(tokens: Array) -> Array:
-    """Norm of what remains of the tokens without their mean."""
-    return jnp.linalg.norm(tokens - jnp.mean(tokens, axis=-2, keepdims=True))
-
-
 def slope(x: ArrayLike, y: ArrayLike) -> np.ndarray:
     """Least-squares slope of log y against log x."""
     return np.polyfit(np.log(x), np.log(np.asarray(y, float)), 1)[0]
@@ -152,7 +148,7 @@ def pure_attention_contracts_the_token_spread_cubically(key: PRNGKey) -> Compari
         module = Transformer(TransformerConfig(attention, norm=None, residual=residual))
         params = module.init(key, near_rank_one(key, 1.0))["params"]
         outputs = jax.jit(from_linen(module))
-        slopes.append(slope(SPREADS, [token_spread(outputs(params, near_rank_one(key, size))) for size in SPREADS]))
+        slopes.append(slope(SPREADS, [rank_residual(outputs(params, near_rank_one(key, size))) for size in SPREADS]))
     return Comparison([3.0, 1.0], slopes, scale=1)
 
 
