@@ -139,14 +139,13 @@ def plot(arrays: Arrays, config: Config):
     """LoRA's spectra, phases, drift."""
     import matplotlib.pyplot as plt
 
-    from attnlab.plotting.matrices import signed_spectrum
-
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.2))
     for number, (name, label) in enumerate((("start", "start, $B = 0$"), ("end", "minimiser"))):
-        values = arrays[f"spectrum/{name}"]
-        scale = np.abs(values).max()
-        signed_spectrum(axes[0], np.where(np.abs(values) < 1e-12 * scale, 1e-17 * scale, values), f"C{number}", label)
-    axes[0].set(xlabel="rank of the eigenvalue", ylabel="|eigenvalue| (triangles: negative; lowest: zero)")
+        values = np.sort(arrays[f"spectrum/{name}"])[::-1]
+        axes[0].plot(np.arange(1, len(values) + 1), values, ".", color=f"C{number}", markersize=4, label=label)
+    axes[0].set_yscale("symlog", linthresh=1e-2)
+    axes[0].axhline(0, color="black", linewidth=0.6)
+    axes[0].set(xlabel="rank of the eigenvalue", ylabel="eigenvalue (linear within 0.01)")
     axes[0].set_title(f"LoRA, {config.shape[0]} x {config.shape[1]}, $r = {config.rank}$")
     axes[0].legend(loc="lower left")
     plot_phases(axes[1], arrays, config)

@@ -162,7 +162,7 @@ def plot_depth(axes, arrays: Arrays) -> None:
         )
     axes.set(xlabel="layer", ylabel=r"$\|X - \bar X\| \,/\, \|X\|$", ylim=(1e-17, 10))
     axes.set_title("tokens become one without a residual")
-    axes.legend(loc="lower left")
+    axes.legend(loc="center right")
 
 
 def plot_powers(axes, arrays: Arrays) -> None:
