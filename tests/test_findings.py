@@ -1,6 +1,7 @@
 """What counts as reproduced, and how it is said."""
 
 import math
+from io import StringIO
 
 import pytest
 from rich.console import Console
@@ -23,9 +24,9 @@ def test_a_finding_lies_in_its_interval(finding, reproduced, expected):
 
 
 def test_the_table_shows_both_numbers():
-    console = Console(width=120, record=True, quiet=True)
-    console.print(findings_table([CASES[1][0]]))
-    text = console.export_text()
+    terminal = StringIO()
+    Console(width=120, file=terminal).print(findings_table([CASES[1][0]]))
+    text = terminal.getvalue()
     assert "1.2" in text
     assert "0.9 to 1.1" in text
     assert "no" in text
