@@ -165,6 +165,11 @@ def plus_plus_risk(
     """Risk per dimension of GD++ (`baselines.gradient_descent_plus_plus`) on isotropic prompts, from a `gauss_rule`.
 
     The residual has degree (3^L - 1) / 2, so the rule is exact with (3^L + 1) / 2 nodes: 14 for three layers.
+    For d = 5, N = 20 the least risks d times this are 1.1538, 0.057501 and 9.613e-4 for L = 1, 2, 3. Sampled prompts
+    show less for L = 3, 9.15e-4 with a standard error of 0.09e-4 over 300,000 of them: 6 % of the exact value come
+    from eigenvalues above 5, so rare (the rule gives 2e-10 of the spectrum to them) that a sample has none and its
+    error bar does not know it. Steps fitted to 4,000 sampled prompts look better by a fifth or more than the optimum,
+    and are 20 times worse in truth.
     """
     eigenvalues, weights = rule
     residual = jnp.ones_like(eigenvalues)
