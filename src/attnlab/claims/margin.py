@@ -123,8 +123,8 @@ def rescaled_all(risks: Objective) -> Objective:
     statement=r"\text{the tokens that descent selects are locally optimal: } \gamma_{i\alpha_i} > \gamma_{it}"
     r" \text{ for all } t \text{ of margin exactly } 1",
     source=f"{ATT_SVM}, local optimality of tokens",
-    tolerance=0.0,
-    because="a share of 12 runs; some have not settled between two nearly equal tokens yet",
+    tolerance=0.1,
+    because="a share of 12 runs; one may still be unsettled between two nearly equal tokens",
     relation="at least",
 )
 def selected_tokens_are_locally_optimal(key: PRNGKey) -> Comparison:
@@ -137,7 +137,7 @@ def selected_tokens_are_locally_optimal(key: PRNGKey) -> Comparison:
         others = np.stack([np.delete(row, chosen) for row, chosen in zip(values, choice, strict=True)])
         best = values[np.arange(SEQUENCES), choice]
         optimal.append(np.all((best[:, None] > others).ravel()[found.support]))
-    return Comparison(0.9, np.mean(optimal), scale=1)
+    return Comparison(1.0, np.mean(optimal), scale=1)
 
 
 @claim(
