@@ -30,8 +30,11 @@ def trace(operator: Operator, key: PRNGKey, *, probes: int = 48) -> Estimate:
     """The trace, and its standard error, by Hutchinson's estimator: the mean of <z, A z> over Rademacher probes z.
 
     Hutchinson (1990). Exact for a diagonal operator; otherwise its variance is 2 sum_{i != j} A_ij^2 / probes. Hutch++
-    and XTrace spend their products on a low-rank part, which pays only where few eigenvalues dominate: on the slowly
-    decaying spectra of attention they are behind at equal products. Raises `NonFiniteProductError`.
+    (Meyer et al., arXiv 2010.09649) and XTrace (Epperly, Tropp, Webber, arXiv 2301.07825) spend products on a low-rank
+    part, which pays only where few eigenvalues dominate. Root mean squares of the error over 60 seeds at 48 products,
+    in percent of the sum of |eigenvalues|, were 1.08, 1.62 and 1.28 for the Hessian of an attention layer with 1,024
+    parameters, and 1.68, 2.25, 1.85 for its Gauss-Newton matrix, whose order turns at 96 products (1.25, 1.01, 1.19).
+    Raises `NonFiniteProductError`.
     """
     return _mean(operator, key, probes, jnp.vdot)
 
