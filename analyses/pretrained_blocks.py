@@ -182,7 +182,7 @@ def negative_share(arrays: Arrays, where: str) -> float:
 
 
 def plot(arrays: Arrays, config: Config):
-    """Above: norms by layer of H, H_o and H_f; below: the value block's lead, negative share, counts of eigenvalues."""
+    """Above: norms by layer of H, H_o and H_f; below: the value block's lead, H_o over H_f, eigenvalues."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, 3, figsize=(12.5, 7))
@@ -190,8 +190,12 @@ def plot(arrays: Arrays, config: Config):
         plot_norms(axes[0, column], arrays, part)
     for column in (1, 2):
         axes[0, column].sharey(axes[0, 0])
+    filled, hollow = axes[0, 1].plot([], [], "o-", color="gray"), axes[0, 1].plot([], [], "s:", color="gray")
+    hollow[0].set_markerfacecolor("none")
+    axes[0, 0].legend(loc="center right", bbox_to_anchor=(1, 0.35))
+    axes[0, 1].legend((*filled, *hollow), WEIGHTS.values(), loc="upper left")
     plot_lead(axes[1, 0], arrays)
-    plot_negative(axes[1, 1], arrays)
+    plot_balance(axes[1, 1], arrays)
     plot_counts(axes[1, 2], arrays)
     return figure
 
@@ -203,59 +207,40 @@ def plot_norms(axes, arrays: Arrays, part: str) -> None:
     layers = 1 + np.arange(layers_of(arrays))
     for color, matrix in enumerate(MATRICES):
         for name, (line, face) in LOOK.items():
-            value, error = norms(arrays, name, part, matrix)
-            label = matrix if name == "trained" else None
-            low = np.minimum(2 * error, 0.9 * value)  # a bar that reaches zero cannot be drawn to its end
-            axes.errorbar(
-                layers,
-                value,
-                (low, 2 * error),
-                fmt=line,
-                color=f"C{color}",
-                markerfacecolor=face,
-                capsize=2,
-                label=label,
-            )
-    axes.set(yscale="log", xlabel="layer", xticks=layers, title=f"blocks of ${PARTS[part]}$ (open: at initialisation)")
+            draw(axes, layers, *norms(arrays, name, part, matrix), f"C{color}", line, face, matrix)
+    axes.set(yscale="log", xlabel="layer", xticks=layers, title=f"blocks of ${PARTS[part]}$")
     axes.set_ylabel("Frobenius norm")
-    axes.legend(loc="best")
 
 
 def plot_lead(axes, arrays: Arrays) -> None:
     layers = 1 + np.arange(layers_of(arrays))
-    for color, (part, label) in enumerate(PARTS.items()):
+    for color, (part, label) in enumerate(PARTS.items(), 3):
         for name, (line, face) in LOOK.items():
-            value, error = lead(arrays, name, part)
-            low = np.minimum(2 * error, 0.9 * value)
-            caption = f"${label}$" if name == "trained" else None
-            color_name = f"C{color + 3}"
-            axes.errorbar(
-                layers,
-                value,
-                (low, 2 * error),
-                fmt=line,
-                color=color_name,
-                markerfacecolor=face,
-                capsize=2,
-                label=caption,
-            )
+            draw(axes, layers, *lead(arrays, name, part), f"C{color}", line, face, f"${label}$")
     axes.axhline(1, color="black", linewidth=0.7)
-    axes.set(yscale="log", xlabel="layer", xticks=layers, title="lead of the value block (open: at initialisation)")
+    axes.set(yscale="log", xlabel="layer", xticks=layers, title="lead of the value block")
     axes.set_ylabel(r"$\Vert VV\Vert \, / \sqrt{\Vert QQ\Vert \, \Vert KK\Vert}$")
     axes.legend(loc="best")
 
 
-def plot_negative(axes, arrays: Arrays) -> None:
-    layers = range(layers_of(arrays))
+def plot_balance(axes, arrays: Arrays) -> None:
+    layers = 1 + np.arange(layers_of(arrays))
     for color, matrix in enumerate(MATRICES):
         for name, (line, face) in LOOK.items():
-            shares = [negative_share(arrays, f"{name}/{layer}/hessian/{matrix}") for layer in layers]
-            label = matrix if name == "trained" else None
-            axes.plot(1 + np.array(layers), shares, line, color=f"C{color}", markerfacecolor=face, label=label)
-    axes.axhline(0.5, color="black", linewidth=0.7)
-    axes.set(ylim=(0, 1), xlabel="layer", xticks=1 + np.array(layers), ylabel=r"negative share of $\sum_i |\lambda_i|$")
-    axes.set_title("negative curvature of $H$ (open: at initialisation)")
-    axes.legend(loc="best")
+            outer, outer_error = norms(arrays, name, "ggn", matrix)
+            inner, inner_error = norms(arrays, name, "functional", matrix)
+            error = outer / inner * np.hypot(outer_error / outer, inner_error / inner)
+            draw(axes, layers, outer / inner, error, f"C{color}", line, face, matrix)
+    axes.axhline(1, color="black", linewidth=0.7)
+    axes.set(yscale="log", xlabel="layer", xticks=layers, title="Gauss-Newton against functional part")
+    axes.set_ylabel(r"$\Vert H_o \Vert / \Vert H_f \Vert$")
+
+
+def draw(axes, layers, value, error, color: str, line: str, face: str | None, label: str) -> None:
+    """Points with bars of two standard errors; only filled ones go into the legend."""
+    low = np.minimum(2 * error, 0.9 * value)  # a bar that reaches zero cannot be drawn to its end
+    label = label if face is None else "_nolegend_"
+    axes.errorbar(layers, value, (low, 2 * error), fmt=line, color=color, markerfacecolor=face, capsize=2, label=label)
 
 
 def plot_counts(axes, arrays: Arrays) -> None:
@@ -269,8 +254,15 @@ def plot_counts(axes, arrays: Arrays) -> None:
             order = np.argsort(-values)
             order = order[values[order] > 0]
             counts = n * np.cumsum(weights.ravel()[order]) / len(nodes)
-            axes.step(values[order], counts, line, where="pre", color=f"C{color}", label=matrix if sign == 1 else None)
-    axes.set(xscale="log", yscale="log", ylim=(0.3, None), xlabel=r"$|\lambda|$ (dotted: negative eigenvalues)")
+            axes.step(values[order], counts, line, where="post", color=f"C{color}", label=matrix if sign == 1 else None)
+    top = max(np.abs(arrays[f"trained/{layer}/hessian/{matrix}/nodes"]).max() for matrix in MATRICES)
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlim=(3e-4 * top, 2 * top),
+        ylim=(0.3, None),
+        xlabel=r"$|\lambda|$ (dotted: negative eigenvalues)",
+    )
     axes.set(ylabel="eigenvalues above", title=f"spectra of the blocks of $H$ in layer {layer + 1}, trained")
     axes.legend(loc="best")
 

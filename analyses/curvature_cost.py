@@ -1,0 +1,159 @@
+"""Time and memory of Hessian spectra as the model, the batch and the number of Lanczos steps grow.
+
+A small language model: seconds of a spectral density and of the highest eigenpairs by measurement, memory
+beyond weights and data from the compiled program, each beside what one gradient takes on the same model and batch.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+from rich.progress import Progress
+from rich.table import Table
+
+from attnlab.analysis import Analysis, AnalysisConfig, Arrays
+
+SWEEPS = {"width": "parameters", "batch": "sequences in the batch", "steps": "Lanczos steps"}
+METHODS = {"gradient": "gradient", "density": "spectral density, one probe", "top": "highest eigenpairs"}
+COLUMNS = (*SWEEPS, *(f"{method} {what}" for method in METHODS for what in ("seconds", "bytes")), "products")
+
+
+@dataclass(frozen=True)
+class Config(AnalysisConfig):
+    """Options of the analysis."""
+
+    SMOKE: ClassVar = {"width": (4,), "batch": (1,), "steps": (2,), "layers": 1, "length": 4, "vocabulary": 8}
+
+    width: tuple[int, ...] = (32, 64, 96, 128, 192, 256)
+    """Widths of the model; the middle one holds where the others grow."""
+    batch: tuple[int, ...] = (2, 4, 8, 16, 32)
+    """Sequences in the batch."""
+    steps: tuple[int, ...] = (8, 16, 32, 64, 128)
+    """Lanczos steps of a density."""
+    layers: int = 2
+    """Blocks of the model."""
+    length: int = 64
+    """Tokens of a sequence."""
+    vocabulary: int = 512
+    """Different tokens."""
+    count: int = 5
+    """Eigenpairs, to a residual of a hundredth of the largest eigenvalue."""
+    repeats: int = 3
+    """Measurements, of which the median counts."""
+    dtype: Literal["float64", "float32"] = "float32"
+    """Precision of the computation."""
+
+
+def compute(config: Config, progress: Progress) -> Arrays:
+    """Rows of `COLUMNS` for each sweep."""
+    sizes = {name: getattr(config, name) for name in SWEEPS}
+    points = [{**middles(config), name: size} for name in SWEEPS for size in sizes[name]]
+    task = progress.add_task("sizes", total=len(points), status="")
+    found: dict[tuple, list[float]] = {}  # the middles are in all three sweeps
+    for point in points:
+        progress.update(task, status=", ".join(f"{name} {size}" for name, size in point.items()))
+        if tuple(point.values()) not in found:
+            found[tuple(point.values())] = costs(config, **point)
+        progress.advance(task)
+    rows = [found[tuple(point.values())] for point in points]
+    ends = np.cumsum([len(size) for size in sizes.values()])
+    return dict(zip(SWEEPS, np.split(np.array(rows), ends[:-1]), strict=True))
+
+
+def middles(config: Config) -> dict[str, int]:
+    """The sizes at which all but one stay."""
+    return {name: getattr(config, name)[len(getattr(config, name)) // 2] for name in SWEEPS}
+
+
+def costs(config: Config, width: int, batch: int, steps: int) -> list[float]:
+    """The sizes, then seconds and bytes of each method, and how many products the eigenpairs took."""
+    import jax
+
+    from attnlab.curvature import eigenpairs, hessian, spectral_density
+    from attnlab.trees import dimension
+
+    risk, params = problem(config, width, batch)
+    key, operator = jax.random.key(config.seed), hessian(risk, params)
+    saved = sum(leaf.nbytes for leaf in jax.tree.leaves(operator.linear))
+    *gradient, _ = measured(config, lambda risk, params: jax.grad(risk)(params), risk, params)
+    *density, _ = measured(config, lambda a: spectral_density(a, key, probes=1, steps=steps).nodes, operator)
+    *top, pairs = measured(config, lambda a: eigenpairs(a, key, config.count, tolerance=1e-2), operator)
+    density[1], top[1] = density[1] + saved, top[1] + saved
+    return [dimension(params), batch, steps, *gradient, *density, *top, int(pairs.products)]
+
+
+def measured(config: Config, function, *arguments) -> tuple:
+    """Median seconds of a compiled function, the bytes of its temporary arrays, and what it returned."""
+    import jax
+
+    program = jax.jit(function).lower(*arguments).compile()
+    value = jax.block_until_ready(program(*arguments))
+    seconds = []
+    for _ in range(config.repeats):
+        began = time.perf_counter()
+        jax.block_until_ready(program(*arguments))
+        seconds.append(time.perf_counter() - began)
+    return float(np.median(seconds)), float(program.memory_analysis().temp_size_in_bytes), value
+
+
+def problem(config: Config, width: int, batch: int):
+    """A causal language model with random weights, on random tokens."""
+    import jax
+
+    from attnlab.losses import cross_entropy
+    from attnlab.models.adapters import from_linen
+    from attnlab.models.attention import AttentionConfig
+    from attnlab.models.transformer import LanguageModel, LanguageModelConfig, TransformerConfig
+    from attnlab.objective import objective
+
+    heads = AttentionConfig(width // 4, width // 4, heads=4, causal=True, output_dim=width)
+    blocks = TransformerConfig(heads, config.layers, mlp_width=4 * width, bias=True, final_norm=True)
+    model = LanguageModel(LanguageModelConfig(blocks, config.vocabulary, config.length, width, dtype=config.dtype))
+    data_key, init_key = jax.random.split(jax.random.key(config.seed))
+    tokens = jax.random.randint(data_key, (batch, config.length + 1), 0, config.vocabulary)
+    params = jax.jit(model.init)(init_key, tokens[:, :-1])["params"]
+    return objective(from_linen(model), cross_entropy, tokens[:, :-1], tokens[:, 1:]), params
+
+
+def plot(arrays: Arrays, config: Config):
+    """Above seconds, below megabytes, over parameters, batch and steps."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, len(SWEEPS), figsize=(12, 6.6), sharex="col", sharey="row")
+    for column, (name, label) in enumerate(SWEEPS.items()):
+        table = dict(zip(COLUMNS, arrays[name].T, strict=True))
+        for color, (method, caption) in enumerate(METHODS.items()):
+            for row, (what, unit) in enumerate((("seconds", 1), ("bytes", 2**20))):
+                values = table[f"{method} {what}"] / unit
+                axes[row, column].loglog(table[name], values, "o-", color=f"C{color}", label=caption)
+        axes[1, column].set_xlabel(label)
+    axes[0, 0].set_ylabel("seconds")
+    axes[1, 0].set_ylabel("MiB beyond weights and data")
+    axes[0, 0].legend(loc="upper left")
+    for column, name in enumerate(SWEEPS):
+        others = [
+            f"{other} {getattr(config, other)[len(getattr(config, other)) // 2]}" for other in SWEEPS if other != name
+        ]
+        axes[0, column].set_title(", ".join(others))
+    return figure
+
+
+def tables(arrays: Arrays, config: Config) -> list[Table]:
+    """The numbers of the figure."""
+    found = []
+    for name, label in SWEEPS.items():
+        heads = [f"{method}, {unit}" for method in METHODS for unit in ("s", "MiB")]
+        table = Table(label, *heads, "products of the eigenpairs")
+        for row in arrays[name]:
+            size, values = row[list(SWEEPS).index(name)], row[len(SWEEPS) : -1]
+            cells = [f"{value / (2**20 if i % 2 else 1):.3g}" for i, value in enumerate(values)]
+            table.add_row(f"{int(size):,}", *cells, str(int(row[-1])))
+        found.append(table)
+    return found
+
+
+ANALYSIS = Analysis("curvature-cost", Config, compute, plot, tables, __doc__)
+
+if __name__ == "__main__":
+    ANALYSIS.main()
