@@ -72,8 +72,12 @@ def linear(
 
     Both are made in the dtype of `x`.
     """
-    projected = x @ module.param(name, init, (x.shape[-1], width), x.dtype)
-    return projected + bias_like(module, name, projected) if bias else projected
+    # As one product of two matrices: with more axes the products of its derivatives, which sum over all but the last
+    # axis, are no matrix products to XLA, and a Gauss-Newton product takes 1.4 to 2 times as long on a CPU.
+    rows = x.reshape(-1, x.shape[-1])
+    projected = rows @ module.param(name, init, (x.shape[-1], width), x.dtype)
+    projected = projected + bias_like(module, name, projected) if bias else projected
+    return projected.reshape(*x.shape[:-1], width)
 
 
 def bias_like(module: nn.Module, name: str, x: Float[Array, "*B O"]) -> Float[Array, "*B O"]:
