@@ -404,8 +404,13 @@ def accuracy_table(arrays: Arrays) -> Table:
     names = [name for name in arrays if name.endswith("/error")]
     if names:
         shares = [arrays[name] / np.maximum(arrays[name.removesuffix("/error")], 1e-300) for name in names]
-        median = np.median(np.concatenate([share.ravel() for share in shares]))
-        table.add_row("first layer, depth 2 and more", "median", f"{median:.1%} standard error")
+        share = np.concatenate([share.ravel() for share in shares])
+        known = np.isfinite(share)  # the variance of a large norm may overflow in float32
+        table.add_row(
+            "first layer, depth 2 and more",
+            f"median of {known.sum()} of {known.size}",
+            f"{np.median(share[known]):.1%} standard error",
+        )
     return table
 
 
