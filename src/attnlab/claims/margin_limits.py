@@ -64,7 +64,7 @@ def path_ends(key: PRNGKey, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 
 @claim(
-    statement=r"W_R = \arg\min_{\|W\|_F \le R} L:\ 1 - \cos(W_R, W^{\mathrm{mm}}) \propto R^{-2},\ "
+    statement=r"W_R = \mathrm{argmin}_{\|W\|_F \le R} L:\ 1 - \cos(W_R, W^{\mathrm{mm}}) \propto R^{-2},\ "
     r"\frac{d}{dR} \log (L(W_R) - L_*) \to -1 / \|W^{\mathrm{mm}}\|_F",
     source=f"{ATT_SVM}, for the direction; the rates derived here: at radius R the loss is a soft minimum of width 1/R",
     tolerance=0.15,
@@ -78,7 +78,7 @@ def regularization_path_leads_to_the_frobenius_solution(key: PRNGKey) -> Compari
 
 
 @claim(
-    statement=r"(K_R, Q_R) = \arg\min_{\|K\|_F^2 + \|Q\|_F^2 \le R^2} L:\ \cos(K_R Q_R^\top, W^{\mathrm{mm}}_*) \to 1, "
+    statement=r"(K_R, Q_R) = \mathrm{argmin}_{\|K\|_F^2 + \|Q\|_F^2 \le R^2} L:\ \cos(K_R Q_R^\top, W^{\mathrm{mm}}_*) \to 1, "
     r"\text{ the solution of least nuclear norm}",
     source=f"{ATT_SVM}, on the regularization path of (K, Q)",
     tolerance=1.0,
