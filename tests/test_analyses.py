@@ -54,10 +54,9 @@ def check_axes(analysis, arrays, config, folder):
     """The figure shows something on labelled axes, and is the same file when it is drawn again."""
     with style():
         figure = analysis.plot(arrays, config)
+        again, _ = save_figure(figure, folder / "again")
     assert isinstance(figure, Figure)
     assert all(axes.has_data() for axes in figure.axes)
     assert any(axes.get_xlabel() for axes in figure.axes)
-    with style():
-        again, _ = save_figure(analysis.plot(arrays, config), folder / "again")
     assert again.read_bytes() == (folder / "figures" / f"{analysis.name}-smoke.png").read_bytes()
     plt.close("all")

@@ -49,7 +49,12 @@ def problem(name, key):
     return module, params, data.inputs, at_answer, path, risk, positions, piecewise_linear
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+QUICK = ("pre_norm", "two_layers", "linear")  # the others differ in one choice each, and run nightly
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS]
+)
 def test_blocks_of_the_network(name):
     module, params, tokens, loss, path, risk, positions, piecewise_linear = problem(name, jax.random.key(1))
 

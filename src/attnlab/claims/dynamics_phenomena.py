@@ -108,7 +108,7 @@ def softmax_blocks_are_heterogeneous(key: PRNGKey) -> Comparison:
     statement=r"W_1(\log_{10}|c \lambda|, \log_{10}|\lambda|) = |\log_{10} c|",
     source="derived here: a shift moves every quantile alike",
     tolerance=1e-10,
-    because="rounding",
+    because="an identity of sorted numbers: rounding is all that is left",
 )
 def wasserstein_of_logarithms_sees_scale(key: PRNGKey) -> Comparison:
     """A spectrum over six decades against its multiples by 0.01 to 100."""
