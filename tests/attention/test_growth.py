@@ -116,3 +116,9 @@ def test_lower_precision_errs_by_its_rounding():
     network = AdditionNetwork("softmax", None, 1, **TINY)
     assert precision_error(network, jax.random.key(1), 0.5) == 0  # float64 against itself
     assert 1e-8 < precision_error(replace(network, dtype="float32"), jax.random.key(1), 0.5) < 1e-4
+
+
+def test_a_scale_leaves_the_precision_alone():
+    params, _ = replace(AdditionNetwork("softmax", None, 1, **TINY), dtype="float32").draw(jax.random.key(1))
+    scaled = with_embedding_scale(params, np.float64(0.5))
+    assert {leaf.dtype for leaf in jax.tree.leaves(scaled)} == {np.dtype("float32")}

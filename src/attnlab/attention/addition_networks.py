@@ -107,8 +107,9 @@ def _gain(width: int) -> float:
 
 
 def with_embedding_scale(params: Params, sigma: float) -> Params:
-    """The parameters with embeddings N(0, sigma^2) in place of N(0, 1)."""
-    embeddings = {name: sigma * params[name] for name in ("token_embedding", "position_embedding")}
+    """The parameters with embeddings N(0, sigma^2) in place of N(0, 1), in the same precision."""
+    # float: a NumPy scalar of 64 bits would carry the embeddings, and all behind them, to 64 bits
+    embeddings = {name: float(sigma) * params[name] for name in ("token_embedding", "position_embedding")}
     return {**params, **embeddings}
 
 

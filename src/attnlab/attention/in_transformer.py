@@ -43,9 +43,6 @@ from attnlab.types import Params, PyTree
 
 Rest = Callable[[Array], Array]
 
-_ROWS_AT_ONCE = 32
-"""Query tokens whose inner products with all others are held together."""
-
 
 @dataclass(frozen=True)
 class Cut:
@@ -153,27 +150,29 @@ class InNetwork:
     def norms(self) -> dict[Part, dict[Pair, Float[Array, ""]]]:
         """Frobenius norm of every block of every part, as `hessian().norms()`, in fewer operations.
 
-        Those of H_o come from the inner products of the N C vectors z = l_n (x) (z_a M_n) that it is made of: with
-        K_P the inner products of their parts in P, ||H_o[P, P']||^2 = <K_P, K_P'>. Those of H are
-        ||H_o||^2 + ||H_f||^2 + 2 <H_o, H_f>. One compiled call.
+        Those of H are ||H_o||^2 + ||H_f||^2 + 2 <H_o, H_f>. One compiled call.
         """
         return _norms(self)
 
-    def rooted_jacobians(self) -> dict[str, TokenJacobian]:
-        """Those of z_a . f_i for every a in place of the output features of f_i."""
-        jacobians = token_jacobians(self.point, self.tokens)
-        return {name: _rooted(jacobians[name], self.roots) for name in self.point.names}
-
     def outer(self) -> dict[Pair, KroneckerSum]:
         """H_o = J^T Λ_o J = (Z J)^T (Z J) of every pair, Z the root of Λ_o."""
-        jacobians, shapes = self.rooted_jacobians(), leaves(self.point)
-        dtype, one = str(self.point.inputs.dtype), jnp.ones((), self.point.inputs.dtype)
+        jacobians, shapes = self._jacobians_times(self.roots), leaves(self.point)
+        dtype, one = str(self.point.inputs.dtype), _one(self.point)
         return {
             (row, column): KroneckerSum(
                 (outer_term(jacobians[row], jacobians[column], one),), shapes[row], shapes[column], dtype
             )
             for row, column in self.pairs
         }
+
+    def _jacobians_times(self, rows: Float[Array, "N R O"]) -> dict[str, TokenJacobian]:
+        """The Jacobians of the features `rows` f_i in place of those of f_i."""
+        found = {}
+        for name, jacobian in token_jacobians(self.point, self.tokens).items():
+            axes = jacobian.matrix_indices.removeprefix("n").removesuffix("o")
+            matrix = jnp.einsum(f"{jacobian.matrix_indices},npo->n{axes}p", jacobian.matrix, rows)
+            found[name] = replace(jacobian, matrix=matrix, matrix_indices=f"n{axes}o")
+        return found
 
     @property
     def pairs(self) -> tuple[Pair, ...]:
@@ -188,56 +187,28 @@ class InNetwork:
         blocks = {pair: oriented(table, pair, shapes, dtype) for pair in self.pairs}
         if self.bend is None:
             return blocks
-        jacobians = token_jacobians(self.point, self.tokens)
+        jacobians, bent_jacobians = token_jacobians(self.point, self.tokens), self._jacobians_times(self.bend)
         for (row, column), block in blocks.items():
-            bent = replace(block, terms=(outer_term(jacobians[row], jacobians[column], self.bend),))
+            bent = replace(block, terms=(outer_term(jacobians[row], bent_jacobians[column], _one(self.point)),))
             same_vectors = row in SCORE_PARAMETERS and column in SCORE_PARAMETERS and self.moments.kind == "softmax"
             blocks[row, column] = merge_full(bent, block) if same_vectors else bent + block
         return blocks
 
 
-def _rooted(jacobian: TokenJacobian, roots: Float[Array, "N C O"]) -> TokenJacobian:
-    axes = jacobian.matrix_indices.removeprefix("n").removesuffix("o")
-    subscripts = f"{jacobian.matrix_indices},npo->n{axes}p"
-    return replace(jacobian, matrix=jnp.einsum(subscripts, jacobian.matrix, roots), matrix_indices=f"n{axes}o")
-
-
-def _gram_products(jacobians: dict[str, TokenJacobian]) -> Float[Array, "P P"]:
-    """<K_P, K_P'> for all pairs of parameters, a few rows of the matrices K_P at a time."""
-    vectors, matrices = zip(*(_by_head(jacobian) for jacobian in jacobians.values()), strict=True)
-
-    def rows(some: tuple[tuple[Array, ...], tuple[Array, ...]]) -> Array:
-        kernels = []
-        for l, u, vector, matrix in zip(*some, vectors, matrices, strict=True):
-            of_vectors = jnp.einsum("hr,nhr->nh", l, vector)
-            of_matrices = jnp.einsum("hca,nhcb->nhab", u, matrix)
-            kernels.append(jnp.sum(of_vectors[..., None, None] * of_matrices, axis=1).ravel())
-        stacked = jnp.stack(kernels)
-        return stacked @ stacked.T
-
-    return jnp.sum(jax.lax.map(rows, (vectors, matrices), batch_size=_ROWS_AT_ONCE), axis=0)
-
-
-def _by_head(jacobian: TokenJacobian) -> tuple[Float[Array, "N H R"], Float[Array, "N H D C"]]:
-    """Vector and matrix with an axis for the heads, of size 1 where they do not depend on the head."""
-    vector, matrix = jacobian.vector, jacobian.matrix
-    vector = vector if "h" in jacobian.vector_indices else vector[:, None]
-    return vector, matrix if "h" in jacobian.matrix_indices else matrix[:, None]
+def _one(point: Layer) -> Float[Array, ""]:
+    return jnp.ones((), point.inputs.dtype)
 
 
 @jax.jit
 def _norms(network: InNetwork) -> dict[Part, dict[Pair, Array]]:
     outer, functional = network.outer(), network.functional()
-    squares = _gram_products(network.rooted_jacobians())
-    names = network.point.names
     norms: dict[Part, dict[Pair, Array]] = {part: {} for part in PARTS}
     for pair in network.pairs:
-        square = squares[names.index(pair[0]), names.index(pair[1])]
-        rest = functional[pair].norm()
+        main, rest = outer[pair].norm(), functional[pair].norm()
         mixed = outer[pair].inner(functional[pair])
-        full = jnp.sqrt(jnp.maximum(square + 2 * mixed + rest**2, 0))
+        full = jnp.sqrt(jnp.maximum(main**2 + 2 * mixed + rest**2, 0))
         for order in (pair, pair[::-1]):
-            norms["outer"][order], norms["functional"][order], norms["full"][order] = jnp.sqrt(square), rest, full
+            norms["outer"][order], norms["functional"][order], norms["full"][order] = main, rest, full
     return norms
 
 
