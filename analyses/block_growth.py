@@ -146,10 +146,11 @@ def measure(config: Config, seed: int, variant: str, depth: int) -> Arrays:
         return {f"{place}/full/VV": float(norm) * scales**2 for place, norm in norms.items()}
     model = network(config, variant, depth)
     params, data = model.draw(key)
+    names = None if depth == 1 else ("value", "query", "key")  # of the projection's blocks one layer is enough
     points = []
     for index, sigma in enumerate(scales):
         scaled = with_embedding_scale(params, sigma)
-        norms = {f"last/{name}": norm for name, norm in last_layer_norms(model, scaled, data).items()}
+        norms = {f"last/{name}": norm for name, norm in last_layer_norms(model, scaled, data, names).items()}
         if depth > 1:
             norms |= first_layer(config, model, scaled, data, jax.random.fold_in(jax.random.fold_in(key, depth), index))
         points.append(norms)

@@ -220,7 +220,7 @@ def plot_lead(axes, arrays: Arrays) -> None:
     axes.axhline(1, color="black", linewidth=0.7)
     axes.set(yscale="log", xlabel="layer", xticks=layers, title="lead of the value block")
     axes.set_ylabel(r"$\Vert VV\Vert \, / \sqrt{\Vert QQ\Vert \, \Vert KK\Vert}$")
-    axes.legend(loc="best")
+    axes.legend(loc="center right", bbox_to_anchor=(1, 0.69))
 
 
 def plot_balance(axes, arrays: Arrays) -> None:

@@ -19,7 +19,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,101 +31,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 from peers import gates
+from peers.cases import CASES, attention, gates_model, gpt
+from peers.client import peer_versions, peers_of
 
 from attnlab.attention import attention_hessian
 from attnlab.curvature import block_densities, eigenpairs, ggn, hessian, spectral_density
-from attnlab.losses import cross_entropy, square_loss
-from attnlab.models.adapters import from_linen
-from attnlab.models.attention import AttentionConfig, SelfAttention
-from attnlab.models.transformer import LanguageModel, LanguageModelConfig, TransformerConfig
-from attnlab.objective import objective
+from attnlab.models.attention import AttentionConfig
 from attnlab.trees import dimension, leaf_names
 
-WORKER = Path(__file__).parent / "peers" / "curvature_worker.py"
-LIBRARIES = ("PyHessian", "curvlinops", "hessian-eigenthings", "matfree")
-HEADS = {"attention": 1, "gpt": 4, "gates": 4}
 SIZES = {"attention": (10, 64), "gpt": (1, 32)}  # probes, steps of a density
-
-
-def attention(width=64, length=32, batch=32):
-    module = SelfAttention(AttentionConfig(key_dim=width, value_dim=width, output_dim=width))
-    inputs, targets = jax.random.normal(jax.random.key(0), (2, batch, length, width), jnp.float32)
-    return objective(from_linen(module), square_loss, inputs, targets), module.init(jax.random.key(1), inputs)["params"]
-
-
-def gpt(layers=2, width=128, vocabulary=512, length=64, batch=16):
-    heads = AttentionConfig(width // 4, width // 4, heads=4, causal=True, output_dim=width)
-    blocks = TransformerConfig(heads, layers, mlp_width=4 * width, bias=True, final_norm=True)
-    module = LanguageModel(LanguageModelConfig(blocks, vocabulary, length, width, dtype="float32"))
-    tokens = jax.random.randint(jax.random.key(0), (batch, length + 1), 0, vocabulary)
-    params = jax.jit(module.init)(jax.random.key(1), tokens[:, :-1])["params"]
-    return objective(from_linen(module), cross_entropy, tokens[:, :-1], tokens[:, 1:]), params
-
-
-def gates_model():
-    """A small `gpt` away from its initialisation, and 70 sequences."""
-    risk, params = gpt(width=8, vocabulary=16, length=8, batch=gates.ENDS[-1])
-    random = np.random.default_rng(0)
-    return risk, jax.tree.map(lambda leaf: jnp.asarray(0.6 * random.standard_normal(leaf.shape), jnp.float32), params)
-
-
-CASES = {"attention": attention, "gpt": gpt}
-MODELS = {**CASES, "gates": gates_model}
-
-
-def flatten(params):
-    return {
-        f"params/{name}": np.asarray(leaf)
-        for name, leaf in zip(leaf_names(params), jax.tree.leaves(params), strict=True)
-    }
-
-
-def unflatten(arrays):
-    """The nested parameters of `flatten`."""
-    tree: dict = {}
-    for name, array in arrays.items():
-        if name.startswith("params/"):
-            *parents, leaf = name.split("/")[1:]
-            node = tree
-            for parent in parents:
-                node = node.setdefault(parent, {})
-            node[leaf] = jnp.asarray(array)
-    return tree
-
-
-class Peer:
-    """A library in a process of its own, that answers one request at a time."""
-
-    def __init__(self, library, case, python, weights):
-        environment = {**os.environ, "ATTNLAB_BENCHMARKS": str(Path(__file__).resolve().parent)}
-        self.library = library
-        self.process = subprocess.Popen(
-            [python, WORKER, library, case, weights],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=environment,
-        )
-
-    def start(self):
-        """Whether the library is there."""
-        return self._answer() is not None
-
-    def ask(self, task, **arguments):
-        """The answer to one request, with its cost, or with an `error`."""
-        self.process.stdin.write(json.dumps({"task": task, **arguments}) + "\n")
-        self.process.stdin.flush()
-        return self._answer() or {"error": "the process ended"}
-
-    def _answer(self):
-        line = self.process.stdout.readline()
-        return json.loads(line) if line else None
-
-    def stop(self):
-        """End the process."""
-        self.process.stdin.close()
-        self.process.wait(timeout=60)
 
 
 def clocked(function):
@@ -342,23 +255,6 @@ def memory_of_steps(table):
     table.add("extra memory of a density, 16 steps / 64 steps: gpt", short / long, f"{long:.0f} MiB")
 
 
-def peers_of(case, python):
-    """The peers that can be had, started one by one; says which cannot."""
-    risk, params = MODELS[case]()
-    arrays = {**flatten(params), "inputs": np.asarray(risk.inputs), "targets": np.asarray(risk.targets)}
-    layers = sum(name.endswith("attention/query") for name in leaf_names(params))
-    with tempfile.TemporaryDirectory() as folder:
-        weights = Path(folder) / "weights.npz"
-        np.savez(weights, heads=HEADS[case], layers=layers, **arrays)
-        for library in LIBRARIES:
-            peer = Peer(library, case, python, weights)
-            if peer.start():
-                yield peer
-            else:
-                print(f"  {library} skipped: it does not start in {Path(python).name} (see --help)")
-            peer.stop()
-
-
 def performance(table, quick, python):
     rounds = 2 if quick else 5
     print("peer / ours: above 1 we are ahead")
@@ -395,16 +291,6 @@ def main():
         versions |= peer_versions(arguments.peers)
         content = {"ratios": table.ratios, "gates": found, "machine": machine, "versions": versions}
         arguments.json.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def peer_versions(python):
-    packages = ("torch", "curvlinops-for-pytorch", "pyhessian", "hessian-eigenthings", "matfree")
-    program = (
-        "import importlib.metadata as m, json\n"
-        f"known = {{d.metadata['Name'].lower(): d.version for d in m.distributions()}}\n"
-        f"print(json.dumps({{n: known[n] for n in {packages!r} if n in known}}))"
-    )
-    return json.loads(subprocess.run([python, "-c", program], capture_output=True, text=True, check=True).stdout)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
+from peers.cases import ENDS
 
 from attnlab.curvature import batched, eigenpairs, hessian, spectral_density, trace
 from attnlab.objective import objective
 
-SEEDS, PRODUCTS, STEPS, ENDS = 60, 48, 32, (32, 64, 70)
+SEEDS, PRODUCTS, STEPS = 60, 48, 32
 FACTORS = (1e-6, 1e-8)
 # What is measured, and the least and the largest number that pass.
 GATES = {

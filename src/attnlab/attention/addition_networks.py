@@ -5,7 +5,7 @@ pre-LN (cross-entropy of the answer's digits), stacks of linear attention withou
 linear MLPs (square loss); all weights N(0, 0.64 / width), biases zero, embeddings N(0, sigma^2).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -113,11 +113,15 @@ def with_embedding_scale(params: Params, sigma: float) -> Params:
     return {**params, **embeddings}
 
 
-def last_layer_norms(network: AdditionNetwork, params: Params, data: tuple[Array, Array]) -> dict[str, float]:
-    """Exact Frobenius norm of every block of the last attention layer: `outer/KQ` and so on, letters in order."""
+def last_layer_norms(
+    network: AdditionNetwork, params: Params, data: tuple[Array, Array], names: Collection[str] | None = None
+) -> dict[str, float]:
+    """Exact Frobenius norm of every block of the last attention layer: `outer/KQ` and so on, letters in order.
+
+    `names` are the parameters wanted, all if None."""
     return {
         f"{part}/{LETTERS[row]}{LETTERS[column]}": float(norm)
-        for part, blocks in _last_layer(network, params, data).norms().items()
+        for part, blocks in _last_layer(network, params, data).norms(names).items()
         for (row, column), norm in blocks.items()
         if row <= column
     }

@@ -2,7 +2,8 @@
 
 import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from attnlab.attention.downstream import loss_derivatives
-from attnlab.attention.kronecker import KroneckerSum, Leaf, Term
+from attnlab.attention.kronecker import KroneckerSum, Leaf, Term, contract, meeting
 from attnlab.attention.layer import Layer, layer
 from attnlab.attention.moments import AttentionMoments, moments_of
 from attnlab.attention.terms import (
@@ -76,10 +77,12 @@ class AttentionHessian:
 
     def _full(self, row: str, column: str) -> KroneckerSum:
         outer, functional = self.outer[row, column], self.functional[row, column]
-        scores = row in SCORE_PARAMETERS and column in SCORE_PARAMETERS
-        if scores and self.moments.kind == "softmax" and self.curvature.ndim < 5:
-            return merge_full(outer, functional)
-        return outer + functional
+        return merge_full(outer, functional) if self._same_vectors((row, column)) else outer + functional
+
+    def _same_vectors(self, pair: Pair) -> bool:
+        """Whether the first term of H_f stands on the vectors of H_o's."""
+        scores = all(name in SCORE_PARAMETERS for name in pair)
+        return scores and self.moments.kind == "softmax" and self.curvature.ndim < 5
 
     def norms(self) -> dict[Part, dict[Pair, Float[Array, ""]]]:
         """Frobenius norm of every block of every part (for both orders of each pair): one compiled call."""
@@ -211,12 +214,40 @@ def oriented(table: dict[Pair, tuple[Term, ...]], pair: Pair, shapes: dict[str, 
 
 @jax.jit
 def _norms(hessian: AttentionHessian) -> dict[Part, dict[Pair, Array]]:
+    return norms_of(hessian.outer, hessian.functional, [pair for pair in hessian.outer if hessian._same_vectors(pair)])
+
+
+def norms_of(
+    outer: dict[Pair, KroneckerSum], functional: dict[Pair, KroneckerSum], shared: Collection[Pair]
+) -> dict[Part, dict[Pair, Array]]:
+    """Norms of the blocks of H_o, H_f and their sum; in the pairs `shared` the first term of H_f stands on the vectors
+    of H_o's. Those of the sum are ||H_o||^2 + ||H_f||^2 + 2 <H_o, H_f>."""
     norms: dict[Part, dict[Pair, Array]] = {part: {} for part in PARTS}
-    for part in PARTS:
-        for row, column in hessian.outer:
-            norm = hessian.block(row, column, part).norm()
-            norms[part][row, column] = norms[part][column, row] = norm
+    for pair, block in outer.items():
+        squares = _joint_squares if pair in shared else _squares
+        main, rest, mixed = squares(block, functional[pair])
+        found: dict[Part, Array] = {"outer": main, "functional": rest, "full": main + 2 * mixed + rest}
+        for part, square in found.items():
+            norms[part][pair] = norms[part][pair[::-1]] = jnp.sqrt(jnp.maximum(square, 0))
     return norms
+
+
+def _squares(outer: KroneckerSum, functional: KroneckerSum) -> tuple[Array, Array, Array]:
+    """||H_o||^2, ||H_f||^2 and <H_o, H_f> of one block."""
+    return outer.norm() ** 2, functional.norm() ** 2, outer.inner(functional)
+
+
+def _joint_squares(outer: KroneckerSum, functional: KroneckerSum) -> tuple[Array, Array, Array]:
+    """The same in fewer products, where the first term of H_f stands on the vectors of H_o, sum_i (l_i l'_i^T) (x) C_i
+    beside sum_i (l_i l'_i^T) (x) B_i: what meets these vectors once gives the products with both B and C."""
+    (term,), (first, *others) = outer.terms, functional.terms
+    ours, theirs = term.operands[2], contract(first.indices[2:], term.indices[2], first.operands[2:])
+    rest = replace(functional, terms=tuple(others))
+    of_ours = meeting(term, term)
+    of_theirs = meeting(replace(term, operands=(*term.operands[:2], theirs)), term)
+    of_rest = sum((meeting(other, term) for other in others), jnp.zeros((), ours.dtype))
+    square = jnp.sum(of_theirs * theirs) + 2 * jnp.sum(of_rest * theirs) + rest.norm() ** 2
+    return jnp.sum(of_ours * ours), square, jnp.sum((of_theirs + of_rest) * ours)
 
 
 @jax.jit

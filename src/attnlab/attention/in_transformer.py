@@ -12,8 +12,9 @@ unembedding) treats every token by itself, so Λ_o and Λ_f are one matrix a tok
 positions only, the sums over tokens run over these.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from flax import linen as nn
 from flax.linen.module import InterceptorContext
 from jaxtyping import Array, Float
 
-from attnlab.attention.blocks import PARTS, AttentionHessian, Pair, Part, oriented
+from attnlab.attention.blocks import AttentionHessian, Pair, Part, norms_of, oriented
 from attnlab.attention.kronecker import KroneckerSum
 from attnlab.attention.layer import Layer, layer
 from attnlab.attention.moments import AttentionMoments, moments_of
@@ -147,12 +148,16 @@ class InNetwork:
         by_sequence = curvature.reshape(self.point.inputs.shape[0], -1, *curvature.shape[1:])
         return AttentionHessian(self.point, self.moments, self.gradient, by_sequence, self.outer(), self.functional())
 
-    def norms(self) -> dict[Part, dict[Pair, Float[Array, ""]]]:
-        """Frobenius norm of every block of every part, as `hessian().norms()`, in fewer operations.
+    def norms(self, names: Collection[str] | None = None) -> dict[Part, dict[Pair, Float[Array, ""]]]:
+        """Frobenius norm of every block of every part, as `hessian().norms()`, in fewer operations: one compiled call.
 
-        Those of H are ||H_o||^2 + ||H_f||^2 + 2 <H_o, H_f>. One compiled call.
+        `names` are the parameters wanted, all if None: blocks that are not asked for cost nothing.
         """
-        return _norms(self)
+        return _norms(self, self.point.names if names is None else tuple(names))
+
+    def score_pair(self, pair: Pair) -> bool:
+        """Whether both are parameters of the scores of softmax attention: H_o and H_f then share their vectors."""
+        return all(name in SCORE_PARAMETERS for name in pair) and self.moments.kind == "softmax"
 
     def outer(self) -> dict[Pair, KroneckerSum]:
         """H_o = J^T Λ_o J = (Z J)^T (Z J) of every pair, Z the root of Λ_o."""
@@ -190,8 +195,7 @@ class InNetwork:
         jacobians, bent_jacobians = token_jacobians(self.point, self.tokens), self._jacobians_times(self.bend)
         for (row, column), block in blocks.items():
             bent = replace(block, terms=(outer_term(jacobians[row], bent_jacobians[column], _one(self.point)),))
-            same_vectors = row in SCORE_PARAMETERS and column in SCORE_PARAMETERS and self.moments.kind == "softmax"
-            blocks[row, column] = merge_full(bent, block) if same_vectors else bent + block
+            blocks[row, column] = merge_full(bent, block) if self.score_pair((row, column)) else bent + block
         return blocks
 
 
@@ -199,17 +203,11 @@ def _one(point: Layer) -> Float[Array, ""]:
     return jnp.ones((), point.inputs.dtype)
 
 
-@jax.jit
-def _norms(network: InNetwork) -> dict[Part, dict[Pair, Array]]:
-    outer, functional = network.outer(), network.functional()
-    norms: dict[Part, dict[Pair, Array]] = {part: {} for part in PARTS}
-    for pair in network.pairs:
-        main, rest = outer[pair].norm(), functional[pair].norm()
-        mixed = outer[pair].inner(functional[pair])
-        full = jnp.sqrt(jnp.maximum(main**2 + 2 * mixed + rest**2, 0))
-        for order in (pair, pair[::-1]):
-            norms["outer"][order], norms["functional"][order], norms["full"][order] = main, rest, full
-    return norms
+@partial(jax.jit, static_argnames="names")
+def _norms(network: InNetwork, names: tuple[str, ...]) -> dict[Part, dict[Pair, Array]]:
+    functional, bent = network.functional(), network.bend is not None
+    outer = {pair: block for pair, block in network.outer().items() if set(pair) <= set(names)}
+    return norms_of(outer, functional, [pair for pair in outer if bent or network.score_pair(pair)])
 
 
 def assemble(

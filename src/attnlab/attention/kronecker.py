@@ -249,55 +249,54 @@ def _order(indices: Sequence[str]) -> Literal["optimal", "auto"]:
 
 
 def _inner(first: Term, second: Term) -> Float[Array, ""]:
-    """The sum over all entries of the product of two terms; the tokens of the second get letters of their own.
+    """The sum over all entries of the product of two terms."""
+    return jnp.sum(meeting(first, second) * second.operands[_last(second)])
 
-    The second's largest array waits until the end: the first term meets the rest of the second, as an array of that
-    shape, and one sum of products finishes. For terms Σ_n a_n b_n^T ⊗ B_n this is a product of the N x N array
-    (a_n . a_m)(b_n . b_m) with the matrices B_n, which is as fast as matrix products come.
+
+def meeting(first: Term, second: Term) -> Float[Array, "..."]:
+    """The first term contracted with all of the second but its largest array: an array like that one.
+
+    The sum of products of the two is the inner product of the terms. For terms sum_n a_n b_n^T (x) B_n it is a matrix
+    product of the N x N array (a_n . a_m)(b_n . b_m) with the matrices B_n, as fast as matrix products come.
     """
-    last = max(range(len(second.operands)), key=lambda i: second.operands[i].size)
-    theirs = second.relabelled(_SECOND_COPY)
+    last, theirs = _last(second), second.relabelled(_SECOND_COPY)
     others = [i for i in range(len(theirs)) if i != last]
-    indices = (*first.indices, *(theirs[i] for i in others), theirs[last])
-    operands = (*first.operands, *(second.operands[i] for i in others), second.operands[last])
-    pieces = _pieces(indices, operands)
+    indices = (*first.indices, *(theirs[i] for i in others))
+    operands = (*first.operands, *(second.operands[i] for i in others))
+    shape, met = second.operands[last].shape, set("".join(indices))
+    kept = "".join(a for a in theirs[last] if a in met)  # an axis that the rest lacks is one of size 1, or repeats
+    found = _in_pieces(indices, kept, operands)
+    return jnp.broadcast_to(jnp.expand_dims(found, [i for i, a in enumerate(theirs[last]) if a not in met]), shape)
+
+
+def _last(term: Term) -> int:
+    return max(range(len(term.operands)), key=lambda i: term.operands[i].size)
+
+
+def _in_pieces(indices: tuple[str, ...], output: str, operands: tuple[Array, ...]) -> Array:
+    """`contract`, a part of the second term's tokens at a time where intermediates would be larger than the factors."""
+    pieces = _pieces(indices, output, operands) if output.startswith("N") else 1
     if pieces == 1:
-        return _finished(indices, operands)
+        return contract(indices, output, operands)
     split = [i for i, index in enumerate(indices) if index.startswith("N")]
+    tokens = operands[split[0]].shape[0]
+    size = math.ceil(tokens / pieces)
 
     def piece(parts: list[Array]) -> Array:
         replaced = dict(zip(split, parts, strict=True))
-        return _finished(indices, tuple(replaced.get(i, operand) for i, operand in enumerate(operands)))
+        return contract(indices, output, tuple(replaced.get(i, operand) for i, operand in enumerate(operands)))
 
-    return jnp.sum(jax.lax.map(piece, [_in_pieces(operands[i], pieces) for i in split]))
+    def cut(operand: Array) -> Array:
+        filled = jnp.pad(operand, [(0, size * pieces - tokens), *[(0, 0)] * (operand.ndim - 1)])
+        return filled.reshape(pieces, size, *operand.shape[1:])
 
-
-def _finished(indices: tuple[str, ...], operands: tuple[Array, ...]) -> Float[Array, ""]:
-    """All operands but the last contracted to an array like the last, and the sum of products with it."""
-    kept = _kept(indices)
-    rest = jnp.sum(operands[-1], axis=[i for i, a in enumerate(indices[-1]) if a not in kept])
-    return jnp.sum(contract(indices[:-1], kept, operands[:-1]) * rest)
+    found = jax.lax.map(piece, [cut(operands[i]) for i in split])
+    return found.reshape(size * pieces, *found.shape[2:])[:tokens]
 
 
-def _kept(indices: tuple[str, ...]) -> str:
-    """Axes that the last array shares with others."""
-    met = set("".join(indices[:-1]))
-    return "".join(a for a in indices[-1] if a in met)
-
-
-def _pieces(indices: tuple[str, ...], operands: tuple[Array, ...]) -> int:
-    """In how many pieces over the second term's tokens its intermediates are about as small as its factors."""
-    tokens = [x.shape[0] for index, x in zip(indices, operands, strict=True) if index.startswith("N")]
-    if not tokens:
-        return 1
-    subscripts, order = ",".join(indices[:-1]) + "->" + _kept(indices), _order(indices[:-1])
-    plan = jnp.einsum_path(subscripts, *operands[:-1], optimize=order)[1]
+def _pieces(indices: tuple[str, ...], output: str, operands: tuple[Array, ...]) -> int:
+    """In how many pieces the largest intermediate is about as small as the factors."""
+    plan = jnp.einsum_path(",".join(indices) + "->" + output, *operands, optimize=_order(indices))[1]
     allowed = max(_WORKING_ELEMENTS, *(x.size for x in operands))
-    return min(tokens[0], math.ceil(plan.largest_intermediate / allowed))
-
-
-def _in_pieces(operand: Array, pieces: int) -> Array:
-    """The token axis cut in equal pieces, filled up with zeros: a zero token adds nothing to a product."""
-    size = math.ceil(operand.shape[0] / pieces)
-    filled = jnp.pad(operand, [(0, size * pieces - operand.shape[0]), *[(0, 0)] * (operand.ndim - 1)])
-    return filled.reshape(pieces, size, *operand.shape[1:])
+    tokens = next(x.shape[0] for index, x in zip(indices, operands, strict=True) if index.startswith("N"))
+    return min(tokens, math.ceil(plan.largest_intermediate / allowed))
