@@ -189,13 +189,9 @@ def plot(arrays: Arrays, config: Config):
     return figure
 
 
-def band(axes, places, members, color, label, style="-"):
-    """The median over members and the range of all of them."""
-    axes.fill_between(places, members.min(axis=1), members.max(axis=1), color=color, alpha=0.2, linewidth=0)
-    axes.plot(places, np.median(members, axis=1), style, color=color, label=label)
-
-
 def plot_loss(axes, arrays: Arrays) -> None:
+    from attnlab.plotting.curves import range_band
+
     seeds, sampled = (arrays[f"{name}/risk"].shape[1] for name in ("exact", "sampled"))
     optimum = float(arrays["optimum"])
     labels = {
@@ -204,7 +200,7 @@ def plot_loss(axes, arrays: Arrays) -> None:
     }
     for name, style in labels.items():
         # the difference is exact to rounding only: draw zeros at the bottom
-        band(axes, arrays["steps"], np.maximum(arrays[f"{name}/risk"] - optimum, 1e-17), *style)
+        range_band(axes, arrays["steps"], np.maximum(arrays[f"{name}/risk"] - optimum, 1e-17), *style)
     axes.set_yscale("log")
     axes.set(xlabel="step", ylabel="half the risk minus that of the best step")
     axes.set_title(f"distance to the best gradient step, {optimum:.5f}")
@@ -219,10 +215,12 @@ LABELS = {
 
 
 def plot_alignment(axes, arrays: Arrays, measures) -> None:
+    from attnlab.plotting.curves import range_band
+
     for number, measure in enumerate(measures):
         color = f"C{2 * number}"
-        band(axes, arrays["steps"], arrays[f"exact/model/{measure}"], color, LABELS[measure])
-        band(
+        range_band(axes, arrays["steps"], arrays[f"exact/model/{measure}"], color, LABELS[measure])
+        range_band(
             axes,
             arrays["steps"],
             arrays[f"exact/shuffled/{measure}"],
@@ -238,8 +236,10 @@ def plot_alignment(axes, arrays: Arrays, measures) -> None:
 
 
 def plot_scaled(axes, arrays: Arrays, what: str, scales) -> None:
-    band(axes, scales, arrays[f"scaled/{what}/untrained"].T, "C1", "untrained", ":")
-    band(axes, scales, arrays[f"scaled/{what}/trained"].T, "C0", "trained layer")
+    from attnlab.plotting.curves import range_band
+
+    range_band(axes, scales, arrays[f"scaled/{what}/untrained"].T, "C1", "untrained", ":")
+    range_band(axes, scales, arrays[f"scaled/{what}/trained"].T, "C0", "trained layer")
     value, error = arrays[f"scaled/{what}/descent"]
     axes.errorbar(scales, value, 2 * error, fmt="o", color="black", markerfacecolor="none", label="best gradient step")
     axes.set_xscale("log")
@@ -253,8 +253,10 @@ def plot_scaled(axes, arrays: Arrays, what: str, scales) -> None:
 
 
 def plot_interpolated(axes, arrays: Arrays) -> None:
+    from attnlab.plotting.curves import range_band
+
     for color, name, style in (("C0", "trained", "-"), ("C1", "untrained", ":")):
-        band(axes, FRACTIONS, arrays[f"interpolated/{name}"].T, color, name, style)
+        range_band(axes, FRACTIONS, arrays[f"interpolated/{name}"].T, color, name, style)
     axes.axhline(float(arrays["optimum"]), color="black", linewidth=0.8, linestyle="--", label="best gradient step")
     axes.set_yscale("log")
     axes.set(xlabel="fraction of the construction", ylabel="half the exact risk")

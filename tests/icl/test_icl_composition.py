@@ -11,7 +11,7 @@ from attnlab.icl.baselines import baseline, least_squares
 from attnlab.icl.composition import chain_of_thought, examples_needed, filtered, with_features
 from attnlab.icl.constructions import newton_layers, newton_predict
 from attnlab.icl.models import init_transformer, transformer_predict
-from attnlab.icl.tasks import Prompt, composition_prompts, isotropic, sample_prompts, sine_prompts
+from attnlab.icl.tasks import Prompt, composition_prompts, isotropic, sample_prompts, sine_features, sine_prompts
 from attnlab.models.attention import AttentionConfig
 from attnlab.models.transformer import TransformerConfig
 from compare import assert_close
@@ -75,18 +75,14 @@ def test_filter_leaves_regression_alone(key):
 
 def test_sine_tasks_are_linear_in_their_features(key):
     """Least squares is exact from two examples on; descent converges to it; in plain inputs it is far off."""
-
-    def features(x):
-        return jnp.concatenate([jnp.sin(x), jnp.cos(x)])
-
     prompts = sine_prompts(key, 8, 100)
 
     def risk(model):
         return jnp.mean((jax.vmap(model)(prompts) - prompts.target) ** 2)
 
-    assert risk(with_features(features, least_squares)) < 1e-20
+    assert risk(with_features(sine_features, least_squares)) < 1e-20
     descents = [
-        risk(with_features(features, baseline("gradient_descent", steps=n, step_size=1.0))) for n in (1, 10, 100)
+        risk(with_features(sine_features, baseline("gradient_descent", steps=n, step_size=1.0))) for n in (1, 10, 100)
     ]
     assert descents[0] > 10 * descents[1] > 100 * descents[2]
     assert risk(least_squares) > 0.5 * jnp.mean(prompts.target**2)

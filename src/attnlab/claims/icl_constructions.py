@@ -26,8 +26,11 @@ from attnlab.icl.constructions import (
     plus_plus_stack,
     softmax_pair_predict,
 )
+from attnlab.icl.learned_features import feature_attention_predict, init_feature_attention
 from attnlab.icl.models import stack_predict
-from attnlab.icl.tasks import Prompt, isotropic, sample_prompts
+from attnlab.icl.tasks import Prompt, isotropic, sample_prompts, sine_prompts
+from attnlab.models.adapters import from_linen
+from attnlab.models.networks import MLP, MLPConfig
 from attnlab.types import PRNGKey
 
 DIMENSION, LENGTH = 4, 9
@@ -66,6 +69,30 @@ def one_layer_is_a_gradient_step(key: PRNGKey) -> Comparison:
     predicted = (initial - 0.3 * jax.grad(loss)(initial)) @ query
     layer, start = gradient_step_layer(0.3, initial)
     return Comparison(predicted, gradient_step_predict(layer, start, inputs, labels, query))
+
+
+@claim(
+    statement=r"\text{an MLP } m \text{ before the layer, tokens } (m(x_i), y_i), (m(x_q), -W_0 m(x_q)): \quad"
+    r" \hat y_q = (W_0 - \eta \nabla L(W_0))\, m(x_q),\quad L(W) = \tfrac1{2N} \sum_i \|W m(x_i) - y_i\|^2",
+    source="von Oswald et al., arXiv 2212.07677, of whose experiment on sine tasks this is the model",
+    tolerance=1e-12,
+    because=IDENTITY + "; the gradient by autodiff",
+)
+def attention_after_an_mlp_is_a_gradient_step_in_its_features(key: PRNGKey) -> Comparison:
+    """A random MLP of two layers before the constructed layer, on one sine task."""
+    network = MLPConfig((6, 5), activation="tanh", bias=True)
+    start_key, initial_key, prompt_key = jax.random.split(key, 3)
+    prompt = jax.tree.map(lambda x: x[0], sine_prompts(prompt_key, LENGTH, 1))
+    params = init_feature_attention(start_key, network, 1, scale=0.3, spread=5.0)
+    layer, initial = gradient_step_layer(0.3, jax.random.normal(initial_key, (1, 5)))
+    params = {**params, "initial": initial, "layer": layer}
+    features, query = (from_linen(MLP(network))(params["features"], x) for x in (prompt.inputs, prompt.query))
+
+    def loss(weights: Array) -> Array:
+        return jnp.sum((features @ weights - prompt.labels) ** 2) / (2 * LENGTH)
+
+    predicted = (initial[0] - 0.3 * jax.grad(loss)(initial[0])) @ query
+    return Comparison(predicted, feature_attention_predict(params, prompt, config=network))
 
 
 @claim(

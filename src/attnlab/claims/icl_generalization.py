@@ -11,7 +11,7 @@ from attnlab.claims.registry import Comparison, claim
 from attnlab.icl.baselines import least_squares
 from attnlab.icl.composition import chain_of_thought, examples_needed, filtered, with_features
 from attnlab.icl.optima import fit_preconditioner, reduced_risk, task_diversity_risk
-from attnlab.icl.tasks import Prompt, composition_prompts, isotropic, sample_prompts, sine_prompts
+from attnlab.icl.tasks import Prompt, composition_prompts, isotropic, sample_prompts, sine_features, sine_prompts
 from attnlab.types import PRNGKey
 
 
@@ -107,10 +107,6 @@ def a_step_is_found_with_binomial_probability(key: PRNGKey) -> Comparison:
 )
 def sine_tasks_are_linear_in_their_features(key: PRNGKey) -> Comparison:
     """Absolute error of least squares on (sin x, cos x) from two examples."""
-
-    def features(x: Array) -> Array:
-        return jnp.concatenate([jnp.sin(x), jnp.cos(x)])
-
     prompts = sine_prompts(key, 2, 200)
-    found = jax.jit(jax.vmap(with_features(features, least_squares)))(prompts)
+    found = jax.jit(jax.vmap(with_features(sine_features, least_squares)))(prompts)
     return Comparison(0.0, jnp.quantile(jnp.abs(found - prompts.target), 0.9), scale=1)

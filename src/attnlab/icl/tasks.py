@@ -263,7 +263,7 @@ def sine_prompts(
 ) -> Prompt:
     """y = a sin(x + p), x ~ U(-5, 5) of dimension 1, amplitude a and phase p uniform on their intervals, independently.
 
-    The family of von Oswald et al., arXiv 2212.07677
+    The family of Finn et al., arXiv 1703.03400; von Oswald et al., arXiv 2212.07677, train on amplitudes (0.1, 0.5).
     """
     _check_size(length, batch)
     # Three keys: one key for both would tie the phase to the amplitude.
@@ -273,6 +273,11 @@ def sine_prompts(
     phases = jax.random.uniform(key_phase, (batch, 1), minval=phase[0], maxval=phase[1])
     labels = amplitudes * jnp.sin(inputs + phases)
     return Prompt(inputs[:, :-1, None], labels[:, :-1], inputs[:, -1:], labels[:, -1])
+
+
+def sine_features(inputs: Float[Array, "*N 1"]) -> Float[Array, "*N 2"]:
+    """(sin x, cos x), in which `sine_prompts` are linear: a sin(x + p) = (a cos p) sin x + (a sin p) cos x."""
+    return jnp.concatenate([jnp.sin(inputs), jnp.cos(inputs)], axis=-1)
 
 
 def composition_prompts(

@@ -1,4 +1,4 @@
-"""Curves in log-log axes: means over seeds with a band, and lines of a given slope."""
+"""Curves: means or medians over seeds with a band, and lines of a given slope in log-log axes."""
 
 import numpy as np
 from jaxtyping import Float
@@ -24,6 +24,19 @@ def geometric_band(
     middle, spread = np.mean(logs, axis=0), np.std(logs, axis=0)
     axes.plot(abscissae, np.exp(middle), color=color, linestyle=linestyle, label=label)
     axes.fill_between(abscissae, np.exp(middle - spread), np.exp(middle + spread), color=color, alpha=0.2, linewidth=0)
+
+
+def range_band(
+    axes: Axes,
+    abscissae: Float[np.ndarray, "points"],
+    values: Float[np.ndarray, "points seeds"],
+    color: str,
+    label: str | None = None,
+    linestyle: str = "-",
+) -> None:
+    """The median over the seeds, and the range of all of them."""
+    axes.fill_between(abscissae, values.min(axis=1), values.max(axis=1), color=color, alpha=0.2, linewidth=0)
+    axes.plot(abscissae, np.median(values, axis=1), linestyle, color=color, label=label)
 
 
 def power_guide(axes: Axes, line: Float[np.ndarray, "points"], start: float, exponent: float, symbol: str) -> None:

@@ -1,0 +1,344 @@
+"""Sine tasks: an MLP and one linear attention layer, trained together, descend in the features that the MLP learned.
+
+The experiment of von Oswald et al. (arXiv 2212.07677): y = a sin(x + p), a uniform on (0.1, 0.5), p on (0, pi), x on
+(-5, 5), ten examples. The trained model is held against one gradient step from a learned start: in features trained for
+that step, in its own features with the layer's inner product, and without it; and against theory and regression.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import ClassVar, Literal
+
+import numpy as np
+from rich.progress import Progress
+from rich.table import Table
+
+from attnlab.analysis import Analysis, AnalysisConfig, Arrays
+
+AMPLITUDE = (0.1, 0.5)
+MEAN_SQUARE = (AMPLITUDE[1] ** 3 - AMPLITUDE[0] ** 3) / (6 * (AMPLITUDE[1] - AMPLITUDE[0]))  # of y: E a^2 / 2
+PENALTY = 0.1
+FLOOR = "least risk of one step (theory)"
+CURVES = {  # label, color, line
+    "model": ("MLP and attention, trained", "C0", "-"),
+    "learned descent": ("one step, features trained for it", "C1", "--"),
+    "own descent": ("one step, the model's features", "C2", ":"),
+    "plain descent": ("same, without the layer's inner product", "C3", "-."),
+    "untrained": ("one step, untrained features", "C4", ":"),
+    "inputs": ("one step on $x$ itself", "C5", "--"),
+    "ridge": ("ridge regression, the model's features", "C6", "-."),
+    "shuffled": ("model shown shuffled labels", "C4", "-."),
+    "start": ("the model's start $W_0 m(x)$", "C4", "-."),
+}
+
+
+@dataclass(frozen=True)
+class Config(AnalysisConfig):
+    """Options of the analysis."""
+
+    SMOKE: ClassVar = {"hidden": 4, "features": 3, "steps": 4, "every": 2, "batch": 4, "prompts": 12, "lengths": (10,)}
+
+    dtype: Literal["float64", "float32"] = "float32"
+    """Precision of the computation."""
+    hidden: int = 32
+    """Width of the two hidden layers of the MLP."""
+    features: int = 16
+    """Number of features that it hands to the attention layer."""
+    length: int = 10
+    """Number N of examples in a training prompt; one of `lengths`."""
+    seeds: int = 3
+    """Models trained, and as many for one step of gradient descent."""
+    steps: int = 3000
+    """Training steps of Adam with a cosine schedule; a multiple of `every`."""
+    every: int = 150
+    """Steps between two measurements."""
+    batch: int = 128
+    """Fresh prompts a step."""
+    learning_rate: float = 0.01
+    """Of Adam at the start."""
+    prompts: int = 500
+    """Prompts of each measurement along training; eight times as many after it."""
+    lengths: tuple[int, ...] = (2, 5, 10, 20, 40)
+    """Context lengths of the prompts that the trained models are shown."""
+
+
+def compute(config: Config, progress: Progress) -> Arrays:
+    """Train descent in features, then features and attention against it, and measure what became of them."""
+    import jax
+    import jax.numpy as jnp
+
+    from attnlab.icl.learned_features import best_sine_risk, init_feature_attention
+    from attnlab.training import probe
+
+    def start(key):
+        return init_feature_attention(key, network(config), 1, scale=0.25, spread=5.0)
+
+    keys = jax.random.split(jax.random.key(config.seed), 5)
+    draw = jax.jit(sines, static_argnames=("length", "count"))
+    fit, test = (draw(key, config.length, config.prompts) for key in keys[:2])
+    starts, others = (jax.jit(jax.vmap(start))(jax.random.split(key, config.seeds)) for key in keys[2:4])
+    steps = {"features": others["features"], "initial": others["initial"], "step_size": jnp.ones(config.seeds)}
+    steps = fitted(config, progress, "one step", one_step, steps, keys[3], test, {}).params
+    # the parameters are kept and measured afterwards: as a probe the measurement would compile twice
+    trained = fitted(config, progress, "attention", attention, starts, keys[2], test, {"params": probe(lambda _, p: p)})
+    reference = jax.tree.map(lambda leaf: leaf[0], steps)
+    measure = jax.vmap(partial(along, config=config), in_axes=(0, None, None, None, None))
+    arrays = jax.jit(lambda recorded, *rest: jax.lax.map(lambda params: measure(params, *rest), recorded))(
+        trained.records.values["params"], reference, fit, test, keys[4]
+    )
+    arrays["steps"] = trained.records.steps
+    task = progress.add_task("context lengths", total=len(config.lengths), status="")
+    for length in config.lengths:
+        members = jax.jit(
+            jax.vmap(partial(after, key=jax.random.fold_in(keys[0], length), length=length, config=config))
+        )
+        arrays |= {f"{name}/{length}": found for name, found in members(trained.params, starts, steps).items()}
+        arrays[f"floor/{length}"] = best_sine_risk(length, AMPLITUDE) / MEAN_SQUARE
+        progress.advance(task)
+    arrays |= jax.jit(partial(shapes, config=config))(trained.params, test)
+    return {name: np.asarray(array) for name, array in arrays.items()}
+
+
+def sines(key, length: int, count: int):
+    from attnlab.icl.tasks import sine_prompts
+
+    return sine_prompts(key, length, count, amplitude=AMPLITUDE)
+
+
+def network(config: Config):
+    from attnlab.models.networks import MLPConfig
+
+    return MLPConfig((config.hidden, config.hidden, config.features), activation="tanh", bias=True)
+
+
+def attention(params, config: Config):
+    from attnlab.icl.learned_features import feature_attention_predict
+
+    return partial(feature_attention_predict, params, config=network(config))
+
+
+def one_step(params, config: Config, preconditioner=None):
+    """One step in the features of `params`; of its own step size if there is no preconditioner."""
+    import jax.numpy as jnp
+
+    from attnlab.icl.learned_features import feature_descent_predict
+
+    matrix = params["step_size"] * jnp.eye(config.features) if preconditioner is None else preconditioner
+    return partial(feature_descent_predict, params, preconditioner=matrix, config=network(config))
+
+
+def fitted(config: Config, progress: Progress, name: str, model, starts, key, test, probes):
+    """An ensemble trained on fresh prompts; `model(params, config)` predicts."""
+    import jax
+    import optax
+
+    from attnlab.icl.probes import predictions
+    from attnlab.losses import square_loss
+    from attnlab.objective import objective
+    from attnlab.training import train
+
+    def draw(key, risk):
+        prompts = sines(key, config.length, config.batch)
+        return replace(risk, inputs=prompts, targets=prompts.target)
+
+    def predict(params, prompts):
+        return predictions(model(params, config), prompts)
+
+    task = progress.add_task(f"training, {name}", total=config.steps, status="")
+    return train(
+        objective(predict, square_loss, test, test.target),
+        starts,
+        optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps)),
+        jax.random.split(jax.random.fold_in(key, 1), config.seeds),
+        steps=config.steps,
+        every=config.every,
+        resample=draw,
+        probes=probes,
+        report=lambda now: progress.update(task, completed=now.step, status=f"loss {now.loss:.5g}"),
+    )
+
+
+def best_step(params, matrix, fit, config: Config):
+    """One step in the features with the inner product `matrix`, of the best size on the prompts `fit`; that size."""
+    from attnlab.icl.learned_features import best_step_size
+
+    size = best_step_size(lambda size: one_step(params, config, size * matrix), fit)
+    return one_step(params, config, size * matrix), size
+
+
+def own(params, fit, config: Config):
+    """The model and the best steps in its features; the layer's inner product, its step size, and its kernel's distance
+    from that of any step."""
+    import jax.numpy as jnp
+
+    from attnlab.icl.learned_features import own_preconditioner
+
+    matrix, distance = own_preconditioner(params, fit.inputs.reshape(-1, 1), config=network(config))
+    step, size = best_step(params, matrix, fit, config)
+    plain, _ = best_step(params, jnp.eye(config.features), fit, config)
+    models = {"model": attention(params, config), "own descent": step, "plain descent": plain}
+    return models, matrix, {"step size": size, "kernel distance": distance}
+
+
+def along(params, reference, fit, test, key, config: Config):
+    """Risks, and alignment with one step, along training."""
+    from attnlab.icl.probes import alignment, risk
+    from attnlab.icl.tasks import shuffle_labels
+
+    models, _, found = own(params, fit, config)
+    step = one_step(reference, config)
+    for name, function in {**models, "learned descent": step}.items():
+        found[f"risk/{name}"] = risk(function, test).value / MEAN_SQUARE
+    pairs = {
+        "learned descent": (step, test),
+        "own descent": (models["own descent"], test),
+        "shuffled": (step, shuffle_labels(key, test)),
+    }
+    for name, (algorithm, shown) in pairs.items():
+        pair = alignment(models["model"], algorithm, test, shown)
+        found[f"difference/{name}"] = pair.prediction_difference.value / MEAN_SQUARE**0.5
+        found[f"cosine/{name}"] = pair.sensitivity_cosine.value
+    return found
+
+
+def after(params, start, descent, key, length: int, config: Config):
+    """Risk over E y^2 of every contender on prompts of one length, and its standard error."""
+    import jax
+    import jax.numpy as jnp
+
+    from attnlab.icl.baselines import baseline, least_squares, ridge
+    from attnlab.icl.composition import with_features
+    from attnlab.icl.learned_features import best_step_size, learned_features
+    from attnlab.icl.probes import risk
+    from attnlab.icl.tasks import sine_features
+
+    fit_key, test_key = jax.random.split(key)
+    fit, test = sines(fit_key, length, config.prompts), sines(test_key, length, 8 * config.prompts)
+
+    def in_inputs(size):
+        return baseline("gradient_descent", steps=1, step_size=size)
+
+    models, matrix, _ = own(params, fit, config)
+    values, vectors = jnp.linalg.eigh(matrix)
+    root = vectors * jnp.sqrt(jnp.maximum(values, 0))[None, :]
+    models |= {
+        "learned descent": one_step(descent, config),
+        "untrained": best_step(start, jnp.eye(config.features), fit, config)[0],
+        "inputs": in_inputs(best_step_size(in_inputs, fit)),
+        "ridge": with_features(
+            lambda x: learned_features(params, x, config=network(config)) @ root, partial(ridge, penalty=PENALTY)
+        ),
+        "least squares": with_features(sine_features, least_squares),
+    }
+    return {name: jnp.stack(risk(function, test)) / MEAN_SQUARE for name, function in models.items()}
+
+
+def shapes(params, test, config: Config):
+    """Of every model the share of its kernel in the span of sine and cosine; predicted functions of the first."""
+    import jax
+    import jax.numpy as jnp
+
+    from attnlab.icl.baselines import least_squares
+    from attnlab.icl.composition import with_features
+    from attnlab.icl.learned_features import layer_kernel, learned_features
+    from attnlab.icl.probes import predictions
+    from attnlab.icl.tasks import sine_features
+
+    grid = jnp.linspace(-5.0, 5.0, 101)[:, None]
+    basis, _ = jnp.linalg.qr(sine_features(grid))
+
+    def share(params):
+        features = learned_features(params, grid, config=network(config))
+        kernel = features @ layer_kernel(params) @ features.T
+        return (jnp.linalg.norm(basis.T @ kernel @ basis) / jnp.linalg.norm(kernel)) ** 2
+
+    first = jax.tree.map(lambda leaf: leaf[0], params)
+    functions, *_ = own(first, test, config)
+    functions["start"] = one_step(first, config, jnp.zeros((config.features, config.features)))
+    functions["task"] = with_features(sine_features, least_squares)
+    arrays = {"grid": grid[:, 0], "share of kernel": jax.vmap(share)(params)}
+    for number in range(2):
+        prompt = jax.tree.map(lambda leaf, at=number: jnp.repeat(leaf[at][None], len(grid), axis=0), test)
+        queries = replace(prompt, query=grid)
+        arrays |= {f"task {number}/{name}": predictions(function, queries) for name, function in functions.items()}
+        arrays[f"task {number}/context"] = jnp.stack([test.inputs[number, :, 0], test.labels[number]])
+    return arrays
+
+
+def plot(arrays: Arrays, config: Config):
+    """Above: risk along training and by context length, prediction difference; below: cosine, and two tasks."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 3, figsize=(13, 7.4))
+    plot_training(axes[0, 0], arrays, "risk", ("plain descent", "own descent", "model"))
+    step = arrays["risk/learned descent"][-1, 0]
+    axes[0, 0].axhline(step, color="C1", linestyle="--", label=CURVES["learned descent"][0])
+    axes[0, 0].axhline(arrays[f"floor/{config.length}"], color="black", linewidth=0.8, label=FLOOR)
+    axes[0, 0].set(yscale="log", ylabel="risk / mean square of $y$", title=f"{config.length} examples in a context")
+    axes[0, 0].legend()
+    plot_lengths(axes[0, 1], arrays, config)
+    for panel, measure in ((axes[0, 2], "difference"), (axes[1, 0], "cosine")):
+        plot_training(panel, arrays, measure, ("learned descent", "own descent", "shuffled"))
+        panel.legend(title="trained model against:")
+    axes[0, 2].set(yscale="log", ylabel=r"mean $|\hat y - \hat y_{GD}|$ / rms of $y$", title="predictions")
+    axes[1, 0].set(ylabel=r"mean cosine of $\partial \hat y / \partial x_q$", title="sensitivities", ylim=(-0.3, 1.02))
+    for number in range(2):
+        plot_task(axes[1, 1 + number], arrays, number)
+    return figure
+
+
+def plot_training(axes, arrays: Arrays, measure: str, names) -> None:
+    from attnlab.plotting.curves import range_band
+
+    for name in names:
+        label, color, line = CURVES[name]
+        range_band(axes, arrays["steps"], arrays[f"{measure}/{name}"], color, label, line)
+    axes.set_xlabel("training step (step 0: the untrained model)")
+
+
+def plot_lengths(axes, arrays: Arrays, config: Config) -> None:
+    from attnlab.plotting.curves import range_band
+
+    for name, (label, color, line) in list(CURVES.items())[:7]:
+        risks = np.stack([arrays[f"{name}/{length}"][:, 0] for length in config.lengths])
+        range_band(axes, config.lengths, risks, color, label, "." + line)
+    axes.plot(config.lengths, [arrays[f"floor/{n}"] for n in config.lengths], "k", linewidth=0.8, label=FLOOR)
+    axes.set(xscale="log", yscale="log", xlabel="context length $N$", ylabel="risk / mean square of $y$")
+    axes.set_xticks(config.lengths, [str(length) for length in config.lengths])
+    axes.minorticks_off()
+    axes.set_title(f"trained at $N = {config.length}$, shown $N$ examples")
+    axes.legend()
+
+
+def plot_task(axes, arrays: Arrays, number: int) -> None:
+    axes.plot(arrays["grid"], arrays[f"task {number}/task"], color="black", linewidth=0.8, label="the task")
+    for name in ("start", "model", "own descent"):
+        label, color, line = CURVES[name]
+        axes.plot(arrays["grid"], arrays[f"task {number}/{name}"], line, color=color, label=label)
+    axes.plot(*arrays[f"task {number}/context"], "ko", markerfacecolor="none", label="context")
+    axes.set(xlabel="$x$", ylabel="$y$", title=f"test prompt {number + 1}, one model")
+    axes.legend()
+
+
+def tables(arrays: Arrays, config: Config) -> list[Table]:
+    """Risks at every length, and what the last models have in common with one step."""
+    risks = Table("risk / mean square of y", *(f"N = {n}" for n in config.lengths))
+    names = {name: label for name, (label, *_) in CURVES.items() if name not in ("shuffled", "start")}
+    for name, label in (names | {"least squares": r"least squares on $(\sin x, \cos x)$"}).items():
+        found = [arrays[f"{name}/{length}"].mean(axis=0) for length in config.lengths]
+        risks.add_row(label, *(f"{value:.3g} +- {error:.1g}" for value, error in found))
+    risks.add_row(FLOOR, *(f"{arrays[f'floor/{length}']:.3g}" for length in config.lengths))
+    last = Table("of the trained models", "mean", "least", "largest", "untrained")
+    for name, found in arrays.items():
+        if name.startswith(("difference/", "cosine/")) or name in ("step size", "kernel distance"):
+            values = (found[-1].mean(), found[-1].min(), found[-1].max(), found[0].mean())
+            last.add_row(name, *(f"{value:.4f}" for value in values))
+    share = arrays["share of kernel"]
+    last.add_row("share of kernel in span", *(f"{value:.4f}" for value in (share.mean(), share.min(), share.max())))
+    return [risks, last]
+
+
+ANALYSIS = Analysis("icl-sine", Config, compute, plot, tables, __doc__)
+
+if __name__ == "__main__":
+    ANALYSIS.main()
