@@ -1,21 +1,23 @@
 """The last attention layer inside a transformer: every block of H, H_o and H_f of the network against autodiff."""
 
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
+import oracles
 from attnlab.attention.in_transformer import assemble, attention_hessian_in, cut_at_attention
-from attnlab.curvature.operators import PARTS as OPERATORS
 from attnlab.data.addition import addition, answer_positions
 from attnlab.losses import cross_entropy, square_loss
 from attnlab.models.adapters import at_positions, from_linen
-from attnlab.models.attention import AttentionConfig
+from attnlab.models.attention import AttentionConfig, SelfAttention
 from attnlab.models.transformer import LanguageModel, LanguageModelConfig, TransformerConfig
-from attnlab.objective import objective
+from attnlab.objective import objective, predict_from_block
+from attnlab.trees import select
 from compare import assert_close
 
 WIDTH, DIGITS = 8, 1
@@ -68,8 +70,10 @@ def test_blocks_of_the_network(name):
     hessian, norms = closed_forms(params)
     ends = np.cumsum([0, *(np.size(hessian.point.params[leaf]) for leaf in hessian.names)])
     rows = {leaf: slice(a, b) for leaf, a, b in zip(hessian.names, ends, ends[1:], strict=False)}
-    for part, operator in zip(("full", "outer", "functional"), ("hessian", "ggn", "functional"), strict=True):
-        dense = np.asarray(OPERATORS[operator](risk, params, block=path).dense())
+    chosen = select(params, path)
+    risk = replace(risk, predict=predict_from_block(risk.predict, params, chosen))
+    whole, outer = (np.asarray(oracle(risk, chosen.take(params))) for oracle in (oracles.hessian, oracles.ggn))
+    for part, dense in {"full": whole, "outer": outer, "functional": whole - outer}.items():
         assert_close(hessian.dense(part), dense)
         size = np.linalg.norm(dense)
         for (row, column), norm in norms[part].items():
@@ -101,10 +105,73 @@ def test_the_rest_behind_the_cut_is_the_network(key):
     assert float(jnp.max(jnp.abs(cut.rest(0 * cut.outputs) - cut.rest(cut.outputs)))) > 1e-6
 
 
-def test_bad_input():
-    module, params, tokens, loss, path, *_ = problem("two_layers", jax.random.key(1))
-    build = partial(attention_hessian_in, module, params, tokens, loss)
-    with pytest.raises(ValueError, match=r"path is 'layer_7/attention'; the model called .* 0 times, expected 1"):
-        build("layer_7/attention")
-    with pytest.raises(ValueError, match="an entry of positions is 6; expected 0 <= an entry of positions <= 5"):
-        build(path, positions=(6,))
+def test_an_earlier_layer_is_refused():
+    """Behind it tokens meet again: sums over single tokens would be wrong."""
+    module, params, tokens, loss, *_ = problem("two_layers", jax.random.key(1))
+    with pytest.raises(ValueError, match=r"come others, transformer/layer_1/attention, where its tokens meet again"):
+        jax.eval_shape(lambda p: attention_hessian_in(module, p, tokens, loss, "transformer/layer_0/attention"), params)
+
+
+class Behind(nn.Module):
+    """An attention layer and a function of its outputs."""
+
+    last: Callable
+
+    @nn.compact
+    def __call__(self, tokens):
+        return self.last(SelfAttention(ATTENTION, name="attention")(tokens))
+
+
+def of_squares(outputs):
+    return jnp.sum(outputs**2)
+
+
+READS_LAST = {"loss": lambda outputs: of_squares(outputs[:, 1:]), "positions": (1,)}
+BAD = {  # what stands behind the layer, what is asked for, what is said
+    "path": (nn.gelu, {"path": "layer_7"}, "path is 'layer_7'; the model called .* 0 times, expected 1"),
+    "range": (nn.gelu, {"positions": (3,)}, "is 3; expected 0 <= an entry of positions <= 2"),
+    "axes": (
+        nn.gelu,
+        {"inputs": jnp.ones((3, WIDTH))},
+        r"have shape \(3, 8\); expected \(sequences, tokens, features\)",
+    ),
+    "pooled": (
+        lambda out: jnp.mean(out, axis=1),
+        {},
+        r"outputs have shape \(2, 8\) for \(sequences, tokens\) \(2, 3\)",
+    ),
+    "mixed": (lambda out: jnp.cumsum(out, axis=1), {}, "the model behind the attention layer couples different tokens"),
+    "reads": (nn.gelu, READS_LAST, r"positions are \[1\], but the loss also reads the outputs at \[2\]"),
+    "concave": (
+        nn.gelu,
+        {"loss": lambda outputs: -of_squares(outputs)},
+        "the loss has curvature -2 in the outputs of a",
+    ),
+    "coupled": (
+        nn.gelu,
+        {"loss": lambda outputs: of_squares(jnp.sum(outputs, axis=1))},
+        "second derivative of the loss couples different tokens",
+    ),
+    "curved": (nn.gelu, {"piecewise_linear": True}, "piecewise_linear is True, but what stands behind the layer has"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name, key):
+    last, asked, message = BAD[name]
+    module, tokens = Behind(last), jax.random.normal(key, (2, 3, WIDTH))
+    arguments = {
+        "module": module,
+        "params": module.init(key, tokens)["params"],
+        "inputs": tokens,
+        "loss": of_squares,
+        "path": "attention",
+    }
+    with pytest.raises(ValueError, match=message):
+        attention_hessian_in(**arguments | asked)
+
+
+def test_relu_behind_the_layer_is_piecewise_linear(key):
+    module, tokens = Behind(nn.relu), jax.random.normal(key, (2, 3, WIDTH))
+    params = module.init(key, tokens)["params"]
+    assert assemble(cut_at_attention(module, params, tokens, "attention"), of_squares, None, True).bend is None

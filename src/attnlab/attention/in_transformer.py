@@ -38,7 +38,7 @@ from attnlab.attention.terms import (
     token_jacobians,
     token_quantities,
 )
-from attnlab.checks import check_range
+from attnlab.checks import check_range, is_concrete
 from attnlab.models.attention import SelfAttention
 from attnlab.types import Params, PyTree
 
@@ -53,25 +53,31 @@ class Cut:
         point: the layer, its weights and the tokens it sees (after a pre-norm, say).
         outputs: its output.
         rest: everything behind, from outputs of that shape to the network's outputs (..., L, C).
+        behind: paths of the attention layers that the model calls after it; there tokens meet again.
     """
 
     point: Layer
     outputs: Float[Array, "B L O"]
     rest: Rest
+    behind: tuple[str, ...]
 
 
 def cut_at_attention(module: nn.Module, params: Params, inputs: PyTree, path: str) -> Cut:
     """Cut `module.apply({"params": params}, inputs)` at the `SelfAttention` called `path`.
 
     `path` is the layer's place in the parameters, such as `transformer/layer_0/attention`. Inputs of the layer must be
-    (B, L, D). Raises `ValueError` where the module never calls an attention layer of that name.
+    (B, L, D). Raises `ValueError` where the module does not call an attention layer of that name once, or the tokens
+    have another number of axes.
     """
-    wanted, calls = tuple(path.split("/")), []
+    wanted, calls, order = tuple(path.split("/")), [], []
 
     def run(replacement: Array | None) -> PyTree:
         def intercept(call: Callable, arguments: tuple, options: dict, context: InterceptorContext) -> Array:
-            here = isinstance(context.module, SelfAttention) and context.method_name == "__call__"
-            if not here or context.module.path != wanted:
+            if not isinstance(context.module, SelfAttention) or context.method_name != "__call__":
+                return call(*arguments, **options)
+            if replacement is None:
+                order.append("/".join(context.module.path))
+            if context.module.path != wanted:
                 return call(*arguments, **options)
             if replacement is not None:
                 return replacement
@@ -86,10 +92,16 @@ def cut_at_attention(module: nn.Module, params: Params, inputs: PyTree, path: st
     if len(calls) != 1:
         raise ValueError(f"path is {path!r}; the model called such an attention layer {len(calls)} times, expected 1.")
     config, (tokens, *mask), options, outputs = calls[0]
+    if outputs.ndim != 3:
+        raise ValueError(
+            f"the tokens at {path!r} have shape {tokens.shape}; expected (sequences, tokens, features). "
+            "Give the inputs one axis of sequences, of length 1 for a single one."
+        )
+    behind = tuple(order[order.index(path) + 1 :])
     weights = params
     for name in wanted:
         weights = weights[name]
-    return Cut(layer(config, weights, tokens, options.get("mask", *mask or [None])), outputs, run)
+    return Cut(layer(config, weights, tokens, options.get("mask", *mask or [None])), outputs, run, behind)
 
 
 def attention_hessian_in(
@@ -115,8 +127,11 @@ def attention_hessian_in(
         piecewise_linear: the rest of the network is so (ReLU MLP, no norm): its curvature is zero, not computed.
 
     Returns the `AttentionHessian` whose `outer` part is that of the network's Gauss-Newton matrix, `functional` the
-    rest of its Hessian, `full` their sum. Raises `ValueError` for unknown paths, positions out of range, and as
-    `attention_hessian` does. Source: Ormaniec, Dangel, Singh, arXiv 2410.10986, in the form of the module docstring.
+    rest of its Hessian, `full` their sum. Raises `ValueError` for unknown paths, attention layers behind this one,
+    inputs or outputs with other axes, positions out of range, and as `attention_hessian` does; outside of `jit`, where
+    values can be looked at, also for a loss that is not convex, couples tokens or reads others than `positions`, for a
+    model that couples tokens behind the layer, and for `piecewise_linear` where there is curvature. Source: Ormaniec,
+    Dangel, Singh, arXiv 2410.10986, in the form of the module docstring.
     """
     return assemble(cut_at_attention(module, params, inputs, path), loss, positions, piecewise_linear).hessian()
 
@@ -214,19 +229,31 @@ def assemble(
     cut: Cut, loss: Callable[[PyTree], Array], positions: Sequence[int] | None, piecewise_linear: bool
 ) -> InNetwork:
     """What the blocks are made of; see `attention_hessian_in`."""
+    if cut.behind:
+        raise ValueError(
+            f"behind the attention layer come others, {', '.join(cut.behind)}, where its tokens meet again; expected "
+            "the last attention layer. For an earlier one pass downstream_derivatives(..., coupled=True) to "
+            "attention_hessian_from_downstream."
+        )
     length = cut.outputs.shape[1]
     positions = range(length) if positions is None else positions
     for position in positions:
         check_range("an entry of positions", position, 0, length - 1, f"There are {length} tokens.")
     chosen = np.asarray(positions)
-    slope, pull = jax.vjp(cut.rest, cut.outputs)
-    cotangent = jax.grad(loss)(slope)
+    predicted, pull = jax.vjp(cut.rest, cut.outputs)
+    if jnp.ndim(predicted) != 3 or predicted.shape[:2] != cut.outputs.shape[:2]:
+        raise ValueError(
+            f"the model's outputs have shape {jnp.shape(predicted)} for (sequences, tokens) {cut.outputs.shape[:2]}; "
+            "expected (sequences, tokens, features), one row for each token."
+        )
+    cotangent = jax.grad(loss)(predicted)
+    _check_read(cotangent, chosen)
     (gradient,) = pull(cotangent)
     moments = moments_of(cut.point)
     everything = token_quantities(cut.point, moments, gradient)
     tokens = jax.tree.map(lambda x: _at(x.reshape(-1, length, *x.shape[1:]), chosen), everything)
-    roots = _roots(pull, loss, slope, chosen)
-    bend = None if piecewise_linear else _bend(cut, cotangent, chosen)
+    roots = _roots(pull, loss, predicted, chosen)
+    bend = _bend(cut, cotangent, chosen, piecewise_linear)
     return InNetwork(cut.point, moments, gradient, tokens, roots, bend)
 
 
@@ -247,15 +274,82 @@ def _roots(
     """z_a = sum_c R_ca dout_c/df with R R^T the loss's Hessian in the outputs of one token."""
     probes = _unit_probes(outputs)
     _, curve = jax.linearize(jax.grad(loss), outputs)
+    _check_tokens_apart("the second derivative of the loss", curve, outputs)
+    _check_tokens_apart("the model behind the attention layer", lambda probe: pull(probe)[0], outputs)
     curvature = _at(jnp.moveaxis(jax.lax.map(curve, probes), 0, -1), chosen)
     values, vectors = jnp.linalg.eigh(curvature)
+    _check_convex(values)
     root = vectors * jnp.sqrt(jnp.maximum(values, 0))[:, None, :]
     jacobian = jax.lax.map(lambda probe: pull(probe)[0], probes)
     return jnp.einsum("nca,nco->nao", root, _at(jnp.moveaxis(jacobian, 0, 2), chosen))
 
 
-def _bend(cut: Cut, cotangent: Float[Array, "B L C"], chosen: np.ndarray) -> Float[Array, "N O O"]:
-    """Λ_f: the Hessian of <dloss/doutputs, rest(.)> with the first factor held fixed."""
+def _bend(
+    cut: Cut, cotangent: Float[Array, "B L C"], chosen: np.ndarray, piecewise_linear: bool
+) -> Float[Array, "N O O"] | None:
+    """Λ_f: the Hessian of <dloss/doutputs, rest(.)> with the first factor held fixed; None for zero."""
+    if piecewise_linear and not is_concrete(cut.outputs):
+        return None
     _, product = jax.linearize(jax.grad(lambda out: jnp.vdot(cotangent, cut.rest(out))), cut.outputs)
+    if piecewise_linear:
+        _check_flat(product, cut.outputs)
+        return None
     columns = jax.lax.map(product, _unit_probes(cut.outputs))
     return _at(jnp.moveaxis(columns, 0, -1), chosen)
+
+
+def _check_read(cotangent: Float[Array, "B L C"], chosen: np.ndarray) -> None:
+    """Raise `ValueError` if the loss reads tokens that are not among the chosen ones."""
+    if not is_concrete(cotangent):
+        return
+    read = np.flatnonzero(np.any(np.asarray(cotangent) != 0, axis=(0, 2)))
+    others = sorted(set(read.tolist()) - set(chosen.tolist()))
+    if others:
+        raise ValueError(
+            f"positions are {chosen.tolist()}, but the loss also reads the outputs at {others}; expected all tokens "
+            "that it reads. Add them, or leave positions out."
+        )
+
+
+def _check_tokens_apart(name: str, product: Callable[[Array], Array], like: Float[Array, "B L C"]) -> None:
+    """Raise `ValueError` if the linear map `product` lets one token answer for another."""
+    if not is_concrete(like):
+        return
+    noise, coin = jax.random.split(jax.random.key(0))
+    probe = jax.random.normal(noise, like.shape, like.dtype)
+    # Signs of whole tokens go through a map that keeps tokens apart, and come back out.
+    signs = jax.random.rademacher(coin, (*like.shape[:2], 1), like.dtype)
+    alone, together = product(probe), signs * product(signs * probe)
+    error, size = float(jnp.linalg.norm(alone - together)), float(jnp.linalg.norm(alone))
+    if error > _slack(like) * size:
+        raise ValueError(
+            f"{name} couples different tokens (by {error / size:.2g} of its size); expected each by itself. Use "
+            "downstream_derivatives(..., coupled=True)."
+        )
+
+
+def _check_convex(values: Float[Array, "N C"]) -> None:
+    """Raise `ValueError` if curvature of the loss in the outputs of a token is below zero, rounding aside."""
+    if not is_concrete(values):
+        return
+    lowest, largest = float(jnp.min(values)), float(jnp.max(jnp.abs(values)))
+    # Where all predictions are certain, cross-entropy's own curvature drowns in rounding of the size of eps.
+    if lowest < -_slack(values) * largest - 10 * float(jnp.finfo(values.dtype).eps):
+        raise ValueError(
+            f"the loss has curvature {lowest:.3g} in the outputs of a token (the largest is {largest:.3g}); expected a "
+            "loss that is convex in the outputs. Use downstream_derivatives with part='full'."
+        )
+
+
+def _check_flat(product: Callable[[Array], Array], like: Float[Array, "B L O"]) -> None:
+    """Raise `ValueError` unless the second derivative behind the layer is zero, which autodiff gives exactly."""
+    probe = jax.random.normal(jax.random.key(0), like.shape, like.dtype)
+    if bool(jnp.any(product(probe) != 0)):
+        raise ValueError(
+            "piecewise_linear is True, but what stands behind the layer has curvature (a smooth activation or a norm); "
+            "expected none. Pass piecewise_linear=False."
+        )
+
+
+def _slack(like: Array) -> float:
+    return float(jnp.finfo(like.dtype).eps) ** 0.5
