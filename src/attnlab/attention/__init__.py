@@ -5,6 +5,7 @@ from attnlab.attention.cross_layer import cross_layer_outer
 from attnlab.attention.cumulants import Cumulants, attend_query, cumulants
 from attnlab.attention.describe import Factor, TermDescription, describe, describe_table
 from attnlab.attention.downstream import downstream_derivatives
+from attnlab.attention.in_transformer import Cut, attention_hessian_in, cut_at_attention
 from attnlab.attention.kronecker import KroneckerSum, Leaf, Term
 from attnlab.attention.moments import AttentionMoments, attention_moments
 from attnlab.attention.nearest import NearestKronecker, nearest_kronecker
@@ -14,6 +15,7 @@ __all__ = [
     "AttentionHessian",
     "AttentionMoments",
     "Cumulants",
+    "Cut",
     "Factor",
     "KroneckerSum",
     "Leaf",
@@ -23,9 +25,11 @@ __all__ = [
     "attend_query",
     "attention_hessian",
     "attention_hessian_from_downstream",
+    "attention_hessian_in",
     "attention_moments",
     "cross_layer_outer",
     "cumulants",
+    "cut_at_attention",
     "describe",
     "describe_table",
     "downstream_derivatives",
