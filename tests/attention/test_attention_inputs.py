@@ -33,6 +33,11 @@ BAD = {
     "one token": (lambda a: a | {"inputs": a["inputs"][0, 0]}, ValueError, "Add the missing axes"),
     "empty": (lambda a: a | {"inputs": a["inputs"][:0]}, ValueError, "inputs has shape"),
     "nan": (lambda a: a | {"inputs": a["inputs"].at[0, 0].set(jnp.nan)}, ValueError, "inputs has 4 non-finite"),
+    "nan in the weights": (
+        lambda a: a | {"params": a["params"] | {"query": a["params"]["query"].at[0].set(jnp.nan)}},
+        ValueError,
+        "params: query has 3 non-finite of 12 values",
+    ),
     "infinite": (lambda a: a | {"targets": a["targets"].at[0, 0].set(jnp.inf)}, ValueError, "targets has 2 non-finite"),
     "integers": (lambda a: a | {"inputs": jnp.ones((3, 5, 4), int)}, TypeError, "expected real floating-point"),
     "targets": (lambda a: a | {"targets": a["targets"][..., 1:]}, ValueError, "the square loss expects"),
