@@ -28,3 +28,10 @@ def test_importing_everything_leaves_the_precision_alone():
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"
+
+
+def test_no_attention_takes_its_softmax_in_32_bits(pytestconfig):
+    """The library's own attention does, of 64-bit inputs too; it stands in the claim that measures this alone."""
+    files = (pytestconfig.rootpath / "src").rglob("*.py")
+    users = [file.name for file in files if "dot_product_attention" in file.read_text()]
+    assert users == ["transformers_approximation.py"]
