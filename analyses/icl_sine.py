@@ -27,7 +27,7 @@ CURVES = {  # label, color, line
     "untrained": ("one step, untrained features", "C4", ":"),
     "inputs": ("one step on $x$ itself", "C5", "--"),
     "ridge": ("ridge regression, the model's features", "C6", "-."),
-    "shuffled": ("model shown shuffled labels", "C4", "-."),
+    "shuffled": ("the first, model shown shuffled labels", "C4", "-."),
     "start": ("the model's start $W_0 m(x)$", "C4", "-."),
 }
 
@@ -181,7 +181,8 @@ def own(params, fit, config: Config):
 
 
 def along(params, reference, fit, test, key, config: Config):
-    """Risks, and alignment with one step, along training."""
+    """Risks, and alignment with one step, along training; inputs are numbers, so that the cosine of two sensitivities
+    says whether their signs agree."""
     from attnlab.icl.probes import alignment, risk
     from attnlab.icl.tasks import shuffle_labels
 
@@ -281,7 +282,10 @@ def plot(arrays: Arrays, config: Config):
         plot_training(panel, arrays, measure, ("learned descent", "own descent", "shuffled"))
         panel.legend(title="trained model against:")
     axes[0, 2].set(yscale="log", ylabel=r"mean $|\hat y - \hat y_{GD}|$ / rms of $y$", title="predictions")
-    axes[1, 0].set(ylabel=r"mean cosine of $\partial \hat y / \partial x_q$", title="sensitivities", ylim=(-0.3, 1.02))
+    axes[1, 0].set(
+        ylabel=r"mean cosine of $\partial \hat y / \partial x_q$",
+        title=r"sensitivities ($x$ is a number: cosines are $\pm 1$)",
+    )
     for number in range(2):
         plot_task(axes[1, 1 + number], arrays, number)
     return figure
@@ -306,8 +310,9 @@ def plot_lengths(axes, arrays: Arrays, config: Config) -> None:
     axes.set(xscale="log", yscale="log", xlabel="context length $N$", ylabel="risk / mean square of $y$")
     axes.set_xticks(config.lengths, [str(length) for length in config.lengths])
     axes.minorticks_off()
-    axes.set_title(f"trained at $N = {config.length}$, shown $N$ examples")
-    axes.legend()
+    axes.set_title(f"trained at $N = {config.length}$, shown $N$ examples (colours as on the left)")
+    axes.set_ylim(bottom=4e-4)  # room for the legend under the curves
+    axes.legend(handles=axes.lines[4:7], loc="lower left")
 
 
 def plot_task(axes, arrays: Arrays, number: int) -> None:
@@ -317,7 +322,8 @@ def plot_task(axes, arrays: Arrays, number: int) -> None:
         axes.plot(arrays["grid"], arrays[f"task {number}/{name}"], line, color=color, label=label)
     axes.plot(*arrays[f"task {number}/context"], "ko", markerfacecolor="none", label="context")
     axes.set(xlabel="$x$", ylabel="$y$", title=f"test prompt {number + 1}, one model")
-    axes.legend()
+    axes.set_ylim(top=1.7 * axes.get_ylim()[1])  # room for the legend, of which each panel shows a half
+    axes.legend(handles=axes.lines[-1:] + axes.lines[:2] if number == 0 else axes.lines[2:-1], loc="upper left")
 
 
 def tables(arrays: Arrays, config: Config) -> list[Table]:
