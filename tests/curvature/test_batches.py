@@ -1,5 +1,7 @@
 """A batched objective has the operators of all its data at once, however they are cut."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,9 +46,10 @@ def test_operators_of_unequal_batches_are_those_of_all_data(name):
     inputs, labels, params = data()
     whole = objective(PREDICT, cross_entropy, inputs, labels)
     parts = batched(PREDICT, cross_entropy, Dataset(inputs, labels, [32, 64, 70]))
-    assert_close(OPERATORS[name](parts, params).dense(), OPERATORS[name](whole, params).dense(), 1e-12)
-    block = OPERATORS[name](parts, params, block="layer_1").dense()
-    assert_close(block, OPERATORS[name](whole, params, block="layer_1").dense(), 1e-12)
+    build = partial(OPERATORS[name], check=False)
+    assert_close(build(parts, params).dense(), build(whole, params).dense(), 1e-12)
+    block = build(parts, params, block="layer_1").dense()
+    assert_close(block, build(whole, params, block="layer_1").dense(), 1e-12)
 
 
 def test_unequal_batches_in_single_precision():

@@ -28,10 +28,10 @@ def test_empirical_fisher_is_the_mean_outer_product_of_example_gradients(name, k
     count = risk.targets.shape[0]
     gradients = [gradient_of(risk, params, risk.inputs[n : n + 1], risk.targets[n : n + 1]) for n in range(count)]
     expected = sum(np.outer(g, g) for g in gradients) / count
-    assert_close(empirical_fisher(risk, params).dense(), expected)
+    assert_close(empirical_fisher(risk, params, check=False).dense(), expected)
     rows = block_slices(params)
     block = next(iter(rows))
-    assert_close(empirical_fisher(risk, params, block=block).dense(), expected[rows[block], rows[block]])
+    assert_close(empirical_fisher(risk, params, block=block, check=False).dense(), expected[rows[block], rows[block]])
 
 
 def test_fisher_of_a_classifier_is_the_expected_outer_product_over_its_own_labels(key):
@@ -40,7 +40,7 @@ def test_fisher_of_a_classifier_is_the_expected_outer_product_over_its_own_label
     log_probabilities = jax.jit(lambda vector: jax.nn.log_softmax(risk.outputs(unravel(vector)), axis=-1))
     scores, probabilities = jax.jit(jax.jacrev(log_probabilities))(flat), jnp.exp(log_probabilities(flat))
     expected = jnp.einsum("blc,blci,blcj->ij", probabilities, scores, scores) / probabilities[..., 0].size
-    assert_close(fisher(risk, params).dense(), expected)
+    assert_close(fisher(risk, params, check=False).dense(), expected)
 
 
 def test_fisher_of_a_regression_is_the_gram_matrix_of_its_jacobian(key):
@@ -48,7 +48,7 @@ def test_fisher_of_a_regression_is_the_gram_matrix_of_its_jacobian(key):
     risk, params = CASES["softmax/square"](key)
     flat, unravel = ravel_pytree(params)
     jacobian = jax.jit(jax.jacrev(lambda vector: risk.outputs(unravel(vector)).ravel()))(flat)
-    assert_close(fisher(risk, params).dense(), 2 * jacobian.T @ jacobian / jacobian.shape[0])
+    assert_close(fisher(risk, params, check=False).dense(), 2 * jacobian.T @ jacobian / jacobian.shape[0])
 
 
 def test_fisher_of_an_unknown_likelihood(key):

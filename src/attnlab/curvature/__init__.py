@@ -14,6 +14,7 @@ from attnlab.curvature.estimators import (
 )
 from attnlab.curvature.long_runs import NonFiniteProductError, Progress, print_progress
 from attnlab.curvature.operators import Operator, empirical_fisher, fisher, functional, ggn, hessian, restrict
+from attnlab.curvature.self_checks import CurvatureWarning, VerificationError
 from attnlab.curvature.spectrum import Eigenpairs, eigenpairs
 from attnlab.curvature.transforms import (
     CrossBlock,
@@ -22,11 +23,12 @@ from attnlab.curvature.transforms import (
     precondition,
     rmsprop_preconditioner,
 )
-from attnlab.curvature.verify import VerificationError, verify
+from attnlab.curvature.verify import verify
 
 __all__ = [
     "BatchedObjective",
     "CrossBlock",
+    "CurvatureWarning",
     "Eigenpairs",
     "Estimate",
     "NonFiniteProductError",

@@ -1,5 +1,7 @@
 """Whether data may be cut into batches: examples must not see each other, and the loss must be a mean over them."""
 
+from itertools import pairwise
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,60 +27,62 @@ def check_batches(risk: BatchedObjective, params: Params) -> None:
 
 
 def check_examples(risk: Objective, params: Params) -> tuple[float, str]:
-    """The relative discrepancy between a batch and its two parts, cut along the first axis, and its likely culprit.
+    """The relative discrepancy between a batch and its parts, cut along the first axis, and its likely culprit.
 
-    Outputs are compared first, then the loss. A batch of one example has no parts: discrepancy zero.
+    The outputs of a part alone are compared first, then the loss of the whole with the mean over its parts. A batch of
+    one example has no parts, nor has one that the model or the loss takes in no other size: discrepancy zero.
     """
     count = {np.shape(leaf)[:1] for leaf in jax.tree.leaves((risk.inputs, risk.targets))}
     if len(count) != 1 or not (size := next(iter(count))) or size[0] < 2:
         return 0.0, ""
-    cut = max(1, size[0] // 3)  # unequal parts, so that a mean of means is found out
-    parts = [
-        Objective(risk.predict, risk.loss, *_slice((risk.inputs, risk.targets), ends))
-        for ends in (slice(None, cut), slice(cut, None))
-    ]
-    whole, (first, rest) = _outputs(risk, params), [_outputs(part, params) for part in parts]
-    joined = jax.tree.map(lambda a, b: np.concatenate([a, b]) if np.ndim(a) else a, first, rest)
-    discrepancy = _distance(joined, whole)
-    if discrepancy > float(np.finfo(jax.tree.leaves(whole)[0].dtype).eps) ** 0.5:
-        return discrepancy, _culprit(risk, params)
-    losses = [float(_loss(part, outputs)) for part, outputs in zip((risk, *parts), (whole, first, rest), strict=True)]
-    mean = (cut * losses[1] + (size[0] - cut) * losses[2]) / size[0]
-    scale = max(abs(losses[0]), abs(mean), 1e-300)
-    return abs(losses[0] - mean) / scale, "the loss of a batch is not the mean over its examples. Average, do not sum."
+    try:
+        jax.eval_shape(_compare_part, risk, params)
+    except Exception:  # whatever a model raises on a part, it raises while it is traced, and it takes no parts
+        return 0.0, ""
+    outputs, loss = (float(error) for error in _compare_part(risk, params))
+    if not outputs <= float(jnp.finfo(jnp.result_type(*jax.tree.leaves(params))).eps) ** 0.5:
+        return outputs, _culprit(risk, params)
+    return loss, "the loss of a batch is not the mean over its examples. Average, do not sum."
+
+
+@jax.jit
+def _compare_part(risk: Objective, params: Params) -> tuple[jax.Array, jax.Array]:
+    """The relative discrepancies of the outputs and of the loss."""
+    size = len(jax.tree.leaves(risk.inputs)[0])
+    # The middle alone: it misses those before it and those after it. Unequal parts, so that a mean of means shows.
+    ends = [0, max(1, size // 3), max(2, size - 1), size]
+    whole, middle = risk.outputs(params), risk.predict(params, _rows(risk.inputs, size, *ends[1:3]))
+    if any(jnp.ndim(leaf) == 0 or len(leaf) % size for leaf in jax.tree.leaves(whole)):
+        return jnp.asarray(jnp.inf), jnp.asarray(jnp.inf)  # outputs of no example: of the batch
+    mean = jnp.zeros(())
+    for start, stop in pairwise(ends):
+        if start < stop:
+            part = (_rows(tree, size, start, stop) for tree in (whole, risk.targets))
+            mean += (stop - start) / size * risk.loss(*part).astype(float)
+    loss = risk.loss(whole, risk.targets).astype(float)
+    scale = jnp.maximum(jnp.abs(loss), jnp.abs(mean))
+    difference = _distance(middle, _rows(whole, size, *ends[1:3]))
+    return difference, jnp.abs(loss - mean) / jnp.where(scale > 0, scale, 1)
+
+
+def _rows(tree: PyTree, size: int, start: int, stop: int) -> PyTree:
+    """Examples `start` to `stop` of `size`, of which each has one row or several."""
+    return jax.tree.map(lambda leaf: leaf[start * len(leaf) // size : stop * len(leaf) // size], tree)
 
 
 def _culprit(risk: Objective, params: Params) -> str:
     """Why examples see each other: copies of one example in one batch differ under dropout, not under batch norm."""
     copies = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[:1], leaf.shape), risk.inputs)
-    outputs = _outputs(Objective(risk.predict, risk.loss, copies, risk.targets), params)
-    same = jax.tree.map(lambda leaf: np.broadcast_to(leaf[:1], leaf.shape), outputs)
+    outputs = jax.jit(risk.predict)(params, copies)
+    same = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[:1], leaf.shape), outputs)
     if _distance(same, outputs) > 1e-3:
         return "outputs depend on the place in the batch (dropout, even with a fixed key). Switch it off."
     return "outputs depend on the other examples (batch norm in training mode). Use its running averages."
 
 
-def _slice(tree: PyTree, ends: slice) -> PyTree:
-    return jax.tree.map(lambda leaf: leaf[ends], tree)
-
-
-@jax.jit
-def _outputs_jitted(risk: Objective, params: Params) -> PyTree:
-    return risk.outputs(params)
-
-
-def _outputs(risk: Objective, params: Params) -> PyTree:
-    return jax.tree.map(np.asarray, _outputs_jitted(risk, params))
-
-
-@jax.jit
-def _loss(risk: Objective, outputs: PyTree) -> jax.Array:
-    return risk.loss(outputs, risk.targets)
-
-
-def _distance(found: PyTree, expected: PyTree) -> float:
+def _distance(found: PyTree, expected: PyTree) -> jax.Array:
     pairs = list(zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True))
-    if any(a.shape != b.shape for a, b in pairs):
-        return float("inf")
-    difference = sum(float(np.sum((a - b) ** 2)) for a, b in pairs)
-    return (difference / max(sum(float(np.sum(b**2)) for _, b in pairs), 1e-300)) ** 0.5
+    differences = jnp.stack([jnp.sum((a - b).astype(float) ** 2) for a, b in pairs])
+    sizes = jnp.stack([jnp.sum(b.astype(float) ** 2) for _, b in pairs])
+    size = jnp.sum(sizes)
+    return jnp.sqrt(jnp.sum(differences) / jnp.where(size > 0, size, 1))

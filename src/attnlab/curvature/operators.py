@@ -12,6 +12,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +22,13 @@ from jaxtyping import Array, Float
 
 from attnlab.checks import check_same_structure, is_concrete
 from attnlab.curvature.batches import BatchedObjective
-from attnlab.curvature.independence import check_batches
+from attnlab.curvature.self_checks import Linearize, Risk, check_operator, check_risk, once
 from attnlab.losses import cross_entropy, square_loss
 from attnlab.objective import Objective, check_objective, predict_from_block
 from attnlab.trees import Selection, block_slices, dimension, select, zeros_like
 from attnlab.types import Params, PyTree
 
 Block = str | re.Pattern[str]
-Risk = Objective | BatchedObjective
 
 DENSE_LIMIT_BYTES = 4 * 2**30
 ROWS_AT_ONCE_BYTES = 12 * 2**20
@@ -83,36 +83,49 @@ class Operator:
         return Operator(Partial(_scaled, jnp.asarray(factor), self.linear), self.point)
 
 
-def hessian(risk: Risk, params: Params, *, block: Block | None = None) -> Operator:
+def hessian(risk: Risk, params: Params, *, block: Block | None = None, check: bool = True) -> Operator:
     """The Hessian of `risk` at `params`.
 
     With `block` (a name such as `query` or `layer_0/attention`, or a compiled regular expression) it is the diagonal
     block of the matching parameters, linearised in them alone: its vectors are dicts from leaf name to leaf.
-    Raises `ValueError` for an unknown block or non-finite parameters, `TypeError` for a loss that is not a scalar. Of
-    a `BatchedObjective` it is checked that a batch reads the same twice and that its examples can be told apart
-    (`ValueError`). `verify(risk, params, key)` checks more; every Lanczos run tests the symmetry on its way.
+    Raises `ValueError` for an unknown block or non-finite parameters, `TypeError` for a loss that is not a scalar.
+
+    Outside of `jit` and `vmap`, the first operator of its kind over a model, loss, block and shapes is tested, with
+    fixed vectors, at the price of compiling one product and the model's outputs; later ones of that structure, at other
+    points or data, are not. `check=False` skips it. What is tested, and what happens when it fails:
+
+    - determinism: two programs traced afresh are equal, two linearisations give one product (`VerificationError`);
+    - symmetry: <u, H v> = <H u, v> (`VerificationError`);
+    - finite difference, of the Hessian alone: the product is a central difference of gradients, unless two steps
+      disagree as much (`CurvatureWarning`: relu networks can fail it);
+    - examples: the outputs of a part of the batch are those of the whole, and the loss is the mean over parts
+      (`CurvatureWarning`: single sequences, sums and contrastive losses fail it).
+
+    Of a `BatchedObjective` the first batch is tested, coupled examples raise `ValueError`, and so does a batch that
+    reads differently the second time. `verify(risk, params, key)` tests more, at the point it is given; every Lanczos
+    run tests the symmetry on its way.
     """
-    return _build(_linearize_gradient, risk, params, block)
+    return _build(_linearize_gradient, risk, params, block, check, gradient=_gradient)
 
 
-def ggn(risk: Risk, params: Params, *, block: Block | None = None) -> Operator:
+def ggn(risk: Risk, params: Params, *, block: Block | None = None, check: bool = True) -> Operator:
     """The generalized Gauss-Newton matrix J^T (d2 loss / d outputs^2) J: the outer-product part H_o of the Hessian.
 
     Schraudolph (2002); H_o of Ormaniec, Dangel, Singh (arXiv 2410.10986). Arguments and errors as for `hessian`.
     """
-    return _build(_linearize_ggn, risk, params, block)
+    return _build(_linearize_ggn, risk, params, block, check)
 
 
-def functional(risk: Risk, params: Params, *, block: Block | None = None) -> Operator:
+def functional(risk: Risk, params: Params, *, block: Block | None = None, check: bool = True) -> Operator:
     """The functional part H_f = H - GGN: the Hessian of <g, outputs> with g = d loss / d outputs held fixed.
 
     Its own product, not a difference: where H_f vanishes it is zero to rounding of H_f itself. Arguments and errors as
     for `hessian`.
     """
-    return _build(_linearize_functional, risk, params, block)
+    return _build(_linearize_functional, risk, params, block, check)
 
 
-def fisher(risk: Risk, params: Params, *, block: Block | None = None) -> Operator:
+def fisher(risk: Risk, params: Params, *, block: Block | None = None, check: bool = True) -> Operator:
     """The Fisher information: the mean over positions of E[s s^T], s = d log p(y | outputs) / d params, y ~ the model.
 
     The model is the one whose negative log-likelihood the loss is: categorical for `cross_entropy`, Gaussian with
@@ -126,13 +139,13 @@ def fisher(risk: Risk, params: Params, *, block: Block | None = None) -> Operato
             f"the loss is {risk.loss.func}; the Fisher information needs a negative log-likelihood, one of: {known}. "
             "Take ggn, or empirical_fisher, for another loss."
         )
-    return _build(_linearize_ggn, risk, params, block)
+    return _build(_linearize_ggn, risk, params, block, check)
 
 
 LIKELIHOODS = (square_loss, cross_entropy)
 
 
-def empirical_fisher(risk: Risk, params: Params, *, block: Block | None = None) -> Operator:
+def empirical_fisher(risk: Risk, params: Params, *, block: Block | None = None, check: bool = True) -> Operator:
     """The uncentred second moment of the examples' gradients, (1/N) sum_n g_n g_n^T.
 
     An example is an entry of the first axis of inputs, outputs and targets, and g_n the gradient of the loss of that
@@ -140,7 +153,7 @@ def empirical_fisher(risk: Risk, params: Params, *, block: Block | None = None) 
     are those of the data (Kunstner, Balles, Hennig, arXiv 1905.12558). The model must treat examples independently.
     Raises `ValueError` where the first axes differ; otherwise arguments and errors as for `hessian`.
     """
-    return _build(_linearize_empirical_fisher, risk, params, block)
+    return _build(_linearize_empirical_fisher, risk, params, block, check)
 
 
 PARTS = {"hessian": hessian, "ggn": ggn, "functional": functional}
@@ -154,18 +167,26 @@ def restrict(operator: Operator, rows: Block) -> Operator:
     return Operator(linear, selection.take(operator.point))
 
 
-Linearize = Callable[[Objective, Params], Partial]
-
-
-def _build(linearize: Linearize, risk: Risk, params: Params, block: Block | None) -> Operator:
+def _build(
+    linearize: Linearize,
+    risk: Risk,
+    params: Params,
+    block: Block | None,
+    check: bool,
+    *,
+    gradient: Callable[[Objective, Params], Params] | None = None,
+) -> Operator:
     params = jax.tree.map(jnp.asarray, params)
     check_objective(risk, params)
-    if isinstance(risk, BatchedObjective) and is_concrete(params):
-        check_batches(risk, params)
+    check = check and is_concrete((risk, params, jnp.zeros(())))  # under jit the last is a tracer, whatever the others
+    if check:
+        once(check_risk, risk, params)
     if block is not None:
         selection = select(params, block)
         risk = replace(risk, predict=predict_from_block(risk.predict, params, selection))
         params = selection.take(params)
+    if check:
+        once(partial(check_operator, linearize, _apply, gradient), risk, params, linearize)
     if isinstance(risk, BatchedObjective):
         return Operator(Partial(_BatchedProduct(linearize), risk, params), params)
     return Operator(linearize(risk, params), params)
@@ -180,9 +201,18 @@ class _BatchedProduct:
 
 
 @jax.jit
+def _gradient_and_linear(risk: Objective, params: Params) -> tuple[Params, Partial]:
+    gradient, linear = jax.linearize(jax.grad(risk), params)
+    return gradient, _as_partial(linear)
+
+
 def _linearize_gradient(risk: Objective, params: Params) -> Partial:
-    _, linear = jax.linearize(jax.grad(risk), params)
-    return _as_partial(linear)
+    return _gradient_and_linear(risk, params)[1]
+
+
+def _gradient(risk: Objective, params: Params) -> Params:
+    # Of the program that linearises, so that gradients at other points compile nothing.
+    return _gradient_and_linear(risk, params)[0]
 
 
 @jax.jit
