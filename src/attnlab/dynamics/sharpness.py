@@ -132,7 +132,9 @@ def stability(optimizer: StableOptimizer, tracking: Tracking = Tracking()) -> Pr
 
     The run must train with `optimizer.transformation`. P and the threshold are those of the step from this point, at
     the cost of one more gradient. Raises `TypeError` for an optimizer that `stable_optimizer` did not build, whose
-    threshold is not known, and before training starts `ValueError` where the run trains with another one.
+    threshold is not known, and before training starts `ValueError` where the run's optimizer has a state of another
+    structure. Another one with a state of the same structure cannot be told: not `heavy_ball` from `nesterov`, nor one
+    b1 or b2 from another; only the learning rate is read from the run.
     """
     if not isinstance(optimizer, StableOptimizer):
         raise TypeError(

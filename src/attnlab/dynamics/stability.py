@@ -111,8 +111,9 @@ def stable_optimizer(name: str, learning_rate: LearningRate, **options: float) -
 
     `learning_rate` is a number or an optax schedule. Options, with optax's defaults: `momentum` (0.9) of `heavy_ball`
     and `nesterov`; `b2` (0.99), `eps` of `rmsprop`; `b1`, `b2`, `eps` of `adam`; these and `weight_decay` of `adamw`.
-    Thresholds: 2/eta for gd and rmsprop, (2 + 2 beta)/eta, (2 + 2 beta)/((1 + 2 beta) eta), and
-    (2 + 2 b1)/((1 - b1) eta) for adam. Raises `ValueError` for an optimizer whose threshold is not known.
+    Thresholds: 2/eta for gd and rmsprop, (2 + 2 beta)/eta, (2 + 2 beta)/((1 + 2 beta) eta), (2 + 2 b1)/((1 - b1) eta)
+    for adam, and (2 - eta weight_decay)(1 + b1)/((1 - b1) eta) for adamw. Raises `ValueError` for an optimizer whose
+    threshold is not known.
     """
     if name not in RULES:
         raise unknown_name("optimizer with a known stability threshold", name, RULES)
