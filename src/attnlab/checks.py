@@ -102,6 +102,13 @@ def check_positive(**numbers: int) -> None:
             raise ValueError(f"{name} is {value}; expected a positive whole number.")
 
 
+def check_intervals(steps: int, every: int) -> None:
+    """Raise `ValueError` unless both are positive whole numbers and `every` divides `steps`."""
+    check_positive(steps=steps, every=every)
+    if steps % every:
+        raise ValueError(f"steps is {steps}; expected a multiple of every, which is {every}. Change one of them.")
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> ValueError:
     """The error for a name that is not in a table: it lists the table and the nearest match."""
     known = list(known)

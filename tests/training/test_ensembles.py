@@ -11,6 +11,7 @@ from rich.progress import Progress, TextColumn
 from attnlab.losses import square_loss
 from attnlab.objective import objective
 from attnlab.training import DivergenceError, Probe, minibatches, probe, show_progress, train
+from attnlab.training.probe import summary
 from attnlab.trees import ravel
 from cases import CASES
 from compare import assert_close
@@ -48,9 +49,14 @@ def test_an_ensemble_is_its_members(name, key):
         assert_close(jax.tree.map(lambda leaf, i=i: leaf[i], together.params), alone.params, 1e-12)
 
 
+def walk_from(risk, state, key):
+    return jax.random.normal(key)
+
+
 def test_an_ensemble_resumes_with_equal_bits(tmp_path, key):
     risk, points, keys = members(key)
-    options = {"steps": 100, "every": 1, "resample": minibatches(1)}
+    probes = {"walk": Probe(lambda risk, state, memory, key: (memory, memory + jax.random.normal(key)), walk_from)}
+    options = {"steps": 100, "every": 2, "resample": minibatches(1), "probes": probes}
     whole = train(risk, points, optax.adam(1e-2), keys, **options)
 
     def kill(progress):
@@ -62,6 +68,7 @@ def test_an_ensemble_resumes_with_equal_bits(tmp_path, key):
     for found, expected in zip(jax.tree.leaves(resumed.params), jax.tree.leaves(whole.params), strict=True):
         np.testing.assert_array_equal(found, expected)
     np.testing.assert_array_equal(resumed.records.losses, whole.records.losses)
+    np.testing.assert_array_equal(resumed.records.values["walk"], whole.records.values["walk"])
 
 
 def test_members_with_their_own_data_train_as_alone(key):
@@ -107,7 +114,7 @@ def test_a_member_that_diverges_leaves_the_others():
 
 
 def test_all_members_diverging_stops_the_run():
-    with pytest.raises(DivergenceError, match=r"the last finite loss was \d"):
+    with pytest.raises(DivergenceError, match=r"is not finite in any of the 2 members; the last finite loss was \d"):
         sweep([1e3, 1e4])
 
 
@@ -145,6 +152,23 @@ def test_the_bar_shows_loss_and_probes():
     assert (task.completed, task.total) == (4, 4)
     assert task.fields["status"].startswith("loss 0.")
     assert " size 2." in task.fields["status"]
+
+
+def test_the_bar_shows_the_highest_eigenvalue():
+    """The last entry of a vector; of an ensemble the median over its members, those left out that have diverged."""
+
+    def edge(risk, params):
+        return {"values": jnp.sort(jnp.abs(params)), "matrix": jnp.eye(3)}
+
+    alone, together = jax.random.key(0), jax.random.split(jax.random.key(0), 3)
+    points = jnp.array([3.0, -1.0, 2.0]), jnp.array([[1.0, 2.0, 7.0], [3.0, 8.0, 1.0], [9.0, 1.0, 1.0]])
+    for key, point, shown in ((alone, points[0], "3"), (together, points[1], "8")):
+        with Progress(TextColumn("{task.fields[status]}"), console=Console(quiet=True)) as bar:
+            report = show_progress(bar, "training")
+            train(quadratic(), point, optax.sgd(0.1), key, steps=1, probes={"edge": probe(edge)}, report=report)
+            assert bar.tasks[0].fields["status"].endswith(f" edge/values {shown}")
+    diverged = {"top": np.array([[1.0, 2.0], [np.inf, np.nan], [3.0, 5.0]]), "loss": np.array([1.0, np.nan, 2.0])}
+    assert summary(diverged, 3) == "loss 1.5 top 3.5"
 
 
 class TestBadInput:

@@ -7,9 +7,11 @@ import optax
 import pytest
 
 import oracles
+from attnlab.dynamics.sharpness import Tracking, top_eigenvalues
 from attnlab.losses import square_loss
 from attnlab.objective import objective
-from attnlab.training import DivergenceError, Probe, probe, train
+from attnlab.training import DivergenceError, Probe, checkpoint, probe, train
+from attnlab.training.loop import _first_state, _identity, _Plan
 from attnlab.trees import ravel
 from cases import CASES
 from compare import assert_close
@@ -83,6 +85,9 @@ def test_probes_keep_a_memory_and_get_fresh_keys(key):
     assert len(set(draws.tolist())) == 4
 
 
+PROBES = {"count": counting(), "top": top_eigenvalues(Tracking(accuracy=1.0))}  # its values hang on their course
+
+
 def minibatch(key, risk):
     """Half of the examples, drawn by the key."""
     rows = jax.random.permutation(key, risk.inputs.shape[0])[: risk.inputs.shape[0] // 2]
@@ -95,8 +100,9 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("killed_after", [1, 3])
 def test_a_killed_run_resumes_with_equal_bits(tmp_path, key, killed_after):
+    """Killed between two parts; the probes draw numbers, count, and start from the last eigenvectors."""
     risk, params = CASES["softmax/square"](key)
-    options = {"steps": 120, "every": 2, "probes": {"count": counting()}, "resample": minibatch}
+    options = {"steps": 120, "every": 2, "probes": PROBES, "resample": minibatch}
     whole = train(risk, params, OPTIMIZERS["adam"], key, **options)
     reports = []
 
@@ -119,10 +125,34 @@ def test_a_killed_run_resumes_with_equal_bits(tmp_path, key, killed_after):
         report=lambda progress: resumed_at.append(progress.step),
     )
     assert resumed_at[0] == reports[-1].step + reports[0].step
-    for found, expected in zip(jax.tree.leaves(resumed.records), jax.tree.leaves(whole.records), strict=True):
-        np.testing.assert_array_equal(found, expected)
-    for found, expected in zip(jax.tree.leaves(resumed.params), jax.tree.leaves(whole.params), strict=True):
-        np.testing.assert_array_equal(found, expected)
+    assert_equal_bits(resumed, whole)
+
+
+def assert_equal_bits(found, expected):
+    """Records and parameters of two runs."""
+    leaves = [jax.tree.leaves((run.records, run.params)) for run in (found, expected)]
+    for one, other in zip(*leaves, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_run_killed_between_its_records_and_its_state_repeats_a_part(tmp_path, key, monkeypatch):
+    risk, params = CASES["softmax/square"](key)
+    options = {"steps": 120, "every": 2, "probes": PROBES, "resample": minibatch}
+    whole = train(risk, params, OPTIMIZERS["adam"], key, **options)
+    written, replace_file = [], checkpoint.replace_file
+
+    def killing(path):
+        written.append(path.name)
+        if written.count("state.npz") == 3:
+            raise Killed
+        return replace_file(path)
+
+    monkeypatch.setattr(checkpoint, "replace_file", killing)
+    with pytest.raises(Killed):
+        train(risk, params, OPTIMIZERS["adam"], key, **options, directory=tmp_path)
+    assert (tmp_path / "part_000002.npz").exists()
+    monkeypatch.undo()
+    assert_equal_bits(train(risk, params, OPTIMIZERS["adam"], key, **options, directory=tmp_path), whole)
 
 
 def test_progress_reports_loss_and_probes(key):
@@ -161,20 +191,43 @@ class TestBadInput:
 
     def test_divergence_names_the_step_and_keeps_the_records(self, key, tmp_path):
         risk = objective(lambda params, x: params * x, square_loss, jnp.ones(3), jnp.zeros(3))
-        with pytest.raises(
-            DivergenceError, match=r"the loss at step \d+ is inf; the last finite loss was .*Lower"
-        ) as error:
-            train(risk, jnp.ones(3), optax.sgd(1e3), key, steps=100, directory=tmp_path)
+        probes = {"sizes": probe(lambda risk, params: jnp.sort(jnp.abs(params)))}
+        options = {"steps": 100, "every": 2, "probes": probes, "directory": tmp_path}
+        said = r"step 55 is inf; the last finite loss was .*; the last finite probes, at step 54: sizes \d.*Lower"
+        with pytest.raises(DivergenceError, match=said) as error:
+            train(risk, jnp.ones(3), optax.sgd(1e3), key, **options)
         assert f"{tmp_path} holds the parts before" in str(error.value)
         assert (tmp_path / "state.npz").exists()
         losses = np.asarray(error.value.records.losses)
         assert np.isfinite(losses[: np.argmin(np.isfinite(losses))]).all()
         assert f"step {np.argmin(np.isfinite(losses))} " in str(error.value)
 
-    def test_a_directory_of_another_run(self, key, tmp_path):
+    def test_divergence_to_nan(self, key):
+        risk = objective(lambda params, x: params * x, lambda outputs, _: jnp.sum(jnp.sqrt(outputs)), *jnp.ones((2, 1)))
+        with pytest.raises(DivergenceError, match=r"the loss at step 1 is nan; the last finite loss was 1\. Lower"):
+            train(risk, jnp.ones(1), optax.sgd(10.0), key, steps=4)
+
+    def test_a_directory_of_another_run(self, tmp_path):
+        """Also where all arrays are equal, and the first step and the probes' names."""
+        key = jax.random.key(1)
         risk, params = CASES["softmax/square"](key)
-        train(risk, params, optax.sgd(0.1), key, steps=2, directory=tmp_path)
-        with pytest.raises(ValueError, match="holds another run"):
-            train(risk, params, optax.sgd(0.1), key, steps=4, directory=tmp_path)
-        with pytest.raises(ValueError, match="holds another run"):
-            train(risk, params, optax.sgd(0.2), key, steps=2, directory=tmp_path)
+        rates = optax.cosine_decay_schedule(0.1, 20), optax.cosine_decay_schedule(0.1, 40)
+        weigh = lambda value: {"top": probe(lambda risk, params: jnp.full(3, value) @ np.full(3, value))}  # noqa: E731
+        run = {"optimizer": optax.sgd(rates[0]), "steps": 4, "every": 2, "probes": weigh(1.0)}
+        tracked = [{"top": top_eigenvalues(Tracking(accuracy=accuracy))} for accuracy in (1.0, 1e-4)]
+        changes = {
+            "steps": {"steps": 8},
+            "schedule": {"optimizer": optax.sgd(rates[1])},
+            "resample": {"resample": minibatch},
+            "constants of a probe": {"probes": weigh(2.0)},
+            "name of a probe": {"probes": {"highest": weigh(1.0)["top"]}},
+        }
+        train(risk, params, key=key, **run, directory=tmp_path)
+        for change in changes.values():
+            with pytest.raises(ValueError, match="holds another run"):
+                train(risk, params, key=key, **(run | change), directory=tmp_path)
+        identities = {
+            _identity(risk, _first_state(risk, params, key, plan, {}), plan)
+            for plan in (_Plan(run["optimizer"], tuple(probes.items()), 2, None, None, False) for probes in tracked)
+        }
+        assert len(identities) == 2

@@ -9,7 +9,7 @@ from jax.experimental.ode import odeint
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
-from attnlab.checks import check_positive
+from attnlab.checks import check_intervals, check_positive
 from attnlab.curvature.operators import hessian
 from attnlab.curvature.transforms import precondition
 from attnlab.dynamics.complementarity import basis, solve_complementarity
@@ -139,10 +139,9 @@ def central_flow(
 
     Raises `ValueError` for steps that `every` does not divide, fewer than two substeps, or a missing second moment.
     """
-    check_positive(steps=steps, every=every, count=count, substeps=substeps)
+    check_intervals(steps, every)
+    check_positive(count=count, substeps=substeps)
     check_objective(risk, params)
-    if steps % every:
-        raise ValueError(f"steps is {steps}; expected a multiple of every, which is {every}. Change one of them.")
     if substeps < 2:
         raise ValueError(f"substeps is {substeps}; expected at least 2, for a stable integration at the edge.")
     if (b2 is None) != (second_moment is None):

@@ -28,7 +28,8 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
-from attnlab.checks import check_positive
+from attnlab.checks import check_intervals, check_positive
+from attnlab.curvature.transforms import adam_preconditioner
 from attnlab.objective import Objective
 from attnlab.trees import ravel
 from attnlab.types import Params
@@ -80,8 +81,8 @@ def rod_velocity(risk: Objective, like: Params, rod: Rod, rule: AdamRule) -> Rod
     unravel = ravel_pytree(like)[1]
     ends = (rod.centre + rod.half, rod.centre - rod.half)
     gradients = [ravel(jax.grad(risk)(unravel(end[0]))) for end in ends]
-    correction = [1 - jnp.asarray(b, rod.nu.dtype) ** rod.steps for b in (rule.b1, rule.b2)]
-    denominator = correction[0] * (jnp.sqrt(rod.nu / correction[1]) + rule.eps)
+    state = optax.ScaleByAdamState(rod.steps, mu=(), nu=rod.nu)
+    denominator = adam_preconditioner(state, b1=rule.b1, b2=rule.b2, eps=rule.eps)
 
     def step(end: Float[Array, "2 n"], gradient: Float[Array, " n"]) -> Float[Array, "2 n"]:
         moment = rule.b1 * end[1] + (1 - rule.b1) * gradient
@@ -120,9 +121,8 @@ def rod_flow(
 
     Raises `ValueError` for steps that `every` does not divide.
     """
-    check_positive(steps=steps, every=every, substeps=substeps)
-    if steps % every:
-        raise ValueError(f"steps is {steps}; expected a multiple of every, which is {every}. Change one of them.")
+    check_intervals(steps, every)
+    check_positive(substeps=substeps)
     return _rod_flow(risk, like, start, rule, steps, every, substeps)
 
 

@@ -73,7 +73,8 @@ class Checkpoint:
         with np.load(path, allow_pickle=False) as archive:
             if str(archive["identity"]) != self.identity:
                 raise ValueError(
-                    f"{self.directory} holds another run (other data, parameters, key, step counts or probes); "
+                    f"{self.directory} holds another run (other data, parameters, key, step counts, model, "
+                    "optimizer or probes, down to their options, or another version of JAX); "
                     "expected one of the same to resume. Name another directory, or delete this one."
                 )
             count = sum(name.startswith("leaf_") for name in archive.files)

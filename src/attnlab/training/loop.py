@@ -1,5 +1,6 @@
 """The one training loop: any objective, any optax optimizer, probes inside the scan, ensembles, resumable."""
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,10 @@ import numpy as np
 import optax
 from jaxtyping import Array, ArrayLike, Float
 
-from attnlab.checks import check_finite, check_leading_axis, check_positive
+from attnlab.checks import check_finite, check_intervals, check_leading_axis
 from attnlab.objective import Objective, check_objective
 from attnlab.training.checkpoint import Checkpoint, fingerprint
-from attnlab.training.probe import Probe, TrainingState
+from attnlab.training.probe import Probe, TrainingState, summary
 from attnlab.types import Params, PRNGKey, PyTree
 
 Resample = Callable[[PRNGKey, Objective], Objective]
@@ -38,13 +39,14 @@ class Records(NamedTuple):
 class Progress(NamedTuple):
     """What a progress report sees: steps done, steps in all, the newest loss, the newest values of each probe.
 
-    Of an ensemble: the median loss of the members that have not diverged, and the values of all.
+    Of an ensemble of `members` (else None): the median loss of those that have not diverged, and the values of all.
     """
 
     step: int
     steps: int
     loss: float
     values: dict[str, PyTree]
+    members: int | None = None
 
 
 @dataclass(frozen=True)
@@ -120,16 +122,15 @@ def train(
         own_risks: every member has its own data: all leaves of `risk` have the ensemble's leading axis too (build it
             with `jax.vmap`, or stack objectives leaf by leaf).
         directory: where to save; a run that was killed resumes there, and gives the same numbers on the same machine.
-            It loses at most one of the `PARTS` parts.
+            It loses at most one of the `PARTS` parts. A run that differs in anything, or another version of JAX, is
+            another run.
         report: called between the parts.
 
     Raises `ValueError` for steps that `every` does not divide, an unknown hyperparameter, leaves without an ensemble's
     axis or a directory of another run, `TypeError` for a probe whose memory changes structure, `DivergenceError` when
     the loss or the parameters are no longer finite: what was saved until then stays.
     """
-    check_positive(steps=steps, every=every)
-    if steps % every:
-        raise ValueError(f"steps is {steps}; expected a multiple of every, which is {every}. Change one of them.")
+    check_intervals(steps, every)
     members = key.shape[0] if key.ndim else None
     if own_risks and members is None:
         raise ValueError("own_risks is for ensembles; expected keys of shape (m,), and got one key. Split it.")
@@ -137,10 +138,7 @@ def train(
     start = _first_state(risk, params, key, plan, hyperparameters or {})
     checkpoint = None
     if directory is not None:
-        names = ",".join(name for name, _ in plan.probes)
-        # The first step tells optimizers, models and losses apart, which are no arrays.
-        identity = fingerprint((risk, start, _first_step(risk, start, plan)))
-        checkpoint = Checkpoint(Path(directory), f"{identity}/{steps}/{every}/{names}")
+        checkpoint = Checkpoint(Path(directory), f"{_identity(risk, start, plan)}/{steps}")
     parts, state = _run_parts(risk, start, plan, steps, checkpoint, report)
     final = jax.tree.map(lambda leaf: leaf[None], _measure_last(risk, state, plan))
     last = Records(_step_of(state)[None], final, parts[0].losses[:0])
@@ -202,6 +200,17 @@ def _step_of(state: TrainingState) -> Array:
     return jnp.ravel(state.step)[0]  # all members stand at one step
 
 
+def _identity(risk: Objective, state: TrainingState, plan: _Plan) -> str:
+    """A digest of all that decides a run's numbers, up to the number of steps: its arrays, and its program, which holds
+    what is no array: the model, the loss, the optimizer with its schedule, `every`, and the probes with their options.
+    """
+    started = jax.eval_shape(lambda risk, state: _start_probes(risk, state, plan), risk, state)
+    programs = _start_probes.lower(risk, state, plan), _advance.lower(risk, started, plan, 1)
+    names = ",".join(name for name, _ in plan.probes)
+    text = "\n".join([names, *(program.as_text() for program in programs)])
+    return f"{fingerprint((risk, state))}/{hashlib.sha256(text.encode()).hexdigest()}"
+
+
 def _restore(
     risk: Objective, state: TrainingState, plan: _Plan, checkpoint: Checkpoint | None
 ) -> tuple[list[Records], TrainingState] | None:
@@ -227,12 +236,13 @@ def _run_parts(
     for number in range(len(parts), len(sizes)):
         state, records = _advance(risk, state, plan, sizes[number])
         parts.append(records)
-        _check_finite_losses(parts, records, checkpoint)
+        _check_finite_losses(parts, records, plan, checkpoint)
         if checkpoint is not None:
             checkpoint.save(number, records, state)
         if report is not None:
             newest = jax.tree.map(lambda leaf: np.asarray(leaf[-1]), records.values)
-            report(Progress(int(_step_of(state)), steps, float(np.nanmedian(records.losses[-1])), newest))
+            loss = float(np.nanmedian(records.losses[-1]))
+            report(Progress(int(_step_of(state)), steps, loss, newest, plan.members))
     return parts, state
 
 
@@ -270,11 +280,6 @@ def _step(risk: Objective, state: TrainingState, plan: _Plan) -> tuple[TrainingS
     )
     params = optax.apply_updates(state.params, updates)
     return TrainingState(state.step + 1, params, optimizer_state, state.key, state.memory), loss
-
-
-@jax.jit(static_argnames="plan")
-def _first_step(risk: Objective, state: TrainingState, plan: _Plan) -> tuple[TrainingState, Array]:
-    return _each_member(lambda risk, state: _step(risk, state, plan), plan)(risk, state)
 
 
 def _measure(risk: Objective, state: TrainingState, plan: _Plan) -> tuple[dict[str, PyTree], dict[str, Any]]:
@@ -339,19 +344,31 @@ def _check_probes(risk: Objective, state: TrainingState, plan: _Plan) -> None:
             raise TypeError(f"probe '{name}' returns no array; expected at least one number to record.")
 
 
-def _check_finite_losses(parts: list[Records], newest: Records, checkpoint: Checkpoint | None) -> None:
+def _check_finite_losses(parts: list[Records], newest: Records, plan: _Plan, checkpoint: Checkpoint | None) -> None:
     if _any_finite(newest.losses).all():
         return
     records = _concatenate(parts)
     losses = np.asarray(records.losses)
     first = int(np.argmin(_any_finite(losses)))
+    what = f"is {losses[first]}" if plan.members is None else f"is not finite in any of the {plan.members} members"
     last = f"; the last finite loss was {np.nanmin(losses[first - 1]):.6g}" if first else ""
     saved = f", and {checkpoint.directory} holds the parts before" if checkpoint is not None else ""
     raise DivergenceError(
-        f"the loss at step {first} is {losses[first]}{last}. Lower the learning rate, or warm it up. "
-        f"Measurements until then are in this error's records{saved}.",
+        f"the loss at step {first} {what}{last}{_last_finite_probes(records, plan)}. Lower the learning rate, or warm "
+        f"it up. Measurements until then are in this error's records{saved}.",
         records,
     )
+
+
+def _last_finite_probes(records: Records, plan: _Plan) -> str:
+    """The numbers of the last measurement that was finite; of an ensemble, where anything of a probe was."""
+    flat = [np.asarray(leaf, float).reshape(len(leaf), -1) for leaf in jax.tree.leaves(records.values)]
+    decide = np.all if plan.members is None else np.any
+    rows = np.flatnonzero(np.all([decide(np.isfinite(leaf), axis=1) for leaf in flat], axis=0))
+    if not flat or not rows.size:
+        return ""
+    values = jax.tree.map(lambda leaf: np.asarray(leaf[rows[-1]]), records.values)
+    return f"; the last finite probes, at step {records.steps[rows[-1]]}: {summary(values, plan.members)}"
 
 
 def _any_finite(losses: ArrayLike) -> np.ndarray:
@@ -365,7 +382,8 @@ def _check_finite_end(state: TrainingState, records: Records, plan: _Plan) -> No
     if plan.members is None and not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params)):
         raise DivergenceError(
             f"the parameters after the last step, {int(state.step)}, are not finite; the last finite loss was "
-            f"{float(records.losses[-1]):.6g}. Lower the learning rate, or warm it up.",
+            f"{float(records.losses[-1]):.6g}{_last_finite_probes(records, plan)}. Lower the learning rate, or warm it "
+            "up.",
             records,
         )
 

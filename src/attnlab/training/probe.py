@@ -4,10 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
 import optax
 from jaxtyping import Array
 
 from attnlab.objective import Objective
+from attnlab.trees import leaf_names
 from attnlab.types import Params, PRNGKey, PyTree
 
 
@@ -51,3 +54,21 @@ class _WithoutMemory:
 
     def __call__(self, risk: Objective, state: TrainingState, memory: Any, key: PRNGKey) -> tuple[PyTree, Any]:
         return self.function(risk, state.params), memory
+
+
+def summary(values: dict[str, PyTree], members: int | None = None) -> str:
+    """What probes measured at one step, in a line: each number by its name, of a vector the last entry, which of
+    eigenvalues is the highest; of an ensemble, whose leaves have an axis of `members` first, the median over those that
+    are finite. What has more axes is left out."""
+    shown = []
+    for name, leaf in zip(leaf_names(values), jax.tree.leaves(values), strict=True):
+        entry = np.asarray(leaf) if members is None or np.ndim(leaf) == 0 else _median(leaf)
+        if entry.ndim < 2 and entry.size:
+            shown.append(f"{name} {entry.ravel()[-1]:.4g}")
+    return " ".join(shown)
+
+
+def _median(leaf: Array) -> np.ndarray:
+    """Over the members, finite ones alone: NaN where there is none."""
+    finite = np.ma.masked_invalid(np.asarray(leaf, float))
+    return np.asarray(np.ma.filled(np.ma.median(finite, axis=0), np.nan))
