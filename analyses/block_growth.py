@@ -70,8 +70,8 @@ class Config(AnalysisConfig):
     """Digits of the summands."""
     width: int = 128
     """Width of the model, of its one head and, four times, of the MLP."""
-    points: int = 13
-    """Values of sigma: four to a decade."""
+    points: int = 10
+    """Values of sigma: three to a decade."""
     depth: int = 5
     """Largest depth (3 at most for linear attention)."""
     probes: int = 4
