@@ -47,10 +47,11 @@ def objective(predict: Predict, loss: Loss, inputs: PyTree, targets: PyTree) -> 
         check_not_empty(name, data)
         check_finite(name, data)
     arrays = (jax.tree.map(jnp.asarray, inputs), jax.tree.map(jnp.asarray, targets))
-    return Objective(_partial(predict), _partial(loss), *arrays)
+    return Objective(as_partial(predict), as_partial(loss), *arrays)
 
 
-def _partial(function: Any) -> Partial:
+def as_partial(function: Any) -> Partial:
+    """A function as a pytree, which it may be already."""
     return function if isinstance(function, Partial) else Partial(function)
 
 

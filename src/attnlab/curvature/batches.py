@@ -15,7 +15,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from attnlab.checks import check_finite, check_not_empty
-from attnlab.objective import Objective, objective
+from attnlab.objective import Objective, as_partial, objective
 from attnlab.types import Loss, Params, Predict, PyTree
 
 Batch = tuple[PyTree, PyTree]
@@ -165,8 +165,4 @@ def batched(predict: Predict, loss: Loss, batches: Iterable[Batch]) -> BatchedOb
 
     Raises `TypeError` for a one-time iterator; `ValueError` for no batch, or for one that is empty or not finite.
     """
-    return BatchedObjective(_partial(predict), _partial(loss), Feed(batches))
-
-
-def _partial(function: Any) -> Partial:
-    return function if isinstance(function, Partial) else Partial(function)
+    return BatchedObjective(as_partial(predict), as_partial(loss), Feed(batches))
