@@ -10,10 +10,13 @@ from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 
 from attnlab.curvature.estimators import (
+    Estimate,
     condition_number,
     diagonal,
+    frobenius_norm,
     log_determinant,
     solve,
+    square_root,
     squared_frobenius_norm,
     trace,
 )
@@ -41,6 +44,7 @@ def layer():
 STOCHASTIC = {
     "trace": (trace, np.trace),
     "squared_frobenius_norm": (squared_frobenius_norm, lambda matrix: np.sum(matrix**2)),
+    "frobenius_norm": (frobenius_norm, np.linalg.norm),
     "diagonal": (diagonal, np.diag),
 }
 
@@ -63,6 +67,14 @@ def test_bars_of_two_standard_errors_cover_as_often_as_they_should(name):
 def test_one_probe_bounds_nothing():
     operators, _ = layer()
     assert np.isinf(trace(operators["hessian"], jax.random.key(1), probes=1).error)
+
+
+def test_the_root_of_an_estimate():
+    root, error = square_root(Estimate(9.0, 0.6))
+    assert_close(root, 3.0, 1e-14)
+    # A change of the square by its error changes the root by its error, to first order.
+    assert_close(error, (9 + 0.6e-6) ** 0.5 * 1e6 - 3e6, 1e-6)
+    assert square_root(Estimate(0.0, 4.0)) == (0.0, 2.0)
 
 
 def test_the_trace_of_a_diagonal_operator_is_exact(key):
@@ -154,9 +166,41 @@ def test_a_right_hand_side_of_zeros():
 def test_products_that_are_not_finite(key):
     risk = objective(lambda params, x: jnp.sqrt(params) * x, square_loss, jnp.ones(4), jnp.zeros(4))
     operator = hessian(risk, jnp.array([0.0, 1.0, 2.0, 3.0]))
-    with pytest.raises(NonFiniteProductError, match="not finite for one of 48 probes"):
+    with pytest.raises(NonFiniteProductError, match="not finite for probe 0 of 48") as caught:
         trace(operator, key)
+    assert caught.value.partial is None
     with pytest.raises(NonFiniteProductError, match="not finite within"):
         solve(operator, jnp.ones(4))
     with pytest.raises(ValueError, match=r"vector:  has shape \(3,\)"):
         solve(operator, jnp.ones(3))
+
+
+def test_probes_before_a_failure_are_kept(key):
+    probes = jax.vmap(lambda key: jax.random.rademacher(key, (20,), float))(jax.random.split(key, 8))
+    matrix = jax.random.normal(key, (20, 20))
+    matrix = matrix + matrix.T
+
+    def product(matrix, bad, vector):
+        return jnp.where(jnp.all(vector == bad), jnp.nan, matrix @ vector)
+
+    operator = Operator(Partial(product, matrix, probes[5]), jnp.zeros(20))
+    for estimate, samples in ((trace, np.sum), (diagonal, np.asarray)):
+        rows = np.array([samples(z * (matrix @ z)) for z in probes[:5]])
+        with pytest.raises(NonFiniteProductError, match="not finite for probe 5 of 8") as caught:
+            estimate(operator, key, probes=8)
+        assert_close(caught.value.partial.value, rows.mean(axis=0), 1e-12)
+        assert_close(caught.value.partial.error, rows.std(axis=0, ddof=1) / 5**0.5, 1e-12)
+    assert all(np.isnan(part) for part in jax.jit(lambda operator: trace(operator, key, probes=8))(operator))
+
+
+def test_numbers_that_make_no_sense(key):
+    operator = Operator(Partial(lambda d, v: d * v, jnp.arange(1.0, 21.0)), jnp.zeros(20))
+    with pytest.raises(ValueError, match="probes is 0; expected a positive whole number"):
+        trace(operator, key, probes=0)
+    with pytest.raises(ValueError, match="steps is 0; expected a positive whole number"):
+        solve(operator, jnp.ones(20), steps=0)
+    for wrong in (-1e-5, float("nan")):
+        with pytest.raises(ValueError, match=f"tolerance is {wrong}; expected 0 <= tolerance"):
+            solve(operator, jnp.ones(20), tolerance=wrong)
+        with pytest.raises(ValueError, match=f"tolerance is {wrong}; expected 0 <= tolerance"):
+            condition_number(operator, key, tolerance=wrong)

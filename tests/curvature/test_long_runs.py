@@ -12,11 +12,20 @@ from jax.tree_util import Partial
 from attnlab.curvature import density as density_module
 from attnlab.curvature import long_runs
 from attnlab.curvature.batches import batched
-from attnlab.curvature.estimators import diagonal, solve, squared_frobenius_norm, trace
+from attnlab.curvature.blocks import block_densities, per_block
+from attnlab.curvature.estimators import (
+    condition_number,
+    diagonal,
+    log_determinant,
+    solve,
+    squared_frobenius_norm,
+    trace,
+)
 from attnlab.curvature.long_runs import NonFiniteProductError, Progress, print_progress
 from attnlab.curvature.operators import Operator, ggn, hessian
 from attnlab.curvature.spectrum import eigenpairs, spectral_density
 from attnlab.losses import square_loss
+from attnlab.objective import objective
 from compare import assert_close
 
 DIMENSION = 600
@@ -83,6 +92,65 @@ def test_a_killed_run_resumes_to_the_bit(name, tmp_path, monkeypatch):
         run(matrix, jax.random.key(2), directory=tmp_path / "killed")
 
 
+def some_blocks():
+    """A risk, and parameters in leaves of 20, 4 and 20."""
+    x, y = jax.random.normal(jax.random.key(0), (2, 12, 4))
+    params = {"in": jax.random.normal(jax.random.key(1), (4, 5)), "out": {"w": jnp.ones((5, 4)), "b": jnp.ones((1, 4))}}
+
+    def predict(params, inputs):
+        return jnp.tanh(inputs @ params["in"]) @ params["out"]["w"] + params["out"]["b"]
+
+    return objective(predict, square_loss, x, y), params
+
+
+def test_densities_of_blocks_resume_at_the_block_that_was_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(long_runs, "SAVE_SECONDS", 0.0)
+    run = partial(block_densities, *some_blocks(), jax.random.key(1), blocks=["in", "out/w"], probes=2)
+    untouched = run(directory=tmp_path / "untouched")
+    with pytest.raises(Killed):
+        run(directory=tmp_path / "killed", report=kill_after(5))  # the first of four reports on the second block
+    assert {path.name for path in (tmp_path / "killed").iterdir()} == {"in", "out%2Fw"}
+    seen: list[Progress] = []
+    resumed = run(directory=tmp_path / "killed", report=seen.append)
+    assert [(progress.part, progress.products) for progress in seen] == [("out/w (2 of 2)", n) for n in (20, 36, 40)]
+    assert list(resumed) == ["in", "out/w"]
+    for a, b in zip(jax.tree.leaves(resumed), jax.tree.leaves(untouched), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_blocks_before_a_failure_are_kept():
+    def measure(block):
+        if block.dimension == 4:
+            raise NonFiniteProductError("not finite")
+        return block.dimension
+
+    with pytest.raises(NonFiniteProductError, match="block out/b: not finite") as caught:
+        per_block(measure, *some_blocks())
+    assert caught.value.partial == {"in": 20}
+
+
+def test_one_directory_serves_every_damping(tmp_path, monkeypatch):
+    monkeypatch.setattr(long_runs, "SAVE_SECONDS", 0.0)
+    matrix, key = operator(), jax.random.key(1)
+    values = 2 * np.linspace(-1, 1, DIMENSION) ** 9
+    runs = {
+        "determinant": (partial(log_determinant, probes=4, steps=40), lambda d: np.sum(np.log(values + d))),
+        "condition": (condition_number, lambda d: (2 + d) / (d - 2)),
+    }
+    for name, (estimate, exact) in runs.items():
+        run = partial(estimate, matrix, key, directory=tmp_path / name)
+        with pytest.raises(Killed):
+            run(damping=3.0, report=kill_after(2))
+        seen: list[Progress] = []
+        for damping in (3.0, 4.0):
+            value, error = run(damping=damping, report=seen.append)
+            assert abs(value - exact(damping)) <= 8 * error  # four probes give Student's t with 3 degrees of freedom
+            if damping == 3.0:
+                assert seen[0].products > 26  # what was done is not done again
+                seen.clear()
+        assert not seen
+
+
 def test_a_directory_belongs_to_one_operator(tmp_path):
     x = jax.random.normal(jax.random.key(0), (12, 3))
     params = {"w": jnp.ones(3)}
@@ -125,6 +193,23 @@ def test_progress_counts_products_and_foresees_the_end(capsys):
     pairs = eigenpairs(operator(), jax.random.key(1), 2, report=seen.append)
     assert seen[-1].products == pairs.products
     assert seen[-1].residual <= 1.5e-8
+    assert seen[0].left is None  # no fall of the residual yet, which is what foresees the end
+    foreseen = [progress.left for progress in seen if progress.left is not None]
+    assert len(foreseen) > 3
+    assert foreseen == sorted(foreseen, reverse=True)
+    assert foreseen[-1] == 0
+
+
+def test_the_end_of_an_iteration_is_foreseen_from_its_residual(monkeypatch):
+    seen: list[Progress] = []
+    times = iter([0.0, 1.0, 2.0, 4.0])
+    monkeypatch.setattr(long_runs.time, "monotonic", lambda: next(times))
+    clock = long_runs.Clock(seen.append, 0, tolerance=1e-6)
+    for products, residual in ((10, 1e-2), (20, 1e-1), (40, 1e-3)):
+        clock.tell(products, residual)
+    # Two orders of magnitude in 20 products: the three that are left take 30 more, at 40 products in 4 seconds.
+    assert [progress.left for progress in seen[:2]] == [None, None]
+    assert_close(seen[2].left, 3.0, 1e-12)
 
 
 class Fails:
@@ -148,7 +233,7 @@ def late_nan(matrix, vector):
     return jnp.where(jnp.abs(vector[0]) > 0.5, jnp.nan, image)
 
 
-def test_what_was_done_before_a_failure_is_kept(tmp_path):
+def test_a_failure_in_the_first_probe_is_named_alike_by_both_paths(tmp_path):
     matrix = jnp.diag(jnp.r_[100.0, jnp.linspace(-1, 1, DIMENSION - 1)])
     failing = Operator(Partial(late_nan, matrix), jnp.zeros(DIMENSION))
     messages = []
@@ -160,9 +245,31 @@ def test_what_was_done_before_a_failure_is_kept(tmp_path):
     assert messages[0] == messages[1]
 
 
+@pytest.mark.parametrize("long", [False, True])
+def test_pairs_before_a_failure_are_kept(long, tmp_path):
+    matrix, calls = operator(), []
+
+    def product(matrix, vector):
+        def factor(_):
+            calls.append(1)
+            return np.where(len(calls) > 40, np.nan, 1.0)
+
+        return matrix @ vector * jax.pure_callback(factor, jax.ShapeDtypeStruct((), vector.dtype), vector)
+
+    failing = Operator(Partial(product, *matrix.linear.args), matrix.point)
+    options = {"directory": tmp_path / "run"} if long else {}
+    with pytest.raises(NonFiniteProductError, match=r"within \d+ products") as caught:
+        eigenpairs(failing, jax.random.key(1), 2, **options)
+    pairs = caught.value.partial
+    exact = 2 * np.linspace(-1, 1, DIMENSION)[-2:] ** 9
+    assert np.all(np.abs(pairs.values - exact) <= 0.1)
+    residuals = np.linalg.norm(pairs.vectors @ matrix.linear.args[0] - pairs.values[:, None] * pairs.vectors, axis=1)
+    assert_close(pairs.residuals, residuals, 1e-8)
+
+
 def test_finished_probes_come_with_the_error(monkeypatch, tmp_path):
     matrix = operator()
-    reference = spectral_density(matrix, jax.random.key(1), probes=1, steps=20, directory=tmp_path / "reference")
+    reference = spectral_density(matrix, jax.random.key(1), probes=2, steps=20, directory=tmp_path / "reference")
     real, calls = density_module._advance_jitted, []
 
     def advance(*args):
@@ -176,8 +283,8 @@ def test_finished_probes_come_with_the_error(monkeypatch, tmp_path):
     keys = jax.random.key(1)
     with pytest.raises(NonFiniteProductError, match="at step 16 of probe 1") as caught:
         spectral_density(matrix, keys, probes=2, steps=20, directory=tmp_path / "run")
-    assert caught.value.partial.nodes.shape == (1, 20)
-    assert reference.nodes.shape == (1, 20)
+    np.testing.assert_array_equal(caught.value.partial.nodes, reference.nodes[:1])
+    np.testing.assert_array_equal(caught.value.partial.weights, reference.weights[:1])
 
 
 @pytest.mark.parametrize("run", [spectral_density, partial(eigenpairs, count=2)])

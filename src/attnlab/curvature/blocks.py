@@ -2,9 +2,15 @@
 
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
 from typing import TypeVar
+from urllib.parse import quote
+
+from jax.sharding import Sharding
 
 from attnlab.curvature.density import SpectralDensity, spectral_density
+from attnlab.curvature.long_runs import NonFiniteProductError, Progress, Report
 from attnlab.curvature.operators import Block, Operator, Risk, hessian
 from attnlab.trees import leaf_names
 from attnlab.types import Params, PRNGKey
@@ -24,13 +30,11 @@ def per_block(
 
     `operator` is `hessian`, `ggn` or another that takes `block=`; `blocks` are names or compiled regular expressions,
     by default every leaf. Each block is linearised on its own, which skips the work of the others, and let go before
-    the next. Raises `ValueError` for an unknown block.
+    the next. Raises `ValueError` for an unknown block; `NonFiniteProductError`, with the finished blocks by name as its
+    `partial`.
     """
-    if blocks is None:
-        named: dict[str, Block] = {name: re.compile(f"^{re.escape(name)}$") for name in leaf_names(params)}
-    else:
-        named = {block.pattern if isinstance(block, re.Pattern) else block: block for block in blocks}
-    return {name: measure(operator(risk, params, block=block)) for name, block in named.items()}
+    named = _named(params, blocks)
+    return _measure_each(lambda name, block: measure(block), risk, params, operator, named)
 
 
 def block_densities(
@@ -42,13 +46,59 @@ def block_densities(
     blocks: Iterable[Block] | None = None,
     probes: int = 10,
     steps: int = 64,
+    together: int = 1,
+    sharding: Sharding | None = None,
+    directory: Path | None = None,
+    report: Report | None = None,
 ) -> dict[str, SpectralDensity]:
     """The spectral density of every diagonal block (see `per_block` and `spectral_density`), all with the same probes.
 
-    A block with fewer than `steps` parameters takes as many steps as it has parameters.
+    A block with fewer than `steps` parameters takes as many steps as it has parameters. With a `directory` each block
+    has a folder in it, with `/` and the like in its name written as in a URL: a run that was killed does no finished
+    block again. The `report` is told the block as `Progress.part`.
     """
+    named = _named(params, blocks)
+    numbers = {name: number for number, name in enumerate(named, 1)}
 
-    def measure(block: Operator) -> SpectralDensity:
-        return spectral_density(block, key, probes=probes, steps=min(steps, block.dimension))
+    def measure(name: str, block: Operator) -> SpectralDensity:
+        return spectral_density(
+            block,
+            key,
+            probes=probes,
+            steps=min(steps, block.dimension),
+            together=together,
+            sharding=sharding,
+            directory=None if directory is None else Path(directory) / quote(name, safe=""),
+            report=None if report is None else _of_part(report, f"{name} ({numbers[name]} of {len(named)})"),
+        )
 
-    return per_block(measure, risk, params, operator=operator, blocks=blocks)
+    return _measure_each(measure, risk, params, operator, named)
+
+
+def _named(params: Params, blocks: Iterable[Block] | None) -> dict[str, Block]:
+    if blocks is None:
+        return {name: re.compile(f"^{re.escape(name)}$") for name in leaf_names(params)}
+    return {block.pattern if isinstance(block, re.Pattern) else block: block for block in blocks}
+
+
+def _measure_each(
+    measure: Callable[[str, Operator], Measured],
+    risk: Risk,
+    params: Params,
+    operator: Callable[..., Operator],
+    named: dict[str, Block],
+) -> dict[str, Measured]:
+    found: dict[str, Measured] = {}
+    for name, block in named.items():
+        try:
+            found[name] = measure(name, operator(risk, params, block=block))
+        except NonFiniteProductError as error:
+            raise NonFiniteProductError(f"block {name}: {error}", found) from error
+    return found
+
+
+def _of_part(report: Report, part: str) -> Report:
+    def tell(progress: Progress) -> None:
+        report(replace(progress, part=part))
+
+    return tell

@@ -122,12 +122,8 @@ def spectral_density(
     computation; `NonFiniteProductError`, which says at which step and has the density of the finished probes as its
     `partial`; `MemoryError` before the start, if the probes do not fit.
     """
-    began = time.monotonic()
     options = {"together": together, "sharding": sharding, "directory": directory, "report": report}
-    found = quadrature(project(operator, key, probes=probes, steps=steps, **options))  # type: ignore[arg-type]
-    choices = {"computation": "spectral density", "dimension": operator.dimension, "probes": probes, "steps": steps}
-    write_result(directory, choices, began, nodes=found.nodes, weights=found.weights)
-    return found
+    return quadrature(project(operator, key, probes=probes, steps=steps, **options))  # type: ignore[arg-type]
 
 
 def project(
@@ -141,7 +137,9 @@ def project(
     directory: Path | None = None,
     report: Report | None = None,
 ) -> Tridiagonal:
-    """The projections, stacked over probes, that `spectral_density` is made of; arguments and errors are its own."""
+    """The projections, stacked over probes, that `spectral_density` is made of; arguments, files and errors are its
+    own."""
+    began = time.monotonic()
     check_positive(probes=probes, together=together)
     check_range("steps", steps, 1, operator.dimension, "A Krylov space has no more dimensions than the operator.")
     if probes % together:
@@ -156,6 +154,10 @@ def project(
         projections = _long_projections(operator, keys, steps, sharding, directory, report)
     if is_concrete(projections):
         _check(operator, projections)
+    if directory is not None:
+        found = quadrature(projections)
+        choices = {"computation": "spectral density", "dimension": operator.dimension, "probes": probes, "steps": steps}
+        write_result(directory, choices, began, nodes=found.nodes, weights=found.weights)
     return projections
 
 

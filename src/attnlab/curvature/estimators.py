@@ -1,19 +1,23 @@
 """Numbers about an operator from random probes and Krylov spaces, each with its error: trace, diagonal, norm,
 log-determinant, condition number; and solutions of linear systems."""
 
+import math
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
+from jax.sharding import Sharding
 from jaxtyping import Array, Float
 
-from attnlab.checks import check_positive, check_same_structure, is_concrete
+from attnlab.checks import check_positive, check_range, check_same_structure, is_concrete
 from attnlab.curvature.density import project, quadrature, standard_error
 from attnlab.curvature.lanczos import Tridiagonal, with_node
-from attnlab.curvature.long_runs import check_symmetric, non_finite
+from attnlab.curvature.long_runs import Report, check_symmetric, non_finite
 from attnlab.curvature.operators import Operator
 from attnlab.curvature.spectrum import eigenpairs
 from attnlab.types import Params, PRNGKey, PyTree
@@ -34,7 +38,8 @@ def trace(operator: Operator, key: PRNGKey, *, probes: int = 48) -> Estimate:
     part, which pays only where few eigenvalues dominate. Root mean squares of the error over 60 seeds at 48 products,
     in percent of the sum of |eigenvalues|, were 1.08, 1.62 and 1.28 for the Hessian of an attention layer with 1,024
     parameters, and 1.68, 2.25, 1.85 for its Gauss-Newton matrix, whose order turns at 96 products (1.25, 1.01, 1.19).
-    Raises `NonFiniteProductError`, and `ValueError` for an operator that is not symmetric.
+    Raises `NonFiniteProductError`, which says for which probe and has the estimate from those before it as its
+    `partial`, and `ValueError` for an operator that is not symmetric.
     """
     return _mean(operator, key, probes, jnp.vdot)
 
@@ -43,9 +48,26 @@ def squared_frobenius_norm(operator: Operator, key: PRNGKey, *, probes: int = 48
     """sum_ij A_ij^2, and its standard error: the mean of |A z|^2 over Rademacher probes z.
 
     For an operator `cross(...).gram()` take the `trace`: it is the squared norm of the cross-block.
-    Raises `NonFiniteProductError`, and `ValueError` for an operator that is not symmetric.
+    Raises as `trace` does.
     """
     return _mean(operator, key, probes, _squared_length)
+
+
+def frobenius_norm(operator: Operator, key: PRNGKey, *, probes: int = 48) -> Estimate:
+    """|A|_F = (sum_ij A_ij^2)^1/2, and its standard error to first order: the `square_root` of
+    `squared_frobenius_norm`. Raises as `trace` does."""
+    return square_root(squared_frobenius_norm(operator, key, probes=probes))
+
+
+def square_root(estimate: Estimate) -> Estimate:
+    """The root of an estimate of a number that is not negative, and its standard error to first order,
+    error / (2 root); the root itself is low by error^2 / (8 root^3), to second order.
+
+    The error of a root of zero is the root of the error, the most that fits.
+    """
+    value, error = map(jnp.asarray, estimate)
+    root = jnp.sqrt(value)
+    return Estimate(root, jnp.where(root > 0, error / _nonzero(2 * root), jnp.sqrt(error)))
 
 
 def _squared_length(probe: Array, image: Array) -> Array:
@@ -56,30 +78,37 @@ def diagonal(operator: Operator, key: PRNGKey, *, probes: int = 48) -> Estimate:
     """The diagonal as a pytree like the operator's point, and the standard error of each entry: the mean of z * A z
     over Rademacher probes z.
 
-    Bekas, Kokiopoulou, Saad (2007). The variance of entry i is sum_{j != i} A_ij^2 / probes.
-    Raises `NonFiniteProductError`, and `ValueError` for an operator that is not symmetric.
+    Bekas, Kokiopoulou, Saad (2007). The variance of entry i is sum_{j != i} A_ij^2 / probes. Raises as `trace` does.
     """
-    estimate = _mean(operator, key, probes, jnp.multiply)
-    unravel = ravel_pytree(operator.point)[1]
-    return Estimate(unravel(estimate.value), unravel(estimate.error))
+    return _mean(operator, key, probes, jnp.multiply, ravel_pytree(operator.point)[1])
 
 
 Measure = Callable[[Array, Array], Array]
 
 
-def _mean(operator: Operator, key: PRNGKey, probes: int, measure: Measure) -> Estimate:
+def _mean(
+    operator: Operator,
+    key: PRNGKey,
+    probes: int,
+    measure: Measure,
+    unravel: Callable[[Array], PyTree] = jnp.asarray,
+) -> Estimate:
     check_positive(probes=probes)
-    mean, error, asymmetry = _probe(operator, jax.random.split(key, probes), measure)
-    if is_concrete(mean):
-        if not np.isfinite(mean).all():
-            raise non_finite(operator, f"for one of {probes} probes")
-        check_symmetric(asymmetry)
-    return Estimate(mean, error)
+    mean, error, asymmetry, finite = _probe(operator, jax.random.split(key, probes), measure)
+    if not is_concrete(mean):
+        return Estimate(*(unravel(jnp.where(finite == probes, part, jnp.nan)) for part in (mean, error)))
+    estimate = Estimate(unravel(mean), unravel(error))
+    if finite < probes:
+        raise non_finite(operator, f"for probe {finite} of {probes}", estimate if finite else None)
+    check_symmetric(asymmetry)
+    return estimate
 
 
 class _Welford(NamedTuple):
-    """Mean and sum of squared differences of the samples so far, the last probe and its image, the asymmetry seen."""
+    """Of the samples before the first that is not finite: their number, mean and sum of squared differences, the last
+    probe and its image, the asymmetry seen."""
 
+    seen: Array
     mean: Array
     squares: Array
     probe: Array
@@ -88,34 +117,49 @@ class _Welford(NamedTuple):
 
 
 @jax.jit(static_argnames=("measure",))
-def _probe(operator: Operator, keys: Array, measure: Measure) -> tuple[Array, Array, Array]:
-    """Mean of measure(z, A z) over the probes, its standard error, and how far <A u, v> and <u, A v> of two consecutive
-    probes differ relative to |A u| |v|; no more than two samples are held (Welford)."""
+def _probe(operator: Operator, keys: Array, measure: Measure) -> tuple[Array, Array, Array, Array]:
+    """Mean of measure(z, A z) over the probes before the first that is not finite, its standard error, how far <A u, v>
+    and <u, A v> of two consecutive probes differ relative to |A u| |v|, and the number of those probes; no more than
+    two samples are held (Welford)."""
     dtype = ravel_pytree(operator.point)[0].dtype
 
     def step(state: _Welford, item: tuple[Array, Array]) -> tuple[_Welford, None]:
         key, count = item
+        number = count.astype(dtype)
         probe = jax.random.rademacher(key, (operator.dimension,), dtype)
         image = operator.flat_mv(probe)
         difference = measure(probe, image) - state.mean
-        mean = state.mean + difference / count
-        squares = state.squares + difference**2 * (count - 1) / count
+        mean = state.mean + difference / number
+        squares = state.squares + difference**2 * (number - 1) / number
         gap = jnp.abs(jnp.vdot(state.image, probe) - jnp.vdot(state.probe, image))
         size = (jnp.linalg.norm(state.image) + jnp.linalg.norm(image)) * jnp.linalg.norm(probe)
         asymmetry = jnp.where(count > 1, jnp.maximum(state.asymmetry, gap / _nonzero(size)), 0)
-        return _Welford(mean, squares, probe, image, asymmetry), None
+        new = _Welford(count, mean, squares, probe, image, asymmetry)
+        good = (state.seen == count - 1) & jnp.all(jnp.isfinite(mean))
+        return jax.tree.map(partial(jnp.where, good), new, state), None
 
     shape = jax.eval_shape(measure, *[jax.ShapeDtypeStruct((operator.dimension,), dtype)] * 2).shape
-    counts = jnp.arange(1, len(keys) + 1, dtype=dtype)
+    counts = jnp.arange(1, len(keys) + 1)
     nothing, vector = jnp.zeros(shape, dtype), jnp.zeros(operator.dimension, dtype)
-    start = _Welford(nothing, nothing, vector, vector, jnp.zeros((), dtype))
+    start = _Welford(jnp.zeros_like(counts[0]), nothing, nothing, vector, vector, jnp.zeros((), dtype))
     state, _ = jax.lax.scan(step, start, (keys, counts))
-    unknown = jnp.full(shape, jnp.inf, dtype)
-    error = unknown if len(keys) == 1 else jnp.sqrt(state.squares / (len(keys) * (len(keys) - 1)))
-    return state.mean, error, state.asymmetry
+    number = state.seen.astype(dtype)
+    error = jnp.where(number > 1, jnp.sqrt(state.squares / _nonzero(number * (number - 1))), jnp.inf)
+    return state.mean, error, state.asymmetry, state.seen
 
 
-def log_determinant(operator: Operator, key: PRNGKey, *, damping: float, probes: int = 10, steps: int = 64) -> Estimate:
+def log_determinant(
+    operator: Operator,
+    key: PRNGKey,
+    *,
+    damping: float,
+    probes: int = 10,
+    steps: int = 64,
+    together: int = 1,
+    sharding: Sharding | None = None,
+    directory: Path | None = None,
+    report: Report | None = None,
+) -> Estimate:
     """log det(A + damping I) and its error, by stochastic Lanczos quadrature (Ubaru, Chen, Saad 2017).
 
     The logarithm's even derivatives are negative, so that each probe's Gauss rule is too high and, where A has no
@@ -124,9 +168,12 @@ def log_determinant(operator: Operator, key: PRNGKey, *, damping: float, probes:
     the probes: more steps lower the one, more probes the other. Where A has negative eigenvalues the node is the lowest
     Ritz value, and the bracket an estimate.
 
-    Raises `ValueError` where A + damping I is not positive definite; otherwise as `spectral_density`.
+    All arguments but the damping are those of `spectral_density`, whose products these are: the `directory` of one
+    serves the other, and every other damping, at no further product. Raises `ValueError` where A + damping I is not
+    positive definite; otherwise as `spectral_density`.
     """
-    projections = project(operator, key, probes=probes, steps=steps)
+    options = {"together": together, "sharding": sharding, "directory": directory, "report": report}
+    projections = project(operator, key, probes=probes, steps=steps, **options)  # type: ignore[arg-type]
     value, error = _log_determinant(projections, jnp.asarray(damping, projections.diagonal.dtype))
     if is_concrete(value) and not np.isfinite(value):
         raise ValueError(
@@ -152,15 +199,22 @@ def _log_determinant(projections: Tridiagonal, damping: Array) -> tuple[Array, A
 
 
 def condition_number(
-    operator: Operator, key: PRNGKey, *, damping: float = 0.0, tolerance: float | None = None
+    operator: Operator,
+    key: PRNGKey,
+    *,
+    damping: float = 0.0,
+    tolerance: float | None = None,
+    directory: Path | None = None,
+    report: Report | None = None,
 ) -> Estimate:
     """(lambda_max + damping) / (lambda_min + damping), and a bound on its error from the eigenpairs' residuals.
 
     The bound supposes, as with every Krylov method, that the iteration did not miss the extreme eigenvalues altogether.
     Raises `ValueError` where A + damping I is not positive definite to within that bound, so that the damping does not
-    determine the number; otherwise as `eigenpairs`, whose `tolerance` it takes.
+    determine the number; otherwise as `eigenpairs`, whose `tolerance`, `directory` and `report` it takes: the directory
+    serves every damping.
     """
-    pairs = eigenpairs(operator, key, which="both", tolerance=tolerance)
+    pairs = eigenpairs(operator, key, which="both", tolerance=tolerance, directory=directory, report=report)
     low, high = pairs.values + damping
     low_error, high_error = pairs.residuals
     if is_concrete(low) and not low > low_error:
@@ -190,10 +244,12 @@ def solve(
     Of all vectors in the Krylov space it takes that of the smallest residual; it needs no definiteness, as conjugate
     gradients would, so that it serves Hessians at any point. Stops at a relative residual of `tolerance` or after
     `steps` products: look at the `residual`. Memory: seven vectors. Raises `ValueError` for a vector of another
-    structure or an operator that is not symmetric, `NonFiniteProductError`.
+    structure, a negative tolerance or an operator that is not symmetric, `NonFiniteProductError`.
     """
     check_same_structure("vector", vector, operator.point)
     check_positive(steps=steps)
+    if is_concrete(tolerance):
+        check_range("tolerance", tolerance, 0, math.inf, "It is relative to the length of the vector.")
     flat, unravel = ravel_pytree(vector)
     solution, residual, products, asymmetry = _minres(operator, flat, damping, tolerance, steps)
     if is_concrete(residual):

@@ -45,7 +45,10 @@ def plan_restarts(low: int, high: int, dimension: int, cycles: int = 300) -> Res
 class RitzPairs(NamedTuple):
     """Wanted Ritz pairs: the low end ascending, then the high end ascending; `residuals` bounds
     ||A v - value v||; `scale` is the largest Ritz value in modulus that was seen, a lower bound of the norm of A;
-    `asymmetry` the largest relative |<A u, v> - <u, A v>| between two consecutive basis vectors."""
+    `asymmetry` the largest relative |<A u, v> - <u, A v>| between two consecutive basis vectors.
+
+    Where a product was not finite, `scale` is NaN and the pairs are those of the last cycle before it; they are
+    infinite if there was none."""
 
     values: Float[Array, " k"]
     vectors: Float[Array, "k n"]
@@ -53,6 +56,10 @@ class RitzPairs(NamedTuple):
     scale: Float[Array, ""]
     asymmetry: Float[Array, ""]
     products: Array
+
+    def sound_values(self) -> Float[Array, " k"]:
+        """The values, NaN where a product was not finite: for jitted code, which cannot raise."""
+        return jnp.where(jnp.isfinite(self.scale), self.values, jnp.nan)
 
 
 class Restarted(NamedTuple):
@@ -101,7 +108,11 @@ def first_state(start: Float[Array, " n"], plan: RestartPlan) -> Restarted:
 def restart_cycle(
     product: FlatProduct, state: Restarted, plan: RestartPlan, tolerance: float | Array, key: PRNGKey
 ) -> Restarted:
-    """Fill the basis, and restart from its wanted Ritz vectors; or, once they converged, look for missed copies."""
+    """Fill the basis, and restart from its wanted Ritz vectors; or, once they converged, look for missed copies.
+
+    A product that is not finite makes `scale` NaN and leaves the wanted pairs as they were: their vectors stand at the
+    beginning of the basis, which is only ever written behind them.
+    """
     wanted, kept = plan.low + plan.high, jnp.array(plan.kept())
     key = jax.random.fold_in(key, state.cycle)
     stop = jnp.where(state.confirming, wanted + plan.confirm, plan.size)
@@ -109,19 +120,21 @@ def restart_cycle(
     values, rotation = _ritz(basis, stop, state, plan)
     found = values[kept[:wanted]]
     residuals = jnp.hypot(norm * jnp.abs(rotation[stop - 1, kept[:wanted]]), state.floor)
-    scale = jnp.maximum(state.scale, jnp.max(jnp.abs(found)))
+    finite = jnp.isfinite(norm) & jnp.all(jnp.isfinite(values))
+    scale = jnp.where(finite, jnp.maximum(state.scale, jnp.max(jnp.abs(found))), jnp.nan)
     limit = tolerance * scale
     converged = jnp.all(residuals <= limit)
     done = state.confirming & converged & ~(jnp.max(jnp.abs(found - state.values)) > limit)
     confirm = converged & ~state.confirming
     # While looking for copies the basis stays: it holds the answer, or one came up and the next cycle fills it.
-    basis = jax.lax.cond(state.confirming, lambda b: b, lambda b: _compress(b, values, rotation, kept), basis)
+    stay = state.confirming | ~finite
+    basis = jax.lax.cond(stay, lambda b: b, lambda b: _compress(b, values, rotation, kept), basis)
     basis = jax.lax.cond(confirm, lambda b: _lock(b, wanted, len(kept), key), lambda b: b, basis)
     return Restarted(
         basis=basis,
         start=jnp.where(state.confirming, stop, jnp.where(confirm, wanted, len(kept))),
-        values=jnp.where(done, state.values, found),
-        residuals=jnp.where(done, state.floor, residuals),
+        values=jnp.where(done | ~finite, state.values, found),
+        residuals=jnp.where(done, state.floor, jnp.where(finite, residuals, state.residuals)),
         scale=scale,
         asymmetry=jnp.maximum(state.asymmetry, asymmetry),
         floor=jnp.where(confirm, jnp.maximum(state.floor, jnp.max(residuals)), state.floor),

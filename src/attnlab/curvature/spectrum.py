@@ -1,5 +1,6 @@
 """Extreme eigenpairs of operators, with residual bounds."""
 
+import math
 import time
 import warnings
 from dataclasses import dataclass
@@ -88,8 +89,9 @@ def eigenpairs(
         report: called after every cycle with a `Progress`; `print_progress` is one.
 
     Warns where the tolerance was not reached: the residuals then say how far it came. Raises `ValueError` for a count
-    that does not fit the dimension, an operator that is not symmetric, or a directory of another computation;
-    `NonFiniteProductError`; `MemoryError` before the start, if the basis does not fit.
+    that does not fit the dimension, a negative tolerance, an operator that is not symmetric, or a directory of another
+    computation; `NonFiniteProductError`, which has the pairs after the last finite cycle as its `partial`;
+    `MemoryError` before the start, if the basis does not fit.
     """
     if which not in ("low", "high", "both"):
         raise unknown_name("end of the spectrum", which, ("low", "high", "both"))
@@ -99,6 +101,8 @@ def eigenpairs(
     low, high = count if which != "high" else 0, count if which != "low" else 0
     dtype = ravel_pytree(operator.point)[0].dtype
     tolerance = float(jnp.finfo(dtype).eps) ** 0.5 if tolerance is None else tolerance
+    if is_concrete(tolerance):
+        check_range("tolerance", tolerance, 0, math.inf, "It is relative to the largest eigenvalue in modulus.")
     if operator.dimension <= max(DENSE_DIMENSION, 2 * wanted + 10):
         pairs = _dense_eigenpairs(operator, low, high)
     else:
@@ -114,13 +118,17 @@ def eigenpairs(
             pairs = _long_eigenpairs(operator, key, tolerance, plan, directory, report)
     if is_concrete(pairs):
         _check(operator, pairs, tolerance)
+    return _like_point(operator, pairs)
+
+
+def _like_point(operator: Operator, pairs: RitzPairs) -> Eigenpairs:
     unravel = ravel_pytree(operator.point)[1]
-    return Eigenpairs(pairs.values, jax.vmap(unravel)(pairs.vectors), pairs.residuals, pairs.products)
+    return Eigenpairs(pairs.sound_values(), jax.vmap(unravel)(pairs.vectors), pairs.residuals, pairs.products)
 
 
 def _check(operator: Operator, pairs: RitzPairs, tolerance: float) -> None:
-    if not np.isfinite(pairs.values).all():
-        raise non_finite(operator, f"within {pairs.products} products")
+    if not np.isfinite(pairs.scale):
+        raise non_finite(operator, f"within {pairs.products} products", _before_failure(operator, pairs))
     check_symmetric(pairs.asymmetry)
     limit = tolerance * pairs.scale
     if jnp.any(pairs.residuals > limit):
@@ -130,6 +138,12 @@ def _check(operator: Operator, pairs: RitzPairs, tolerance: float) -> None:
             "Raise the tolerance.",
             stacklevel=3,
         )
+
+
+def _before_failure(operator: Operator, pairs: RitzPairs) -> Eigenpairs | None:
+    if not np.isfinite(pairs.residuals).all():
+        return None
+    return _like_point(operator, pairs._replace(scale=jnp.ones_like(pairs.scale)))
 
 
 @jax.jit(static_argnames=("low", "high"))
@@ -174,11 +188,12 @@ def _long_eigenpairs(
     state = first_state(_start(operator, start_key), plan)
     if checkpoint is not None:
         state = checkpoint.restore(state)
-    began, clock = time.monotonic(), Clock(report, int(state.products))
+    began, clock = time.monotonic(), Clock(report, int(state.products), tolerance=tolerance)
     while not state.done and state.cycle < plan.cycles:
         number, state = int(state.cycle), _cycle(operator, state, key, tolerance, plan)
-        if not np.isfinite(state.values).all():
-            raise non_finite(operator, f"in cycle {number}, within {state.products} products")
+        if not np.isfinite(state.scale):
+            partial = _before_failure(operator, wanted_pairs(state, plan))
+            raise non_finite(operator, f"in cycle {number}, within {state.products} products", partial)
         if checkpoint is not None:
             checkpoint.save(state, last=bool(state.done))
         clock.tell(int(state.products), float(jnp.max(state.residuals) / state.scale))

@@ -156,7 +156,7 @@ def cold_top_pairs(product: FlatProduct, dimension: int, count: int, key: PRNGKe
     start_key, key = jax.random.split(key)
     start = jax.random.normal(start_key, (dimension,), dtype)
     pairs = thick_restart(product, start, plan_restarts(0, count, dimension), COLD_TOLERANCE, key)
-    return TopPairs(pairs.values, pairs.vectors, pairs.residuals)
+    return TopPairs(pairs.sound_values(), pairs.vectors, pairs.residuals)
 
 
 def fastest_batching(operator: Operator, count: int = 2, repeats: int = 5) -> bool:
