@@ -4,9 +4,12 @@ The network maps an input x to features m(x); the layer sees the tokens (m(x_i),
 -W_0 m(x_q)) with a learned start W_0. With the weights of `constructions.gradient_step_layer` the prediction is that of
 one step from W_0 on the prompt's least-squares loss in the features (von Oswald et al., arXiv 2212.07677, their
 experiment on sine tasks).
+
+The predictions are jitted, so that the network is traced once for all the prompts, steps and gradients around it.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -42,11 +45,13 @@ def init_feature_attention(key: PRNGKey, config: MLPConfig, dimension: int, *, s
     }
 
 
+@partial(jax.jit, static_argnames="config")
 def learned_features(params: Params, inputs: Float[Array, "*N d"], *, config: MLPConfig) -> Float[Array, "*N p"]:
     """The features m(x) of every input."""
     return from_linen(MLP(config))(params["features"], inputs)
 
 
+@partial(jax.jit, static_argnames="config")
 def feature_attention_predict(params: Params, prompt: Prompt, *, config: MLPConfig) -> Scalar:
     """Prediction for one prompt: minus the label slot of the query after the layer."""
 
@@ -57,6 +62,7 @@ def feature_attention_predict(params: Params, prompt: Prompt, *, config: MLPConf
     return with_features(lambda x: learned_features(params, x, config=config), layer)(prompt)
 
 
+@partial(jax.jit, static_argnames="config")
 def feature_descent_predict(
     params: Params, prompt: Prompt, *, preconditioner: Float[Array, "p p"], config: MLPConfig
 ) -> Scalar:
