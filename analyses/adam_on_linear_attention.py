@@ -128,7 +128,9 @@ def plot(arrays: Arrays, config: Config):
     for layers, style in zip(depths, ("-", "--"), strict=True):
         draw(middle, gap(arrays, f"{layers}/loss"), color="C2", ls=style, label=f"depth {layers}")
     middle.axhline(1, color="0.4", ls=":")
-    left.set(xlabel="step", ylabel="training loss", title=f"geometric mean of {config.seeds} starts")
+    left.set(
+        xlabel="step", ylabel="training loss", title=f"geometric mean of {config.seeds} starts, band: standard error"
+    )
     middle.set(xlabel="step", ylabel="loss, SGD over Adam", title="the gap")
     right.set(xlabel="step", ylabel="max / median of $|H_{ii}|$", title="spread of the diagonal")
     for axes in (left, middle, right):

@@ -182,7 +182,7 @@ def plot_exponents(axes, arrays: Arrays) -> None:
     depths = arrays["depths"].astype(float)
     for color, risks, limit, label in zip(("C0", "C1"), arrays["law/1"], (-1, -0.5), KINDS.values(), strict=False):
         axes.semilogx(*local_slopes(depths, risks), "o-", color=color, label=label)
-        axes.axhline(limit, color=color, linewidth=0.7, linestyle="--")
+        axes.axhline(limit, color=color, linewidth=0.7, linestyle="--", label=f"limit {limit:g}")
     ticks = 2 ** np.arange(int(np.log2(depths[-1])) + 1)
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
@@ -196,9 +196,10 @@ def plot_prompts(axes, arrays: Arrays, config: Config) -> None:
         depths = np.arange(1, len(exact) + 1)
         axes.semilogy(depths, exact, color=f"C{number}", label=label)
         axes.errorbar(depths, mean, 2 * error, fmt="o", capsize=2, color=f"C{number}", markerfacecolor="none")
+    axes.plot([], [], "ko", markerfacecolor="none", label="attention on prompts")
     axes.set(xlabel="layers $L$", ylabel="risk", xticks=np.arange(1, config.layers + 1))
     axes.set_title(f"exact, and attention on prompts ($d = {config.dimension}$, $N = {config.length}$)")
-    axes.legend(loc="best")
+    axes.legend(loc="lower left")
 
 
 def plot_residuals(axes, arrays: Arrays, config: Config) -> None:

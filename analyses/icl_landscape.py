@@ -175,7 +175,7 @@ def plot(arrays: Arrays, config: Config):
     powers = [f"{power:g}" for power in POWERS[:: config.stride]]
     image = share_map(axes[0, 0], arrays["anisotropy/shares"], powers, lengths)
     axes[0, 0].set(xlabel="context length $N$", ylabel="power $p$ of the spectrum $i^{-p}$")
-    axes[0, 0].set_title("anisotropic inputs, $d = 4$")
+    axes[0, 0].set_title("anisotropic inputs, $d = 4$ (*: not all stationary)")
     dimensions = [str(d) for d in DIMENSIONS[:: config.stride]]
     share_map(axes[0, 1], arrays["isotropic/shares"], dimensions, lengths)
     axes[0, 1].set(xlabel="context length $N$", ylabel="dimension $d$", title="isotropic inputs")
@@ -211,7 +211,7 @@ def plot_start(axes, arrays: Arrays, config: Config) -> None:
     axes.set_xscale("log")
     axes.set_xlim(sizes[0] / 1.5, sizes[-1] * 1.5)
     axes.set(
-        xlabel="deviation of initial weights (left out: not stationary)",
+        xlabel="standard deviation of initial weights\n(left out: ends that are not stationary)",
         ylabel="ends in a bad minimum (%)",
     )
     axes.set(ylim=(-5, 105), title=r"$\lambda = (2, 1, .5, .25, .1)$, $N = 20$")
@@ -226,10 +226,10 @@ def plot_losses(axes, arrays: Arrays) -> None:
         if members.any():
             axes.loglog(steps, losses[:, members], color=color, linewidth=0.6, alpha=0.6)
             axes.plot([], [], color=color, label=f"{members.sum()} of {len(bad)} starts {label}")
-    for name in ("bad", "best"):
-        axes.axhline(float(arrays[f"{name}/risk"]), color="black", linewidth=0.8, linestyle="--")
+    for name, label in (("bad", "exact risk of either"), ("best", None)):
+        axes.axhline(float(arrays[f"{name}/risk"]), color="black", linewidth=0.8, linestyle="--", label=label)
     axes.set(xlabel="step", ylabel="exact risk", title="training from random starts")
-    axes.set_ylim(0.4 * float(arrays["least"]))  # room for the legend
+    axes.set_ylim(0.35 * float(arrays["least"]))  # room for the legend
     axes.legend(loc="lower left")
 
 
@@ -239,7 +239,7 @@ def plot_hessians(axes, arrays: Arrays) -> None:
         curved = eigenvalues > 1e-9 * eigenvalues[0]
         rank = np.arange(1, len(eigenvalues) + 1)
         smallest = eigenvalues[curved].min()
-        label = f"{label}, risk {float(arrays[f'{name}/risk']):.4f}, least {smallest:.2g}"
+        label = f"{label}, risk {float(arrays[f'{name}/risk']):.4f}, $\\lambda_{{\\min}}$ {smallest:.2g}"
         axes.semilogy(rank[curved], eigenvalues[curved], "ov"[number], color=f"C{1 - number}", label=label)
     axes.set(xlabel="rank (the flat direction of scale is left out)", ylabel="eigenvalue of the Hessian")
     axes.set_title("exact Hessian at both ends (balanced)")
@@ -253,8 +253,8 @@ def plot_paths(axes, arrays: Arrays) -> None:
         axes.bar(places + 0.27 * (number - 1), np.diag(arrays[name]), 0.25, color=f"C{number}", label=label)
     axes.axhline(0, color="black", linewidth=0.6)
     axes.set_xticks(places, [f"{value:g}" for value in SPECTRUM])
-    axes.set(xlabel="eigenvalue of the inputs' covariance", ylabel="step size along it")
-    axes.set_title("the steps it takes, by path")
+    axes.set(xlabel="eigenvalue of the inputs' covariance", ylabel="step size along its eigenvector")
+    axes.set_title("step sizes along the eigenvectors, by path")
     axes.legend(loc="best")
 
 
