@@ -22,7 +22,7 @@ RUNS = {"no warm-up": (False, False), "warm-up": (True, False), "no warm-up, fin
 class Config(AnalysisConfig):
     """Options of the analysis."""
 
-    SMOKE: ClassVar = {"steps": 20, "warmup": 10, "every": 10, "images": 16, "runs": ("no warm-up", "warm-up")}
+    SMOKE: ClassVar = {"steps": 20, "warmup": 10, "every": 10, "images": 16, "runs": ("warm-up",)}
 
     dtype: Literal["float64", "float32"] = "float32"
     """Precision of the computation."""
