@@ -56,8 +56,8 @@ class Config(AnalysisConfig):
     """Fresh prompts a step."""
     learning_rate: float = 0.01
     """Of Adam at the start."""
-    prompts: int = 500
-    """Prompts of each measurement along training; eight times as many after it."""
+    prompts: int = 4000
+    """Prompts of each measurement, and as many to fit step sizes."""
     lengths: tuple[int, ...] = (2, 5, 10, 20, 40)
     """Context lengths of the prompts that the trained models are shown."""
 
@@ -214,7 +214,7 @@ def after(params, start, descent, key, length: int, config: Config):
     from attnlab.icl.tasks import sine_features
 
     fit_key, test_key = jax.random.split(key)
-    fit, test = sines(fit_key, length, config.prompts), sines(test_key, length, 8 * config.prompts)
+    fit, test = sines(fit_key, length, config.prompts), sines(test_key, length, config.prompts)
 
     def in_inputs(size):
         return baseline("gradient_descent", steps=1, step_size=size)

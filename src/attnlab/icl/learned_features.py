@@ -126,9 +126,9 @@ def best_kernel_risk(
 
     The inputs take the rows of `features`, phi(x), with the given probabilities (nodes and weights of a quadrature);
     w has the covariance S. The least is over all predictions f(x_q) + (1/N) sum_i (y_i k(x_i, x_q) + g(x_i, x_q))
-    affine in the labels, so no MLP before one linear attention layer does better with them. Derived here: f and g are
-    best when they take off the mean of w, and then, for the query x_q, phi_q its features and c = E k(x) phi(x), the
-    risk is
+    affine in the labels; the squares of labels, which a trained layer may use too, are left out. Derived here: f and g
+    are best when they take off the mean of w, and then, for the query x_q, phi_q its features and c = E k(x) phi(x),
+    the risk is
 
         phi_q^T S phi_q - 2 phi_q^T S c + (1/N) E k(x)^2 phi^T S phi + (1 - 1/N) c^T S c.
 
