@@ -3,6 +3,9 @@
 Both optimizers with the same rate, clipping and fresh prompts at every step, from several starts: the training loss,
 its ratio, and the spread of the curvatures that single coordinates see (largest over median |diagonal entry| of the
 exact Hessian, of all parameters and within each matrix). Control: with one layer both reach the same risk.
+
+The gap in the loss is reproduced. That Adam goes where the spread is narrower is not: here it ends up wider under Adam
+than under SGD, some 2.3 times over all parameters and 1.7 times within a matrix.
 """
 
 from dataclasses import dataclass
@@ -12,7 +15,7 @@ import numpy as np
 from rich.progress import Progress
 from rich.table import Table
 
-from attnlab.analysis import Analysis, AnalysisConfig, Arrays, Finding, findings_table
+from attnlab.analysis import Analysis, AnalysisConfig, Arrays, Finding, findings_table, log_mean
 
 OPTIMIZERS = ("Adam", "SGD with momentum")
 SPREADS = ("spread, all parameters", "spread, within a matrix")
@@ -81,6 +84,7 @@ def compute(config: Config, progress: Progress) -> Arrays:
                 resample=FreshPrompts(config.dimension, config.length, config.batch),
                 probes={"spreads": probe(spreads)} if layers > 1 else None,
                 own_risks=True,
+                directory=config.scratch() / f"{name}-{layers}",
                 report=show_progress(progress, f"{name}, depth {layers}"),
             ).records
             arrays[f"{name}/{layers}/loss"] = window_medians(np.asarray(records.losses), config.every)
@@ -101,12 +105,6 @@ def gap(arrays: Arrays, what: str) -> np.ndarray:
     return arrays[f"{OPTIMIZERS[1]}/{what}"] / arrays[f"{OPTIMIZERS[0]}/{what}"]
 
 
-def log_mean(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Geometric mean over the last axis, and its standard error as a factor."""
-    logs = np.log(values)
-    return np.exp(logs.mean(axis=-1)), np.exp(logs.std(axis=-1, ddof=1) / values.shape[-1] ** 0.5)
-
-
 def plot(arrays: Arrays, config: Config):
     """Loss of both, its ratio, and the spread of the diagonal."""
     import matplotlib.pyplot as plt
@@ -114,7 +112,7 @@ def plot(arrays: Arrays, config: Config):
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8))
 
     def draw(axes, values, **style):
-        mean, factor = log_mean(values)
+        mean, factor = log_mean(values, axis=-1)
         (line,) = axes.semilogy(arrays["steps"], mean, **style)
         axes.fill_between(arrays["steps"], mean / factor, mean * factor, color=line.get_color(), alpha=0.2)
 
@@ -141,15 +139,15 @@ def plot(arrays: Arrays, config: Config):
 def findings(arrays: Arrays, config: Config) -> list[Finding]:
     """The gap after 250 steps and at the end, and whether Adam goes where the diagonal is more even."""
     source, found = "Ahn et al., arXiv 2310.01082", []
-    loss, _ = log_mean(gap(arrays, f"{config.layers}/loss"))
+    loss, _ = log_mean(gap(arrays, f"{config.layers}/loss"), axis=-1)
     if 250 in arrays["steps"]:
         early = float(loss[list(arrays["steps"]).index(250)])
         found.append(Finding("loss of SGD over Adam at step 250", early, 2.0, 6.0, source))
     found.append(Finding(f"loss of SGD over Adam at step {config.steps}", float(loss[-1]), 5.0, 40.0, source))
-    single = float(log_mean(gap(arrays, "1/loss"))[0][-1])
+    single = float(log_mean(gap(arrays, "1/loss"), axis=-1)[0][-1])
     found.append(Finding("the same with one layer", single, 0.8, 1.25, "negative control"))
     for what in SPREADS:
-        late = float(log_mean(gap(arrays, what))[0][-1])
+        late = float(log_mean(gap(arrays, what), axis=-1)[0][-1])
         found.append(Finding(f"{what}: SGD over Adam at the end", late, 1.0, np.inf, source))
     return found
 
@@ -158,7 +156,7 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
     """Ratios along training, with standard errors over the starts; and the findings."""
     columns = {"loss": f"{config.layers}/loss", "loss, one layer": "1/loss", **{what: what for what in SPREADS}}
     table = Table("step", *(f"{title}: SGD over Adam" for title in columns))
-    ratios = [log_mean(gap(arrays, what)) for what in columns.values()]
+    ratios = [log_mean(gap(arrays, what), axis=-1) for what in columns.values()]
     for row, step in enumerate(arrays["steps"]):
         table.add_row(str(step), *(f"{mean[row]:.3g} x/ {factor[row]:.2f}" for mean, factor in ratios))
     return [table, findings_table(findings(arrays, config))]

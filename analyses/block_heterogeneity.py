@@ -12,9 +12,11 @@ import numpy as np
 from rich.progress import Progress
 from rich.table import Table
 
-from attnlab.analysis import Analysis, AnalysisConfig, Arrays, Finding, findings_table
+from attnlab.analysis import Analysis, AnalysisConfig, Arrays, Finding, findings_table, log_mean
 
 BLOCKS = ("key", "output", "query", "value")
+POWERS = {"softmax": (2, 5), "linear": (6, 6), "pre-LN": (0, 0)}
+"""Of small embeddings in the norms of the value and the query block; of softmax's query block H_f outgrows H_o."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +86,6 @@ def statistics(spectra) -> dict[str, np.ndarray]:
     return found
 
 
-def log_mean(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Geometric mean over starts, and its standard error as a factor."""
-    logs = np.log(values)
-    return np.exp(logs.mean(axis=0)), np.exp(logs.std(axis=0, ddof=1) / len(logs) ** 0.5)
-
-
 def plot(arrays: Arrays, config: Config):
     """Spectra of the blocks; their ratio, and the two distances, over the scale of the embeddings."""
     import matplotlib.pyplot as plt
@@ -136,8 +132,20 @@ def at_scale(arrays: Arrays, config: Config, kind: str, name: str, scale: float)
     return arrays[f"{kind}/{name}"][:, config.scales.index(scale)]
 
 
+def exponents(arrays: Arrays, config: Config, kind: str) -> list[float]:
+    """Powers of the scale with which the norms of the value and the query block grow from 0.05 to 0.1."""
+    norms = [
+        [
+            log_mean(np.linalg.norm(at_scale(arrays, config, kind, f"eigenvalues/{block}", scale), axis=-1))[0]
+            for scale in (0.05, 0.1)
+        ]
+        for block in ("value", "query")
+    ]
+    return [float(np.log2(large / small)) for small, large in norms]
+
+
 def findings(arrays: Arrays, config: Config) -> list[Finding]:
-    """The ratio of the blocks by kind, its growth, and how both distances rank the kinds."""
+    """The ratio of the blocks by kind, how both grow, and how both distances rank the kinds."""
     growth, adam = "Ormaniec et al., arXiv 2410.10986", "Zhang et al., arXiv 2402.16788"
     expected = {
         ("softmax", 0.2): (30, 200),
@@ -150,11 +158,12 @@ def findings(arrays: Arrays, config: Config) -> list[Finding]:
         if kind in config.kinds and scale in config.scales:
             ratio = float(log_mean(at_scale(arrays, config, kind, "ratio", scale))[0])
             found.append(Finding(f"{kind}, std {scale:g}: ||H_VV|| / ||H_QQ||", ratio, low, high, growth))
-    small = [config.scales.index(scale) for scale in (0.05, 0.1) if scale in config.scales]
-    if len(small) == 2:
-        ratios = log_mean(arrays["softmax/ratio"])[0][small]
-        exponent = float(np.log2(ratios[1] / ratios[0]))  # 2 of H_VV less 5 of H_QQ, whose H_f outgrows its H_o
-        found.append(Finding("softmax: exponent of that ratio in the scale", exponent, -3.2, -2.8, growth))
+    if {0.05, 0.1} <= set(config.scales):
+        found += [
+            Finding(f"{kind}: exponent of ||H_{name}|| in the scale", measured, power - 0.1, power + 0.1, growth)
+            for kind in config.kinds
+            for name, measured, power in zip(("VV", "QQ"), exponents(arrays, config, kind), POWERS[kind], strict=True)
+        ]
     if 0.2 in config.scales:
         for name, title, high in (
             ("wasserstein", "Wasserstein-1 of log10", np.inf),

@@ -84,6 +84,14 @@ def findings_table(findings: Sequence[Finding]) -> Table:
     return table
 
 
+def log_mean(values: "np.ndarray", axis: int = 0) -> tuple["np.ndarray", "np.ndarray"]:
+    """Geometric mean over random starts, which lie along `axis`, and its standard error as a factor."""
+    import numpy as np
+
+    logs = np.log(values)
+    return np.exp(logs.mean(axis=axis)), np.exp(logs.std(axis=axis, ddof=1) / logs.shape[axis] ** 0.5)
+
+
 @dataclass(frozen=True)
 class Analysis:
     """One figure of the lab.
