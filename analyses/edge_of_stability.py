@@ -101,8 +101,9 @@ def plot(arrays: Arrays, config: Config):
             losses = arrays[f"{name}/losses"]
             label = name if np.isfinite(losses).all() else f"{name}, not finite at step {first_broken(losses)}"
             lower.semilogy(losses, lw=0.8, label=label)
-            # a run that diverges leaves the panel to the others
-            lower.set_ylim(top=min(lower.get_ylim()[1], 10 * losses[0]))
+        if len(lower.lines):  # a run that diverges leaves the panel to the others
+            start = max(line.get_ydata()[0] for line in lower.lines)
+            lower.set_ylim(top=min(lower.get_ylim()[1], 10 * start))
         upper.axhline(1, color="0.4", ls=":")
         upper.set(ylim=(0, 1.6), title=title or "negative control")
         # the losses fall: their upper right corner is free
