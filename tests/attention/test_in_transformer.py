@@ -10,6 +10,7 @@ import pytest
 from flax import linen as nn
 
 import oracles
+from attnlab.attention import describe
 from attnlab.attention.in_transformer import assemble, attention_hessian_in, cut_at_attention
 from attnlab.data.addition import addition, answer_positions
 from attnlab.losses import cross_entropy, square_loss
@@ -116,10 +117,11 @@ class Behind(nn.Module):
     """An attention layer and a function of its outputs."""
 
     last: Callable
+    attention: AttentionConfig = ATTENTION
 
     @nn.compact
     def __call__(self, tokens):
-        return self.last(SelfAttention(ATTENTION, name="attention")(tokens))
+        return self.last(SelfAttention(self.attention, name="attention")(tokens))
 
 
 def of_squares(outputs):
@@ -175,3 +177,24 @@ def test_relu_behind_the_layer_is_piecewise_linear(key):
     module, tokens = Behind(nn.relu), jax.random.normal(key, (2, 3, WIDTH))
     params = module.init(key, tokens)["params"]
     assert assemble(cut_at_attention(module, params, tokens, "attention"), of_squares, None, True).bend is None
+
+
+def test_the_factors_make_the_blocks_of_a_layer_in_a_network(key):
+    """What `describe` gives, put together as its formulas say: at the tokens that the loss reads, Λ_o and Λ_f apart."""
+    config = replace(ATTENTION, heads=1, merged=True, output_dim=None)
+    module, tokens = Behind(nn.gelu, config), jax.random.normal(key, (2, 3, WIDTH))
+    params, loss = module.init(key, tokens)["params"], lambda outputs: of_squares(outputs[:, 1:])
+    hessian = jax.jit(lambda p: attention_hessian_in(module, p, tokens, loss, "attention", positions=(1, 2)))(params)
+    rows = {(row.row, row.column, row.part): row for row in describe(hessian)}
+    scores, third = "sum_i τ x_i (τ x_i)ᵀ ⊗ ", np.zeros((4, WIDTH, WIDTH))
+    for part, curvature, more in (("outer", "Λ_i", ""), ("functional", "Λf_i", f" + {scores}κ̂_i")):
+        row = rows["query_key", "query_key", part]
+        assert row.formula == f"{scores}Σ_i W_V {curvature} W_Vᵀ Σ_i{more}"
+        found = {factor.symbol: np.asarray(factor.array) for factor in row.factors}
+        x, second, behind = (found[name].reshape(4, -1, found[name].shape[-1]) for name in ("x_i", "Σ_i", curvature))
+        moved = second @ found["W_V"][0]
+        matrices = moved @ behind @ np.swapaxes(moved, 1, 2) + found.get("κ̂_i", third).reshape(third.shape)
+        x = config.score_scale * x[:, 0]
+        expected = np.einsum("nr,ns,ncd->rcsd", x, x, matrices).reshape(WIDTH**2, WIDTH**2)
+        assert_close(hessian.block("query_key", "query_key", part).dense(), expected, 1e-12)
+        assert_close(row.norm, np.linalg.norm(expected), 1e-12)

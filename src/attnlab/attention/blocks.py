@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import jax
@@ -48,6 +48,8 @@ class AttentionHessian:
         curvature: Λ, its curvature there: a scalar times the identity, (B, L, O, O), or (B, L, O, L, O).
         outer: blocks of H_o, for pairs of parameter names in flattening order.
         functional: blocks of H_f likewise.
+        bend: for a layer inside a network Λ_f, the curvature of what stands behind it in H_f; None where there is none.
+        positions: the query tokens that the sums run over, which `curvature` and `bend` hold; None is all.
     """
 
     point: Layer
@@ -56,6 +58,8 @@ class AttentionHessian:
     curvature: Array
     outer: dict[Pair, KroneckerSum]
     functional: dict[Pair, KroneckerSum]
+    bend: Float[Array, "B P O O"] | None = None
+    positions: tuple[int, ...] | None = field(default=None, metadata={"static": True})
 
     @property
     def names(self) -> tuple[str, ...]:

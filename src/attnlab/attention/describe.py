@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 from rich.markup import escape
 from rich.table import Table
@@ -19,7 +20,8 @@ class Factor:
     Attributes:
         symbol: as it stands in the term's formula; an index i means one per token.
         role: `data`, `weight`, `first moment`, `second moment`, `third moment`, `loss gradient` or `loss curvature`
-            (for a layer inside a network, of everything downstream), or `data and weight` for the queries.
+            (for a layer inside a network, seen through what stands behind it), `downstream curvature` for that of what
+            stands behind it, or `data and weight` for the queries.
         array: its values.
     """
 
@@ -50,7 +52,8 @@ def describe(hessian: AttentionHessian) -> tuple[TermDescription, ...]:
     """Every term of the outer and the functional blocks of `hessian`, each pair of parameters once.
 
     Formulas are per head; ⊗ pairs the parameters' axes as `pairing` says. Here γ_i = W_O g_i is the gradient at the
-    head's values, κ̂_i the third moment along W_V γ_i, and τ the scale of the scores.
+    head's values, κ̂_i the third moment along W_V γ_i, and τ the scale of the scores. For the layer of
+    `attention_hessian_in` Λ_i is Λ_o and Λf_i is Λ_f, and what has an index i holds the tokens that the loss reads.
     """
     known = _factors(hessian)
     rows = []
@@ -74,22 +77,25 @@ def describe_table(hessian: AttentionHessian) -> Table:
 
 
 def _factors(hessian: AttentionHessian) -> list[Factor]:
-    """Everything that a formula may name."""
+    """Everything that a formula may name, at the query tokens that the sums run over."""
     point, moments = hessian.point, hessian.moments
+    read = slice(None) if hessian.positions is None else np.asarray(hessian.positions)
     gamma = jnp.einsum("hvo,bio->bhiv", point.output, hessian.gradient)
-    return [
-        Factor("x_i", "data", point.inputs),
-        Factor("q_i", "data and weight", jnp.einsum("bia,hak->bhik", point.inputs, point.query)),
-        Factor("m_i", "first moment", moments.first),
-        Factor("Σ_i", "second moment", moments.second),
-        Factor("κ̂_i", "third moment", moments.third_along(jnp.einsum("hav,bhiv->bhia", point.value, gamma))),
+    third = moments.third_along(jnp.einsum("hav,bhiv->bhia", point.value, gamma))
+    factors = [
+        Factor("x_i", "data", point.inputs[:, read]),
+        Factor("q_i", "data and weight", jnp.einsum("bia,hak->bhik", point.inputs, point.query)[:, :, read]),
+        Factor("m_i", "first moment", moments.first[:, :, read]),
+        Factor("Σ_i", "second moment", moments.second[:, :, read]),
+        Factor("κ̂_i", "third moment", third[:, :, read]),
         Factor("W_K", "weight", point.key),
         Factor("W_V", "weight", point.value),
         Factor("W_O", "weight", point.output),
-        Factor("γ_i", "loss gradient", gamma),
-        Factor("g_i", "loss gradient", hessian.gradient),
+        Factor("γ_i", "loss gradient", gamma[:, :, read]),
+        Factor("g_i", "loss gradient", hessian.gradient[:, read]),
         Factor("Λ_i", "loss curvature", hessian.curvature),
     ]
+    return factors if hessian.bend is None else [*factors, Factor("Λf_i", "downstream curvature", hessian.bend)]
 
 
 def _symbols(formula: str) -> set[str]:

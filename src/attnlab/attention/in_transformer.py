@@ -13,7 +13,7 @@ positions only, the sums over tokens run over these.
 """
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import jax
@@ -148,6 +148,7 @@ class InNetwork:
         tokens: the closed form's quantities at the query tokens.
         roots: rows of a root of Λ_o = sum_a z_a z_a^T, one for each of the network's C outputs.
         bend: Λ_f, or None where the rest is piecewise linear.
+        positions: the P query tokens of every sequence.
     """
 
     point: Layer
@@ -156,12 +157,16 @@ class InNetwork:
     tokens: TokenQuantities
     roots: Float[Array, "N C O"]
     bend: Float[Array, "N O O"] | None
+    positions: tuple[int, ...] = field(metadata={"static": True})
 
     def hessian(self) -> AttentionHessian:
         """Its blocks as an object."""
         curvature = jnp.einsum("nco,ncp->nop", self.roots, self.roots)
-        by_sequence = curvature.reshape(self.point.inputs.shape[0], -1, *curvature.shape[1:])
-        return AttentionHessian(self.point, self.moments, self.gradient, by_sequence, self.outer(), self.functional())
+        curvature, bend = jax.tree.map(
+            lambda x: x.reshape(-1, len(self.positions), *x.shape[1:]), (curvature, self.bend)
+        )
+        parts = (self.outer(), self.functional())
+        return AttentionHessian(self.point, self.moments, self.gradient, curvature, *parts, bend, self.positions)
 
     def norms(self, names: Collection[str] | None = None) -> dict[Part, dict[Pair, Float[Array, ""]]]:
         """Frobenius norm of every block of every part, as `hessian().norms()`, in fewer operations: one compiled call.
@@ -209,7 +214,9 @@ class InNetwork:
             return blocks
         jacobians, bent_jacobians = token_jacobians(self.point, self.tokens), self._jacobians_times(self.bend)
         for (row, column), block in blocks.items():
-            bent = replace(block, terms=(outer_term(jacobians[row], bent_jacobians[column], _one(self.point)),))
+            term = outer_term(jacobians[row], bent_jacobians[column], _one(self.point))
+            term = replace(term, formula=term.formula.replace("Λ_i", "Λf_i"))
+            bent = replace(block, terms=(term,))
             blocks[row, column] = merge_full(bent, block) if self.score_pair((row, column)) else bent + block
         return blocks
 
@@ -254,7 +261,7 @@ def assemble(
     tokens = jax.tree.map(lambda x: _at(x.reshape(-1, length, *x.shape[1:]), chosen), everything)
     roots = _roots(pull, loss, predicted, chosen)
     bend = _bend(cut, cotangent, chosen, piecewise_linear)
-    return InNetwork(cut.point, moments, gradient, tokens, roots, bend)
+    return InNetwork(cut.point, moments, gradient, tokens, roots, bend, tuple(chosen.tolist()))
 
 
 def _at(by_sequence: Float[Array, "B L *rest"], chosen: np.ndarray) -> Float[Array, "N *rest"]:
