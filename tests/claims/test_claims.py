@@ -22,10 +22,17 @@ def test_claim_holds_and_fails_on_a_shifted_measurement(name, seed):
     comparison = checked.compare(jax.random.key(seed))
     verdict = with_comparison(checked, comparison).verify(seed)
     assert verdict.passed, f"predicted {verdict.predicted}, measured {verdict.measured}, error {verdict.error:.3g}"
-    unit = np.max(np.abs(comparison.predicted)) if comparison.scale is None else np.asarray(comparison.scale)
-    shift = {"at least": -1.0, "at most": 1.0, "equal": 1.0}[checked.relation] * (2 * checked.tolerance + 1) * unit
+    shift = (-1 if checked.relation == "at least" else 1) * noticeable(checked, comparison)
     wrong = comparison._replace(measured=np.asarray(comparison.predicted, float) + shift)
     assert not with_comparison(checked, wrong).verify(seed).passed
+
+
+def noticeable(checked, comparison):
+    """An error that any tolerance must be too tight for: half of what is predicted, six standard errors, two of the
+    units that a claim sets itself."""
+    if comparison.scale is None:
+        return 0.5 * np.max(np.abs(comparison.predicted))
+    return (6 if "standard error" in checked.because else 2) * np.asarray(comparison.scale)
 
 
 def with_comparison(checked, comparison):
