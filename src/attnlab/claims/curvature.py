@@ -5,12 +5,13 @@ theoretical Hessian analysis" (arXiv 2410.10986). Where a claim is about the clo
 autodiff.
 """
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import jax
-import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array
 
 from attnlab.attention import attention_hessian
@@ -73,7 +74,8 @@ def functional_diagonal_blocks_vanish(key: PRNGKey) -> Comparison:
 
 
 @claim(
-    statement=r"\lambda_{\min}(H[Q,Q]) < 0 \text{ and } \lambda_{\min}(H[K,K]) < 0 \text{ for softmax}; \ge 0 \text{ for linear attention}",
+    statement=r"\lambda_{\min}(H[Q,Q]) < 0 \text{ and } \lambda_{\min}(H[K,K]) < 0 \text{ for softmax at small tokens};"
+    r" \ge 0 \text{ for linear attention}",
     source=f"{PAPER}, section 4",
     tolerance=0.0,
     because="signs: 1 for a negative eigenvalue below -1e-6 of the largest, 0 for none below -1e-12 of it",
@@ -123,28 +125,43 @@ def uniform_attention_over_centred_tokens_has_no_value_curvature(key: PRNGKey) -
 
 
 @claim(
-    statement=r"\tau \to c\tau,\ W_K \to W_K / c:\ H[V,V], H[V,Q], H[Q,Q] \text{ stay};\ H[V,K], H[Q,K] \to c;\ H[K,K] \to c^2",
+    statement=r"\tau \to c\tau,\ W_K \to W_K / c:\ H[V,V], H[V,Q], H[Q,Q] \text{ stay};\ H[V,K], H[Q,K] \to c;\ H[K,K] \to c^2;"
+    r"\ W_{QK} \to W_{QK} / c:\ H[V,QK] \to c,\ H[QK,QK] \to c^2",
     source=f"{PAPER}, equation 4, where every query or key index of a block brings one factor of the scale; derived here",
     tolerance=1e-10,
     because="an identity: the attention matrix is the same",
 )
 def temperature_scales_the_blocks(key: PRNGKey) -> Comparison:
-    """Blocks at scale 1, and at scale c with the key weights divided by c."""
-    factor = 3.0
-    params, inputs, targets = instance(key, SOFTMAX)
-    sharper = AttentionConfig(key_dim=3, value_dim=4, scale=factor * SOFTMAX.score_scale)
-    before = attention_hessian(SOFTMAX, params, inputs, targets).norms()["full"]
-    same_attention = {**params, "key": params["key"] / factor}
-    after = attention_hessian(sharper, same_attention, inputs, targets).norms()["full"]
-    powers = {VV: 0, VQ: 0, QQ: 0, VK: 1, QK: 1, KK: 2}
-    predicted = jnp.stack([factor**power * before[pair] for pair, power in powers.items()])
-    return Comparison(predicted, jnp.stack([after[pair] for pair in powers]))
+    """Blocks at scale 1, and at scale c with the key weights, or the merged query-key weights, divided by c."""
+    factor, predicted, measured = 3.0, [], []
+    merged_powers = {VV: 0, ("value", "query_key"): 1, ("query_key", "query_key"): 2}
+    for config, divided, powers in (
+        (SOFTMAX, "key", {VV: 0, VQ: 0, QQ: 0, VK: 1, QK: 1, KK: 2}),
+        (replace(SOFTMAX, merged=True), "query_key", merged_powers),
+    ):
+        params, inputs, targets = instance(key, config)
+        sharper = replace(config, scale=factor * config.score_scale)
+        same_attention = {**params, divided: params[divided] / factor}
+        before = attention_hessian(config, params, inputs, targets).norms()["full"]
+        after = attention_hessian(sharper, same_attention, inputs, targets).norms()["full"]
+        predicted += [factor**power * before[pair] for pair, power in powers.items()]
+        measured += [after[pair] for pair in powers]
+    return Comparison(jnp.stack(predicted), jnp.stack(measured))
 
 
-def query_key_remainder(key: PRNGKey) -> tuple[Array, Array, Array]:
-    """By autodiff: the Hessian in (W_Q, W_K) minus J^T U J, with U the Hessian in the product M = W_Q W_K^T and J the
-    Jacobian of that product; J^T U J itself; and the gradient in M."""
-    merged = AttentionConfig(key_dim=3, value_dim=4, merged=True)
+class ThroughProduct(NamedTuple):
+    """The Hessian in (W_Q, W_K) minus J^T U J, with U the Hessian in the product M = W_Q W_K^T and J the Jacobian of
+    that product; J^T U J itself; U; and the gradient in M."""
+
+    remainder: Array
+    chained: Array
+    inner: Array
+    gradient: Array
+
+
+def query_key_remainder(key: PRNGKey) -> ThroughProduct:
+    """How the Hessian passes through the product of queries and keys, by autodiff."""
+    merged = replace(SOFTMAX, merged=True)
     params, inputs, targets = instance(key, SOFTMAX)
     factors = {name: params[name] for name in ("key", "query")}
     predict = from_linen(SelfAttention(merged))
@@ -153,7 +170,7 @@ def query_key_remainder(key: PRNGKey) -> tuple[Array, Array, Array]:
         outputs = predict({"query_key": product, "value": params["value"]}, inputs)
         return square_loss(outputs, targets)
 
-    flat, unravel = jax.flatten_util.ravel_pytree(factors)
+    flat, unravel = ravel_pytree(factors)
 
     def product(vector: Array) -> Array:
         pair = unravel(vector)
@@ -165,7 +182,7 @@ def query_key_remainder(key: PRNGKey) -> tuple[Array, Array, Array]:
     inner = jax.hessian(of_product)(point).reshape(size, size)
     whole = jax.hessian(lambda vector: of_product(product(vector)))(flat)
     chained = jacobian.T @ inner @ jacobian
-    return whole - chained, chained, jax.grad(of_product)(point)
+    return ThroughProduct(whole - chained, chained, inner, jax.grad(of_product)(point))
 
 
 @claim(
@@ -177,10 +194,48 @@ def query_key_remainder(key: PRNGKey) -> tuple[Array, Array, Array]:
 )
 def separate_query_and_key_add_paired_eigenvalues(key: PRNGKey) -> Comparison:
     """What separate query and key matrices add to the curvature of their product."""
-    remainder, _, gradient = jax.jit(query_key_remainder)(key)
-    singular = jnp.linalg.svd(gradient, compute_uv=False)
+    found = jax.jit(query_key_remainder)(key)
+    singular = jnp.linalg.svd(found.gradient, compute_uv=False)
     predicted = jnp.sort(jnp.repeat(jnp.concatenate([singular, -singular]), SOFTMAX.key_dim))
-    return Comparison(predicted, jnp.linalg.eigvalsh(remainder))
+    return Comparison(predicted, jnp.linalg.eigvalsh(found.remainder))
+
+
+@claim(
+    statement=r"U = \partial^2 \ell / \partial(W_Q W_K^\top)^2 \text{ is itself indefinite for softmax}",
+    source=f"{PAPER}, theorem 3.2 for one matrix W_QK: third moments have no sign",
+    tolerance=0.0,
+    because="signs: 1 for an eigenvalue beyond 1e-6 of the largest, of either sign",
+)
+def the_curvature_in_the_product_is_indefinite(key: PRNGKey) -> Comparison:
+    """Signs of the extreme eigenvalues of the Hessian in the product of queries and keys, by autodiff."""
+    eigenvalues = np.linalg.eigvalsh(jax.jit(query_key_remainder)(key).inner)
+    slack = 1e-6 * np.abs(eigenvalues).max()
+    return Comparison([1, 1], [float(eigenvalues[0] < -slack), float(eigenvalues[-1] > slack)], scale=1)
+
+
+@claim(
+    statement=r"H_f[QK, QK] = \tau^2 \sum_i x_i x_i^\top \otimes \hat\kappa_i \text{ for one matrix } W_{QK}:"
+    r" \text{ no term } B \otimes I;\ 0 \text{ for linear attention}",
+    source=f"{PAPER}, theorem 3.2; for one merged matrix derived here",
+    tolerance=1e-10,
+    because="an identity in float64; measured as H - GGN by autodiff",
+)
+def a_merged_matrix_has_no_paired_eigenvalues(key: PRNGKey) -> Comparison:
+    """Functional curvature of a merged query-key matrix, over the norm of its Gauss-Newton block."""
+    predicted, measured = [], []
+    for config in (SOFTMAX, LINEAR):
+        merged = replace(config, merged=True)
+        params, inputs, targets = instance(key, merged)
+        risk = objective(from_linen(SelfAttention(merged)), square_loss, inputs, targets)
+        whole, outer = (part(risk, params, block="query_key").dense() for part in (hessian, ggn))
+        exact = attention_hessian(merged, params, inputs, targets)
+        third = exact.moments.third_along(jnp.einsum("av,biv->bia", params["value"], exact.gradient)[:, None])[0, 0]
+        x = merged.score_scale * inputs
+        terms = jnp.einsum("ir,is,icd->rcsd", x, x, third).reshape(whole.shape)
+        size = jnp.linalg.norm(outer)
+        predicted.append(terms / size if config is SOFTMAX else jnp.zeros_like(terms))
+        measured.append((whole - outer) / size)
+    return Comparison(jnp.stack(predicted), jnp.stack(measured))
 
 
 @claim(
@@ -192,7 +247,7 @@ def separate_query_and_key_add_paired_eigenvalues(key: PRNGKey) -> Comparison:
 )
 def curvature_through_the_product_is_rank_deficient(key: PRNGKey) -> Comparison:
     """Rank of the curvature that passes through the product W_Q W_K^T."""
-    _, chained, _ = jax.jit(query_key_remainder)(key)
+    chained = jax.jit(query_key_remainder)(key).chained
     eigenvalues = np.abs(np.linalg.eigvalsh(chained))
     width = SOFTMAX.key_dim
     return Comparison(2 * width * WIDTH - width**2, np.sum(eigenvalues > 1e-9 * eigenvalues.max()), scale=1)
@@ -219,26 +274,27 @@ def derivatives_of_attention_are_its_moments(key: PRNGKey) -> Comparison:
 
 
 @claim(
-    statement=r"H_f[P_h, P'_{h'}] = 0 \text{ for heads } h \ne h' \text{ and } P, P' \in \{Q, K, V\}",
+    statement=r"H_f[P_h, P'_{h'}] = 0 \text{ for heads } h \ne h' \text{ and } P, P' \in \{Q, K, V\}, \text{ while } H_o \ne 0",
     source="derived here: each token's output is a sum of one term per head",
     tolerance=1e-12,
-    because="zero to rounding, relative to the blocks within a head; H - GGN by autodiff",
+    because="zero to rounding, relative to the blocks within a head; H - GGN by autodiff. 1 for H_o above a tenth",
 )
 def heads_are_coupled_by_the_outer_part_only(key: PRNGKey) -> Comparison:
-    """Functional curvature between two heads behind one output projection."""
+    """Curvature between two heads behind one output projection over that within a head: H_f, and H_o."""
     config = AttentionConfig(key_dim=2, value_dim=2, heads=2, output_dim=4)
     params, inputs, targets = instance(key, config)
     risk = objective(from_linen(SelfAttention(config)), square_loss, inputs, targets)
-    within, across = jnp.zeros(()), jnp.zeros(())
-    for block in ("query", "key", "value"):
-        matrix = (
-            hessian(risk, params, block=block, check=False).dense()
-            - ggn(risk, params, block=block, check=False).dense()
-        )
-        entries = matrix.reshape(WIDTH, 2, 2, WIDTH, 2, 2)
-        within += jnp.sum(entries[:, 0, :, :, 0] ** 2) + jnp.sum(entries[:, 1, :, :, 1] ** 2)
-        across += 2 * jnp.sum(entries[:, 0, :, :, 1] ** 2)
-    return Comparison(0.0, jnp.sqrt(across), scale=jnp.sqrt(within))
+    whole, outer = (part(risk, params).dense() for part in (hessian, ggn))
+    # Every matrix but the projection has the heads side by side in its columns; -1 marks the projection.
+    heads = {name: jnp.broadcast_to(jnp.array([0, 0, 1, 1]), leaf.shape) for name, leaf in params.items()}
+    head = ravel_pytree({**heads, "output": jnp.full_like(heads["output"], -1)})[0]
+    inside = (head[:, None] >= 0) & (head[None] >= 0)
+    same = head[:, None] == head[None]
+    functional, coupling = (
+        jnp.linalg.norm(jnp.where(inside & ~same, matrix, 0)) / jnp.linalg.norm(jnp.where(inside & same, matrix, 0))
+        for matrix in (whole - outer, outer)
+    )
+    return Comparison([0.0, 1.0], [functional, float(coupling > 0.1)], scale=1)
 
 
 @claim(
