@@ -5,23 +5,26 @@ theoretical Hessian analysis" (arXiv 2410.10986). Norms of attention are of the 
 against autodiff to rounding.
 """
 
+from collections.abc import Callable
+
 import jax
-import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from attnlab.attention import attention_hessian
 from attnlab.attention.blocks import Part
+from attnlab.attention.growth import crossings
 from attnlab.claims.instances import KK, LINEAR, PAPER, QK, QQ, SOFTMAX, TOKENS, VK, VQ, VV, WIDTH, Pair, instance
 from attnlab.claims.registry import Comparison, claim
-from attnlab.curvature import ggn, hessian
+from attnlab.curvature import Operator, ggn, hessian
 from attnlab.losses import square_loss
 from attnlab.models.adapters import from_linen
 from attnlab.models.attention import AttentionConfig
 from attnlab.models.networks import MLP, MLPConfig
 from attnlab.models.transformer import Transformer, TransformerConfig
 from attnlab.objective import objective
+from attnlab.trees import block_slices
 from attnlab.types import Params, PRNGKey
 
 
@@ -90,27 +93,36 @@ def linear_functional_exponents(key: PRNGKey) -> Comparison:
     because="the network is homogeneous of degree 3^D in the tokens",
 )
 def depth_of_linear_attention_cubes_the_exponent(key: PRNGKey) -> Comparison:
-    """Growth of the Gauss-Newton blocks of a stack of linear-attention layers without residual."""
-    measured = []
-    for depth in (1, 2, 3):
-        attention = AttentionConfig(key_dim=3, value_dim=WIDTH, weights="linear")
-        stack = Transformer(
-            TransformerConfig(attention, depth, mlp_width=None, norm=None, final_norm=False, residual=False)
-        )
-        inputs, targets = jax.random.normal(key, (2, TOKENS, WIDTH))
-        params = stack.init(key, inputs)["params"]
-        scales = np.geomspace(0.5, 1.0, 3)
-        logs = []
-        for scale in scales:
-            risk = objective(from_linen(stack), square_loss, scale * inputs, targets)
-            matrices = (
-                ggn(risk, params, block=f"layer_{depth - 1}/attention/{name}", check=False).dense()
-                for name in ("query", "value")
-            )
-            logs.append([np.log(jnp.linalg.norm(matrix)) for matrix in matrices])
-        measured.append(np.polyfit(np.log(scales), np.array(logs), 1)[0])
-    predicted = [[2 * 3**depth] * 2 for depth in (1, 2, 3)]
-    return Comparison(predicted, measured)
+    """Growth of the Gauss-Newton blocks of query, key and value in a stack of linear-attention layers."""
+    scales = np.geomspace(0.5, 1.0, 3)
+    measured = [linear_stack_slopes(key, depth, depth - 1, ggn, scales) for depth in (1, 2, 3)]
+    return Comparison([[2 * 3**depth] * 3 for depth in (1, 2, 3)], measured)
+
+
+@claim(
+    statement=r"\|H[P,P]\| \sim \sigma^{3^D} \text{ in the first of } D = 2 \text{ linear-attention layers,}"
+    r" \text{ not } \sigma^{2 \cdot 3^D} \text{ as } \|H_o\|",
+    source="derived here: behind the layer its output enters cubically, so that H_f, residual times outputs, is not zero",
+    tolerance=1e-5,
+    because="H_o, and the outputs in the residual, are sigma^9 smaller: at sigma <= 0.1 they shift a slope by about 1e-6",
+)
+def earlier_linear_layers_grow_with_half_the_exponent(key: PRNGKey) -> Comparison:
+    """Growth of the blocks of query, key and value of the whole Hessian and of H_o, in the first of two layers."""
+    measured = [linear_stack_slopes(key, 2, 0, part, np.array([0.05, 0.1])) for part in (hessian, ggn)]
+    return Comparison([[9] * 3, [18] * 3], measured)
+
+
+def linear_stack_slopes(
+    key: PRNGKey, depth: int, place: int, part: Callable[..., Operator], scales: np.ndarray
+) -> np.ndarray:
+    """Slopes of the diagonal blocks of layer `place` of linear-attention layers without residual."""
+    attention = AttentionConfig(key_dim=3, value_dim=WIDTH, weights="linear")
+    stack = Transformer(
+        TransformerConfig(attention, depth, mlp_width=None, norm=None, final_norm=False, residual=False)
+    )
+    inputs, targets = jax.random.normal(key, (2, TOKENS, WIDTH))
+    params = stack.init(key, inputs)["params"]
+    return block_slopes(stack, params, inputs, targets, scales, [QQ, KK, VV], place, part)
 
 
 @claim(
@@ -120,24 +132,52 @@ def depth_of_linear_attention_cubes_the_exponent(key: PRNGKey) -> Comparison:
     because="LayerNorm's epsilon of 1e-12 relative to token variances of order 0.01 and more; rounding in the fit",
 )
 def pre_norm_removes_the_growth(key: PRNGKey) -> Comparison:
-    """Growth of the diagonal blocks of a pre-norm attention layer without residual."""
+    """Growth of the blocks of a pre-norm attention layer without residual, diagonal and off it."""
     attention = AttentionConfig(key_dim=3, value_dim=WIDTH)
     block = Transformer(
         TransformerConfig(attention, 1, mlp_width=None, norm="pre", final_norm=False, residual=False, epsilon=1e-12)
     )
     inputs, targets = jax.random.normal(key, (2, TOKENS, WIDTH))
     params = block.init(key, inputs)["params"]
-    return Comparison([0, 0, 0], block_slopes(block, params, inputs, targets, np.geomspace(0.1, 10, 3)), scale=1)
+    pairs = [VV, QQ, KK, QK, VQ, VK]
+    return Comparison(
+        np.zeros(6), block_slopes(block, params, inputs, targets, np.geomspace(0.1, 10, 3), pairs), scale=1
+    )
 
 
-def block_slopes(module: Transformer, params: Params, inputs: Array, targets: Array, scales: np.ndarray) -> np.ndarray:
-    """Slopes of the diagonal blocks' norms against the scale of the inputs, by autodiff, for attention weights."""
-    logs = []
+def block_slopes(
+    module: Transformer,
+    params: Params,
+    inputs: Array,
+    targets: Array,
+    scales: np.ndarray,
+    pairs: list[Pair],
+    place: int = 0,
+    part: Callable[..., Operator] = hessian,
+) -> np.ndarray:
+    """Slopes of the norms of blocks of attention layer `place` against the scale of the inputs, by autodiff."""
+    rows, logs = block_slices(params[f"layer_{place}"]["attention"]), []
     for scale in scales:
         risk = objective(from_linen(module), square_loss, scale * inputs, targets)
-        blocks = (hessian(risk, params, block=name, check=False).dense() for name in ("query", "key", "value"))
-        logs.append([np.log(jnp.linalg.norm(block)) for block in blocks])
+        matrix = part(risk, params, block=f"layer_{place}/attention").dense()
+        logs.append([np.log(jnp.linalg.norm(matrix[rows[row], rows[column]])) for row, column in pairs])
     return np.polyfit(np.log(scales), np.array(logs), 1)[0]
+
+
+@claim(
+    statement=r"\|H[Q,Q]\| < \|H[V,V]\| \text{ as } \sigma \to 0 \text{ only: } H[Q,Q] \text{ overtakes at } \sigma_* \in (0.1, 3)",
+    source=f"{PAPER}, section 4.1, where the orders are sigma^5 and sigma^2",
+    tolerance=0.0,
+    because="signs: 1 for a smaller query block at sigma = 0.01, 1 for a first crossing in the interval",
+)
+def queries_overtake_values_at_a_finite_scale(key: PRNGKey) -> Comparison:
+    """Which of the two blocks of softmax attention is larger at sigma = 0.01, and whether the query block overtakes."""
+    params, inputs, targets = instance(key, SOFTMAX)
+    scales = np.geomspace(0.01, 3, 12)
+    norms = [attention_hessian(SOFTMAX, params, scale * inputs, targets).norms()["full"] for scale in scales]
+    queries, values = (np.array([[float(blocks[pair]) for blocks in norms]]) for pair in (QQ, VV))
+    (crossing,) = crossings(queries, values, scales)
+    return Comparison([1, 1], [float(queries[0, 0] < values[0, 0]), float(0.1 < crossing < 3)], scale=1)
 
 
 @claim(
