@@ -145,12 +145,20 @@ class PredictFromMatrix:
         return predict(params | {"transformer": transformer | {self.layer: layer}}, inputs)
 
 
+def density(arrays: Arrays, where: str):
+    """The spectral density of a block."""
+    from attnlab.curvature import SpectralDensity
+
+    return SpectralDensity(arrays[f"{where}/nodes"], arrays[f"{where}/weights"])
+
+
 def norm(arrays: Arrays, where: str) -> tuple[float, float]:
-    """Frobenius norm of a block from its rules' second moments, and its standard error to first order."""
-    n, nodes, weights = (arrays[name] for name in ("dimension", f"{where}/nodes", f"{where}/weights"))
-    squares = n * np.sum(nodes**2 * weights, axis=1)
-    value = np.sqrt(np.mean(squares))
-    return float(value), float(np.std(squares, ddof=1) / len(squares) ** 0.5 / (2 * value))
+    """Frobenius norm of a block from its density's second moment, and its standard error to first order."""
+    from attnlab.curvature.estimators import Estimate, square_root
+
+    square, error = density(arrays, where).moment(2)
+    n = int(arrays["dimension"])
+    return tuple(map(float, square_root(Estimate(n * square, n * error))))
 
 
 def norms(arrays: Arrays, name: str, part: str, matrix: str) -> np.ndarray:
@@ -175,17 +183,18 @@ def lead(arrays: Arrays, name: str, part: str) -> np.ndarray:
     )
 
 
-def negative_share(arrays: Arrays, where: str) -> float:
-    """Share of the negative eigenvalues in the sum of moduli."""
-    nodes, weights = arrays[f"{where}/nodes"], arrays[f"{where}/weights"]
-    return float(np.sum(np.maximum(-nodes, 0) * weights) / np.sum(np.abs(nodes) * weights))
+def negative_shares(arrays: Arrays, name: str, part: str, matrix: str) -> np.ndarray:
+    """Share of the negative eigenvalues in the sum of moduli and its standard error in every layer, (2, layers)."""
+    places = (f"{name}/{layer}/{part}/{matrix}" for layer in range(layers_of(arrays)))
+    return np.array([density(arrays, where).negative_share() for where in places]).T
 
 
 def plot(arrays: Arrays, config: Config):
-    """Above: norms by layer of H, H_o and H_f; below: the value block's lead, H_o over H_f, eigenvalues."""
+    """By layer. Above: norms of H, H_o and H_f, ends of the spectra; below: the value block's lead, H_o over H_f, the
+    share of negative eigenvalues, and the spectra of one layer."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 3, figsize=(12.5, 7))
+    figure, axes = plt.subplots(2, 4, figsize=(16.5, 7))
     for column, part in enumerate(PARTS):
         plot_norms(axes[0, column], arrays, part)
     for column in (1, 2):
@@ -196,7 +205,9 @@ def plot(arrays: Arrays, config: Config):
     axes[0, 1].legend((*filled, *hollow), WEIGHTS.values(), loc="upper left")
     plot_lead(axes[1, 0], arrays)
     plot_balance(axes[1, 1], arrays)
-    plot_counts(axes[1, 2], arrays)
+    plot_ends(axes[0, 3], arrays)
+    plot_shares(axes[1, 2], arrays)
+    plot_counts(axes[1, 3], arrays)
     return figure
 
 
@@ -243,18 +254,42 @@ def draw(axes, layers, value, error, color: str, line: str, face: str | None, la
     axes.errorbar(layers, value, (low, 2 * error), fmt=line, color=color, markerfacecolor=face, capsize=2, label=label)
 
 
-def plot_counts(axes, arrays: Arrays) -> None:
-    """How many eigenvalues are above a value in modulus, for the positive and the negative ones of the middle layer."""
-    layer, n = layers_of(arrays) // 2, arrays["dimension"]
+def plot_ends(axes, arrays: Arrays) -> None:
+    """The largest and the lowest Ritz value of every trained block, over the probes, and how far the others reach: the
+    eigenvalues lie at these or beyond."""
+    layers = 1 + np.arange(layers_of(arrays))
     for color, matrix in enumerate(MATRICES):
-        where = f"trained/{layer}/hessian/{matrix}"
-        nodes, weights = arrays[f"{where}/nodes"], arrays[f"{where}/weights"]
+        nodes = np.array([arrays[f"trained/{layer - 1}/hessian/{matrix}/nodes"] for layer in layers])
+        for sign, line, face in ((1, "o-", None), (-1, "o:", "none")):
+            reached = np.max(sign * nodes, axis=2)  # (layers, probes)
+            furthest = np.max(reached, axis=1)
+            bars = (furthest - np.min(reached, axis=1), np.zeros(len(layers)))
+            axes.errorbar(layers, furthest, bars, fmt=line, color=f"C{color}", markerfacecolor=face, capsize=2)
+    axes.set(yscale="log", xlabel="layer", xticks=layers, title="ends of the spectra of $H$, trained")
+    axes.set_ylabel(r"largest $|\lambda|$ (dotted: of the negative ones)")
+
+
+def plot_shares(axes, arrays: Arrays) -> None:
+    layers = 1 + np.arange(layers_of(arrays))
+    for color, matrix in enumerate(MATRICES):
+        for name, (line, face) in LOOK.items():
+            draw(axes, layers, *negative_shares(arrays, name, "hessian", matrix), f"C{color}", line, face, matrix)
+    axes.axhline(0.5, color="black", linewidth=0.7)
+    axes.set(xlabel="layer", xticks=layers, title="negative eigenvalues of the blocks of $H$")
+    axes.set_ylabel(r"their share in $\sum |\lambda|$")
+
+
+def plot_counts(axes, arrays: Arrays) -> None:
+    """How many eigenvalues are above a value in modulus, for the positive and the negative ones of the middle layer,
+    with bands of two standard errors over the probes."""
+    layer, n = layers_of(arrays) // 2, int(arrays["dimension"])
+    for color, matrix in enumerate(MATRICES):
+        found = density(arrays, f"trained/{layer}/hessian/{matrix}")
         for sign, line in ((1, "-"), (-1, ":")):
-            values = (sign * nodes).ravel()
-            order = np.argsort(-values)
-            order = order[values[order] > 0]
-            counts = n * np.cumsum(weights.ravel()[order]) / len(nodes)
-            axes.step(values[order], counts, line, where="post", color=f"C{color}", label=matrix if sign == 1 else None)
+            values, counts, error = counts_above(found, sign)
+            axes.step(values, n * counts, line, where="post", color=f"C{color}", label=matrix if sign == 1 else None)
+            low, high = (n * np.maximum(counts + side * error, 1e-9) for side in (-2, 2))
+            axes.fill_between(values, low, high, step="post", color=f"C{color}", alpha=0.12, linewidth=0)
     top = max(np.abs(arrays[f"trained/{layer}/hessian/{matrix}/nodes"]).max() for matrix in MATRICES)
     axes.set(
         xscale="log",
@@ -265,6 +300,17 @@ def plot_counts(axes, arrays: Arrays) -> None:
     )
     axes.set(ylabel="eigenvalues above", title=f"spectra of the blocks of $H$ in layer {layer + 1}, trained")
     axes.legend(loc="best")
+
+
+def counts_above(found, sign: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Descending moduli of the nodes of one sign, the share of eigenvalues at each or beyond, its standard error."""
+    moduli = sign * found.nodes.ravel()
+    values = -np.sort(-moduli[moduli > 0])
+
+    def beyond(nodes):
+        return (sign * nodes[None, :] >= values[:, None]).astype(nodes.dtype)
+
+    return values, *map(np.asarray, found.integral(beyond))
 
 
 def tables(arrays: Arrays, config: Config) -> list[Table]:
@@ -278,8 +324,9 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
         for layer, part in itertools.product(range(layers_of(arrays)), PARTS):
             cells = ["{:.3g} ± {:.1g}".format(*norms(arrays, name, part, matrix)[:, layer]) for matrix in MATRICES]
             cells.append("{:.3g} ± {:.1g}".format(*lead(arrays, name, part)[:, layer]))
-            shares = [negative_share(arrays, f"{name}/{layer}/{part}/{matrix}") for matrix in MATRICES]
-            table.add_row(str(layer + 1), PARTS[part], *cells, ", ".join(f"{share:.0%}" for share in shares))
+            shares = [negative_shares(arrays, name, part, matrix)[:, layer] for matrix in MATRICES]
+            shown = ", ".join(f"{share:.0%} ± {error:.1%}" for share, error in shares)
+            table.add_row(str(layer + 1), PARTS[part], *cells, shown)
         found.append(table)
     return found
 
