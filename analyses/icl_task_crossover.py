@@ -133,7 +133,7 @@ def train_models(keys, tasks, model, config: Config, progress: Progress):
     schedule = optax.warmup_cosine_decay_schedule(0, config.learning_rate, config.steps // 20, config.steps)
     options = {"steps": config.steps, "every": max(config.steps // 50, 1), "resample": resample, "own_risks": True}
     report = show_progress(progress, "training")
-    trained = train(risks, starts, optax.adam(schedule), keys, report=report, **options)
+    trained = train(risks, starts, optax.adam(schedule), keys, report=report, directory=config.scratch(), **options)
     return starts, trained.params, trained.records.losses
 
 

@@ -71,13 +71,13 @@ def test_an_ensemble_resumes_with_equal_bits(tmp_path, key):
     np.testing.assert_array_equal(resumed.records.values["walk"], whole.records.values["walk"])
 
 
-def test_members_with_their_own_data_train_as_alone(key):
+def test_members_with_their_own_data_train_as_alone(key, tmp_path):
     risks = [CASES["softmax/square"](k)[0] for k in jax.random.split(key, 3)]
     _, points, keys = members(key)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *risks)
     options = {"steps": 4, "probes": {"risk": probe(lambda risk, params: risk(params))}}
     polyak = optax.polyak_sgd(max_learning_rate=0.1)  # it needs the loss
-    together = train(stacked, points, polyak, keys, own_risks=True, **options)
+    together = train(stacked, points, polyak, keys, own_risks=True, directory=tmp_path, **options)
     for i, risk in enumerate(risks):
         point = jax.tree.map(lambda leaf, i=i: leaf[i], points)
         alone = train(risk, point, polyak, keys[i], **options)
