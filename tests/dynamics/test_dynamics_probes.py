@@ -16,7 +16,6 @@ from attnlab.dynamics.tokens import (
     attention_entropy,
     effective_rank,
     entropy,
-    entropy_bound,
     least_entropy,
     mean_cosine,
     rank_residual,
@@ -175,19 +174,6 @@ def test_entropy_of_a_layer_is_above_its_bound(model, key):
         assert np.all(layer["entropy"] >= layer["bound"])
     if model == "multi_head":
         assert next(iter(values.values()))["entropy"].shape == (2,)
-
-
-def test_the_spectral_bound_is_tight():
-    """Orthogonal tokens and a query that only the first token makes: all inequalities become equalities for its row."""
-    module = SelfAttention(AttentionConfig(key_dim=4, value_dim=2, scale=1.0))
-    tokens = jnp.array([[1.0, -1 / 3, -1 / 3, -1 / 3]]).T @ jnp.eye(4)[:1]
-    params = {"query": 2 * jnp.eye(4), "key": jnp.eye(4), "value": jnp.ones((4, 2))}
-    (call,) = attention_calls(module, params, tokens).values()
-    weights = jax.nn.softmax(tokens @ params["query"] @ params["key"].T @ tokens.T, axis=-1)
-    norm = 2 * np.linalg.norm(tokens) ** 2
-    assert_close(entropy_bound(call)[0, 0], least_entropy(jnp.asarray(norm), 4), 1e-12)
-    # the first row has the extremal shape, with the norm of x_1 in place of the spectral norm of all tokens
-    assert_close(entropy(weights)[0], least_entropy(norm / np.linalg.norm(tokens), 4), 1e-12)
 
 
 # representations
