@@ -162,7 +162,7 @@ def cold_top_pairs(product: FlatProduct, dimension: int, count: int, key: PRNGKe
 def fastest_batching(operator: Operator, count: int = 2, repeats: int = 5) -> bool:
     """Whether `count` products are faster at once than one after another, by a timing of both (medians).
 
-    Small models gain from batches; large ones on a CPU, bound by memory, do not. Both give the same up to rounding, and a
+    Small models gain from batches; large ones on a CPU, bound by memory, do not. Both give the same up to rounding. A
     timing does not repeat: a run that must resume, or be made again bit by bit, writes its choice down instead.
     """
     vectors = jnp.ones((count, operator.dimension), ravel(operator.point).dtype)
