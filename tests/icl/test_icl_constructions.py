@@ -69,7 +69,7 @@ def test_plus_plus_stack_against_its_residual(key):
     prompt = Prompt(inputs, inputs @ task, query, query @ task)
     a, b = 0.3 * jax.random.normal(keys[2], (2, 3, DIMENSION, DIMENSION))
     residual = plus_plus_residual(a, b, inputs.T @ inputs / LENGTH)
-    assert_close(prompt.target - stack_predict(plus_plus_stack(a, b), prompt), query @ residual @ task, 1e-11)
+    assert_close(prompt.target - stack_predict(plus_plus_stack(a, b), prompt), query @ residual @ task, 1e-12)
 
 
 def test_plus_plus_stack_against_the_baseline(prompt):

@@ -99,7 +99,7 @@ def attention_after_an_mlp_is_a_gradient_step_in_its_features(key: PRNGKey) -> C
     statement=r"y_q - \hat y_q = x_q^\top R\, w,\quad R = \prod_k (I - M_k^\top A_k M_k \hat G),\quad"
     r" M_{k+1} = (I - B_k \hat G_k A_k^\top) M_k;\quad \text{for scalars } r \to r (1 - a_k \lambda),\ \lambda \to \lambda (1 - b_k \lambda)^2",
     source="Ahn et al., arXiv 2306.00297; the scalar case is GD++ of von Oswald et al., arXiv 2212.07677; matrices derived here",
-    tolerance=1e-11,
+    tolerance=1e-12,
     because=IDENTITY + " of three layers",
 )
 def layers_that_transform_the_inputs_are_gd_plus_plus(key: PRNGKey) -> Comparison:
@@ -128,7 +128,7 @@ def layers_that_transform_the_inputs_are_gd_plus_plus(key: PRNGKey) -> Compariso
     statement=r"y_q - \hat y_q = (1 - \alpha \lambda^2)^{2^k} \text{ after } k \text{ Newton layers},"
     r" \quad (1 - \eta \lambda)^k \text{ after } k \text{ gradient layers}",
     source="Fu et al., arXiv 2310.17086, for Newton's iteration; linear attention alone suffices: derived here",
-    tolerance=1e-11,
+    tolerance=1e-12,
     because=IDENTITY + ", on prompts whose task and query are an eigenvector of the empirical covariance",
 )
 def residuals_of_newton_and_gradient_layers(key: PRNGKey) -> Comparison:
@@ -164,7 +164,7 @@ def softmax_attention_on_the_sphere_is_nadaraya_watson(key: PRNGKey) -> Comparis
     statement=r"y_i \to y_i - \tfrac{\eta_k}{N} \sum_j e^{x_i^\top x_j} y_j \text{ is gradient descent on functions"
     r" in the space of the kernel } e^{x^\top x'}",
     source="Cheng, Chen, Sra, arXiv 2312.06528",
-    tolerance=1e-11,
+    tolerance=1e-12,
     because=IDENTITY + " of three layers",
 )
 def exponential_attention_descends_in_function_space(key: PRNGKey) -> Comparison:
