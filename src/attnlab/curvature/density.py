@@ -111,7 +111,7 @@ def spectral_density(
         steps: Lanczos steps of each: nodes of its Gauss rule.
         together: how many probes run at once, a divisor of `probes`. Memory grows with it, and on a CPU it gains
             nothing; it keeps accelerators busy.
-        sharding: how an array (together, n) of probes is spread over devices, such as
+        sharding: how an array (together, n) of probes is spread over devices of one process, such as
             `NamedSharding(mesh, PartitionSpec("probes"))`.
         directory: where to save, every second at most, after a multiple of 16 steps; a run that was killed resumes
             there and gives the same numbers on the same machine. With several processes, a directory for each. At the
