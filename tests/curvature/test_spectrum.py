@@ -9,8 +9,9 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from attnlab.curvature import density
+from attnlab.curvature.estimators import condition_number
 from attnlab.curvature.long_runs import NonFiniteProductError
-from attnlab.curvature.operators import ggn, hessian
+from attnlab.curvature.operators import empirical_fisher, ggn, hessian
 from attnlab.curvature.spectrum import eigenpairs, spectral_density, standard_error
 from attnlab.losses import square_loss
 from attnlab.models.adapters import from_linen
@@ -151,3 +152,15 @@ class TestBadInput:
     def test_probes_that_do_not_run_together_evenly(self, key):
         with pytest.raises(ValueError, match="together is 3; expected a divisor of probes, which is 10"):
             spectral_density(ggn(*CASES["softmax/square"](key)), key, steps=3, together=3)
+
+
+def test_a_space_that_is_exhausted_but_for_rounding(key):
+    """Eight examples, a matrix of rank eight: the remainders of Lanczos fade into rounding, not to zero."""
+    random = np.random.default_rng(0)
+    inputs, targets = random.standard_normal((2, 8, 6, 16))
+    module = SelfAttention(AttentionConfig(key_dim=15, value_dim=16))
+    shapes = jax.eval_shape(module.init, key, inputs)["params"]
+    params = jax.tree.map(lambda leaf: jnp.asarray(0.6 * random.standard_normal(leaf.shape)), shapes)
+    operator = empirical_fisher(objective(from_linen(module), square_loss, inputs, targets), params, check=False)
+    highest = np.linalg.eigvalsh(operator.dense())[-1]
+    assert_close(condition_number(operator, key, damping=0.1).value, (highest + 0.1) / 0.1, 1e-8)

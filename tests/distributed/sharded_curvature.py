@@ -1,7 +1,7 @@
 """Curvature of one model on the devices of this program; prints the numbers as JSON, from process 0.
 
 Run with `--simulate N` for N simulated devices of one process, or `--process I --of N --port P` for one of N processes.
-Without arguments: one device.
+Without arguments: one device. `--spread N` takes N of the devices for probes, the rest for data.
 """
 
 import argparse
@@ -15,6 +15,7 @@ def main() -> None:
     parser.add_argument("--process", type=int, default=0)
     parser.add_argument("--of", type=int, default=1)
     parser.add_argument("--port", type=int)
+    parser.add_argument("--spread", type=int, default=1)
     arguments = parser.parse_args()
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={arguments.simulate}"
 
@@ -23,7 +24,7 @@ def main() -> None:
     jax.config.update("jax_enable_x64", True)
     if arguments.of > 1:
         jax.distributed.initialize(f"127.0.0.1:{arguments.port}", arguments.of, arguments.process)
-    numbers = curvature(jax.device_count())
+    numbers = curvature(jax.device_count(), arguments.spread)
     if jax.process_index() == 0:
         print(json.dumps(numbers))
 
@@ -34,18 +35,31 @@ def put(array, sharding):
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
-def curvature(devices: int) -> dict:
+def curvature(devices: int, spread: int) -> dict:
     import jax
     import numpy as np
+    from jax.flatten_util import ravel_pytree
     from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-    from attnlab.curvature import eigenpairs, ggn, hessian, spectral_density, trace
+    from attnlab.curvature import (
+        condition_number,
+        diagonal,
+        eigenpairs,
+        empirical_fisher,
+        functional,
+        ggn,
+        hessian,
+        log_determinant,
+        solve,
+        spectral_density,
+        squared_frobenius_norm,
+        trace,
+    )
     from attnlab.losses import square_loss
     from attnlab.models.adapters import from_linen
     from attnlab.models.attention import AttentionConfig, SelfAttention
     from attnlab.objective import objective
 
-    spread = 2 if devices > 2 else 1  # over probes; the rest over data
     mesh = jax.make_mesh((devices // spread, spread), ("data", "probes"), axis_types=(AxisType.Auto,) * 2)
     by_data, by_probes = (NamedSharding(mesh, PartitionSpec(axis)) for axis in ("data", "probes"))
     random = np.random.default_rng(0)
@@ -59,13 +73,20 @@ def curvature(devices: int) -> dict:
     assert inputs.sharding.num_devices == devices
     density = spectral_density(operator, key, probes=4, steps=10, together=4, sharding=by_probes)
     seen: list = []
-    long = spectral_density(operator, key, probes=2, steps=18, report=seen.append)
+    long = spectral_density(operator, key, probes=2, steps=18, together=2, sharding=by_probes, report=seen.append)
+    fisher, part = empirical_fisher(risk, params), functional(risk, params)
     found = {
         "nodes": density.nodes,
         "weights": density.weights,
         "long": long.nodes,
         "eigenvalues": eigenpairs(operator, key, 2).values,
         "trace": trace(ggn(risk, params), key, probes=4).value,
+        "diagonal": ravel_pytree(diagonal(fisher, key, probes=4).value)[0],
+        "norm": squared_frobenius_norm(part, key, probes=4).value,
+        "product": ravel_pytree(part.mv(params))[0],
+        "log-determinant": log_determinant(fisher, key, damping=0.1, probes=2, steps=8).value,
+        "condition": condition_number(fisher, key, damping=0.1).value,
+        "solution": ravel_pytree(solve(fisher, params, damping=0.1, tolerance=1e-9).vector)[0],
     }
     return {name: np.asarray(array).tolist() for name, array in found.items()}
 

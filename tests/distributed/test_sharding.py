@@ -42,14 +42,15 @@ def assert_same(found, expected):
 
 
 def test_eight_devices_of_one_process():
-    assert_same(finish(start("--simulate", 8)), single())
+    assert_same(finish(start("--simulate", 8, "--spread", 2)), single())
 
 
-def test_two_processes():
+@pytest.mark.parametrize("spread", [1, 2])
+def test_two_processes(spread):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [start("--process", i, "--of", 2, "--port", port) for i in range(2)]
+    processes = [start("--process", i, "--of", 2, "--port", port, "--spread", spread) for i in range(2)]
     first, second = (finish(process) for process in processes)
     assert second is None
     assert_same(first, single())

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Float
 
 from attnlab.checks import check_positive, check_range, is_concrete
@@ -111,8 +111,8 @@ def spectral_density(
         steps: Lanczos steps of each: nodes of its Gauss rule.
         together: how many probes run at once, a divisor of `probes`. Memory grows with it, and on a CPU it gains
             nothing; it keeps accelerators busy.
-        sharding: how an array (together, n) of probes is spread over devices of one process, such as
-            `NamedSharding(mesh, PartitionSpec("probes"))`.
+        sharding: how an array (together, n) of probes is spread over devices, such as
+            `NamedSharding(mesh, PartitionSpec("probes"))`. With a `directory`, over those of one process.
         directory: where to save, every second at most, after a multiple of 16 steps; a run that was killed resumes
             there and gives the same numbers on the same machine. With several processes, a directory for each. At the
             end it holds `result.npz` and `manifest.json`.
@@ -147,6 +147,11 @@ def project(
             f"together is {together}; expected a divisor of probes, which is {probes}. Change one of them."
         )
     _check_probes_fit(operator, together)
+    if directory is not None and sharding is not None and not sharding.is_fully_addressable:
+        raise ValueError(
+            f"sharding spreads the probes over several processes: {sharding}; expected one process, whose directory "
+            "holds the state of all its probes. Spread the data over the processes, or give no directory."
+        )
     keys = jax.random.split(key, (probes // together, together))
     if directory is None and report is None:
         projections = _projections(operator, keys, steps, sharding)
@@ -198,19 +203,27 @@ class _Entries(NamedTuple):
     norms: Any
 
 
-def _advance(operator: Operator, state: Recurrence, steps: int) -> tuple[Recurrence, _Entries]:
+def _advance(
+    operator: Operator, state: Recurrence, steps: int, sharding: Sharding | None
+) -> tuple[Recurrence, _Entries]:
     def one_probe(state: Recurrence) -> tuple[Recurrence, tuple[Array, Array]]:
         return advance(operator.flat_mv, state, steps)
 
     # One probe is not vectorised: products of a single batched vector are slower on a CPU.
     state, entries = jax.lax.map(one_probe, state) if len(state.norm) == 1 else jax.vmap(one_probe)(state)
+    if isinstance(sharding, NamedSharding):
+        # The vectors stay spread; of the numbers every process needs all.
+        everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+        numbers = state.norm, state.asymmetry, state.scale
+        numbers, entries = jax.lax.with_sharding_constraint((numbers, entries), everywhere)
+        state = Recurrence(state.previous, state.vector, *numbers)
     return state, _Entries(*entries)
 
 
 @jax.jit(static_argnames=("steps", "sharding"))
 def _projections(operator: Operator, keys: Array, steps: int, sharding: Sharding | None) -> Tridiagonal:
     def group(keys: Array) -> Tridiagonal:
-        state, entries = _advance(operator, _begin(operator, keys, sharding), steps)
+        state, entries = _advance(operator, _begin(operator, keys, sharding), steps, sharding)
         return jax.vmap(finish)(*entries, state.asymmetry, state.scale)
 
     return jax.tree.map(_merge, jax.lax.map(group, keys))
@@ -221,7 +234,7 @@ def _merge(leaf: Array) -> Array:
 
 
 _begin_jitted = jax.jit(_begin, static_argnames=("sharding",))
-_advance_jitted = jax.jit(_advance, static_argnames=("steps",))
+_advance_jitted = jax.jit(_advance, static_argnames=("steps", "sharding"))
 
 
 def _long_projections(
@@ -244,7 +257,7 @@ def _long_projections(
         group, chunk = divmod(number, len(sizes))
         if chunk == 0:
             run = run._replace(state=_begin_jitted(operator, keys[group], sharding))
-        state, entries = _advance_jitted(operator, run.state, sizes[chunk])
+        state, entries = _advance_jitted(operator, run.state, sizes[chunk], sharding)
         run = _add_chunk(run, state, entries, number, group, sum(sizes[:chunk]))
         if not np.isfinite(np.asarray(state.norm)).all():
             first = sum(sizes[:chunk]) + int(np.argwhere(~np.isfinite(np.asarray(entries.norms)))[:, 1].min())
@@ -268,7 +281,7 @@ class _Run(NamedTuple):
 
 def _fresh(operator: Operator, keys: Array, steps: int, sharding: Sharding | None) -> _Run:
     state = _begin_jitted(operator, keys[0], sharding)
-    shape, dtype = (*keys.shape, steps), np.asarray(state.norm).dtype
+    shape, dtype = (*keys.shape, steps), state.norm.dtype
     entries = _Entries(np.zeros(shape, dtype), np.zeros(shape, dtype))
     return _Run(np.array(0), entries, np.zeros(keys.shape, dtype), np.zeros(keys.shape, dtype), state)
 

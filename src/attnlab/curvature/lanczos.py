@@ -154,8 +154,12 @@ def extend(
         asymmetry = jnp.maximum(asymmetry, jnp.abs(coupling - last) * last)
         norm = jnp.linalg.norm(image)
         negligible = norm <= 10 * jnp.finfo(norm.dtype).eps * jnp.linalg.norm(components)
+        # A remainder that is mostly rounding, brought to unit length, is orthogonal no more.
         direction = jax.lax.cond(
-            negligible, lambda _: _random_direction(jax.random.fold_in(key, i), vectors), lambda image: image, image
+            norm <= jnp.finfo(norm.dtype).eps ** 0.5 * jnp.linalg.norm(components),
+            lambda image: _fresh_direction(jnp.where(negligible, 0, image), jax.random.fold_in(key, i), vectors),
+            lambda image: image,
+            image,
         )
         vectors = vectors.at[i + 1].set(direction / jnp.linalg.norm(direction))
         projected = projected.at[:, i].set(components[:size])
@@ -174,6 +178,9 @@ def _orthogonalize_locally(image: Array, vectors: Array, i: Array) -> tuple[Arra
     return image - alpha * vector, jnp.zeros(len(vectors), image.dtype).at[i - 1].set(beta).at[i].set(alpha)
 
 
-def _random_direction(key: PRNGKey, vectors: Array) -> Array:
-    random = jax.random.normal(key, vectors.shape[1:], vectors.dtype)
-    return orthogonalize(orthogonalize(random, vectors)[0], vectors)[0]
+def _fresh_direction(image: Array, key: PRNGKey, vectors: Array) -> Array:
+    """A direction orthogonal to the vectors: that of `image`, or a random one if it is zero."""
+    norm = jnp.linalg.norm(image)
+    random = jax.random.normal(key, image.shape, image.dtype)
+    unit = jnp.where(norm > 0, image / jnp.where(norm > 0, norm, 1), random)
+    return orthogonalize(orthogonalize(unit, vectors)[0], vectors)[0]
