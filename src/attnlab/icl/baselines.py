@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from attnlab.checks import is_concrete, unknown_name
+from attnlab.icl.constructions import gd_plus_plus_residual
 from attnlab.icl.tasks import Prompt, check_prompt
 from attnlab.types import Real, Scalar
 
@@ -37,6 +38,25 @@ def check_stable(name: str, step_size: Real, curvature: Float[Array, "d d"], ste
         )
 
 
+def check_stable_plus_plus(
+    step_sizes: Float[Array, " L"], contractions: Float[Array, " L"], covariance: Float[Array, "d d"]
+) -> None:
+    """Raise `ValueError` if several steps of GD++ make the error along an eigendirection grow (skipped while
+    tracing)."""
+    if len(step_sizes) < 2 or not is_concrete((step_sizes, contractions, covariance)):
+        return
+    eigenvalues = np.linalg.eigvalsh(np.asarray(covariance))
+    with jax.ensure_compile_time_eval():  # the caller may be traced, these arrays are not
+        growth = np.abs(gd_plus_plus_residual(eigenvalues, step_sizes, contractions))
+    worst = int(np.argmax(growth))  # also where it is not a number
+    if not growth[worst] <= 1 + 1e-5:  # directions that the context does not see have 1, to rounding in 32 bits
+        raise ValueError(
+            f"step_sizes and contractions are {np.asarray(step_sizes)} and {np.asarray(contractions)}; expected that "
+            f"no error grows, but {len(step_sizes)} steps multiply that along the eigenvalue {eigenvalues[worst]:.4g} "
+            f"of this prompt's covariance by {growth[worst]:.4g}. Lower them, or take one step."
+        )
+
+
 def _check_steps(steps: int) -> None:
     if steps < 0:
         raise ValueError(f"steps is {steps}; expected a whole number of at least 0.")
@@ -47,12 +67,17 @@ def gradient_descent(prompt: Prompt, *, steps: int, step_size: Real) -> Scalar:
 
     Raises `ValueError` for a step size that diverges, where the prompt's values are known.
     """
-    identity = jnp.eye(prompt.query.shape[-1], dtype=prompt.query.dtype)
+    covariance, _ = empirical_moments(prompt)
+    check_stable("step_size", step_size, covariance, steps)
+    identity = jnp.eye(len(covariance), dtype=covariance.dtype)
     return preconditioned_gradient_descent(prompt, steps=steps, preconditioner=step_size * identity)
 
 
 def preconditioned_gradient_descent(prompt: Prompt, *, steps: int, preconditioner: Float[Array, "d d"]) -> Scalar:
-    """`steps` steps w <- w + P (g - G w) with the `preconditioner` P."""
+    """`steps` steps w <- w + P (g - G w) with the `preconditioner` P.
+
+    Raises `ValueError` for steps that diverge, where the prompt's values are known.
+    """
     _check_steps(steps)
     covariance, moment = empirical_moments(prompt)
     check_stable("the step size (1 with this preconditioner)", 1.0, preconditioner @ covariance, steps)
@@ -70,8 +95,10 @@ def gradient_descent_plus_plus(
     """GD++ of arXiv 2212.07677: steps on data that each step also transforms, x <- (I - b_k G_k) x.
 
     Per eigenvalue lambda of G the residual goes r <- r (1 - a_k lambda), and then lambda <- lambda (1 - b_k lambda)^2.
+    Raises `ValueError` for several steps that end with |r| > 1, where the prompt's values are known.
     """
     covariance, moment = empirical_moments(prompt)
+    check_stable_plus_plus(step_sizes, contractions, covariance)
     identity = jnp.eye(len(moment), dtype=moment.dtype)
 
     def step(state: tuple[Array, Array], sizes: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:

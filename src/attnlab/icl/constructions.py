@@ -131,6 +131,17 @@ def gradient_descent_residual(eigenvalues: Float[Array, "*n"], steps: int, step_
     return (1 - step_size * eigenvalues) ** steps
 
 
+def gd_plus_plus_residual(
+    eigenvalues: Float[Array, "*n"], step_sizes: Float[Array, " L"], contractions: Float[Array, " L"]
+) -> Float[Array, "*n"]:
+    """What GD++ leaves of each eigendirection of G: r <- r (1 - a_k lambda), lambda <- lambda (1 - b_k lambda)^2."""
+    residual = jnp.ones_like(eigenvalues)
+    for step_size, contraction in zip(step_sizes, contractions, strict=True):
+        residual = residual * (1 - step_size * eigenvalues)
+        eigenvalues = eigenvalues * (1 - contraction * eigenvalues) ** 2
+    return residual
+
+
 def _context_attention(scores: Float[Array, "... N"], values: Float[Array, "N v"], weights: str) -> Array:
     return equations.attend(equations.WEIGHTS[weights](scores), values)
 

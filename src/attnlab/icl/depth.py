@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from attnlab.icl.constructions import gd_plus_plus_residual
 from attnlab.types import Scalar
 
 
@@ -168,12 +169,8 @@ def plus_plus_risk(
     For d = 5, N = 20 the least risks d times this are 1.1538, 0.057501 and 9.613e-4 for L = 1, 2, 3. Sampled prompts
     show less for L = 3, 9.15e-4 with a standard error of 0.09e-4 over 300,000 of them: 6 % of the exact value come
     from eigenvalues above 5, so rare (the rule gives 2e-10 of the spectrum to them) that a sample has none and its
-    error bar does not know it. Steps fitted to 4,000 sampled prompts look better by a fifth or more than the optimum,
-    and are 20 times worse in truth.
+    error bar does not know it. Steps fitted to 4,000 sampled prompts show 6.7e-4 there on average (standard error
+    0.2e-4 over 12 samples), three tenths below the optimum, and are 20 times worse than it in truth.
     """
     eigenvalues, weights = rule
-    residual = jnp.ones_like(eigenvalues)
-    for step_size, contraction in zip(step_sizes, contractions, strict=True):
-        residual = residual * (1 - step_size * eigenvalues)
-        eigenvalues = eigenvalues * (1 - contraction * eigenvalues) ** 2
-    return weights @ residual**2
+    return weights @ gd_plus_plus_residual(eigenvalues, step_sizes, contractions) ** 2

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from attnlab.icl.baselines import empirical_moments
+from attnlab.icl.constructions import gd_plus_plus_residual
 from attnlab.icl.probes import Estimate, Model, estimate, predictions
 from attnlab.icl.tasks import Prompt, shuffle_labels
 from attnlab.types import PRNGKey
@@ -35,11 +36,7 @@ def _gradient_descent(eigenvalues: Array, parameters: Array, layers: int) -> Arr
 
 
 def _plus_plus(eigenvalues: Array, parameters: Array, layers: int) -> Array:
-    residual = jnp.ones_like(eigenvalues)
-    for step_size, contraction in zip(parameters[:layers], parameters[layers:], strict=True):
-        residual = residual * (1 - step_size * eigenvalues)
-        eigenvalues = eigenvalues * (1 - contraction * eigenvalues) ** 2
-    return residual
+    return gd_plus_plus_residual(eigenvalues, parameters[:layers], parameters[layers:])
 
 
 def _newton(eigenvalues: Array, parameters: Array, layers: int) -> Array:
