@@ -10,6 +10,7 @@ import pytest
 import scipy.optimize
 from icl_cases import assert_within_error
 
+from attnlab.claims.icl_training import PLUS_PLUS
 from attnlab.icl.baselines import baseline
 from attnlab.icl.constructions import gradient_descent_stack
 from attnlab.icl.depth import (
@@ -140,14 +141,6 @@ def test_plus_plus_risk_against_prompts():
     assert_within_error((jax.vmap(algorithm)(prompts) - prompts.target) ** 2, exact)
 
 
-# Best step sizes and first contractions (the last one has no effect) for d = 5, N = 20, and their risk.
-PLUS_PLUS = {
-    1: ([0.769231, 0.0], 1.153846),
-    2: ([0.516763, 3.474664, 0.448787, 0.0], 0.0575012),
-    3: ([0.338297, 2.090850, 8.568058, 0.296883, 1.208846, 0.0], 0.000961311),
-}
-
-
 @pytest.mark.parametrize("layers", PLUS_PLUS)
 def test_best_plus_plus(layers):
     """Stationary, with the stated risk, and below plain descent of the same depth."""
@@ -165,7 +158,8 @@ def test_best_plus_plus(layers):
 
 
 def test_fitting_plus_plus_to_a_sample_misses_rare_eigenvalues():
-    """The best three layers for 4,000 sampled prompts look better than the optimum, and are 20 times worse in truth."""
+    """The best three layers for 4,000 sampled prompts show 6.7e-4 (deviation 0.6e-4) where the optimum is 9.6e-4, and
+    are 20 times worse in truth."""
     inputs = jax.random.normal(jax.random.key(0), (4_000, 20, 5))
     sampled = jnp.ravel(jnp.linalg.eigvalsh(jnp.einsum("bni,bnj->bij", inputs, inputs) / 20))
     weights = jnp.full(sampled.shape, 1 / sampled.size)
@@ -176,7 +170,7 @@ def test_fitting_plus_plus_to_a_sample_misses_rare_eigenvalues():
         return jax.jit(jax.value_and_grad(lambda vector: 5 * plus_plus_risk(vector[:3], vector[3:], rule)))
 
     fitted = scipy.optimize.minimize(on((sampled, weights)), np.array(parameters), jac=True, method="BFGS")
-    assert fitted.fun < 0.8 * optimum
+    assert abs(fitted.fun - 6.7e-4) < 1.6e-4 < optimum - 6.7e-4
     assert on(rule)(jnp.asarray(fitted.x))[0] > 20 * optimum
 
 
