@@ -120,6 +120,33 @@ def test_any_probe_has_both_nulls(measure):
         assert apart > 3 * (null.standard_error + found.model.standard_error)
 
 
+# A trained model and its untrained twin, made from the weights of a stack: one probe looks at both.
+REBUILT = {
+    "iterated": lambda stack: iterated(partial(attention_layer, stack[0]), 2),
+    "interpolated": lambda stack: partial(stack_predict, interpolate(stack, STEP, 0.5)),
+}
+
+
+@pytest.mark.parametrize("name", REBUILT)
+def test_rebuilt_models_have_both_nulls(name):
+    """A layer applied twice, and weights halfway to the construction: the risk against both nulls."""
+    trained, start = gradient_descent_stack(0.3 * IDENTITY), [init_layer(jax.random.key(7), DIMENSION + 1, 0.1)]
+    model, twin = map(REBUILT[name], (trained, start))
+    found = against_nulls(lambda model: risk(model, prompts_of(11, 512)), model, twin, jax.random.key(3))
+    for null in (found.untrained, found.shuffled):
+        apart = null.value - found.model.value
+        assert apart > 3 * (null.standard_error + found.model.standard_error)
+
+
+def test_interpolated_weights_take_the_step_between():
+    with pytest.raises(ValueError, match=r"fraction is 1\.5"):
+        interpolate(STEP, STEP, 1.5)
+    first, second = (gradient_descent_stack(size * IDENTITY) for size in (0.3, 0.5))
+    found = predictions(partial(stack_predict, interpolate(first, second, 0.25)), prompts_of(15))
+    expected = predictions(baseline("gradient_descent", steps=1, step_size=0.35), prompts_of(15))
+    assert_close(found, expected, 1e-12)
+
+
 def test_shuffled_models_see_every_label_once():
     prompts = prompts_of(12, 4)
     seen = jax.vmap(shuffled(lambda prompt: prompt.labels, jax.random.key(5)))(prompts)
@@ -137,13 +164,6 @@ def test_noise_adds_its_share_to_the_risk():
     assert found.value[2] > found.value[1] > found.value[0]
     with pytest.raises(ValueError, match=r"noise_variance is -1\.0"):
         add_noise(jax.random.key(0), prompts, -1.0)
-
-
-def test_interpolated_weights_between_equal_models():
-    middle = interpolate(STEP, STEP, 0.5)
-    assert_close(middle, STEP, 1e-15)
-    with pytest.raises(ValueError, match=r"fraction is 1\.5"):
-        interpolate(STEP, STEP, 1.5)
 
 
 def test_linear_algorithms_do_not_notice_the_scale_of_tasks():
@@ -174,6 +194,23 @@ def test_copying_tells_a_shift_from_a_map():
 
     assert copying(shift, tokens).value > 0.9
     assert copying(own, tokens).value < -0.9
+
+
+def test_copying_of_shuffled_labels_scores_nothing():
+    """Tokens x_1, y_1, x_2, ...: a layer that copies each label one place on, and the same layer shown other labels."""
+    prompts = prompts_of(14, 64)
+    pairs = jnp.stack([jnp.pad(prompts.inputs, ((0, 0), (0, 0), (0, 1))), jnp.zeros((64, LENGTH, DIMENSION + 1))], 2)
+    tokens = pairs.at[:, :, 1, -1].set(prompts.labels).reshape(64, 2 * LENGTH, DIMENSION + 1)
+    only_label = jnp.diag(jnp.eye(DIMENSION + 1)[-1])
+
+    def copied(z):
+        return jnp.roll(z, 1, axis=0) @ only_label
+
+    def reordered(z):
+        return z.at[1::2].set(z[1::2][::-1])
+
+    assert copying(lambda z: z + copied(z), tokens).value > 0.9
+    assert abs(copying(lambda z: z + copied(reordered(z)), tokens).value) < 0.1
 
 
 def test_copying_of_untrained_layers_is_below_zero():
