@@ -87,16 +87,11 @@ def adam(config: Config):
 
 def random_start(model: str, size: float, dimension: int, key):
     """N(0, size^2) weights of one of the `MODELS`."""
-    import jax
-
-    from attnlab.icl.models import init_layer
+    from attnlab.icl.models import init_effective, init_layer
 
     if model == "layer":
         return init_layer(key, dimension + 1, size)
-    heads = 2 if model == "two_heads" else 1
-    shapes = {"value": (heads, dimension + 1), "query_key": (heads, dimension + 1, dimension)}
-    keys = jax.random.split(key)
-    return {name: size * jax.random.normal(k, shape) for k, (name, shape) in zip(keys, shapes.items(), strict=True)}
+    return init_effective(key, dimension, size, heads=2 if model == "two_heads" else 1)
 
 
 def train_from_random(problem, length, model, size, starts, steps, optimizer, key):

@@ -103,6 +103,7 @@ def trained_on_tasks(config: Config) -> Arrays:
     import jax.numpy as jnp
     import optax
 
+    from attnlab.icl.models import init_effective
     from attnlab.icl.population import population_objective
     from attnlab.icl.tasks import isotropic, with_tasks
     from attnlab.training import train
@@ -116,16 +117,9 @@ def trained_on_tasks(config: Config) -> Arrays:
         # repeated to the largest number: the same law, and one shape for all
         return jax.random.normal(key, (largest, d))[jnp.arange(largest) % count]
 
-    def random_start(key):
-        value, query_key = jax.random.split(key)
-        return {
-            "value": 0.1 * jax.random.normal(value, (1, d + 1)),
-            "query_key": 0.1 * jax.random.normal(query_key, (1, d + 1, d)),
-        }
-
     starts = {
         "reduced": {"preconditioner": jnp.zeros((len(keys), d, d))},
-        "full": jax.jit(jax.vmap(random_start))(keys),
+        "full": jax.jit(jax.vmap(lambda key: init_effective(key, d, 0.1)))(keys),
     }
     optimizer = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps))
     arrays: Arrays = {}

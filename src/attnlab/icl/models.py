@@ -80,6 +80,13 @@ def init_layer(key: PRNGKey, width: int, scale: float, *, heads: int = 1, head_d
     return {name: scale * jax.random.normal(k, shape) for k, (name, shape) in zip(keys, shapes.items(), strict=True)}
 
 
+def init_effective(key: PRNGKey, dimension: int, scale: float, *, heads: int = 1) -> Layer:
+    """N(0, scale^2) effective weights, `value` (H, d+1) and `query_key` (H, d+1, d), for `layer_predict`."""
+    shapes = {"value": (heads, dimension + 1), "query_key": (heads, dimension + 1, dimension)}
+    keys = jax.random.split(key)
+    return {name: scale * jax.random.normal(k, shape) for k, (name, shape) in zip(keys, shapes.items(), strict=True)}
+
+
 def init_transformer(key: PRNGKey, config: TransformerConfig, dimension: int, width: int) -> Params:
     """Parameters of `transformer_predict` for inputs of the given dimension and tokens of the given width.
 
