@@ -45,9 +45,10 @@ def check_stable_plus_plus(
     tracing)."""
     if len(step_sizes) < 2 or not is_concrete((step_sizes, contractions, covariance)):
         return
-    eigenvalues = np.linalg.eigvalsh(np.asarray(covariance))
     with jax.ensure_compile_time_eval():  # the caller may be traced, these arrays are not
-        growth = np.abs(gd_plus_plus_residual(eigenvalues, step_sizes, contractions))
+        spectrum = jnp.linalg.eigvalsh(covariance)
+        growth = np.abs(gd_plus_plus_residual(spectrum, step_sizes, contractions))
+        eigenvalues = np.asarray(spectrum)
     worst = int(np.argmax(growth))  # also where it is not a number
     if not growth[worst] <= 1 + 1e-5:  # directions that the context does not see have 1, to rounding in 32 bits
         raise ValueError(
