@@ -247,9 +247,9 @@ def _joint_squares(outer: KroneckerSum, functional: KroneckerSum) -> tuple[Array
     (term,), (first, *others) = outer.terms, functional.terms
     ours, theirs = term.operands[2], contract(first.indices[2:], term.indices[2], first.operands[2:])
     rest = replace(functional, terms=tuple(others))
-    of_ours = meeting(term, term)
-    of_theirs = meeting(replace(term, operands=(*term.operands[:2], theirs)), term)
-    of_rest = sum((meeting(other, term) for other in others), jnp.zeros((), ours.dtype))
+    of_ours = meeting(term, term, 2)
+    of_theirs = meeting(replace(term, operands=(*term.operands[:2], theirs)), term, 2)
+    of_rest = sum((meeting(other, term, 2) for other in others), jnp.zeros((), ours.dtype))
     square = jnp.sum(of_theirs * theirs) + 2 * jnp.sum(of_rest * theirs) + rest.norm() ** 2
     return jnp.sum(of_ours * ours), square, jnp.sum((of_theirs + of_rest) * ours)
 

@@ -250,16 +250,17 @@ def _order(indices: Sequence[str]) -> Literal["optimal", "auto"]:
 
 def _inner(first: Term, second: Term) -> Float[Array, ""]:
     """The sum over all entries of the product of two terms."""
-    return jnp.sum(meeting(first, second) * second.operands[_last(second)])
+    largest = max(range(len(second.operands)), key=lambda i: second.operands[i].size)
+    return jnp.sum(meeting(first, second, largest) * second.operands[largest])
 
 
-def meeting(first: Term, second: Term) -> Float[Array, "..."]:
-    """The first term contracted with all of the second but its largest array: an array like that one.
+def meeting(first: Term, second: Term, last: int) -> Float[Array, "..."]:
+    """The first term contracted with all of the second but its array number `last`: an array like that one.
 
     The sum of products of the two is the inner product of the terms. For terms sum_n a_n b_n^T (x) B_n it is a matrix
     product of the N x N array (a_n . a_m)(b_n . b_m) with the matrices B_n, as fast as matrix products come.
     """
-    last, theirs = _last(second), second.relabelled(_SECOND_COPY)
+    theirs = second.relabelled(_SECOND_COPY)
     others = [i for i in range(len(theirs)) if i != last]
     indices = (*first.indices, *(theirs[i] for i in others))
     operands = (*first.operands, *(second.operands[i] for i in others))
@@ -267,10 +268,6 @@ def meeting(first: Term, second: Term) -> Float[Array, "..."]:
     kept = "".join(a for a in theirs[last] if a in met)  # an axis that the rest lacks is one of size 1, or repeats
     found = _in_pieces(indices, kept, operands)
     return jnp.broadcast_to(jnp.expand_dims(found, [i for i, a in enumerate(theirs[last]) if a not in met]), shape)
-
-
-def _last(term: Term) -> int:
-    return max(range(len(term.operands)), key=lambda i: term.operands[i].size)
 
 
 def _in_pieces(indices: tuple[str, ...], output: str, operands: tuple[Array, ...]) -> Array:
