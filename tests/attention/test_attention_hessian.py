@@ -47,6 +47,24 @@ def test_equals_autodiff(name, key):
                 assert_close(found["norms"][part][row, column], norm, 1e-12, scale if norm < 1e-8 * scale else norm)
 
 
+SCORES = {("key", "key"), ("key", "query"), ("query", "query"), ("query_key", "query_key")}
+
+
+@pytest.mark.parametrize("name", ["heads_projection", "merged_heads", "linear"])
+def test_score_parameters_of_softmax_share_their_vectors(name, key):
+    """There, and only there, a full block has one term less than its parts have together."""
+    config, loss, params, inputs, targets, mask = problem(name, key)
+
+    def blocks(params):
+        closed_form = attention_hessian(config, params, inputs, targets, loss, mask=mask)
+        return {part: {pair: closed_form.block(*pair, part) for pair in closed_form.outer} for part in PARTS}
+
+    found = jax.eval_shape(blocks, params)
+    terms = {part: {pair: len(block.terms) for pair, block in found[part].items()} for part in PARTS}
+    fewer = {pair for pair, n in terms["full"].items() if n < terms["outer"][pair] + terms["functional"][pair]}
+    assert fewer == (SCORES & set(terms["full"]) if config.weights == "softmax" else set())
+
+
 def test_zero_blocks_are_exactly_zero(key):
     """The layer is linear in the values, and linear attention in each of query and key."""
     for name, zero in (("one_head", ["value"]), ("linear", ["value", "query", "key"])):

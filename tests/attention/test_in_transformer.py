@@ -173,6 +173,21 @@ def test_bad_input(name, key):
         attention_hessian_in(**arguments | asked)
 
 
+def test_names_of_parameters_that_the_layer_does_not_have(key):
+    module, tokens = Behind(nn.relu), jax.random.normal(key, (2, 3, WIDTH))
+    params = jax.eval_shape(module.init, key, tokens)["params"]
+
+    def norms(names):
+        cut = lambda p: cut_at_attention(module, p, tokens, "attention")  # noqa: E731
+        return jax.eval_shape(lambda p: assemble(cut(p), of_squares, None, True).norms(names), params)
+
+    assert set(norms(["query"])["full"]) == {("query", "query")}
+    with pytest.raises(ValueError, match=r"\['query', 'keys'\], where 'keys' is no .*; expected some of key, output, "):
+        norms(["query", "keys"])
+    with pytest.raises(ValueError, match=r"names is 'query', where 'q' is no parameter .*Leave names out for all"):
+        norms("query")
+
+
 def test_relu_behind_the_layer_is_piecewise_linear(key):
     module, tokens = Behind(nn.relu), jax.random.normal(key, (2, 3, WIDTH))
     params = module.init(key, tokens)["params"]

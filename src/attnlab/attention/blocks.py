@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -15,11 +14,11 @@ from attnlab.attention.kronecker import KroneckerSum, Leaf, Term, contract, meet
 from attnlab.attention.layer import Layer, layer
 from attnlab.attention.moments import AttentionMoments, moments_of
 from attnlab.attention.terms import (
-    SCORE_PARAMETERS,
     functional_terms,
     leaves,
-    merge_full,
     outer_term,
+    same_vectors,
+    sum_of_parts,
     token_jacobians,
     token_quantities,
 )
@@ -77,16 +76,7 @@ class AttentionHessian:
             return self.block(column, row, part).T
         if part != "full":
             return (self.outer if part == "outer" else self.functional)[row, column]
-        return self._full(row, column)
-
-    def _full(self, row: str, column: str) -> KroneckerSum:
-        outer, functional = self.outer[row, column], self.functional[row, column]
-        return merge_full(outer, functional) if self._same_vectors((row, column)) else outer + functional
-
-    def _same_vectors(self, pair: Pair) -> bool:
-        """Whether the first term of H_f stands on the vectors of H_o's."""
-        scores = all(name in SCORE_PARAMETERS for name in pair)
-        return scores and self.moments.kind == "softmax" and self.curvature.ndim < 5
+        return sum_of_parts(self.outer[row, column], self.functional[row, column])
 
     def norms(self) -> dict[Part, dict[Pair, Float[Array, ""]]]:
         """Frobenius norm of every block of every part (for both orders of each pair): one compiled call."""
@@ -218,17 +208,14 @@ def oriented(table: dict[Pair, tuple[Term, ...]], pair: Pair, shapes: dict[str, 
 
 @jax.jit
 def _norms(hessian: AttentionHessian) -> dict[Part, dict[Pair, Array]]:
-    return norms_of(hessian.outer, hessian.functional, [pair for pair in hessian.outer if hessian._same_vectors(pair)])
+    return norms_of(hessian.outer, hessian.functional)
 
 
-def norms_of(
-    outer: dict[Pair, KroneckerSum], functional: dict[Pair, KroneckerSum], shared: Collection[Pair]
-) -> dict[Part, dict[Pair, Array]]:
-    """Norms of the blocks of H_o, H_f and their sum; in the pairs `shared` the first term of H_f stands on the vectors
-    of H_o's. Those of the sum are ||H_o||^2 + ||H_f||^2 + 2 <H_o, H_f>."""
+def norms_of(outer: dict[Pair, KroneckerSum], functional: dict[Pair, KroneckerSum]) -> dict[Part, dict[Pair, Array]]:
+    """Norms of the blocks of H_o, H_f and their sum, whose square is ||H_o||^2 + ||H_f||^2 + 2 <H_o, H_f>."""
     norms: dict[Part, dict[Pair, Array]] = {part: {} for part in PARTS}
     for pair, block in outer.items():
-        squares = _joint_squares if pair in shared else _squares
+        squares = _joint_squares if same_vectors(block, functional[pair]) else _squares
         main, rest, mixed = squares(block, functional[pair])
         found: dict[Part, Array] = {"outer": main, "functional": rest, "full": main + 2 * mixed + rest}
         for part, square in found.items():

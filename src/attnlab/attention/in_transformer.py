@@ -28,13 +28,12 @@ from attnlab.attention.kronecker import KroneckerSum
 from attnlab.attention.layer import Layer, layer
 from attnlab.attention.moments import AttentionMoments, moments_of
 from attnlab.attention.terms import (
-    SCORE_PARAMETERS,
     TokenJacobian,
     TokenQuantities,
     functional_terms,
     leaves,
-    merge_full,
     outer_term,
+    sum_of_parts,
     token_jacobians,
     token_quantities,
 )
@@ -171,13 +170,18 @@ class InNetwork:
     def norms(self, names: Collection[str] | None = None) -> dict[Part, dict[Pair, Float[Array, ""]]]:
         """Frobenius norm of every block of every part, as `hessian().norms()`, in fewer operations: one compiled call.
 
-        `names` are the parameters wanted, all if None: blocks that are not asked for cost nothing.
+        `names` are the parameters wanted, all if None: blocks that are not asked for cost nothing. Raises `ValueError`
+        for one that the layer does not have.
         """
-        return _norms(self, self.point.names if names is None else tuple(names))
-
-    def score_pair(self, pair: Pair) -> bool:
-        """Whether both are parameters of the scores of softmax attention: H_o and H_f then share their vectors."""
-        return all(name in SCORE_PARAMETERS for name in pair) and self.moments.kind == "softmax"
+        known = self.point.names
+        wanted = known if names is None else tuple(names)
+        unknown = [name for name in wanted if name not in known]
+        if unknown:
+            raise ValueError(
+                f"names is {names!r}, where {unknown[0]!r} is no parameter of the layer; expected some of "
+                f"{', '.join(known)}. Leave names out for all."
+            )
+        return _norms(self, wanted)
 
     def outer(self) -> dict[Pair, KroneckerSum]:
         """H_o = J^T Λ_o J = (Z J)^T (Z J) of every pair, Z the root of Λ_o."""
@@ -217,7 +221,7 @@ class InNetwork:
             term = outer_term(jacobians[row], bent_jacobians[column], _one(self.point))
             term = replace(term, formula=term.formula.replace("Λ_i", "Λf_i"))
             bent = replace(block, terms=(term,))
-            blocks[row, column] = merge_full(bent, block) if self.score_pair((row, column)) else bent + block
+            blocks[row, column] = sum_of_parts(bent, block)
         return blocks
 
 
@@ -227,9 +231,8 @@ def _one(point: Layer) -> Float[Array, ""]:
 
 @partial(jax.jit, static_argnames="names")
 def _norms(network: InNetwork, names: tuple[str, ...]) -> dict[Part, dict[Pair, Array]]:
-    functional, bent = network.functional(), network.bend is not None
     outer = {pair: block for pair, block in network.outer().items() if set(pair) <= set(names)}
-    return norms_of(outer, functional, [pair for pair in outer if bent or network.score_pair(pair)])
+    return norms_of(outer, network.functional())
 
 
 def assemble(

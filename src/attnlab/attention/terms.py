@@ -29,8 +29,6 @@ from attnlab.attention.kronecker import KroneckerSum, Leaf, Pairing, Term, contr
 from attnlab.attention.layer import Layer, expected_shapes
 from attnlab.attention.moments import AttentionMoments
 
-SCORE_PARAMETERS = ("query", "key", "query_key")
-
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -248,11 +246,23 @@ def _output_terms(point: Layer, tokens: TokenQuantities) -> dict[tuple[str, str]
     return table | {("output", "value"): _with_heads(point, *factors, pairing="crossed", formula=formula)}
 
 
-def merge_full(outer: KroneckerSum, functional: KroneckerSum) -> KroneckerSum:
-    """The sum of two parts, where both start with terms of the same vectors as one such term: half the work.
+def same_vectors(outer: KroneckerSum, functional: KroneckerSum) -> bool:
+    """Whether both parts of a block start with sums over tokens of the same (l_i l'_i^T), times B_i and C_i.
 
-    That is so for pairs of score parameters: H_o has (l l'^T) (x) B_i, H_f has (l l'^T) (x) C_i within a head.
+    So it is for score parameters of softmax attention, and for every pair where H_f starts with J^T Λ_f J. A parameter
+    has one vector l on each of its axes: where the axes agree (in either order: a block may be transposed), the vectors
+    do.
     """
+    if not functional.terms:
+        return False
+    ours, theirs = outer.terms[0], functional.terms[0]
+    return set(ours.indices[:2]) == set(theirs.indices[:2])
+
+
+def sum_of_parts(outer: KroneckerSum, functional: KroneckerSum) -> KroneckerSum:
+    """H_o + H_f of one block; terms on the same vectors become one, (l_i l'_i^T) (x) (B_i + C_i): half the work."""
+    if not same_vectors(outer, functional):
+        return outer + functional
     ours, theirs = outer.terms[0], functional.terms[0]
     merged = ours.operands[2] + contract(theirs.indices[2:], ours.indices[2], theirs.operands[2:])
     formula = f"{ours.formula} + {theirs.formula}"
