@@ -1,7 +1,9 @@
 """All phenomena of training dynamics in one go: every figure, and one table of what was measured beside expected.
 
 Runs the analyses of training dynamics one after another, each as `attnlab run NAME` would, writes their figures, and
-draws where every measured number lies in the interval that was expected of it.
+draws where every measured number lies in the interval that was expected of it. `--seeds 3` does so for three seeds: the
+table has a column for each, the members' figures are those of the first. A seed takes about ten minutes; a run that was
+stopped resumes.
 """
 
 import time
@@ -12,7 +14,7 @@ import numpy as np
 from rich.progress import Progress
 from rich.table import Table
 
-from attnlab.analysis import Analysis, AnalysisConfig, Arrays, Finding, configure_jax, findings_table
+from attnlab.analysis import Analysis, AnalysisConfig, Arrays, Finding, configure_jax
 from attnlab.cli import analysis_scripts, load_script
 
 MEMBERS = (
@@ -32,39 +34,63 @@ MEMBERS = (
 class Config(AnalysisConfig):
     """Options of the analysis. Every member runs in its own precision."""
 
-    SMOKE: ClassVar = {"members": ("token-identities",)}
+    SMOKE: ClassVar = {"members": ("rod-flow",), "seeds": 2}
 
     members: tuple[str, ...] = MEMBERS
     """Which analyses."""
+    seeds: int = 1
+    """How many seeds; the first has the number `--seed`."""
+
+    def all_seeds(self) -> range:
+        """The seeds by number."""
+        return range(self.seed, self.seed + self.seeds)
 
 
 def compute(config: Config, progress: Progress) -> Arrays:
-    """Run every member and write its figure; returns the findings column by column, and the time of each member."""
-    task = progress.add_task("gallery", total=len(config.members), status="")
-    found: list[Finding] = []
-    owners: list[str] = []
-    seconds = []
-    for name in config.members:
-        progress.update(task, status=name)
-        started = time.perf_counter()
-        script = load_script(analysis_scripts()[name])
-        member = script.ANALYSIS.config(seed=config.seed, output=config.output, smoke=config.smoke)
-        member, arrays, _ = script.ANALYSIS.produce(member, progress)
-        own = script.findings(arrays, member)
-        found += own
-        owners += [name] * len(own)
-        seconds.append(time.perf_counter() - started)
-        progress.advance(task)
+    """Every member at every seed: its findings column by column, `measured` (findings, seeds) and the others
+    (findings,), the `analysis` of each, and the `seconds` that members took, (members, seeds)."""
+    from attnlab.runs import stored_arrays
+
+    if config.seeds < 1:
+        raise ValueError(f"seeds is {config.seeds}; expected at least 1.")
+    task = progress.add_task("gallery", total=config.seeds * len(config.members), status="")
+    columns = []
+    for seed in config.all_seeds():
+        parts = []
+        for name in config.members:
+            progress.update(task, status=f"seed {seed}: {name}")
+            path = config.scratch() / f"{name}-{seed}.npz"
+            parts.append(stored_arrays(path, lambda n=name, s=seed: measure(config, n, s, progress)))
+            for bar in set(progress.task_ids) - {task}:  # those of the member
+                progress.remove_task(bar)
+            progress.advance(task)
+        columns.append({field: np.concatenate([part[field] for part in parts]) for field in parts[0]})
     configure_jax(config.dtype)
-    columns = zip(*found, strict=True)
-    table = {field: np.array(column) for field, column in zip(Finding._fields, columns, strict=True)}
-    return table | {"analysis": np.array(owners), "seconds": np.array(seconds)}
+    return columns[0] | {
+        field: np.stack([column[field] for column in columns], axis=1) for field in ("measured", "seconds")
+    }
 
 
-def findings(arrays: Arrays) -> list[Finding]:
-    """The findings of all members again."""
-    rows = zip(*(arrays[field] for field in Finding._fields), strict=True)
-    return [Finding(str(what), float(m), float(low), float(high), str(source)) for what, m, low, high, source in rows]
+def measure(config: Config, name: str, seed: int, progress: Progress) -> Arrays:
+    """Run one member at one seed; its figure is written beside the gallery's for the first seed only."""
+    started = time.perf_counter()
+    script = load_script(analysis_scripts()[name])
+    output = config.output if seed == config.seed else config.scratch() / f"seed-{seed}"
+    member = script.ANALYSIS.config(seed=seed, output=output, smoke=config.smoke)
+    member, arrays, _ = script.ANALYSIS.produce(member, progress)
+    fields = zip(*script.findings(arrays, member), strict=True)
+    found = {name: np.array(column) for name, column in zip(Finding._fields, fields, strict=True)}
+    owner = np.full(len(found["what"]), name)
+    return found | {"analysis": owner, "seconds": np.array([time.perf_counter() - started])}
+
+
+def findings(arrays: Arrays) -> list[list[Finding]]:
+    """Every finding again, at each seed."""
+    columns = (arrays[field] for field in Finding._fields)
+    return [
+        [Finding(str(what), value, float(low), float(high), str(source)) for value in values.tolist()]
+        for what, values, low, high, source in zip(*columns, strict=True)
+    ]
 
 
 def place(finding: Finding) -> float:
@@ -78,37 +104,48 @@ def place(finding: Finding) -> float:
 
 
 def plot(arrays: Arrays, config: Config):
-    """Every finding on its own interval, drawn from 0 to 1."""
+    """Every finding on its own interval, drawn from 0 to 1, with a mark for each seed."""
     import matplotlib.pyplot as plt
 
-    found = findings(arrays)
-    figure, axes = plt.subplots(figsize=(11, 0.9 + 0.27 * len(found)))
-    names = list(dict.fromkeys(arrays["analysis"].tolist()))
+    rows, owners = findings(arrays), arrays["analysis"].tolist()
+    colors = {name: f"C{index}" for index, name in enumerate(dict.fromkeys(owners))}
+    ends = 1.22 + 0.15 * np.arange(config.seeds)  # of the columns of numbers
+    figure, axes = plt.subplots(figsize=(10 + config.seeds, 0.9 + 0.27 * len(rows)))
     axes.axvspan(0, 1, color="0.92", zorder=0)
-    for row, (finding, owner) in enumerate(zip(found, arrays["analysis"], strict=True)):
-        color = f"C{names.index(owner)}"
-        marker = "o" if finding.reproduced else "x"
-        axes.plot(place(finding), row, marker, color=color, ms=7, mew=2)
-        axes.text(1.22, row, f"{finding.measured:.4g}", va="center", ha="right", fontsize="small")
-        axes.text(1.25, row, finding.expected, va="center", fontsize="small", color="0.35")
-    axes.set_yticks(range(len(found)), [finding.what for finding in found], fontsize="small")
-    for label, owner in zip(axes.get_yticklabels(), arrays["analysis"], strict=True):
-        label.set_color(f"C{names.index(owner)}")
-    axes.text(1.22, -1, "measured", ha="right", fontsize="small")
-    axes.text(1.25, -1, "expected", fontsize="small", color="0.35")
-    axes.set(xlim=(-0.2, 1.45), ylim=(len(found) - 0.4, -1.6), xticks=(0, 1), xticklabels=("low end", "high end"))
-    axes.set_xlabel("place of the measurement in the expected interval (cross: outside)")
+    for row, (seeds, owner) in enumerate(zip(rows, owners, strict=True)):
+        heights = row + 0.22 * (np.arange(config.seeds) - (config.seeds - 1) / 2)
+        for finding, height, end in zip(seeds, heights, ends, strict=True):
+            marker = "o" if finding.reproduced else "x"
+            axes.plot(place(finding), height, marker, color=colors[owner], ms=7 / config.seeds**0.5, mew=1.5)
+            axes.text(end, row, f"{finding.measured:.3g}", va="center", ha="right", fontsize="small")
+        axes.text(ends[-1] + 0.03, row, seeds[0].expected, va="center", fontsize="small", color="0.35")
+    axes.set_yticks(range(len(rows)), [seeds[0].what for seeds in rows], fontsize="small")
+    for label, owner in zip(axes.get_yticklabels(), owners, strict=True):
+        label.set_color(colors[owner])
+    for seed, end in zip(config.all_seeds(), ends, strict=True):
+        axes.text(end, -1, f"seed {seed}", ha="right", fontsize="small")
+    axes.text(ends[-1] + 0.03, -1, "expected", fontsize="small", color="0.35")
+    axes.set(xlim=(-0.2, ends[-1] + 0.25), ylim=(len(rows) - 0.4, -1.6), xticks=(0, 1))
+    axes.set_xticklabels(("low end", "high end"))
+    axes.set_xlabel("place of the measurement in the expected interval (cross: outside; seeds from top to bottom)")
     return figure
 
 
 def tables(arrays: Arrays, config: Config) -> list[Table]:
-    """All findings, and the time that each member took."""
-    times = Table("analysis", "seconds", "reproduced")
-    found = findings(arrays)
+    """All findings at every seed, and the time that each member took."""
+    seeds = [f"seed {seed}" for seed in config.all_seeds()]
+    found = Table("what", "expected", *seeds, "reproduced", "source")
+    times = Table("analysis", *(f"{seed} [s]" for seed in seeds), "reproduced")
+    rows, reproduced = findings(arrays), {name: [] for name in config.members}
+    for row, owner in zip(rows, arrays["analysis"].tolist(), strict=True):
+        verdicts = [finding.reproduced for finding in row]
+        reproduced[owner] += verdicts
+        measured = (f"{f.measured:.4g}" if f.reproduced else f"[red]{f.measured:.4g}[/red]" for f in row)
+        found.add_row(row[0].what, row[0].expected, *measured, f"{sum(verdicts)} of {len(row)}", row[0].source)
     for name, seconds in zip(config.members, arrays["seconds"], strict=True):
-        own = [finding.reproduced for finding, owner in zip(found, arrays["analysis"], strict=True) if owner == name]
-        times.add_row(name, f"{seconds:.0f}", f"{sum(own)} of {len(own)}")
-    return [findings_table(found), times]
+        own = reproduced[name]
+        times.add_row(name, *(f"{second:.0f}" for second in seconds), f"{sum(own)} of {len(own)}")
+    return [found, times]
 
 
 ANALYSIS = Analysis("dynamics-gallery", Config, compute, plot, tables, __doc__)

@@ -1,0 +1,47 @@
+"""The gallery's table over seeds, with members that take no time."""
+
+import numpy as np
+import pytest
+from rich.progress import Progress
+
+from attnlab.cli import analysis_scripts, load_script
+
+EXPECTED = {"what": ["a", "b"], "low": [0.0, 1.0], "high": [1.0, np.inf], "source": ["s", "s"]}
+
+
+@pytest.fixture
+def gallery():
+    return load_script(analysis_scripts()["dynamics-gallery"])
+
+
+def test_a_stopped_run_resumes_and_every_seed_has_its_column(gallery, tmp_path, monkeypatch):
+    config = gallery.Config(output=tmp_path, seed=4, seeds=2, members=("one", "two"))
+    measured = []
+
+    def measure(config, name, seed, progress):
+        if (name, seed) == ("two", 5) and len(measured) == 3:
+            measured.append("stopped")
+            raise KeyboardInterrupt
+        measured.append((name, seed))
+        found = {field: np.array(values) for field, values in EXPECTED.items()}
+        values = np.array([seed / 4, float(name == "two")])
+        return found | {"measured": values, "analysis": np.full(2, name), "seconds": np.ones(1)}
+
+    monkeypatch.setattr(gallery, "measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        gallery.compute(config, Progress(disable=True))
+    arrays = gallery.compute(config, Progress(disable=True))
+    assert measured == [("one", 4), ("two", 4), ("one", 5), "stopped", ("two", 5)]
+    np.testing.assert_array_equal(arrays["measured"], [[1, 1.25], [0, 0], [1, 1.25], [1, 1]])
+    assert arrays["analysis"].tolist() == ["one", "one", "two", "two"]
+    assert arrays["seconds"].shape == (2, 2)
+    verdicts = [[finding.reproduced for finding in row] for row in gallery.findings(arrays)]
+    assert verdicts == [[True, False], [False, False], [True, False], [True, True]]
+    found, times = gallery.tables(arrays, config)
+    assert list(found.columns[4].cells) == ["1 of 2", "0 of 2", "1 of 2", "2 of 2"]
+    assert list(times.columns[3].cells) == ["1 of 4", "3 of 4"]
+
+
+def test_no_seed_is_an_error(gallery):
+    with pytest.raises(ValueError, match="seeds is 0; expected at least 1"):
+        gallery.compute(gallery.Config(seeds=0), Progress(disable=True))
