@@ -26,7 +26,7 @@ from attnlab.losses import square_loss
 from attnlab.models.adapters import from_linen
 from attnlab.models.attention import AttentionConfig, SelfAttention
 from attnlab.objective import objective
-from attnlab.training import minibatches, train
+from attnlab.training import TrainingState, minibatches, train
 from attnlab.trees import block_slices, ravel
 from cases import CASES, MODELS
 from compare import assert_close
@@ -107,6 +107,14 @@ def test_probe_is_its_definition(name, key):
 
 def test_shares_weigh_the_group_losses_to_the_whole(key):
     found, risk, params = measured(group_losses(jnp.array(GROUPS), 3), "language_model/cross_entropy", key)
+    assert_close(found["share"] @ found["loss"], risk(params), 1e-12)
+
+
+def test_a_label_counted_from_the_end_is_in_the_group_of_its_class(key):
+    """As the loss takes it."""
+    risk, params = CASES["language_model/cross_entropy"](key)
+    risk = objective(risk.predict, risk.loss, risk.inputs, risk.targets.at[0, 0].set(-1))
+    found, _ = group_losses(jnp.array(GROUPS), 3).measure(risk, TrainingState(0, params, (), key, {}), (), key)
     assert_close(found["share"] @ found["loss"], risk(params), 1e-12)
 
 
@@ -233,6 +241,27 @@ class TestBadInput:
     def test_group_losses_without_labels(self, key):
         with pytest.raises(TypeError, match="losses by group expect labels"):
             measured(group_losses(jnp.array(GROUPS), 3), "softmax/square", key)
+
+    @pytest.mark.parametrize(
+        ("groups", "message"),
+        [
+            ([0, 1, 3], "groups holds 0 to 3 and count is 3; expected groups 0 to 2"),
+            ([0, -1], "groups holds -1 to 0"),
+            ([0.0, 1.0], "expected a whole number a class"),
+        ],
+    )
+    def test_groups_that_no_group_would_hold(self, groups, message):
+        with pytest.raises(ValueError, match=message):
+            group_losses(jnp.array(groups), 3)
+
+    @pytest.mark.parametrize("table", [GROUPS[:-1], (*GROUPS, 0)])
+    def test_a_table_of_groups_for_another_vocabulary(self, table, key):
+        with pytest.raises(ValueError, match=f"groups has {len(table)} entries and the outputs have 5 classes"):
+            measured(group_losses(jnp.array(table), 3), "language_model/cross_entropy", key)
+
+    def test_cosine_of_one_token(self):
+        with pytest.raises(ValueError, match=r"tokens has shape \(2, 1, 3\); .* sequences of at least two"):
+            mean_cosine(jnp.ones((2, 1, 3)))
 
     def test_one_batch_bounds_no_error(self):
         with pytest.raises(ValueError, match="batches is 1; expected at least 2"):

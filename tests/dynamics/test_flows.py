@@ -116,20 +116,22 @@ def test_gradient_descent_averages_to_the_central_flow():
 
 
 def test_rmsprop_central_flow_holds_its_edge():
-    """With a second moment: P^-1/2 H P^-1/2 rises to 2 / eta and stays there; nu answers the oscillation."""
+    """With a second moment: P^-1/2 H P^-1/2 rises to 2 / eta and stays there; nu answers the oscillation. The third
+    parameter has no gradient, and stays where it is."""
     rate = 0.02
     flow = central_flow(
         sharpening(0.1),
-        jnp.array([0.0, 1.6]),
+        jnp.array([0.0, 1.6, 3.0]),
         jax.random.key(0),
         learning_rate=rate,
         steps=400,
         every=10,
         b2=0.95,
-        second_moment=jnp.array([0.0016, 0.01]),
+        second_moment=jnp.array([0.0016, 0.01, 0.0]),
         count=1,
         substeps=8,
     )
+    assert np.all(flow.params[:, 2] == 3)
     ratio = flow.sharpness[:, 0] * rate / 2
     assert ratio[0] < 1
     active = flow.variance[:, 0] > 0
@@ -154,16 +156,63 @@ def rmsprop(risk, optimizer, point, moment):
     return path
 
 
+def potential(function):
+    """The risk that is this function of the parameters."""
+    return objective(lambda w, x: w, lambda w, _: function(w), jnp.ones(1), jnp.ones(1))
+
+
+def falling(w):
+    """dw/dt = 4 w^3 from 1: w = (1 - 8 t)^(-1/2), infinite at time 1 / 8."""
+    return -jnp.sum(w**4)
+
+
+class TestDivergence:
+    def test_gradient_flow_names_the_time(self):
+        with pytest.raises(
+            ArithmeticError, match=r"gradient flow is not finite at time 1; .* loss was -50, at time 0.1"
+        ):
+            gradient_flow(potential(falling), jnp.ones(2), jnp.array([0.0, 0.1, 1.0]))
+
+    def test_central_flow_names_the_step(self, key):
+        with pytest.raises(
+            ArithmeticError, match=r"central flow is not finite at step 4; the last finite loss .* step 2"
+        ):
+            central_flow(potential(falling), jnp.ones(2), key, learning_rate=0.1, steps=8, every=2, count=1)
+
+
 class TestBadInput:
+    @pytest.mark.parametrize(
+        ("times", "message"),
+        [
+            ([0.0, 1.0, 0.5], "times goes from 1 to 0.5; expected increasing times"),
+            ([0.0, 1.0, 1.0], "times goes from 1 to 1; expected increasing times"),
+            ([0.0, np.inf], "times has 1 non-finite of 2 values"),
+            (1.0, r"times has shape \(\); expected a vector"),
+        ],
+    )
+    def test_times_of_gradient_flow(self, times, message):
+        with pytest.raises(ValueError, match=message):
+            gradient_flow(quadratic(jnp.ones(2)), jnp.ones(2), jnp.array(times))
+
+    def test_tolerance_of_gradient_flow(self):
+        with pytest.raises(ValueError, match=r"tolerance is 0\.0; expected a finite number above 0"):
+            gradient_flow(quadratic(jnp.ones(2)), jnp.ones(2), jnp.array([0.0, 1.0]), tolerance=0.0)
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [
             ({"substeps": 1}, "substeps is 1; expected at least 2"),
             ({"b2": 0.9}, "b2 and second_moment belong together"),
             ({"every": 7}, "steps is 20; expected a multiple of every, which is 7"),
+            ({"learning_rate": -0.1}, "learning_rate is -0.1; expected a finite number above 0"),
+            ({"learning_rate": np.nan}, "learning_rate is nan"),
+            ({"eps": -1e-8}, "eps is -1e-08; expected a finite number of at least 0"),
+            ({"b2": 1.5, "second_moment": jnp.ones(2)}, "b2 is 1.5; expected a number above 0 and below 1"),
+            ({"b2": 0.9, "second_moment": jnp.ones(3)}, r"second_moment: .* has shape \(3,\); expected \(2,\)"),
+            ({"b2": 0.9, "second_moment": -jnp.ones(2)}, "second_moment has a negative entry"),
         ],
     )
     def test_options_that_do_not_fit(self, options, message, key):
-        options = {"every": 5, **options}
+        options = {"every": 5, "learning_rate": 0.1, **options}
         with pytest.raises(ValueError, match=message):
-            central_flow(quadratic(jnp.ones(2)), jnp.ones(2), key, learning_rate=0.1, steps=20, **options)
+            central_flow(quadratic(jnp.ones(2)), jnp.ones(2), key, steps=20, **options)

@@ -120,6 +120,32 @@ def test_at_the_edge_adam_stays_with_the_rod_and_leaves_the_stable_flow(key):
     assert distances["stable"] >= 3 * distances["rod"], distances
 
 
-def test_steps_that_every_does_not_divide():
-    with pytest.raises(ValueError, match="steps is 10; expected a multiple of every, which is 4"):
-        rod_flow(quartic(), jnp.ones(3), Rod(*(jnp.ones(3),) * 4), RULE, steps=10, every=4)
+START = Rod(jnp.ones((2, 3)), jnp.zeros((2, 3)), jnp.ones(3), jnp.array(5.0))
+
+
+def test_a_rod_flow_that_diverges_names_the_step():
+    """Uphill without a bound, beyond the range of the numbers."""
+    risk = objective(lambda w, x: w, lambda w, _: -jnp.sum(jnp.exp(w**2)), jnp.ones(1), jnp.ones(1))
+    with pytest.raises(ArithmeticError, match=r"rod flow is not finite at step 20; the last finite loss .* at step 0"):
+        rod_flow(risk, jnp.ones(3), START, AdamRule(1.0), steps=20, every=20)
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("rule", "start", "every", "message"),
+        [
+            (RULE, START, 4, "steps is 10; expected a multiple of every, which is 4"),
+            (RULE._replace(b1=1.0), START, 5, "b1 is 1.0; expected a number of at least 0 and below 1"),
+            (RULE._replace(learning_rate=-0.1), START, 5, "learning_rate is -0.1; expected a finite number above 0"),
+            (
+                RULE,
+                START._replace(half=jnp.zeros((2, 4))),
+                5,
+                r"start has leaves of shapes .*\(2, 4\).* expected a centre",
+            ),
+            (RULE, START._replace(nu=jnp.full(3, np.nan)), 5, "start: nu has 3 non-finite of 3 values"),
+        ],
+    )
+    def test_options_that_do_not_fit(self, rule, start, every, message):
+        with pytest.raises(ValueError, match=message):
+            rod_flow(quartic(), jnp.ones(3), start, rule, steps=10, every=every)

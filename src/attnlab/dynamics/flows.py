@@ -1,22 +1,25 @@
 """Continuous-time limits of training: gradient flow, and the central flow through the edge of stability."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.ode import odeint
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
-from attnlab.checks import check_intervals, check_positive
+from attnlab.checks import check_finite, check_intervals, check_positive, check_same_structure, is_concrete
 from attnlab.curvature.operators import hessian
 from attnlab.curvature.transforms import precondition
 from attnlab.dynamics.complementarity import basis, solve_complementarity
 from attnlab.dynamics.krylov import TopPairs, cold_top_pairs, warm_top_pairs
+from attnlab.dynamics.stability import check_hyperparameters
 from attnlab.objective import Objective, check_objective
 from attnlab.trees import ravel
-from attnlab.types import Params, PRNGKey
+from attnlab.types import Params, PRNGKey, PyTree
 
 
 def gradient_flow(risk: Objective, params: Params, times: Float[Array, " t"], *, tolerance: float = 1e-8) -> Params:
@@ -25,9 +28,50 @@ def gradient_flow(risk: Objective, params: Params, times: Float[Array, " t"], *,
     Returns the parameters with a leading axis (t,). Dormand-Prince with adaptive steps, `tolerance` relative and
     absolute to each. Gradient descent with learning rate eta takes one step per time eta. Explicit: it takes about
     (time x sharpness) / 3 steps.
+
+    Raises `ValueError` for times that do not increase or a tolerance that is not positive, `ArithmeticError` where the
+    flow leaves the finite numbers before the last time, as it can in finite time.
     """
     check_objective(risk, params)
-    return _gradient_flow(risk, params, jnp.asarray(times, ravel(params).dtype), tolerance)
+    if not 0 < tolerance < np.inf:
+        raise ValueError(f"tolerance is {tolerance}; expected a finite number above 0.")
+    _check_increasing(times)
+    path = _gradient_flow(risk, params, jnp.asarray(times, ravel(params).dtype), tolerance)
+    check_finite_flow("gradient flow", risk, path, path, np.asarray(times) if is_concrete(times) else (), "time")
+    return path
+
+
+def _check_increasing(times: Float[Array, " t"]) -> None:
+    if jnp.ndim(times) != 1 or jnp.size(times) == 0:
+        raise ValueError(f"times has shape {jnp.shape(times)}; expected a vector of at least one time.")
+    if not is_concrete(times):
+        return
+    check_finite("times", times)
+    falls = np.flatnonzero(np.diff(times) <= 0)
+    if falls.size:
+        first, second = np.asarray(times)[falls[0] : falls[0] + 2]
+        raise ValueError(f"times goes from {first:g} to {second:g}; expected increasing times. Sort them.")
+
+
+def check_finite_flow(
+    name: str, risk: Objective, params: Params, path: PyTree, moments: Sequence[float] | np.ndarray, unit: str
+) -> None:
+    """Raise `ArithmeticError` where a record of a flow, a row of the leaves of `path`, is not finite: with its moment
+    and the last finite loss, that of `params` a row before. Skipped while tracing."""
+    if not is_concrete(path):
+        return
+    finite = np.all([np.isfinite(leaf).reshape(len(leaf), -1).all(axis=1) for leaf in jax.tree.leaves(path)], axis=0)
+    if finite.all():
+        return
+    first = int(np.argmin(finite))
+    before = ""
+    if first:
+        point = jax.tree.map(lambda leaf: leaf[first - 1], params)
+        before = f"; the last finite loss was {float(risk(point)):.6g}, at {unit} {moments[first - 1]:g}"
+    raise ArithmeticError(
+        f"the {name} is not finite at {unit} {moments[first]:g}{before}. End it before, lower the "
+        "learning rate or take more substeps, where there are any, or take a loss that is bounded from below."
+    )
 
 
 @partial(jax.jit, static_argnames=("tolerance",))
@@ -137,7 +181,9 @@ def central_flow(
         count: how many eigenvalues k may reach the edge; the lowest recorded should stay below it.
         substeps: at least 2: a whole Euler step would itself oscillate at the edge.
 
-    Raises `ValueError` for steps that `every` does not divide, fewer than two substeps, or a missing second moment.
+    Raises `ValueError` for steps that `every` does not divide, fewer than two substeps, a learning rate, b2 or eps out
+    of range, or a second moment that is missing, negative or of another structure; `ArithmeticError` where the flow
+    leaves the finite numbers.
     """
     check_intervals(steps, every)
     check_positive(count=count, substeps=substeps)
@@ -146,8 +192,22 @@ def central_flow(
         raise ValueError(f"substeps is {substeps}; expected at least 2, for a stable integration at the edge.")
     if (b2 is None) != (second_moment is None):
         raise ValueError("b2 and second_moment belong together; expected both (RMSProp) or neither (gradient descent).")
+    check_hyperparameters(learning_rate=learning_rate, eps=eps)
+    if b2 is not None:
+        _check_second_moment(b2, second_moment, params)
     moment = jax.tree.map(jnp.ones_like, params) if second_moment is None else second_moment
-    return _central_flow(risk, params, moment, key, _Rule(learning_rate, b2, eps, substeps), count, steps, every)
+    flow = _central_flow(risk, params, moment, key, _Rule(learning_rate, b2, eps, substeps), count, steps, every)
+    check_finite_flow("central flow", risk, flow.params, flow, range(0, steps + 1, every), "step")
+    return flow
+
+
+def _check_second_moment(b2: float, second_moment: Params | None, params: Params) -> None:
+    if not 0 < b2 < 1:
+        raise ValueError(f"b2 is {b2}; expected a number above 0 and below 1: its flow has the rate (1 - b2) / b2.")
+    check_same_structure("second_moment", second_moment, params)
+    check_finite("second_moment", second_moment)
+    if is_concrete(second_moment) and min(float(leaf.min()) for leaf in jax.tree.leaves(second_moment)) < 0:
+        raise ValueError("second_moment has a negative entry; expected the mean square of gradients.")
 
 
 @partial(jax.jit, static_argnames=("rule", "count", "steps", "every"))
@@ -204,7 +264,8 @@ def _edge(risk: Objective, state: FlowState, rule: _Rule) -> _Edge:
         speed = (1 - rule.b2) / rule.b2
         squares = jnp.einsum("aij,ip,jp->ap", matrices, directions, directions)
         # 2/eta dP/dt = (1/eta) nu^-1/2 dnu/dt; at the edge H U = 2/eta P U: diag(H Sigma H) = (4/eta^2) P^2 diag(Sigma)
-        weights = speed / (eta**2 * jnp.sqrt(moment))
+        # where nu is zero so are all gradients until now, and P stands still
+        weights = jnp.where(moment > 0, speed / (eta**2 * jnp.sqrt(jnp.where(moment > 0, moment, 1))), 0)
         offset = offset + squares @ (weights * (gradient**2 - moment))
         strength = strength + 4 / eta**2 * (squares * (weights * diagonal**2)[None, :]) @ squares.T
     # at the end of the substep: (2/eta - values) + duration eta (A + B[X]) >= 0

@@ -31,9 +31,21 @@ def group_losses(groups: Int[Array, " vocabulary"], count: int) -> Probe:
     """Probe: the mean cross-entropy of the targets in each group, `loss` (count,), and the `share` (count,) of all
     targets that it holds: share . loss is the whole loss. The loss of an empty group is 0.
 
-    For objectives with logits as outputs and whole numbers as targets; raises `TypeError` for others.
+    For objectives with logits as outputs and whole numbers as targets; raises `TypeError` for others. Raises
+    `ValueError` for a group that is not one of the whole numbers below `count`, and before training starts where the
+    outputs have another number of classes than there are `groups`.
     """
-    return probe(_GroupLosses(tuple(np.asarray(groups).tolist()), count))
+    check_positive(count=count)
+    table = np.asarray(groups)
+    if table.ndim != 1 or not np.issubdtype(table.dtype, np.integer):
+        raise ValueError(f"groups has shape {table.shape} and dtype {table.dtype}; expected a whole number a class.")
+    if table.size == 0 or table.min() < 0 or table.max() >= count:
+        held = f"{table.min()} to {table.max()}" if table.size else "nothing"
+        raise ValueError(
+            f"groups holds {held} and count is {count}; expected groups 0 to {count - 1}. Raise count, or number the "
+            "groups from 0."
+        )
+    return probe(_GroupLosses(tuple(table.tolist()), count))
 
 
 @dataclass(frozen=True)
@@ -44,7 +56,13 @@ class _GroupLosses:
     def __call__(self, risk: Objective, params: Params) -> dict[str, Float[Array, " count"]]:
         if not jnp.issubdtype(risk.targets.dtype, jnp.integer):
             raise TypeError(f"targets have dtype {risk.targets.dtype}; losses by group expect labels, whole numbers.")
-        log_probabilities = jax.nn.log_softmax(risk.outputs(params), axis=-1)
+        outputs = risk.outputs(params)
+        if outputs.shape[-1] != len(self.groups):
+            raise ValueError(
+                f"groups has {len(self.groups)} entries and the outputs have {outputs.shape[-1]} classes; expected one "
+                "group a class. Build it with frequency_groups(tokens, vocabulary, groups) for this vocabulary."
+            )
+        log_probabilities = jax.nn.log_softmax(outputs, axis=-1)
         losses = -jnp.take_along_axis(log_probabilities, risk.targets[..., None], axis=-1).ravel()
         group = jnp.asarray(self.groups)[risk.targets].ravel()
         totals = jnp.zeros(self.count, losses.dtype).at[group].add(losses)

@@ -28,9 +28,11 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
-from attnlab.checks import check_intervals, check_positive
+from attnlab.checks import check_finite, check_intervals, check_positive
 from attnlab.curvature.transforms import adam_preconditioner
-from attnlab.objective import Objective
+from attnlab.dynamics.flows import check_finite_flow
+from attnlab.dynamics.stability import check_hyperparameters
+from attnlab.objective import Objective, check_objective
 from attnlab.trees import ravel
 from attnlab.types import Params
 
@@ -119,11 +121,27 @@ def rod_flow(
         every: record the flow so often.
         substeps: Runge-Kutta steps, of eight gradients each, in the time of one of Adam.
 
-    Raises `ValueError` for steps that `every` does not divide.
+    Raises `ValueError` for steps that `every` does not divide, numbers of Adam out of range, or a start that is not
+    finite or of another size than `like`; `ArithmeticError` where the flow leaves the finite numbers.
     """
     check_intervals(steps, every)
     check_positive(substeps=substeps)
-    return _rod_flow(risk, like, start, rule, steps, every, substeps)
+    check_hyperparameters(**rule._asdict())
+    check_objective(risk, like)
+    _check_start(start, ravel(like).size)
+    flow = _rod_flow(risk, like, start, rule, steps, every, substeps)
+    check_finite_flow("rod flow", risk, flow.params, flow, range(0, steps + 1, every), "step")
+    return flow
+
+
+def _check_start(start: Rod, size: int) -> None:
+    shapes = tuple(jnp.shape(leaf) for leaf in start)
+    if shapes != ((2, size), (2, size), (size,), ()):
+        raise ValueError(
+            f"start has leaves of shapes {shapes}; expected a centre and half of (2, {size}), nu of ({size},) and a "
+            "number of steps. Build it with rod_between."
+        )
+    check_finite("start", start._asdict())
 
 
 @partial(jax.jit, static_argnames=("rule", "steps", "every", "substeps"))

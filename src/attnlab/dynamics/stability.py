@@ -12,10 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, ArrayLike
 
-from attnlab.checks import unknown_name
+from attnlab.checks import is_concrete, unknown_name
 from attnlab.curvature.transforms import adam_preconditioner, rmsprop_preconditioner
 from attnlab.types import Params, Scalar
 
@@ -113,11 +114,35 @@ def stable_optimizer(name: str, learning_rate: LearningRate, **options: float) -
     and `nesterov`; `b2` (0.99), `eps` of `rmsprop`; `b1`, `b2`, `eps` of `adam`; these and `weight_decay` of `adamw`.
     Thresholds: 2/eta for gd and rmsprop, (2 + 2 beta)/eta, (2 + 2 beta)/((1 + 2 beta) eta), (2 + 2 b1)/((1 - b1) eta)
     for adam, and (2 - eta weight_decay)(1 + b1)/((1 - b1) eta) for adamw. Raises `ValueError` for an optimizer whose
-    threshold is not known.
+    threshold is not known, or a number out of its range (`check_hyperparameters`); a schedule is not looked into.
     """
     if name not in RULES:
         raise unknown_name("optimizer with a known stability threshold", name, RULES)
+    check_hyperparameters(**options)
+    if not callable(learning_rate):
+        check_hyperparameters(learning_rate=learning_rate)
     return RULES[name](learning_rate, **options)
+
+
+def check_hyperparameters(**numbers: ArrayLike) -> None:
+    """Raise `ValueError` for a number, given by name, that is outside the range in which the thresholds hold:
+    `learning_rate` positive, `momentum`, `b1`, `b2` at least 0 and below 1, `eps` and `weight_decay` not negative, all
+    finite. Tracers and other names pass."""
+    for name, value in numbers.items():
+        if name not in _RANGES or not is_concrete(value):
+            continue
+        holds, expected = _RANGES[name]
+        if not np.all(np.isfinite(value) & holds(np.asarray(value))):
+            raise ValueError(f"{name} is {value}; expected {expected}.")
+
+
+_DECAY = (lambda value: (value >= 0) & (value < 1), "a number of at least 0 and below 1")
+_NOT_NEGATIVE = (lambda value: value >= 0, "a finite number of at least 0")
+_RANGES: dict[str, tuple[Callable[[np.ndarray], np.ndarray], str]] = {
+    "learning_rate": (lambda value: value > 0, "a finite number above 0"),
+    **dict.fromkeys(("momentum", "b1", "b2"), _DECAY),
+    **dict.fromkeys(("eps", "weight_decay"), _NOT_NEGATIVE),
+}
 
 
 def preconditioner_after_step(

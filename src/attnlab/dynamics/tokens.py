@@ -113,7 +113,7 @@ def entropy_bound(call: LayerCall) -> Float[Array, "*B H L"]:
 
 def attention_entropy(module: nn.Module) -> Probe:
     """Probe: by attention layer of `module`, the mean `entropy` of its rows in each head (H,), the mean lower `bound`
-    from the spectral norms (H,), and the least `slack` of entropy over bound of any row, which is never negative.
+    from the spectral norms (H,), and the least `slack` of entropy over bound of any row, negative by rounding at most.
 
     `module` is the linen module of the objective, called on its inputs alone. Errors as `entropy_bound`.
     """
@@ -154,8 +154,13 @@ def effective_rank(tokens: Float[Array, "*B L D"]) -> Float[Array, ""]:
 
 
 def mean_cosine(tokens: Float[Array, "*B L D"]) -> Float[Array, ""]:
-    """Mean cosine between two different tokens of a sequence."""
+    """Mean cosine between two different tokens of a sequence; raises `ValueError` where there is one token only."""
     length = tokens.shape[-2]
+    if length < 2:
+        raise ValueError(
+            f"tokens has shape {tokens.shape}; the cosine of two tokens expects sequences of at least two. Give it the "
+            "axes (..., tokens, features)."
+        )
     unit = tokens / jnp.linalg.norm(tokens, axis=-1, keepdims=True)
     total = jnp.sum(jnp.sum(unit, axis=-2) ** 2, axis=-1)  # L on the diagonal, both orders of each pair
     return jnp.mean((total - length) / (length * (length - 1)))
@@ -164,7 +169,8 @@ def mean_cosine(tokens: Float[Array, "*B L D"]) -> Float[Array, ""]:
 def token_geometry(module: nn.Module) -> Probe:
     """Probe: by block of `module`, `rank_residual`, `effective_rank` and `cosine` of the tokens that leave it.
 
-    `module` is the linen module of the objective, called on its inputs alone; sequences of at least two tokens.
+    `module` is the linen module of the objective, called on its inputs alone. Raises `ValueError` before training
+    starts for sequences of one token.
     """
     return probe(_Geometry(module))
 
