@@ -96,7 +96,8 @@ def plot(arrays: Arrays, config: Config):
     for axes, kind in zip(rows[0], kinds, strict=False):
         for name in BLOCKS:
             sizes = np.sort(np.abs(arrays[f"{kind}/eigenvalues/{name}"][0, shown]))[::-1]
-            axes.semilogy(np.arange(1, len(sizes) + 1), sizes, label=name)
+            style = "--" if name in ("query", "value") else "-"  # key and query, output and value nearly coincide
+            axes.semilogy(np.arange(1, len(sizes) + 1), sizes, style, label=name)
         top = max(np.abs(arrays[f"{kind}/eigenvalues/{name}"][0, shown]).max() for name in BLOCKS)
         axes.set(xlabel="rank", title=f"{kind}, embeddings of std {config.scales[shown]:g}", ylim=(1e-9 * top, 3 * top))
         axes.legend()

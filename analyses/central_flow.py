@@ -96,9 +96,11 @@ def plot(arrays: Arrays, config: Config):
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.6))
     steps, dense = arrays["steps"], np.arange(config.steps + 1)
-    left.plot(dense, arrays["sharpness/descent"][:, -1], color="0.7", label="gradient descent")
+    left.plot(dense, arrays["sharpness/descent"][:, -1], color="0.7", label=r"gradient descent, $\lambda_1$")
     for i, eigenvalues in enumerate(arrays["sharpness/central"].T[::-1]):
-        left.plot(steps, eigenvalues, color=f"C{i}", label=rf"central flow, $\lambda_{i + 1}$")
+        left.plot(
+            steps, eigenvalues, ("-", "--", "-.")[i % 3], color=f"C{i}", label=rf"central flow, $\lambda_{i + 1}$"
+        )
     left.axhline(1, color="0.4", ls=":")
     left.set(xlabel="step", ylabel=r"$\lambda \, \eta / 2$", title="sharpness over the edge")
     left.legend()
@@ -111,7 +113,7 @@ def plot(arrays: Arrays, config: Config):
     middle.legend()
     right.semilogy(steps[1:], arrays["distance/central"][1:], label="to the central flow")
     right.semilogy(steps[1:], arrays["distance/gradient flow"][1:], "--", label="to gradient flow")
-    right.set(xlabel="step", ylabel="distance", title="of smoothed gradient descent")
+    right.set(xlabel="step", ylabel="distance", title="distance of smoothed gradient descent")
     right.legend()
     return figure
 

@@ -15,6 +15,8 @@ from rich.table import Table
 from attnlab.analysis import Analysis, AnalysisConfig, Arrays, Finding, findings_table
 
 OPTIMIZERS = ("Adam", "SGD with momentum")
+FITTED = 300
+"""Most frequent words, of which the law of Zipf is fitted."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,14 @@ def compute(config: Config, progress: Progress) -> Arrays:
 
 
 def zipf_slope(arrays: Arrays) -> float:
-    """Slope of log count against log rank, of the 300 most frequent words."""
-    counts = np.sort(arrays["counts"][arrays["counts"] > 0])[::-1][:300]
-    return float(np.polyfit(np.log(np.arange(1, len(counts) + 1)), np.log(counts), 1)[0])
+    """Slope of log count against log rank, of the most frequent words."""
+    return float(zipf_line(arrays)[0])
+
+
+def zipf_line(arrays: Arrays) -> np.ndarray:
+    """Slope and intercept of log count against log rank, of the `FITTED` most frequent words."""
+    counts = np.sort(arrays["counts"][arrays["counts"] > 0])[::-1][:FITTED]
+    return np.polyfit(np.log(np.arange(1, len(counts) + 1)), np.log(counts), 1)
 
 
 def advantage(arrays: Arrays) -> np.ndarray:
@@ -92,8 +99,12 @@ def plot(arrays: Arrays, config: Config):
 
     figure, (left, adam, sgd, right) = plt.subplots(1, 4, figsize=(15, 3.8))
     counts = np.sort(arrays["counts"][arrays["counts"] > 0])[::-1]
-    left.loglog(np.arange(1, len(counts) + 1), counts)
-    left.set(xlabel="rank of the word", ylabel="occurrences", title=f"Zipf slope {zipf_slope(arrays):.2f}")
+    left.loglog(np.arange(1, len(counts) + 1), counts, label="words of the text")
+    slope, intercept = zipf_line(arrays)
+    fitted = np.arange(1, min(FITTED, len(counts)) + 1)
+    left.loglog(fitted, np.exp(intercept) * fitted**slope, "--", label=f"slope {slope:.2f}")
+    left.set(xlabel="rank of the word", ylabel="occurrences", title="frequencies of the words")
+    left.legend(fontsize="small")
     colors = plt.get_cmap("viridis")(np.linspace(0, 0.9, config.groups))
     held = np.flatnonzero(arrays["share"] > 0)
     for axes, name in ((adam, OPTIMIZERS[0]), (sgd, OPTIMIZERS[1])):
@@ -101,7 +112,7 @@ def plot(arrays: Arrays, config: Config):
             label = {held[0]: "most frequent words", held[-1]: "rarest words"}.get(group)
             axes.plot(arrays["steps"], arrays[f"{name}/loss"][:, group], color=colors[group], label=label)
         axes.plot(arrays["steps"], arrays[f"{name}/loss"] @ arrays["share"], "k--", label="all")
-        axes.set(xlabel="step", ylabel="cross-entropy [nats]", title=name)
+        axes.set(xlabel="step", ylabel="cross-entropy [nats]", title=f"{name}: groups of words by frequency")
         axes.legend(fontsize="small")
     low, high = adam.get_ylim()[0], max(adam.get_ylim()[1], sgd.get_ylim()[1])
     for axes in (adam, sgd):
@@ -109,7 +120,9 @@ def plot(arrays: Arrays, config: Config):
     right.bar(held + 1, advantage(arrays)[held], color=colors[held])
     right.axhline(0, color="0.4", lw=0.8)
     right.set(
-        xlabel="group, frequent to rare", ylabel="loss, SGD minus Adam [nats]", title=f"after {config.steps} steps"
+        xlabel="group, frequent to rare",
+        ylabel="loss, SGD minus Adam [nats]",
+        title=f"advantage of Adam after {config.steps} steps",
     )
     return figure
 
@@ -120,7 +133,7 @@ def findings(arrays: Arrays, config: Config) -> list[Finding]:
     gained, half = advantage(arrays)[held], len(held) // 2
     rare, frequent = float(gained[-half:].mean()), float(gained[:half].mean())
     return [
-        Finding("Zipf slope of the 300 most frequent words", zipf_slope(arrays), -1.1, -0.8, "Zipf's law"),
+        Finding(f"Zipf slope of the {FITTED} most frequent words", zipf_slope(arrays), -1.1, -0.8, "Zipf's law"),
         Finding("loss, SGD minus Adam, rare half of the groups", rare, 0.2, np.inf, source),
         Finding("rare half over frequent half of that gap", rare / max(frequent, 1e-3), 1.3, np.inf, source),
     ]

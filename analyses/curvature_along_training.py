@@ -191,7 +191,7 @@ def plot_norms(axes, now: Arrays, task: str) -> None:
         if np.any(now[f"H_f/{name}"] > 0):
             axes.loglog(now["steps"], now[f"H_f/{name}"], "--", color=f"C{color}", label=f"$H_f$, {label}{label}")
     axes.set(ylabel="Frobenius norm", title=f"{task}: diagonal blocks")
-    legend_above(axes, ncols=3)
+    legend_above(axes, ncols=3, columnspacing=1, handlelength=1.6)
 
 
 def plot_moments(axes, now: Arrays, task: str) -> None:

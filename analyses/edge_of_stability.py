@@ -96,16 +96,22 @@ def plot(arrays: Arrays, config: Config):
     figure, rows = plt.subplots(2, 4, figsize=(14, 5.6), sharex="col")
     for column, (title, prefixes) in enumerate(PANELS.items()):
         upper, lower = rows[:, column]
+        upper.set_ylim(0, 1.6)
         for name in (name for name in config.runs if name.startswith(prefixes)):
-            upper.plot(arrays[f"{name}/steps"], arrays[f"{name}/ratio"], label=name)
-            losses = arrays[f"{name}/losses"]
-            label = name if np.isfinite(losses).all() else f"{name}, not finite at step {first_broken(losses)}"
+            steps, ratio, losses = (arrays[f"{name}/{part}"] for part in ("steps", "ratio", "losses"))
+            (line,) = upper.plot(steps, ratio)
+            label = name
+            if not np.isfinite(losses).all():
+                label = f"{name}, not finite at step {first_broken(losses)} (cross)"
+                upper.plot(steps[0], ratio[0], "x", color=line.get_color(), ms=8, mew=2)
+                upper.set_ylim(0, 1.1 * max(ratio[0], 1.5))
             lower.semilogy(losses, lw=0.8, label=label)
         if len(lower.lines):  # a run that diverges leaves the panel to the others
-            start = max(line.get_ydata()[0] for line in lower.lines)
-            lower.set_ylim(top=min(lower.get_ylim()[1], 10 * start))
+            drawn = [line.get_ydata() for line in lower.lines]
+            start, least = max(losses[0] for losses in drawn), min(np.nanmin(losses) for losses in drawn)
+            lower.set_ylim(0.7 * least, min(lower.get_ylim()[1], 10 * start))
         upper.axhline(1, color="0.4", ls=":")
-        upper.set(ylim=(0, 1.6), title=title or "negative control")
+        upper.set_title(title or "negative control")
         # the losses fall: their upper right corner is free
         lower.legend(loc="upper right", fontsize="small")
         lower.set_xlabel("step")

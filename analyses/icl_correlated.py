@@ -248,7 +248,8 @@ def plot(arrays: Arrays, config: Config):
     plot_adaptation(axes[1, 0], arrays, config)
     for panel, name in zip(axes[1, 1:], LAWS, strict=True):
         image = plot_errors(panel, arrays, name)
-    figure.colorbar(image, ax=axes[1, 1:], label="error of the approximation (%)")
+    label = "published approximation against the exact risk, error (%)"
+    figure.colorbar(image, ax=axes[1, 1:], location="bottom", aspect=50, label=label)
     return figure
 
 

@@ -225,14 +225,16 @@ def plot_alignment(axes, arrays: Arrays, measures) -> None:
             arrays["steps"],
             arrays[f"exact/shuffled/{measure}"],
             f"C{2 * number + 1}",
-            "same, shuffled labels",
+            f"{LABELS[measure]}, shuffled labels",
             ":",
         )
     cosine = measures == MEASURES[2:]
     axes.set_yscale("linear" if cosine else "log")
+    if not cosine:
+        axes.set_ylim(top=1e9)  # room for the legend above the curves
     axes.set(xlabel="step (step 0 is the untrained layer)", ylabel="mean over prompts")
     axes.set_title("alignment with the best gradient step" if cosine else "difference from the best gradient step")
-    axes.legend(loc="best")
+    axes.legend(loc="best" if cosine else "upper right")
 
 
 def plot_scaled(axes, arrays: Arrays, what: str, scales) -> None:

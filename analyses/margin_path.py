@@ -228,7 +228,7 @@ def plot_tokens(axes, now: Arrays) -> None:
         edge = tokens[chosen] - direction / np.linalg.norm(solution)
         line = edge[:, None] + along[:, None] * np.array([-20, 20])
         axes.plot(*line, "--", color=f"C{color}", linewidth=1)
-    for vector, color, name in ((direction, "black", "$p^{mm}$"), (now["readout"], "0.6", "$v$")):
+    for vector, color, name in ((direction, "black", "$p^{mm}$"), (now["readout"], "0.4", "$v$")):
         axes.annotate("", 0.8 * vector, (0, 0), arrowprops={"arrowstyle": "->", "color": color})
         axes.annotate(name, 1.05 * vector, color=color, ha="center", va="center")
     axes.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xlabel="$x_1$", ylabel="$x_2$")
@@ -242,11 +242,11 @@ def plot_path(axes, now: Arrays) -> None:
     reach = 0.45 * np.linalg.norm(path[-1], axis=-1).max()
     for member in range(path.shape[1]):
         shown = path[np.linalg.norm(path[:, member], axis=-1) < reach, member]
-        axes.plot(*shown.T, color=f"C{member}", label="descent, four starts" if member == 0 else None)
+        axes.plot(*shown.T, color=f"C{member}", label=f"descent, start {member + 1}")
         axes.plot(*path[0, member], "o", color=f"C{member}")
     axes.plot(*np.outer(direction, [0, reach]), "k--", label="max-margin direction $p^{mm}$")
     scaled = now["readout"] / np.linalg.norm(now["readout"])
-    axes.plot(*np.outer(scaled, [0, reach / 2]), ":", color="0.5", label="read-out $v$")
+    axes.plot(*np.outer(scaled, [0, reach / 2]), ":", color="0.4", label="read-out $v$")
     axes.set(xlabel="$p_1$", ylabel="$p_2$", title="path of the prompt $p$")
     axes.set_aspect("equal", adjustable="datalim")
     axes.legend(loc="best")
@@ -275,7 +275,7 @@ def plot_curvature(axes, now: Arrays) -> None:
     axes.semilogy(norm, now["largest"], color="C3", label="sharpness of $H$")
     negative = np.where(now["smallest"] < -1e-12 * now["largest"], -now["smallest"], np.nan)
     axes.semilogy(norm, negative, ":", color="C4", label="|negative eigenvalue| of $H$, while there is one")
-    axes.semilogy(norm, 1 - now["probability"], color="0.5", label="attention off the best tokens")
+    axes.semilogy(norm, 1 - now["probability"], "-.", color="C5", label="attention off the best tokens")
     axes.set(xlabel=r"$\|W\|_F$ along gradient descent", ylabel="size", title="curvature in $W$ on the way")
     axes.legend(loc="best")
 

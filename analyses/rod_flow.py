@@ -98,7 +98,7 @@ def plot(arrays: Arrays, config: Config):
     right.semilogy(steps, arrays["length/Adam"], color="0.6", label="Adam, with its drift")
     right.semilogy(steps, arrays["length/rod flow"], color="C0", label="rod flow")
     left.set(xlabel="step", ylabel="mean training loss", title="loss")
-    middle.set(xlabel="step", ylabel="distance", title="from the mean of two iterates of Adam")
+    middle.set(xlabel="step", ylabel="distance", title="distance from the mean of two iterates of Adam")
     right.set(xlabel="step", ylabel="half distance of two iterates", title="length of the rod")
     for axes in (left, middle, right):
         axes.legend()

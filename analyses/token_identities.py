@@ -13,7 +13,7 @@ import numpy as np
 from rich.progress import Progress
 from rich.table import Table
 
-from attnlab.analysis import Analysis, AnalysisConfig, Arrays, Finding, findings_table
+from attnlab.analysis import Analysis, AnalysisConfig, Arrays, Finding, findings_table, log_mean
 
 STACKS = {"no skip connection": (False, False), "skip, branches / sqrt(depth)": (True, True), "skip": (True, False)}
 """Name of the stack: whether it has skip connections, whether its branches are scaled down."""
@@ -146,17 +146,18 @@ def plot(arrays: Arrays, config: Config):
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8))
     scales = arrays["entropy/scales"]
-    left.semilogx(scales, arrays["entropy/mean"], "o-", label="mean entropy of the rows")
-    left.semilogx(scales, arrays["entropy/bound"], "s--", label="mean lower bound")
+    left.semilogx(scales, arrays["entropy/mean"], "o-", label="entropy, mean of the rows")
+    left.semilogx(scales, arrays["entropy/bound"], "s--", label="lower bound, mean")
     left.axhline(np.log(config.length), color="0.4", ls=":", label="uniform attention")
     left.set(xlabel="scale of the tokens", ylabel="entropy [nats]", title="entropy above its spectral bound")
     for name in STACKS:
         values = arrays[f"collapse/{name}"]
-        mean, error = values.mean(axis=0), values.std(axis=0, ddof=1) / len(values) ** 0.5
+        mean, factor = log_mean(np.maximum(values, 1e-17))
         depth = np.arange(len(mean))
-        middle.semilogy(depth, np.maximum(mean, 1e-16), ".-", label=name)
-        middle.fill_between(depth, np.maximum(mean - error, 1e-16), mean + error, alpha=0.2)
-    middle.set(xlabel="layer", ylabel=r"$\|X - 1\bar{x}^\top\| / \|X\|$", title="do the tokens agree?")
+        middle.semilogy(depth, mean, ".-", label=name)
+        middle.fill_between(depth, mean / factor, mean * factor, alpha=0.2)
+    middle.set(xlabel="layer", ylabel=r"$\|X - 1\bar{x}^\top\| / \|X\|$")
+    middle.set_title(f"disagreement of the tokens: geometric mean of {config.starts}, band: standard error", fontsize=9)
     right.plot(arrays["kernel/steps"], arrays["kernel/ntk"], label=r"$\lambda_1$(tangent kernel) / images")
     right.plot(arrays["kernel/steps"], arrays["kernel/ggn"], "--", label=r"$\lambda_1$(Gauss-Newton)")
     right.set(xlabel="step of gradient descent", ylabel="largest eigenvalue", title="two matrices, one spectrum")
