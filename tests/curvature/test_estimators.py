@@ -156,6 +156,27 @@ def test_the_residual_of_minres_is_the_smallest_in_the_krylov_space(key):
     assert solution.products == 6
 
 
+def test_an_equation_without_a_solution():
+    """A Gauss-Newton matrix of rank 72: MINRES ends at the least residual, and does not blow up behind it."""
+    operators, matrices = layer()
+    target = np.random.default_rng(0).standard_normal(144)
+    closest = matrices["ggn"] @ np.linalg.lstsq(matrices["ggn"], target, rcond=1e-10)[0]
+    solution = solve(operators["ggn"], ravel_pytree(operators["ggn"].point)[1](jnp.asarray(target)))
+    assert_close(solution.residual, np.linalg.norm(target - closest) / np.linalg.norm(target), 1e-10)
+    assert 72 < solution.products < 500
+
+
+@pytest.mark.parametrize("damping", [1e-3, 1.0, 1e3])
+def test_a_krylov_space_that_is_exhausted_is_not_asymmetric(damping):
+    """Eight eigenvalues all but equal: after two steps the Lanczos vectors are mostly rounding."""
+    values = np.concatenate([1 + 1e-9 * np.arange(8), np.zeros(592)])
+    basis, _ = np.linalg.qr(np.random.default_rng(0).standard_normal((600, 600)))
+    operator = Operator(Partial(jnp.dot, jnp.asarray((basis * values) @ basis.T)), jnp.zeros(600))
+    target = np.random.default_rng(1).standard_normal(600)
+    solution = solve(operator, jnp.asarray(target), damping=damping, tolerance=0.0, steps=40)
+    assert_close(solution.vector, basis @ ((basis.T @ target) / (values + damping)), 1e-11)
+
+
 def test_a_right_hand_side_of_zeros():
     operators, _ = layer()
     solution = solve(operators["ggn"], jax.tree.map(jnp.zeros_like, operators["ggn"].point))

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from attnlab.checks import check_positive, check_range, check_same_structure, is_concrete
 from attnlab.curvature.density import project, quadrature, standard_error
-from attnlab.curvature.lanczos import Tridiagonal, with_node
+from attnlab.curvature.lanczos import Recurrence, Tridiagonal, advance, begin, with_node
 from attnlab.curvature.long_runs import Report, check_symmetric, non_finite
 from attnlab.curvature.operators import Operator
 from attnlab.curvature.spectrum import eigenpairs
@@ -242,9 +242,11 @@ def solve(
     """The inverse-vector product (A + damping I)^-1 vector, by MINRES (Paige & Saunders 1975).
 
     Of all vectors in the Krylov space it takes that of the smallest residual; it needs no definiteness, as conjugate
-    gradients would, so that it serves Hessians at any point. Stops at a relative residual of `tolerance` or after
-    `steps` products: look at the `residual`. Memory: seven vectors. Raises `ValueError` for a vector of another
-    structure, a negative tolerance or an operator that is not symmetric, `NonFiniteProductError`.
+    gradients would, so that it serves Hessians at any point. Stops at a relative residual of `tolerance`, after `steps`
+    products, or where no vector has a smaller residual, as the equation has no solution (a singular A + damping I, such
+    as a `ggn` of few examples without damping; what is below the root of the machine epsilon times its norm counts as
+    zero): look at the `residual`. Memory: seven vectors. Raises `ValueError` for a vector of another structure, a
+    negative tolerance or an operator that is not symmetric, `NonFiniteProductError`.
     """
     check_same_structure("vector", vector, operator.point)
     check_positive(steps=steps)
@@ -260,19 +262,16 @@ def solve(
 
 
 class _Minres(NamedTuple):
-    """The state of MINRES: two Lanczos vectors, two search directions, the two last Givens rotations."""
+    """The state of MINRES: where Lanczos stands, two search directions, the two last Givens rotations."""
 
     solution: Array
-    previous: Array
-    vector: Array
+    lanczos: Recurrence
     direction_before: Array
     direction: Array
-    beta: Array
     cosines: tuple[Array, Array]
     sines: tuple[Array, Array]
     remainder: Array  # signed norm of the residual
-    gap: Array  # largest |<A u, v> - <u, A v>| of two consecutive Lanczos vectors
-    scale: Array  # largest |A u|
+    least: Array  # whether no vector has a smaller residual: it is one that A + damping I does not see
     steps: Array
 
 
@@ -280,61 +279,50 @@ class _Minres(NamedTuple):
 def _minres(
     operator: Operator, target: Float[Array, " n"], damping: float, tolerance: float, steps: int
 ) -> tuple[Array, Array, Array, Array]:
-    def product(vector: Array) -> Array:
-        return operator.flat_mv(vector) + jnp.asarray(damping, target.dtype) * vector
+    shift = jnp.asarray(damping, target.dtype)
 
     def step(state: _Minres) -> _Minres:
         # Lanczos and T = Q R by Givens rotations: (third, second, first) is a column of R from the diagonal up.
-        image = product(state.vector)
-        # <A v, v_before> is beta, if A is symmetric.
-        gap, length = jnp.abs(jnp.vdot(image, state.previous) - state.beta), jnp.linalg.norm(image)
-        image = image - state.beta * state.previous
-        alpha = jnp.vdot(image, state.vector)
-        image = image - alpha * state.vector
-        beta = jnp.linalg.norm(image)
+        before, vector = state.lanczos.norm, state.lanczos.vector
+        lanczos, ((diagonal,), (beta,)) = advance(operator.flat_mv, state.lanczos, 1)
+        alpha = diagonal + shift
         (cosine_before, cosine), (sine_before, sine) = state.cosines, state.sines
-        first = sine_before * state.beta
-        second = sine * alpha + cosine_before * cosine * state.beta
-        rotated = cosine * alpha - cosine_before * sine * state.beta
+        first = sine_before * before
+        second = sine * alpha + cosine_before * cosine * before
+        rotated = cosine * alpha - cosine_before * sine * before
+        # The residual r so far has (A + damping I) r = +-|r| (rotated v + cosine beta v_next). In an equation without a
+        # solution that fades, and to go on would be to divide by it. Below the root of the machine epsilon, where the
+        # recurrence has no digits left, it counts as faded.
+        seen, norm = jnp.hypot(rotated, cosine * beta), lanczos.scale + jnp.abs(shift)
+        least = seen <= jnp.finfo(norm.dtype).eps ** 0.5 * norm
         third = _nonzero(jnp.hypot(rotated, beta))
-        direction = (state.vector - first * state.direction_before - second * state.direction) / third
+        direction = (vector - first * state.direction_before - second * state.direction) / third
         new_cosine, new_sine = rotated / third, beta / third
         return _Minres(
-            solution=state.solution + new_cosine * state.remainder * direction,
-            previous=state.vector,
-            vector=image / _nonzero(beta),
+            solution=state.solution + jnp.where(least, 0, new_cosine * state.remainder) * direction,
+            lanczos=lanczos,
             direction_before=state.direction,
             direction=direction,
-            beta=beta,
             cosines=(cosine, new_cosine),
             sines=(sine, new_sine),
             remainder=-new_sine * state.remainder,
-            gap=jnp.maximum(state.gap, gap),
-            scale=jnp.maximum(state.scale, length),
+            least=least,
             steps=state.steps + 1,
         )
 
     size = jnp.linalg.norm(target)
     zeros, zero, one = jnp.zeros_like(target), jnp.zeros_like(size), jnp.ones_like(size)
-    state = _Minres(
-        zeros,
-        zeros,
-        target / _nonzero(size),
-        zeros,
-        zeros,
-        zero,
-        (one, one),
-        (zero, zero),
-        size,
-        zero,
-        zero,
-        jnp.array(0),
-    )
+    start = begin(jnp.where(size > 0, target, 1))
+    state = _Minres(zeros, start, zeros, zeros, (one, one), (zero, zero), size, jnp.array(False), jnp.array(0))
     state = jax.lax.while_loop(
-        lambda state: (jnp.abs(state.remainder) > tolerance * size) & (state.steps < steps), step, state
+        lambda state: (jnp.abs(state.remainder) > tolerance * size) & (state.steps < steps) & ~state.least,
+        step,
+        state,
     )
-    residual = jnp.linalg.norm(target - product(state.solution)) / _nonzero(size)
-    return state.solution, residual, state.steps + 1, state.gap / _nonzero(state.scale)
+    image = operator.flat_mv(state.solution) + shift * state.solution
+    scale = _nonzero(state.lanczos.scale)
+    asymmetry = state.lanczos.asymmetry / scale / scale
+    return state.solution, jnp.linalg.norm(target - image) / _nonzero(size), state.steps + 1, asymmetry
 
 
 def _nonzero(number: Array) -> Array:
