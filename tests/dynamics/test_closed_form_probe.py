@@ -1,5 +1,6 @@
 """The exact probes of an attention layer's blocks, alone and in a network, against dense autodiff."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import jax
@@ -109,6 +110,40 @@ def test_a_layer_that_is_not_there_is_refused_before_training(key):
         ValueError, match="path is 'layer_7/attention'; the model called such an attention layer 0 times"
     ):
         train(risk, params, optax.sgd(0.5), key, steps=1, probes=probes)
+
+
+def same_layer(params, inputs):
+    """The layer, written again."""
+    query, key = inputs @ params["query"], inputs @ params["key"]
+    scores = jnp.where(jnp.tri(4, dtype=bool)[None], query @ key.mT / 2**0.5, -jnp.inf)
+    return jax.nn.softmax(scores) @ inputs @ params["value"]
+
+
+@pytest.mark.parametrize(
+    ("predict", "config", "bare"),
+    [
+        (same_layer, LAYER, True),
+        (from_linen(SelfAttention(LAYER)), replace(LAYER, init="normal"), True),
+        (lambda params, inputs: inputs + same_layer(params, inputs), LAYER, False),
+        (from_linen(SelfAttention(LAYER)), replace(LAYER, causal=False), False),
+    ],
+    ids=["by hand", "other init", "residual", "not causal"],
+)
+def test_a_model_that_is_not_the_bare_layer_is_refused(predict, config, bare):
+    """Before training starts: all values are tracers."""
+    risk, params = problem(jax.random.key(1), square_loss)
+    risk, state = replace(risk, predict=jax.tree_util.Partial(predict)), TrainingState(0, params, (), None, {})
+    measure = jax.vmap(attention_blocks(config).measure, in_axes=(0, None, None, None))
+    run = jax.tree.map(lambda leaf: leaf[None], risk), state, (), None
+    with nullcontext() if bare else pytest.raises(ValueError, match=r"does not predict what SelfAttention\(config\)"):
+        jax.eval_shape(measure, *run)
+
+
+def test_a_network_that_reads_other_positions_is_refused():
+    module, risk, params, _ = network_problem((1, 3))
+    state = TrainingState(0, params, (), None, {})
+    with pytest.raises(ValueError, match="does not predict what module does at positions"):
+        jax.eval_shape(attention_blocks_in(module, LAST, positions=(1, 2)).measure, risk, state, (), None)
 
 
 def test_other_losses_are_refused(key):

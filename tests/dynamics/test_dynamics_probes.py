@@ -1,5 +1,7 @@
 """Each probe against its definition, written out densely; one row a probe."""
 
+from contextlib import nullcontext
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -182,6 +184,39 @@ def test_entropy_of_a_layer_is_above_its_bound(model, key):
         assert np.all(layer["entropy"] >= layer["bound"])
     if model == "multi_head":
         assert next(iter(values.values()))["entropy"].shape == (2,)
+
+
+def read(predict, params, inputs):
+    return jnp.sum(predict(params, inputs), axis=-2)
+
+
+def behind_its_inputs(predict, params, inputs):
+    return predict(params, jnp.tanh(inputs))
+
+
+def with_more_layers(predict, params, inputs):
+    return inputs + predict(params, predict(params, inputs))
+
+
+@pytest.mark.parametrize(
+    ("probe", "around", "same"),
+    [
+        (attention_entropy, read, True),
+        (attention_entropy, behind_its_inputs, False),
+        (attention_entropy, with_more_layers, False),
+        (token_geometry, behind_its_inputs, False),
+    ],
+)
+def test_a_module_that_the_objective_does_not_call_as_it_is_is_refused(probe, around, same):
+    """What reads the module's outputs may be anything; its inputs are the objective's."""
+    key = jax.random.key(1)
+    risk, params = CASES["block_no_norm/square"](key)
+    risk = objective(jax.tree_util.Partial(around, risk.predict), risk.loss, risk.inputs, jnp.ones((2, 3)))
+    measure = probe(MODELS["block_no_norm"][0]).measure
+    with (
+        nullcontext() if same else pytest.raises(ValueError, match="do not see and return what those of the objective")
+    ):
+        jax.eval_shape(measure, risk, TrainingState(0, params, (), key, {}), (), key)
 
 
 # representations

@@ -11,8 +11,10 @@ from jaxtyping import Array
 from attnlab.attention import PARTS, AttentionMoments, attention_hessian
 from attnlab.attention.blocks import Pair, Part
 from attnlab.attention.in_transformer import assemble, cut_at_attention
+from attnlab.dynamics.same_model import same_model
 from attnlab.losses import LOSSES
-from attnlab.models.attention import AttentionConfig
+from attnlab.models.adapters import at_positions, from_linen
+from attnlab.models.attention import AttentionConfig, SelfAttention
 from attnlab.objective import Objective
 from attnlab.training.probe import Probe, probe
 from attnlab.types import Params
@@ -24,7 +26,8 @@ def attention_blocks(config: AttentionConfig) -> Probe:
 
     `moments` holds the mean squared length of the tokens' mean under the attention of a query (`first`) and the mean
     trace of their covariance (`second`). For objectives that are a bare `SelfAttention(config)` under one of the losses
-    of `attnlab.losses`; raises `ValueError` for another loss. Within a network, see `attention_blocks_in`.
+    of `attnlab.losses`; raises `ValueError` before training starts for another loss, or a model that does not predict
+    what that layer does. Within a network, see `attention_blocks_in`.
     """
     return probe(_Blocks(config))
 
@@ -42,6 +45,12 @@ class _Blocks:
                 "Take one of them, or estimate with the probe block_norms."
             )
         exact = attention_hessian(self.config, params, risk.inputs, risk.targets, loss=names[function])
+        if not same_model(risk.predict, from_linen(SelfAttention(self.config)), params, risk.inputs):
+            raise ValueError(
+                "the objective's model does not predict what SelfAttention(config) does; attention_blocks expects that "
+                f"layer and nothing around it, with {self.config}. Give the config of the model, or take "
+                "attention_blocks_in for a layer within a network."
+            )
         return _values(exact.norms(), exact.moments)
 
 
@@ -61,8 +70,9 @@ def attention_blocks_in(
         positions: the tokens that the objective reads by `models.adapters.at_positions`; None is all.
         piecewise_linear: what stands behind the layer is so (ReLU MLP, no norm): its curvature is zero, not computed.
 
-    Before training starts it raises `ValueError` for a path that is no attention layer, or positions out of range. For
-    earlier layers `sharpness.block_norms` estimates the norms.
+    Before training starts it raises `ValueError` for a path that is no attention layer, positions out of range, or an
+    objective that does not predict what `module` does at these positions. For earlier layers `sharpness.block_norms`
+    estimates the norms.
     """
     return probe(_BlocksIn(module, path, None if positions is None else tuple(positions), piecewise_linear))
 
@@ -79,6 +89,14 @@ class _BlocksIn:
     def __call__(self, risk: Objective, params: Params) -> dict[str, dict[str, Array]]:
         read = slice(None) if self.positions is None else jnp.asarray(self.positions)
         cut = cut_at_attention(self.module, params, risk.inputs, self.path)
+        whole = from_linen(self.module)
+        expected = whole if self.positions is None else at_positions(whole, self.positions)
+        if not same_model(risk.predict, expected, params, risk.inputs):
+            raise ValueError(
+                f"the objective's model does not predict what module does at positions {self.positions or 'all'}; "
+                "attention_blocks_in expects the objective's own module, and the positions that it reads. Build the "
+                "objective's predict with from_linen(module), and at_positions where it reads some tokens only."
+            )
         network = assemble(
             cut, lambda outputs: risk.loss(outputs[:, read], risk.targets), self.positions, self.piecewise_linear
         )

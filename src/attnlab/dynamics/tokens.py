@@ -2,14 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.scipy.special import xlogy
+from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
+from attnlab.dynamics.same_model import same_model
 from attnlab.models import heads as equations
+from attnlab.models.adapters import from_linen
 from attnlab.models.attention import AttentionConfig, SelfAttention, attention_maps
 from attnlab.models.transformer import TransformerBlock
 from attnlab.objective import Objective
@@ -34,7 +38,7 @@ def attention_calls(module: nn.Module, params: Params, *inputs: PyTree) -> dict[
         if isinstance(layer, SelfAttention):
             calls["/".join(layer.path)] = LayerCall(layer.config, dict(layer.variables["params"]), arguments[0])
 
-    _apply_looking(module, params, inputs, look)
+    _run_looking(partial(module.apply, {"params": params}, *inputs), look)
     return calls
 
 
@@ -46,11 +50,11 @@ def representations(module: nn.Module, params: Params, *inputs: PyTree) -> dict[
         if type(layer) in found:
             found[type(layer)]["/".join(layer.path)] = output
 
-    _apply_looking(module, params, inputs, look)
+    _run_looking(partial(module.apply, {"params": params}, *inputs), look)
     return found[TransformerBlock] or found[SelfAttention]
 
 
-def _apply_looking(module: nn.Module, params: Params, inputs: tuple, look: Callable) -> None:
+def _run_looking(run: Callable[[], PyTree], look: Callable) -> None:
     def interceptor(next_function: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
         output = next_function(*args, **kwargs)
         if context.method_name == "__call__":
@@ -58,7 +62,30 @@ def _apply_looking(module: nn.Module, params: Params, inputs: tuple, look: Calla
         return output
 
     with nn.intercept_methods(interceptor):
-        module.apply({"params": params}, *inputs)
+        run()
+
+
+def _check_model(risk: Objective, module: nn.Module, params: Params) -> None:
+    """Raise unless the objective's model predicts what `module` does, or calls the same layers on the way."""
+    own = from_linen(module)
+    pairs = (risk.predict, own), (Partial(_layers_at_work, risk.predict), Partial(_layers_at_work, own))
+    if not any(same_model(*pair, params, risk.inputs) for pair in pairs):
+        raise ValueError(
+            f"the attention layers of module, {type(module).__name__}, do not see and return what those of the "
+            "objective's model do; expected the objective's own module. Build its predict with from_linen(module)."
+        )
+
+
+def _layers_at_work(predict: Partial, params: Params, inputs: PyTree) -> dict[str, PyTree]:
+    """What each attention layer and transformer block is given and returns, by path."""
+    seen: dict[str, PyTree] = {}
+
+    def look(layer: nn.Module, arguments: tuple, output: PyTree) -> None:
+        if isinstance(layer, SelfAttention | TransformerBlock):
+            seen["/".join(layer.path)] = (arguments, output)
+
+    _run_looking(partial(predict, params, inputs), look)
+    return seen
 
 
 def entropy(weights: Float[Array, "*B L"]) -> Float[Array, "*B"]:
@@ -115,7 +142,8 @@ def attention_entropy(module: nn.Module) -> Probe:
     """Probe: by attention layer of `module`, the mean `entropy` of its rows in each head (H,), the mean lower `bound`
     from the spectral norms (H,), and the least `slack` of entropy over bound of any row, negative by rounding at most.
 
-    `module` is the linen module of the objective, called on its inputs alone. Errors as `entropy_bound`.
+    `module` is the linen module of the objective, called on its inputs alone; what reads its outputs may be anything.
+    Raises as `entropy_bound`, and `ValueError` before training starts for a module that is not the objective's.
     """
     return probe(_Entropy(module))
 
@@ -127,6 +155,7 @@ class _Entropy:
     def __call__(self, risk: Objective, params: Params) -> dict[str, dict[str, Array]]:
         maps = attention_maps(self.module, params, risk.inputs)
         calls = attention_calls(self.module, params, risk.inputs)
+        _check_model(risk, self.module, params)
         return {name: self._layer(weights, calls[name]) for name, weights in maps.items()}
 
     @staticmethod
@@ -170,7 +199,7 @@ def token_geometry(module: nn.Module) -> Probe:
     """Probe: by block of `module`, `rank_residual`, `effective_rank` and `cosine` of the tokens that leave it.
 
     `module` is the linen module of the objective, called on its inputs alone. Raises `ValueError` before training
-    starts for sequences of one token.
+    starts for a module that is not the objective's, or sequences of one token.
     """
     return probe(_Geometry(module))
 
@@ -181,6 +210,7 @@ class _Geometry:
 
     def __call__(self, risk: Objective, params: Params) -> dict[str, dict[str, Array]]:
         found = representations(self.module, params, risk.inputs)
+        _check_model(risk, self.module, params)
         return {
             name: {
                 "rank_residual": rank_residual(tokens),
