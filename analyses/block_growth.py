@@ -80,6 +80,10 @@ class Config(AnalysisConfig):
     precision: str = "float32"
     """Of the transformers; linear attention and MLPs are taken in the precision of `--dtype`."""
 
+    def resumes(self) -> bool:
+        """Whether a part of it is on disk already: finished parts are kept, for runs of more seeds."""
+        return any(part_file(self, *task).exists() for task in tasks(self))
+
 
 def sigmas(config: Config, variant: str) -> np.ndarray:
     """The scales of the embeddings."""
@@ -101,21 +105,30 @@ def compute(config: Config, progress: Progress) -> Arrays:
             "dtype is float32, where the blocks of deep linear attention underflow (they grow like sigma^54); "
             "expected float64. --precision float32 is for the transformers alone."
         )
-    seeds = range(config.seed, config.seed + config.seeds)
-    tasks = [(seed, variant, depth) for seed in seeds for variant in VARIANTS for depth in depths(config, variant)]
-    bar = progress.add_task("block norms", total=len(tasks), status="")
-    folder = parts_folder(config)
+    bar = progress.add_task("block norms", total=len(tasks(config)), status="")
     found: dict[str, list[np.ndarray]] = {}
-    for seed, variant, depth in tasks:
+    for seed, variant, depth in tasks(config):
         progress.update(bar, status=f"seed {seed}: {VARIANTS[variant].label}, depth {depth}")
-        path = folder / f"{variant}-{depth}-{seed}.npz"
+        path = part_file(config, seed, variant, depth)
         part = stored_arrays(path, lambda s=seed, v=variant, d=depth: measure(config, s, v, d))
         for name, norms in part.items():
             found.setdefault(f"{variant}/{depth}/{name}", []).append(norms)
         progress.advance(bar)
     arrays = {name: np.stack(norms) for name, norms in found.items()}
     arrays |= {f"{variant}/sigma": sigmas(config, variant) for variant in VARIANTS}
-    return arrays | stored_arrays(folder / f"precision-{config.seed}.npz", lambda: precision_errors(config))
+    path = parts_folder(config) / f"precision-{config.seed}.npz"
+    return arrays | stored_arrays(path, lambda: precision_errors(config))
+
+
+def tasks(config: Config) -> list[tuple[int, str, int]]:
+    """Seed, variant and depth of every part."""
+    seeds = range(config.seed, config.seed + config.seeds)
+    return [(seed, variant, depth) for seed in seeds for variant in VARIANTS for depth in depths(config, variant)]
+
+
+def part_file(config: Config, seed: int, variant: str, depth: int) -> Path:
+    """Where a part is kept."""
+    return parts_folder(config) / f"{variant}-{depth}-{seed}.npz"
 
 
 def parts_folder(config: Config) -> Path:

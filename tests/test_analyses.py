@@ -11,7 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from attnlab.analysis import Analysis
+from attnlab.analysis import Analysis, AnalysisConfig
 from attnlab.cli import analysis_scripts, first_sentence, load_script
 from attnlab.plotting.style import save_figure, style
 from attnlab.runs import load_arrays
@@ -60,3 +60,39 @@ def check_axes(analysis, arrays, config, folder):
     assert any(axes.get_xlabel() for axes in figure.axes)
     assert again.read_bytes() == (folder / "figures" / f"{analysis.name}-smoke.png").read_bytes()
     plt.close("all")
+
+
+def test_the_manifest_says_whether_a_run_was_resumed(tmp_path):
+    config = AnalysisConfig(output=tmp_path)
+
+    def compute(config, progress):
+        if not config.scratch().exists():
+            config.scratch().mkdir(parents=True)
+            raise KeyboardInterrupt
+        return {"x": np.arange(2.0)}
+
+    def plot(arrays, config):
+        figure, axes = plt.subplots()
+        axes.plot(arrays["x"])
+        return figure
+
+    def resumed(compute):
+        analysis = Analysis("toy", AnalysisConfig, compute, plot, lambda arrays, config: [], "A toy.")
+        analysis.run(config, Console(quiet=True))
+        return json.loads((tmp_path / "figures" / "toy.json").read_text())["resumed"]
+
+    with pytest.raises(KeyboardInterrupt):
+        resumed(compute)
+    assert resumed(compute) is True
+    assert resumed(lambda config, progress: {"x": np.arange(2.0)}) is False
+
+
+def test_block_growth_resumes_from_each_of_its_parts(tmp_path):
+    script = load_script(analysis_scripts()["block-growth"])
+    config = script.Config(seed=3, seeds=2, output=tmp_path)
+    assert not config.resumes()
+    for seed, resumes in ((5, False), (4, True)):
+        part = script.part_file(config, seed, "softmax", 5)
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.touch()
+        assert config.resumes() is resumes

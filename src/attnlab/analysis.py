@@ -49,6 +49,10 @@ class AnalysisConfig:
         digest = hashlib.sha256(json.dumps(options, default=str, sort_keys=True).encode()).hexdigest()[:16]
         return self.output / "results" / ".running" / digest
 
+    def resumes(self) -> bool:
+        """Whether a run of this very config would go on from the work of an earlier one."""
+        return self.scratch().exists()
+
 
 class Finding(NamedTuple):
     """One number that an analysis puts to the test: reproduced where it lies within [low, high].
@@ -142,18 +146,19 @@ class Analysis:
         used, the arrays, and what was written."""
         configure_jax(config.dtype)
         config = dataclasses.replace(config, **config.SMOKE) if config.smoke else config
-        started = time.perf_counter()
+        resumed, started = config.resumes(), time.perf_counter()
         arrays = self.compute(config, progress)
-        written = self._write(arrays, config, time.perf_counter() - started)
+        written = self._write(arrays, config, time.perf_counter() - started, resumed)
         shutil.rmtree(config.scratch(), ignore_errors=True)
         return config, arrays, written
 
-    def _write(self, arrays: Arrays, config: AnalysisConfig, seconds: float) -> list[Path]:
+    def _write(self, arrays: Arrays, config: AnalysisConfig, seconds: float, resumed: bool) -> list[Path]:
         from attnlab.plotting.style import save_figure, style
         from attnlab.runs import manifest, save_result, write_json
 
         name = self.name + ("-smoke" if config.smoke else "")
-        record = {"analysis": self.name, **manifest(config, seconds, self._script())}
+        # Of a resumed run the seconds are those of its last session alone.
+        record = {"analysis": self.name, "resumed": resumed, **manifest(config, seconds, self._script())}
         with style():
             figure = self.plot(arrays, config)
             png, pdf = save_figure(figure, config.output / "figures" / name)

@@ -23,8 +23,9 @@ PACKAGES = ("attnlab", "jax", "jaxlib", "flax", "optax", "numpy", "scipy", "scik
 def manifest(config: Any, seconds: float | None = None, script: Path | None = None) -> dict[str, Any]:
     """What a reader needs to make the result again: the config, the command, versions, git state, device and dtype.
 
-    `config` is a dataclass or a mapping of JSON values (paths become strings); `seconds` is the wall time taken. With
-    a `script`, also the digests of all code that it imports, by which a reader sees whether that changed since.
+    `config` is a dataclass or a mapping of JSON values (paths become strings); `seconds` is the wall time that this
+    session took. With a `script`, also the digests of all code that it imports, by which a reader sees whether that
+    changed since.
     """
     fields = asdict(config) if is_dataclass(config) and not isinstance(config, type) else dict(config)
     return {
