@@ -81,8 +81,13 @@ class Config(AnalysisConfig):
     """Of the transformers; linear attention and MLPs are taken in the precision of `--dtype`."""
 
     def resumes(self) -> bool:
-        """Whether a part of it is on disk already: finished parts are kept, for runs of more seeds."""
-        return any(part_file(self, *task).exists() for task in tasks(self))
+        """Whether parts of these seeds are on disk already: they are kept when the analysis is done."""
+        return any(any(parts_folder(self).glob(f"*-{seed}.npz")) for seed in seeds(self))
+
+
+def seeds(config: Config) -> range:
+    """Numbers of the draws."""
+    return range(config.seed, config.seed + config.seeds)
 
 
 def sigmas(config: Config, variant: str) -> np.ndarray:
@@ -105,30 +110,22 @@ def compute(config: Config, progress: Progress) -> Arrays:
             "dtype is float32, where the blocks of deep linear attention underflow (they grow like sigma^54); "
             "expected float64. --precision float32 is for the transformers alone."
         )
-    bar = progress.add_task("block norms", total=len(tasks(config)), status="")
+    tasks = [
+        (seed, variant, depth) for seed in seeds(config) for variant in VARIANTS for depth in depths(config, variant)
+    ]
+    bar = progress.add_task("block norms", total=len(tasks), status="")
+    folder = parts_folder(config)
     found: dict[str, list[np.ndarray]] = {}
-    for seed, variant, depth in tasks(config):
+    for seed, variant, depth in tasks:
         progress.update(bar, status=f"seed {seed}: {VARIANTS[variant].label}, depth {depth}")
-        path = part_file(config, seed, variant, depth)
+        path = folder / f"{variant}-{depth}-{seed}.npz"
         part = stored_arrays(path, lambda s=seed, v=variant, d=depth: measure(config, s, v, d))
         for name, norms in part.items():
             found.setdefault(f"{variant}/{depth}/{name}", []).append(norms)
         progress.advance(bar)
     arrays = {name: np.stack(norms) for name, norms in found.items()}
     arrays |= {f"{variant}/sigma": sigmas(config, variant) for variant in VARIANTS}
-    path = parts_folder(config) / f"precision-{config.seed}.npz"
-    return arrays | stored_arrays(path, lambda: precision_errors(config))
-
-
-def tasks(config: Config) -> list[tuple[int, str, int]]:
-    """Seed, variant and depth of every part."""
-    seeds = range(config.seed, config.seed + config.seeds)
-    return [(seed, variant, depth) for seed in seeds for variant in VARIANTS for depth in depths(config, variant)]
-
-
-def part_file(config: Config, seed: int, variant: str, depth: int) -> Path:
-    """Where a part is kept."""
-    return parts_folder(config) / f"{variant}-{depth}-{seed}.npz"
+    return arrays | stored_arrays(folder / f"precision-{config.seed}.npz", lambda: precision_errors(config))
 
 
 def parts_folder(config: Config) -> Path:
@@ -322,12 +319,10 @@ def plot_slopes(axes, arrays: Arrays, config: Config) -> None:
     """Fitted minus predicted exponent of every block that has a prediction."""
     for color, variant in enumerate(VARIANTS):
         rows = [row for row in slopes(arrays, config) if row[0] == variant]
-        exponents = np.array([row[5] for row in rows]) * (1 + 0.04 * (color - 1.5)) + 0.05 * color
-        off, width = (np.array([row[i] for row in rows]) for i in (3, 4))
-        off = off - np.array([row[5] for row in rows])
-        axes.errorbar(
-            exponents, off, np.nan_to_num(width), fmt=".", color=f"C{color}", label=VARIANTS[variant].label, capsize=2
-        )
+        fitted, width, exponents = (np.array([row[i] for row in rows]) for i in (3, 4, 5))
+        places = exponents * (1 + 0.04 * (color - 1.5)) + 0.05 * color  # side by side
+        look = {"fmt": ".", "color": f"C{color}", "label": VARIANTS[variant].label, "capsize": 2}
+        axes.errorbar(places, fitted - exponents, np.nan_to_num(width), **look)
     axes.axhline(0, color="gray", linewidth=0.8)
     axes.set(xlabel="predicted exponent", ylabel="fitted minus predicted", xscale="symlog")
     axes.set_title("slopes, with 95 % intervals over the seeds")
@@ -350,8 +345,7 @@ def plot_crossovers(axes, arrays: Arrays, config: Config) -> None:
         middles = [np.exp(np.nanmean(np.log(values))) if np.isfinite(values).any() else np.nan for _, values in points]
         label = f"${PARTS[part]}$, {place} layer"
         axes.plot([depth + shift for depth, _ in points], middles, f"C{color}_", markersize=12, label=label)
-    low, high = VARIANTS["softmax"].sigmas
-    axes.set(yscale="log", xlabel="depth", ylabel=r"$\sigma$ where $\|QQ\| = \|VV\|$", ylim=(low, high))
+    axes.set(yscale="log", xlabel="depth", ylabel=r"$\sigma$ where $\|QQ\| = \|VV\|$", ylim=VARIANTS["softmax"].sigmas)
     axes.set_xticks(list(measured_depths(arrays, "softmax")))
     axes.set_title("queries overtake values (no norm)")
     axes.legend(loc="best")
@@ -366,9 +360,8 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
     for variant, part, place in CROSSINGS:
         for depth in measured_depths(arrays, variant):
             layer = "last" if depth == 1 else place
-            crossings.add_row(
-                PARTS[part], layer, str(depth), summary(crossover(arrays, f"{variant}/{depth}/{layer}/{part}", variant))
-            )
+            found = crossover(arrays, f"{variant}/{depth}/{layer}/{part}", variant)
+            crossings.add_row(PARTS[part], layer, str(depth), summary(found))
     return [fitted, crossings, accuracy_table(arrays)]
 
 
@@ -387,21 +380,16 @@ def accuracy_table(arrays: Arrays) -> Table:
     """Errors of the lower precision, and the standard errors of the estimated norms."""
     table = Table("norms of", "at", "largest relative error", title="accuracy")
     for variant in ("softmax", "pre_norm"):
-        scales = arrays[f"precision/{variant}/sigma"]
+        scales, label = arrays[f"precision/{variant}/sigma"], VARIANTS[variant].label
         for scale, errors in zip(scales, arrays[f"precision/{variant}"], strict=True):
-            table.add_row(
-                f"last layer, {VARIANTS[variant].label}", f"sigma {scale:.2g}", f"{np.max(errors):.1e} against float64"
-            )
+            table.add_row(f"last layer, {label}", f"sigma {scale:.2g}", f"{np.max(errors):.1e} against float64")
     names = [name for name in arrays if name.endswith("/error")]
     if names:
         shares = [arrays[name] / np.maximum(arrays[name.removesuffix("/error")], 1e-300) for name in names]
         share = np.concatenate([share.ravel() for share in shares])
         known = np.isfinite(share)  # the variance of a large norm may overflow in float32
-        table.add_row(
-            "first layer, depth 2 and more",
-            f"median of {known.sum()} of {known.size}",
-            f"{np.median(share[known]):.1%} standard error",
-        )
+        of_all, median = f"median of {known.sum()} of {known.size}", np.median(share[known])
+        table.add_row("first layer, depth 2 and more", of_all, f"{median:.1%} standard error")
     return table
 
 

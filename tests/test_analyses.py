@@ -87,12 +87,11 @@ def test_the_manifest_says_whether_a_run_was_resumed(tmp_path):
     assert resumed(lambda config, progress: {"x": np.arange(2.0)}) is False
 
 
-def test_block_growth_resumes_from_each_of_its_parts(tmp_path):
+def test_block_growth_resumes_from_parts_of_its_seeds(tmp_path):
     script = load_script(analysis_scripts()["block-growth"])
     config = script.Config(seed=3, seeds=2, output=tmp_path)
     assert not config.resumes()
-    for seed, resumes in ((5, False), (4, True)):
-        part = script.part_file(config, seed, "softmax", 5)
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.touch()
+    script.parts_folder(config).mkdir(parents=True)
+    for seed, resumes in ((13, False), (4, True)):
+        (script.parts_folder(config) / f"softmax-5-{seed}.npz").touch()
         assert config.resumes() is resumes

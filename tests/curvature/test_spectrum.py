@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
+from jax.tree_util import Partial
 
 from attnlab.curvature import density
 from attnlab.curvature.estimators import condition_number
 from attnlab.curvature.long_runs import NonFiniteProductError
-from attnlab.curvature.operators import empirical_fisher, ggn, hessian
+from attnlab.curvature.operators import Operator, empirical_fisher, ggn, hessian
 from attnlab.curvature.spectrum import eigenpairs, spectral_density, standard_error
 from attnlab.losses import square_loss
 from attnlab.models.adapters import from_linen
@@ -99,6 +100,18 @@ def test_density_and_cumulative_agree_with_the_exact_spectrum(each_key):
     middle = 0.5 * exact[-1]
     value, error = density.cumulative(jnp.array([middle]))
     assert abs(value[0] - np.mean(exact <= middle)) <= 4 * error[0] + 1e-3
+
+
+def test_copies_of_a_converged_node_share_its_weight(each_key):
+    """On a diagonal operator every probe of signs has the weight 1/n at each eigenvalue."""
+    values = np.concatenate([np.linspace(0, 1, 198), [5.0, 10.0]])
+    operator = Operator(Partial(jnp.multiply, jnp.asarray(values)), jnp.zeros(200))
+    density = spectral_density(operator, each_key, probes=2, steps=60)
+    for value in (5.0, 10.0):
+        copies = np.abs(density.nodes - value) <= 1e-6
+        assert np.all(np.sum(copies, axis=1) > 1)
+        assert_close(np.sum(density.weights, axis=1, where=copies), np.full(2, 1 / 200), 1e-12)
+    assert_close(density.integral(jnp.log1p)[0], np.mean(np.log1p(values)), 1e-12)
 
 
 def test_scaling_the_loss_scales_the_spectrum(key):

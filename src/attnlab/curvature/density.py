@@ -101,8 +101,10 @@ def spectral_density(
 ) -> SpectralDensity:
     """The spectral density by stochastic Lanczos quadrature with Rademacher probes: probes x steps products.
 
-    Ubaru, Chen, Saad (2017); Ghorbani, Krishnan, Xiao (arXiv 1901.10159). No reorthogonalisation: a density does not
-    need it, and memory stays a few vectors a probe, however many steps.
+    Ubaru, Chen, Saad (2017); Ghorbani, Krishnan, Xiao (arXiv 1901.10159). No reorthogonalisation: memory stays a few
+    vectors a probe, however many steps. Rounding then brings copies of nodes that have converged, at the ends of the
+    spectrum first. They share the weight of the one that they copy, so that integrals and densities are unaffected;
+    but the number of nodes at a place says nothing of multiplicity, and each copy is one node less for the rest.
 
     Args:
         operator: the operator; its symmetry is tested at every step, at no product's cost.
