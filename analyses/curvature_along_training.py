@@ -43,12 +43,11 @@ def compute(config: Config, progress: Progress) -> Arrays:
     import jax
     import optax
 
-    from attnlab.training import probe, train
+    from attnlab.training import probe, show_progress, train
 
     arrays = {}
     for number, name in enumerate(TASKS):
         keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), number), 3)
-        task = progress.add_task(name, total=config.steps, status="")
         risk, params, measure = (digits_task if name == "digits" else addition_task)(config, keys[0], keys[1])
         records = train(
             risk,
@@ -58,7 +57,7 @@ def compute(config: Config, progress: Progress) -> Arrays:
             steps=config.steps,
             every=config.every,
             probes={"layer": probe(measure)},
-            report=lambda now, task=task: progress.update(task, completed=now.step, status=f"loss {now.loss:.4g}"),
+            report=show_progress(progress, name),
             directory=config.scratch() / name,
         ).records
         arrays |= {f"{name}/{key}": np.asarray(value) for key, value in records.values["layer"].items()}

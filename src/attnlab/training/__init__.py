@@ -1,8 +1,9 @@
 """The training loop and the probes inside it."""
 
 from attnlab.training.batches import minibatches
-from attnlab.training.loop import DivergenceError, Progress, Records, Trajectory, train
+from attnlab.training.loop import Progress, Trajectory, train
 from attnlab.training.probe import Probe, TrainingState, probe
+from attnlab.training.records import DivergenceError, Records, load_records
 from attnlab.training.report import show_progress
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "Records",
     "TrainingState",
     "Trajectory",
+    "load_records",
     "minibatches",
     "probe",
     "show_progress",

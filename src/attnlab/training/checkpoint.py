@@ -13,20 +13,34 @@ import numpy as np
 from attnlab.runs import replace_file
 from attnlab.types import PyTree
 
-
-def _as_arrays(tree: PyTree) -> list[np.ndarray]:
-    leaves = jax.tree.leaves(tree)
-    return [np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf) for leaf in leaves]
+SEPARATOR = "//"
+"""Between the components of a leaf's name on disk: names of probes and of parameters may hold a single slash."""
 
 
-def _is_key(leaf: jax.Array) -> bool:
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+def _as_array(leaf: PyTree) -> np.ndarray:
+    return np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+
+
+def _is_key(leaf: PyTree) -> bool:
+    return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _named_arrays(tree: PyTree) -> dict[str, np.ndarray]:
+    """The leaves by number and path, all of dtypes that NumPy reads back (it knows no bfloat16, nor float8)."""
+    arrays = {}
+    for number, (path, leaf) in enumerate(jax.tree.leaves_with_path(tree)):
+        array = _as_array(leaf)
+        name = f"{number}:{jax.tree_util.keystr(path, simple=True, separator=SEPARATOR)}"
+        arrays[name] = array.astype(np.float32) if array.dtype.kind == "V" else array
+    return arrays
 
 
 def _like(template: PyTree, arrays: list[np.ndarray]) -> PyTree:
     leaves, structure = jax.tree.flatten(template)
     wrapped = [
-        jax.random.wrap_key_data(jax.numpy.asarray(a)) if _is_key(leaf) else jax.numpy.asarray(a, dtype=leaf.dtype)
+        jax.random.wrap_key_data(jax.numpy.asarray(a), impl=leaf.dtype)
+        if _is_key(leaf)
+        else jax.numpy.asarray(a, dtype=leaf.dtype)
         for leaf, a in zip(leaves, arrays, strict=True)
     ]
     return jax.tree.unflatten(structure, wrapped)
@@ -35,10 +49,37 @@ def _like(template: PyTree, arrays: list[np.ndarray]) -> PyTree:
 def fingerprint(tree: PyTree) -> str:
     """A digest of all values, shapes and dtypes of a pytree."""
     digest = hashlib.sha256()
-    for array in _as_arrays(tree):
+    for array in map(_as_array, jax.tree.leaves(tree)):
         digest.update(f"{array.shape}{array.dtype}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
+
+
+def _part(directory: Path, number: int) -> Path:
+    return directory / f"part_{number:06d}.npz"
+
+
+def _state(directory: Path) -> Path:
+    return directory / "state.npz"
+
+
+def saved_parts(directory: Path) -> list[dict[str, np.ndarray]]:
+    """The records of all parts of the run in `directory`: arrays by the path of their leaf, joined by `SEPARATOR`.
+
+    Raises `FileNotFoundError` where nothing was saved.
+    """
+    path = _state(directory)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{directory} holds no saved run; expected the directory that was given to train, after its first part."
+        )
+    with np.load(path, allow_pickle=False) as archive:
+        count = int(archive["parts"])
+    parts = []
+    for number in range(count):
+        with np.load(_part(directory, number), allow_pickle=False) as archive:
+            parts.append({name.split(":", 1)[1]: archive[name] for name in archive.files if ":" in name})
+    return parts
 
 
 class Checkpoint:
@@ -47,26 +88,26 @@ class Checkpoint:
     def __init__(self, directory: Path, identity: str):
         self.directory, self.identity = directory, identity
 
-    def _part(self, number: int) -> Path:
-        return self.directory / f"part_{number:06d}.npz"
+    def exists(self) -> bool:
+        """Whether anything was saved."""
+        return _state(self.directory).exists()
 
     def save(self, number: int, records: PyTree, state: PyTree) -> None:
         """Append the records of part `number`, then replace the state."""
-        for path, tree in ((self._part(number), records), (self.directory / "state.npz", state)):
+        for path, tree in ((_part(self.directory, number), records), (_state(self.directory), state)):
             with replace_file(path) as partial:
-                arrays = {f"leaf_{i}": array for i, array in enumerate(_as_arrays(tree))}
-                np.savez(partial, allow_pickle=False, identity=self.identity, parts=number + 1, **arrays)
+                named = _named_arrays(tree)
+                np.savez(partial, allow_pickle=False, identity=self.identity, parts=number + 1, **named)
 
     def restore(self, records: PyTree, state: PyTree) -> tuple[list[PyTree], PyTree] | None:
         """The records of all parts and the state, shaped like the templates; None where nothing was saved.
 
         Raises `ValueError` if the directory holds a run of another identity.
         """
-        path = self.directory / "state.npz"
-        if not path.exists():
+        if not self.exists():
             return None
-        count, arrays = self._read(path)
-        parts = [_like(records, self._read(self._part(number))[1]) for number in range(count)]
+        count, arrays = self._read(_state(self.directory))
+        parts = [_like(records, self._read(_part(self.directory, number))[1]) for number in range(count)]
         return parts, _like(state, arrays)
 
     def _read(self, path: Path) -> tuple[int, list[np.ndarray]]:
@@ -77,5 +118,4 @@ class Checkpoint:
                     "optimizer or probes, down to their options, or another version of JAX); "
                     "expected one of the same to resume. Name another directory, or delete this one."
                 )
-            count = sum(name.startswith("leaf_") for name in archive.files)
-            return int(archive["parts"]), [archive[f"leaf_{i}"] for i in range(count)]
+            return int(archive["parts"]), [archive[name] for name in archive.files if ":" in name]

@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Bool
 
 from attnlab.checks import check_finite, check_intervals, check_leading_axis
 from attnlab.objective import Objective, check_objective
 from attnlab.training.checkpoint import Checkpoint, fingerprint
-from attnlab.training.probe import Probe, TrainingState, summary
+from attnlab.training.optimizer import check_optimizer, member_values, start_optimizer, update
+from attnlab.training.probe import Probe, TrainingState, check_probes, measure, median_of_finite, start_probes
+from attnlab.training.records import Records, check_no_divergence, concatenate
 from attnlab.types import Params, PRNGKey, PyTree
 
 Resample = Callable[[PRNGKey, Objective], Objective]
@@ -23,17 +25,6 @@ Resample = Callable[[PRNGKey, Objective], Objective]
 
 PARTS = 50
 """Into how many jitted calls a run is cut: between two of them it reports and saves."""
-
-
-class Records(NamedTuple):
-    """What was measured: at `steps` (r,), by probe name, `values` (r, ...); `losses` (s,) at the start of each step.
-
-    Of an ensemble of m members: `values` (r, m, ...) and `losses` (s, m).
-    """
-
-    steps: Array
-    values: dict[str, PyTree]
-    losses: Float[Array, "s ..."]
 
 
 class Progress(NamedTuple):
@@ -62,14 +53,6 @@ class Trajectory:
         return self.state.params
 
 
-class DivergenceError(ArithmeticError):
-    """The loss became infinite or NaN, of every member of an ensemble; `records` is what was measured until then."""
-
-    def __init__(self, message: str, records: Records):
-        super().__init__(message)
-        self.records = records
-
-
 @dataclass(frozen=True)
 class _Plan:
     """The static choices of a run."""
@@ -94,7 +77,7 @@ def train(
     resample: Resample | None = None,
     hyperparameters: Mapping[str, ArrayLike] | None = None,
     own_risks: bool = False,
-    directory: Path | None = None,
+    directory: Path | str | None = None,
     report: Callable[[Progress], Any] | None = None,
 ) -> Trajectory:
     """Minimise `risk` from `params` for `steps` steps of an optax optimizer, measuring `probes` on the way.
@@ -111,19 +94,20 @@ def train(
     Args:
         risk: the objective; full batch unless `resample` is given.
         params: where to start.
-        optimizer: any optax gradient transformation; it is given the step's loss as `value`.
+        optimizer: any optax gradient transformation; one that takes extra arguments is given the step's loss as
+            `value`, its gradient as `grad` and its objective as `value_fn`.
         key: for `resample` and the probes.
         steps: number of steps, a multiple of `every`.
         every: the probes are taken before step 0, `every`, 2 `every`, ..., and after the last: steps / every + 1 times.
         probes: by name.
         resample: draws the objective of each step from a key; the probes always see `risk`.
-        hyperparameters: values by name that take the place of those in the state of an optimizer that was wrapped in
-            `optax.inject_hyperparams`.
+        hyperparameters: numbers by name, of an ensemble also one for each member (m,), that take the place of those in
+            the state of an optimizer that was wrapped in `optax.inject_hyperparams`.
         own_risks: every member has its own data: all leaves of `risk` have the ensemble's leading axis too (build it
             with `jax.vmap`, or stack objectives leaf by leaf).
         directory: where to save; a run that was killed resumes there, and gives the same numbers on the same machine.
             It loses at most one of the `PARTS` parts. A run that differs in anything, or another version of JAX, is
-            another run.
+            another run. `load_records` reads what it measured so far.
         report: called between the parts.
 
     Raises `ValueError` for steps that `every` does not divide, an unknown hyperparameter, leaves without an ensemble's
@@ -131,7 +115,7 @@ def train(
     the loss or the parameters are no longer finite: what was saved until then stays.
     """
     check_intervals(steps, every)
-    members = key.shape[0] if key.ndim else None
+    members = _members(key)
     if own_risks and members is None:
         raise ValueError("own_risks is for ensembles; expected keys of shape (m,), and got one key. Split it.")
     plan = _Plan(optimizer, tuple(sorted((probes or {}).items())), every, resample, members, own_risks)
@@ -140,17 +124,26 @@ def train(
     if directory is not None:
         checkpoint = Checkpoint(Path(directory), f"{_identity(risk, start, plan)}/{steps}")
     parts, state = _run_parts(risk, start, plan, steps, checkpoint, report)
-    final = jax.tree.map(lambda leaf: leaf[None], _measure_last(risk, state, plan))
-    last = Records(_step_of(state)[None], final, parts[0].losses[:0])
-    records = _concatenate([*parts, last])
-    _check_finite_end(state, records, plan)
-    return Trajectory(records, state)
+    return Trajectory(concatenate(parts), state)
+
+
+def _members(key: PRNGKey) -> int | None:
+    """Of an ensemble, else None."""
+    if not (isinstance(key, jax.Array) and jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)):
+        what = f"an array of {key.dtype}, shape {key.shape}" if isinstance(key, jax.Array) else repr(key)
+        raise TypeError(
+            f"key is {what}; expected a typed key, jax.random.key(seed), or for an ensemble a split of one."
+        )
+    if key.ndim > 1:
+        raise ValueError(f"key has shape {key.shape}; expected (), or (m,) for an ensemble of m. Flatten it.")
+    return key.shape[0] if key.ndim else None
 
 
 def _first_state(
     risk: Objective, params: Params, key: PRNGKey, plan: _Plan, hyperparameters: Mapping[str, ArrayLike]
 ) -> TrainingState:
     """The state before the first step, all but the memory of the probes; checks all that can be checked by then."""
+    _check_functions(risk, plan)
     check_finite("params", params)
     if plan.members is not None:
         check_leading_axis("params", params, plan.members, "Stack one point a key.")
@@ -159,16 +152,35 @@ def _first_state(
     check_objective(_one_risk(risk, plan), _one_member(params, plan))
 
     def build(params: Params, key: PRNGKey, values: dict[str, Array]) -> TrainingState:
-        optimizer_state = _standard_promotion(plan.optimizer.init)(params)
-        return TrainingState(jnp.array(0), params, _set(optimizer_state, values), key, {})
+        return TrainingState(jnp.array(0), params, start_optimizer(plan.optimizer, params, values), key, {})
 
-    values = {name: jnp.asarray(value) for name, value in hyperparameters.items()}
-    if plan.members is not None:
-        values = {name: jnp.broadcast_to(value, (plan.members,)) for name, value in values.items()}
-        build = jax.vmap(build)
+    values = member_values(hyperparameters, plan.members)
+    build = build if plan.members is None else jax.vmap(build)
     state = build(jax.tree.map(jnp.asarray, params), key, values)
-    _check_probes(_one_risk(risk, plan), _one_member(state, plan), plan)
+    one_risk, one_state = _one_risk(risk, plan), _one_member(state, plan)
+    check_probes(one_risk, one_state, plan.probes)
+    _check_resample(one_risk, one_state.key, plan.resample)
     return state
+
+
+def _check_functions(risk: Any, plan: _Plan) -> None:
+    """What a user may pass in place of an objective or an optimizer."""
+    if any(callable(leaf) for leaf in jax.tree.leaves(risk)):
+        raise TypeError(
+            f"risk is a {type(risk).__name__} that holds a function; expected an Objective, whose leaves are arrays. "
+            "Build it with attnlab.objective.objective(predict, loss, inputs, targets), or give a function of the "
+            "parameters alone as jax.tree_util.Partial(function)."
+        )
+    check_optimizer(plan.optimizer)
+
+
+def _check_resample(risk: Objective, key: PRNGKey, resample: Resample | None) -> None:
+    drawn = risk if resample is None else jax.eval_shape(resample, key, risk)
+    if not callable(drawn):
+        raise TypeError(
+            f"resample returned a {type(drawn).__name__}; expected an Objective on other data. "
+            "dataclasses.replace(risk, inputs=..., targets=...) makes one."
+        )
 
 
 def _one_member(tree: PyTree, plan: _Plan) -> PyTree:
@@ -177,18 +189,6 @@ def _one_member(tree: PyTree, plan: _Plan) -> PyTree:
 
 def _one_risk(risk: Objective, plan: _Plan) -> Objective:
     return _one_member(risk, plan) if plan.own_risks else risk
-
-
-def _set(optimizer_state: optax.OptState, values: dict[str, Array]) -> optax.OptState:
-    for name, value in values.items():
-        held = [leaf for _, leaf in optax.tree.get_all_with_path(optimizer_state, name)]
-        if not held:
-            raise ValueError(
-                f"the optimizer's state holds no hyperparameter '{name}'; expected an optimizer that takes it, wrapped "
-                f"as optax.inject_hyperparams(optax.sgd)({name}=0.1)."
-            )
-        optimizer_state = optax.tree.set(optimizer_state, **{name: value.astype(jnp.asarray(held[0]).dtype)})
-    return optimizer_state
 
 
 def _each_member(function: Callable, plan: _Plan, out_axes: Any = 0) -> Callable:
@@ -234,29 +234,37 @@ def _run_parts(
     sizes = [min(size, intervals - done) for done in range(0, intervals, size)]
     parts, state = _restore(risk, state, plan, checkpoint) or ([], _start_probes(risk, state, plan))
     for number in range(len(parts), len(sizes)):
-        state, records = _advance(risk, state, plan, sizes[number])
+        state, records, finite = _advance(risk, state, plan, sizes[number])
         parts.append(records)
-        _check_finite_losses(parts, records, plan, checkpoint)
+        check_no_divergence(parts, finite, plan.members, checkpoint)
         if checkpoint is not None:
             checkpoint.save(number, records, state)
         if report is not None:
             newest = jax.tree.map(lambda leaf: np.asarray(leaf[-1]), records.values)
-            loss = float(np.nanmedian(records.losses[-1]))
+            loss = float(median_of_finite(records.losses[-1:].ravel()))
             report(Progress(int(_step_of(state)), steps, loss, newest, plan.members))
+    if len(parts) == len(sizes):
+        parts.append(Records(_step_of(state)[None], _measure_last(risk, state, plan), parts[0].losses[:0]))
+        if checkpoint is not None:
+            checkpoint.save(len(sizes), parts[-1], state)
     return parts, state
 
 
 @jax.jit(static_argnames=("plan", "intervals"))
-def _advance(risk: Objective, state: TrainingState, plan: _Plan, intervals: int) -> tuple[TrainingState, Records]:
-    """`intervals` times: measure, then `plan.every` steps."""
+def _advance(
+    risk: Objective, state: TrainingState, plan: _Plan, intervals: int
+) -> tuple[TrainingState, Records, Bool[Array, "..."]]:
+    """`intervals` times: measure, then `plan.every` steps; and whether the parameters are finite after the last."""
     advance = _each_member(lambda risk, state: _advance_one(risk, state, plan, intervals), plan, out_axes=(0, 1))
     state, records = advance(risk, state)
-    return state, records if plan.members is None else records._replace(steps=records.steps[:, 0])
+    if plan.members is None:
+        return state, records, _all_finite(state.params)
+    return state, records._replace(steps=records.steps[:, 0]), jax.vmap(_all_finite)(state.params)
 
 
 def _advance_one(risk: Objective, state: TrainingState, plan: _Plan, intervals: int) -> tuple[TrainingState, Records]:
     def interval(state: TrainingState, _: None) -> tuple[TrainingState, tuple[Array, PyTree, Array]]:
-        values, memory = _measure(risk, state, plan)
+        values, memory = measure(risk, state, plan.probes)
         measured_at = state.step
         state, losses = jax.lax.scan(
             lambda state, _: _step(risk, state, plan), state._replace(memory=memory), length=plan.every
@@ -273,120 +281,23 @@ def _step(risk: Objective, state: TrainingState, plan: _Plan) -> tuple[TrainingS
     if plan.resample is not None:
         batch = plan.resample(jax.random.fold_in(state.key, 2 * state.step), risk)
     loss, gradient = jax.value_and_grad(batch)(state.params)
-    # the value is for optimizers that set their step by it, such as optax.polyak_sgd
-    optimizer = optax.with_extra_args_support(plan.optimizer)
-    updates, optimizer_state = _standard_promotion(optimizer.update)(
-        gradient, state.optimizer_state, state.params, value=loss
-    )
+    updates, optimizer_state = update(plan.optimizer, gradient, state.optimizer_state, state.params, loss, batch)
     params = optax.apply_updates(state.params, updates)
-    return TrainingState(state.step + 1, params, optimizer_state, state.key, state.memory), loss
+    # behind jnp.where a loss can be finite at parameters that are not
+    recorded = jnp.where(_all_finite(state.params), loss, jnp.nan)
+    return TrainingState(state.step + 1, params, optimizer_state, state.key, state.memory), recorded
 
 
-def _measure(risk: Objective, state: TrainingState, plan: _Plan) -> tuple[dict[str, PyTree], dict[str, Any]]:
-    values, memory = {}, {}
-    for number, (name, probe) in enumerate(plan.probes):
-        key = _probe_key(state, number)
-        measured = probe.measure(risk, state, state.memory[name], key)
-        if not (isinstance(measured, tuple) and len(measured) == 2):
-            raise TypeError(
-                f"probe '{name}' returned a {type(measured).__name__}; expected the pair (values, memory). "
-                "A plain function of (risk, params) becomes a probe by attnlab.training.probe."
-            )
-        values[name], memory[name] = measured
-    return values, memory
+def _all_finite(params: Params) -> Bool[Array, ""]:
+    return jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), params))
 
 
 @jax.jit(static_argnames=("plan",))
 def _measure_last(risk: Objective, state: TrainingState, plan: _Plan) -> dict[str, PyTree]:
-    return _each_member(lambda risk, state: _measure(risk, state, plan)[0], plan)(risk, state)
+    values = _each_member(lambda risk, state: measure(risk, state, plan.probes)[0], plan)(risk, state)
+    return jax.tree.map(lambda leaf: leaf[None], values)
 
 
 @jax.jit(static_argnames=("plan",))
 def _start_probes(risk: Objective, state: TrainingState, plan: _Plan) -> TrainingState:
-    return _each_member(lambda risk, state: _with_memory(risk, state, plan), plan)(risk, state)
-
-
-def _with_memory(risk: Objective, state: TrainingState, plan: _Plan) -> TrainingState:
-    memory = {}
-    for number, (name, probe) in enumerate(plan.probes):
-        memory[name] = probe.start(risk, state, _probe_key(state, number))
-    return state._replace(memory=memory)
-
-
-def _probe_key(state: TrainingState, number: int) -> PRNGKey:
-    """Of one probe at one step; the minibatch of a step has the even number before."""
-    return jax.random.fold_in(jax.random.fold_in(state.key, 2 * state.step + 1), number)
-
-
-def _standard_promotion(function: Callable) -> Callable:
-    # optax mixes Python scalars, float32 schedules and integer counts: strict promotion would refuse its arithmetic.
-    def wrapped(*arguments: Any, **named: Any) -> Any:
-        with jax.numpy_dtype_promotion("standard"):
-            return function(*arguments, **named)
-
-    return wrapped
-
-
-def _check_probes(risk: Objective, state: TrainingState, plan: _Plan) -> None:
-    state = jax.eval_shape(lambda risk, state: _with_memory(risk, state, plan), risk, state)
-    values, memory = jax.eval_shape(lambda risk, state: _measure(risk, state, plan), risk, state)
-    for name, _ in plan.probes:
-        before, after = (
-            [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree[name])] for tree in (state.memory, memory)
-        )
-        structures = {str(jax.tree.structure(tree[name])) for tree in (state.memory, memory)}
-        if before != after or len(structures) > 1:
-            raise TypeError(
-                f"probe '{name}' starts with a memory of {before} and returns one of {after}; expected the "
-                "same structure, shapes and dtypes. Return the values and the memory, in this order."
-            )
-        if not jax.tree.leaves(values[name]):
-            raise TypeError(f"probe '{name}' returns no array; expected at least one number to record.")
-
-
-def _check_finite_losses(parts: list[Records], newest: Records, plan: _Plan, checkpoint: Checkpoint | None) -> None:
-    if _any_finite(newest.losses).all():
-        return
-    records = _concatenate(parts)
-    losses = np.asarray(records.losses)
-    first = int(np.argmin(_any_finite(losses)))
-    what = f"is {losses[first]}" if plan.members is None else f"is not finite in any of the {plan.members} members"
-    last = f"; the last finite loss was {np.nanmin(losses[first - 1]):.6g}" if first else ""
-    saved = f", and {checkpoint.directory} holds the parts before" if checkpoint is not None else ""
-    raise DivergenceError(
-        f"the loss at step {first} {what}{last}{_last_finite_probes(records, plan)}. Lower the learning rate, or warm "
-        f"it up. Measurements until then are in this error's records{saved}.",
-        records,
-    )
-
-
-def _last_finite_probes(records: Records, plan: _Plan) -> str:
-    """The numbers of the last measurement that was finite; of an ensemble, where anything of a probe was."""
-    flat = [np.asarray(leaf, float).reshape(len(leaf), -1) for leaf in jax.tree.leaves(records.values)]
-    decide = np.all if plan.members is None else np.any
-    rows = np.flatnonzero(np.all([decide(np.isfinite(leaf), axis=1) for leaf in flat], axis=0))
-    if not flat or not rows.size:
-        return ""
-    values = jax.tree.map(lambda leaf: np.asarray(leaf[rows[-1]]), records.values)
-    return f"; the last finite probes, at step {records.steps[rows[-1]]}: {summary(values, plan.members)}"
-
-
-def _any_finite(losses: ArrayLike) -> np.ndarray:
-    """At each step, whether the loss of at least one member is finite."""
-    finite = np.isfinite(np.asarray(losses))
-    return finite.reshape(len(finite), -1).any(axis=1)
-
-
-def _check_finite_end(state: TrainingState, records: Records, plan: _Plan) -> None:
-    # the loss is taken before each step, so the very last step shows in the parameters only
-    if plan.members is None and not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params)):
-        raise DivergenceError(
-            f"the parameters after the last step, {int(state.step)}, are not finite; the last finite loss was "
-            f"{float(records.losses[-1]):.6g}{_last_finite_probes(records, plan)}. Lower the learning rate, or warm it "
-            "up.",
-            records,
-        )
-
-
-def _concatenate(parts: list[Records]) -> Records:
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+    return _each_member(lambda risk, state: start_probes(risk, state, plan.probes), plan)(risk, state)

@@ -41,6 +41,9 @@ class Probe:
     start: Callable[[Objective, TrainingState, PRNGKey], Any] = lambda risk, state, key: ()
 
 
+NamedProbes = tuple[tuple[str, Probe], ...]
+
+
 def probe(function: Callable[[Objective, Params], PyTree]) -> Probe:
     """The probe that measures `function(risk, params) -> pytree of arrays` and remembers nothing."""
     return Probe(_WithoutMemory(function))
@@ -56,19 +59,70 @@ class _WithoutMemory:
         return self.function(risk, state.params), memory
 
 
+def start_probes(risk: Objective, state: TrainingState, probes: NamedProbes) -> TrainingState:
+    """The state with what every probe remembers at the start."""
+    memory = {}
+    for number, (name, each) in enumerate(probes):
+        memory[name] = each.start(risk, state, _probe_key(state, number))
+    return state._replace(memory=memory)
+
+
+def measure(risk: Objective, state: TrainingState, probes: NamedProbes) -> tuple[dict[str, PyTree], dict[str, Any]]:
+    """What every probe measures, and what it remembers from now on, by name."""
+    values, memory = {}, {}
+    for number, (name, each) in enumerate(probes):
+        measured = each.measure(risk, state, state.memory[name], _probe_key(state, number))
+        if not (isinstance(measured, tuple) and len(measured) == 2):
+            raise TypeError(
+                f"probe '{name}' returned a {type(measured).__name__}; expected the pair (values, memory). "
+                "A plain function of (risk, params) becomes a probe by attnlab.training.probe."
+            )
+        values[name], memory[name] = measured
+    return values, memory
+
+
+def _probe_key(state: TrainingState, number: int) -> PRNGKey:
+    """Of one probe at one step; the minibatch of a step has the even number before."""
+    return jax.random.fold_in(jax.random.fold_in(state.key, 2 * state.step + 1), number)
+
+
+def check_probes(risk: Objective, state: TrainingState, probes: NamedProbes) -> None:
+    """Raise `TypeError` for what is no probe, or one whose memory changes structure or that measures nothing."""
+    for name, each in probes:
+        if not isinstance(each, Probe):
+            raise TypeError(
+                f"probe '{name}' is a {type(each).__name__}; expected an attnlab.training.Probe. A function of "
+                "(risk, params) becomes one by attnlab.training.probe(function)."
+            )
+    state = jax.eval_shape(lambda risk, state: start_probes(risk, state, probes), risk, state)
+    values, memory = jax.eval_shape(lambda risk, state: measure(risk, state, probes), risk, state)
+    for name, _ in probes:
+        before, after = (
+            [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree[name])] for tree in (state.memory, memory)
+        )
+        structures = {str(jax.tree.structure(tree[name])) for tree in (state.memory, memory)}
+        if before != after or len(structures) > 1:
+            raise TypeError(
+                f"probe '{name}' starts with a memory of {before} and returns one of {after}; expected the "
+                "same structure, shapes and dtypes. Return the values and the memory, in this order."
+            )
+        if not jax.tree.leaves(values[name]):
+            raise TypeError(f"probe '{name}' returns no array; expected at least one number to record.")
+
+
 def summary(values: dict[str, PyTree], members: int | None = None) -> str:
     """What probes measured at one step, in a line: each number by its name, of a vector the last entry, which of
     eigenvalues is the highest; of an ensemble, whose leaves have an axis of `members` first, the median over those that
     are finite. What has more axes is left out."""
     shown = []
     for name, leaf in zip(leaf_names(values), jax.tree.leaves(values), strict=True):
-        entry = np.asarray(leaf) if members is None or np.ndim(leaf) == 0 else _median(leaf)
+        entry = np.asarray(leaf) if members is None or np.ndim(leaf) == 0 else median_of_finite(leaf)
         if entry.ndim < 2 and entry.size:
             shown.append(f"{name} {entry.ravel()[-1]:.4g}")
     return " ".join(shown)
 
 
-def _median(leaf: Array) -> np.ndarray:
+def median_of_finite(leaf: Array) -> np.ndarray:
     """Over the members, finite ones alone: NaN where there is none."""
     finite = np.ma.masked_invalid(np.asarray(leaf, float))
     return np.asarray(np.ma.filled(np.ma.median(finite, axis=0), np.nan))
