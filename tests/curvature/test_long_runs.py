@@ -85,9 +85,10 @@ def test_a_killed_run_resumes_to_the_bit(name, tmp_path, monkeypatch):
     result = np.load(tmp_path / "killed" / "result.npz")
     for name, array in result.items():
         np.testing.assert_array_equal(array, getattr(untouched, name))
-    record = json.loads((tmp_path / "killed" / "manifest.json").read_text())
+    record, other = (json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("killed", "untouched"))
     assert record["config"]["dimension"] == DIMENSION
     assert "versions" in record
+    assert (record["resumed"], other["resumed"]) == (True, False)
     with pytest.raises(ValueError, match="holds another run"):
         run(matrix, jax.random.key(2), directory=tmp_path / "killed")
 

@@ -1,6 +1,5 @@
 """The spectral density of an operator by stochastic Lanczos quadrature, with its error."""
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from attnlab.curvature.lanczos import Recurrence, Tridiagonal, advance, begin, f
 from attnlab.curvature.long_runs import (
     Clock,
     Report,
+    begin_session,
     check_memory,
     check_symmetric,
     non_finite,
@@ -141,7 +141,7 @@ def project(
 ) -> Tridiagonal:
     """The projections, stacked over probes, that `spectral_density` is made of; arguments, files and errors are its
     own."""
-    began = time.monotonic()
+    session = begin_session(directory)
     check_positive(probes=probes, together=together)
     check_range("steps", steps, 1, operator.dimension, "A Krylov space has no more dimensions than the operator.")
     if probes % together:
@@ -164,7 +164,7 @@ def project(
     if directory is not None:
         found = quadrature(projections)
         choices = {"computation": "spectral density", "dimension": operator.dimension, "probes": probes, "steps": steps}
-        write_result(directory, choices, began, nodes=found.nodes, weights=found.weights)
+        write_result(directory, choices, session, nodes=found.nodes, weights=found.weights)
     return projections
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -135,16 +135,30 @@ def _array(choice: PyTree) -> Any:
     return choice if isinstance(choice, jax.Array) else np.asarray(choice)
 
 
-def write_result(directory: Path | None, choices: dict[str, Any], began: float, **arrays: Any) -> None:
+class Session(NamedTuple):
+    """One of the stretches in which a long run is done: since `began`, of `time.monotonic()`; `resumed` if an earlier
+    one left its state."""
+
+    began: float
+    resumed: bool
+
+
+def begin_session(directory: Path | None) -> Session:
+    """A session that begins now, before anything is saved."""
+    return Session(time.monotonic(), directory is not None and (Path(directory) / "state.npz").exists())
+
+
+def write_result(directory: Path | None, choices: dict[str, Any], session: Session, **arrays: Any) -> None:
     """At the end of a run: its numbers in `result.npz` and what made them in `manifest.json`, once, in its directory.
 
-    `began` is the `time.monotonic()` at which this session began.
+    The manifest's seconds are those of this session alone, and it says whether that was a resumed one.
     """
     if directory is None or (Path(directory) / "manifest.json").exists():
         return
     with replace_file(Path(directory) / "result.npz") as partial:
         np.savez(partial, allow_pickle=False, **{name: np.asarray(array) for name, array in arrays.items()})
-    write_json(Path(directory) / "manifest.json", manifest(choices, time.monotonic() - began))
+    record = {"resumed": session.resumed, **manifest(choices, time.monotonic() - session.began)}
+    write_json(Path(directory) / "manifest.json", record)
 
 
 class NonFiniteProductError(ArithmeticError):

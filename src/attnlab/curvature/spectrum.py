@@ -1,7 +1,6 @@
 """Extreme eigenpairs of operators, with residual bounds."""
 
 import math
-import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from attnlab.curvature.density import SpectralDensity, spectral_density, standar
 from attnlab.curvature.long_runs import (
     Clock,
     Report,
+    begin_session,
     check_memory,
     check_symmetric,
     non_finite,
@@ -183,12 +183,13 @@ def _long_eigenpairs(
     report: Report | None,
 ) -> RitzPairs:
     """The same iteration, one jitted call a cycle, with its state on disk in between."""
+    session = begin_session(directory)
     checkpoint = open_checkpoint(directory, operator, key, tolerance, plan)
     start_key, key = jax.random.split(key)
     state = first_state(_start(operator, start_key), plan)
     if checkpoint is not None:
         state = checkpoint.restore(state)
-    began, clock = time.monotonic(), Clock(report, int(state.products), tolerance=tolerance)
+    clock = Clock(report, int(state.products), tolerance=tolerance)
     while not state.done and state.cycle < plan.cycles:
         number, state = int(state.cycle), _cycle(operator, state, key, tolerance, plan)
         if not np.isfinite(state.scale):
@@ -201,5 +202,5 @@ def _long_eigenpairs(
     choices = {"computation": "eigenpairs", "dimension": operator.dimension, "low": plan.low, "high": plan.high}
     choices |= {"tolerance": tolerance, "products": int(pairs.products)}
     numbers = {"values": pairs.values, "vectors": pairs.vectors, "residuals": pairs.residuals}
-    write_result(directory, choices, began, **numbers)
+    write_result(directory, choices, session, **numbers)
     return pairs
