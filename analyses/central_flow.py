@@ -42,7 +42,7 @@ def compute(config: Config, progress: Progress) -> Arrays:
     import jax.numpy as jnp
     import optax
 
-    from attnlab.dynamics.flows import central_flow, gradient_flow
+    from attnlab.dynamics.flows import central_flow, gradient_flow, smoothed
     from attnlab.dynamics.problems import digits_attention
     from attnlab.dynamics.sharpness import Tracking, top_eigenvalues
     from attnlab.training import probe, show_progress, train
@@ -58,9 +58,7 @@ def compute(config: Config, progress: Progress) -> Arrays:
     iterates = train(
         risk, reached, optimizer, key, steps=config.steps + 2, probes=probes, report=show_progress(progress, "descent")
     ).records
-    # (w_t + 2 w_t+1 + w_t+2) / 4 takes an oscillation of period two out of the iterates
-    smooth = jax.tree.map(lambda w: (w[:-2] + 2 * w[1:-1] + w[2:]) / 4, iterates.values["point"])
-    smooth = jax.tree.map(lambda w: w[:: config.every], smooth)
+    smooth = jax.tree.map(lambda w: w[:: config.every], smoothed(iterates.values["point"]))
     start = jax.tree.map(lambda w: w[0], smooth)
 
     task = progress.add_task("flows", total=2, status="central")

@@ -9,7 +9,7 @@ import pytest
 
 import oracles
 from attnlab.dynamics.complementarity import basis, solve_complementarity
-from attnlab.dynamics.flows import central_flow, gradient_flow, hessian_gradients
+from attnlab.dynamics.flows import central_flow, gradient_flow, hessian_gradients, smoothed
 from attnlab.objective import objective
 from attnlab.trees import ravel
 from cases import CASES
@@ -68,6 +68,13 @@ def below_the_edge(key, **options):
     curvature, start = jnp.array([0.2, 1.0, 3.0, 5.0]), jax.random.normal(key, (4,))
     flow = central_flow(quadratic(curvature), start, key, learning_rate=0.05, steps=20, every=5, **options)
     return curvature, start, flow
+
+
+def test_smoothing_keeps_a_line_and_drops_its_oscillation(key):
+    start, slope, swing = jax.random.normal(key, (3, 1, 4))
+    times = jnp.arange(9.0)[:, None]
+    iterates = start + times * slope + (-1.0) ** times * swing
+    assert_close(smoothed({"w": iterates}), {"w": start + (times[:-2] + 1) * slope})
 
 
 def test_below_the_edge_the_central_flow_is_the_gradient_flow(key):

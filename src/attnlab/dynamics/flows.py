@@ -83,6 +83,11 @@ def _gradient_flow(risk: Objective, params: Params, times: Float[Array, " t"], t
         return odeint(velocity, params, times, risk, rtol=tolerance, atol=tolerance)
 
 
+def smoothed(iterates: Params) -> Params:
+    """(w_t + 2 w_t+1 + w_t+2) / 4 of iterates with a leading axis (t,), two shorter: w_t + (-1)^t d without its d."""
+    return jax.tree.map(lambda w: (w[:-2] + 2 * w[1:-1] + w[2:]) / 4, iterates)
+
+
 def hessian_gradients(risk: Objective, params: Params, vectors: Float[Array, "k n"]) -> Float[Array, "m n"]:
     """Gradients in the parameters of <U E U^T, H(w)>, U the columns `vectors` held fixed, for each E of the basis of
     symmetric k x k matrices (`complementarity.basis`): third derivatives of the risk. Pure; for jitted code."""
@@ -219,19 +224,28 @@ def _central_flow(
     # twice more, to the accuracy that a warm start has everywhere else
     state = FlowState(params, moment, warm_top_pairs(operator.flat_mv, pairs.vectors, 2).vectors)
 
-    def substep(carry: tuple[FlowState, Array], _: None) -> tuple[tuple[FlowState, Array], None]:
-        state, worst = carry
-        state, residual = _substep(risk, state, rule)
-        return (state, jnp.maximum(worst, residual)), None
+    return _follow(risk, state, rule, every * rule.substeps, steps // every)
 
-    def interval(state: FlowState, _: None) -> tuple[FlowState, CentralFlow]:
-        start = (state, jnp.zeros((), ravel(state.params).dtype))
-        (state, worst), _ = jax.lax.scan(substep, start, length=every * rule.substeps)
-        return state, _record(risk, state, rule, worst)
 
-    first = _record(risk, state, rule, jnp.zeros((), ravel(params).dtype))
-    _, path = jax.lax.scan(interval, state, length=steps // every)
-    return jax.tree.map(lambda one, many: jnp.concatenate([one[None], many]), first, path)
+def _follow(risk: Objective, state: FlowState, rule: _Rule, substeps: int, intervals: int) -> CentralFlow:
+    """Intervals of so many substeps, and one substep more, which measures the end: so the edge, by far the most of the
+    program, is compiled once."""
+    shape = jax.eval_shape(partial(_substep, rule=rule), risk, state)[1]
+
+    def interval(state: FlowState, length: Array) -> tuple[FlowState, tuple[CentralFlow, Array]]:
+        def body(number: Array, carry: tuple) -> tuple:
+            state, first, worst = carry
+            state, now = _substep(risk, state, rule)
+            first = jax.tree.map(lambda old, new: jnp.where(number == 0, new, old), first, now)
+            return state, first, jnp.maximum(worst, now.residual)
+
+        empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shape)
+        state, first, worst = jax.lax.fori_loop(0, length, body, (state, empty, empty.residual))
+        return state, (first, worst)
+
+    lengths = jnp.append(jnp.full(intervals, substeps), 1)
+    _, (path, worst) = jax.lax.scan(interval, state, lengths)
+    return path._replace(residual=jnp.append(jnp.zeros_like(worst[:1]), worst[:-1]))  # of the interval before
 
 
 class _Edge(NamedTuple):
@@ -274,7 +288,8 @@ def _edge(risk: Objective, state: FlowState, rule: _Rule) -> _Edge:
     return _Edge(gradient, diagonal, moment, pairs, directions, slopes, solution.matrix, solution.residual)
 
 
-def _substep(risk: Objective, state: FlowState, rule: _Rule) -> tuple[FlowState, Array]:
+def _substep(risk: Objective, state: FlowState, rule: _Rule) -> tuple[FlowState, CentralFlow]:
+    """One Euler step, and what there is to record where it starts."""
     eta, duration = rule.learning_rate, 1 / rule.substeps
     edge = _edge(risk, state, rule)
     unravel = ravel_pytree(state.params)[1]
@@ -288,15 +303,14 @@ def _substep(risk: Objective, state: FlowState, rule: _Rule) -> tuple[FlowState,
         # exact over the substep for a constant target
         moment = target + (moment - target) * jnp.exp(jnp.asarray(-duration * (1 - rule.b2) / rule.b2, moment.dtype))
     params = unravel(ravel(state.params) + duration * velocity)
-    return FlowState(params, unravel(moment), edge.pairs.vectors), edge.residual
+    return FlowState(params, unravel(moment), edge.pairs.vectors), _record(risk, state, edge)
 
 
-def _record(risk: Objective, state: FlowState, rule: _Rule, residual: Array) -> CentralFlow:
-    edge, loss = _edge(risk, state, rule), risk(state.params)
-    oscillation = jnp.sum(edge.pairs.values * jnp.diag(edge.matrix)) / 2  # <Sigma, H> / 2
+def _record(risk: Objective, state: FlowState, edge: _Edge) -> CentralFlow:
+    loss, oscillation = risk(state.params), jnp.sum(edge.pairs.values * jnp.diag(edge.matrix)) / 2  # <Sigma, H> / 2
     variance = jnp.linalg.eigvalsh(edge.matrix)
     return CentralFlow(
-        state.params, state.second_moment, loss, loss + oscillation, edge.pairs.values, variance, residual
+        state.params, state.second_moment, loss, loss + oscillation, edge.pairs.values, variance, edge.residual
     )
 
 
