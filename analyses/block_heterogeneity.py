@@ -161,7 +161,7 @@ def findings(arrays: Arrays, config: Config) -> list[Finding]:
             found.append(Finding(f"{kind}, std {scale:g}: ||H_VV|| / ||H_QQ||", ratio, low, high, growth))
     if {0.05, 0.1} <= set(config.scales):
         found += [
-            Finding(f"{kind}: exponent of ||H_{name}|| in the scale", measured, power - 0.1, power + 0.1, growth)
+            Finding(f"{kind}: exponent of ||H_{name}|| in the scale", measured, power - 0.02, power + 0.02, growth)
             for kind in config.kinds
             for name, measured, power in zip(("VV", "QQ"), exponents(arrays, config, kind), POWERS[kind], strict=True)
         ]

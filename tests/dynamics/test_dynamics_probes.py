@@ -10,7 +10,7 @@ import pytest
 import scipy.optimize
 
 import oracles
-from attnlab.dynamics.frequency import frequency_groups, group_losses
+from attnlab.dynamics.frequency import frequency_groups, group_losses, group_prediction
 from attnlab.dynamics.gradients import batch_sharpness, gradient_noise, gradient_norms
 from attnlab.dynamics.kernel import empirical_ntk, ntk
 from attnlab.dynamics.tokens import (
@@ -266,6 +266,13 @@ def test_groups_hold_equal_shares_from_frequent_to_rare():
     assert np.all(np.diff(groups) >= 0)
     share = np.bincount(groups[zipf], minlength=5) / zipf.size
     assert np.abs(share - 0.2).max() <= 0.09
+
+
+def test_groups_as_targets_are_classes_of_the_first_outputs(key):
+    risk, params = CASES["language_model/cross_entropy"](key)
+    scores = jax.nn.log_softmax(outputs(risk, params)[:, :3])
+    by_hand = [-row[GROUPS[label]] for row, label in zip(scores, labels(risk), strict=True)]
+    assert_close(group_prediction(risk, jnp.array(GROUPS), 3)(params), np.mean(by_hand), 1e-12)
 
 
 class TestBadInput:

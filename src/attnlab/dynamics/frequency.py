@@ -1,16 +1,17 @@
 """The loss by how frequent the target token is: where imbalance slows an optimizer down."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
 from attnlab.checks import check_positive
 from attnlab.objective import Objective
 from attnlab.training.probe import Probe, probe
-from attnlab.types import Params
+from attnlab.types import Params, PyTree
 
 
 def frequency_groups(tokens: Int[Array, "..."], vocabulary: int, groups: int) -> Int[Array, " vocabulary"]:
@@ -27,13 +28,33 @@ def frequency_groups(tokens: Int[Array, "..."], vocabulary: int, groups: int) ->
     return jnp.asarray(group)
 
 
+def group_prediction(risk: Objective, groups: Int[Array, " vocabulary"], count: int) -> Objective:
+    """The same inputs with balanced classes: the group of the target symbol takes the place of the symbol.
+
+    The negative control of class imbalance: with the groups of `frequency_groups` a target is one of `count` classes of
+    about equal frequency: that of the thousand rarest words is as frequent as that of the commonest. The first `count`
+    outputs of the model are the logits.
+    """
+    return replace(risk, predict=Partial(_FirstOutputs(count), risk.predict), targets=groups[risk.targets])
+
+
+@dataclass(frozen=True)
+class _FirstOutputs:
+    """Hashed by its count, so that equal choices share one compiled loop."""
+
+    count: int
+
+    def __call__(self, predict: Partial, params: Params, inputs: PyTree) -> Float[Array, "*batch count"]:
+        return predict(params, inputs)[..., : self.count]
+
+
 def group_losses(groups: Int[Array, " vocabulary"], count: int) -> Probe:
     """Probe: the mean cross-entropy of the targets in each group, `loss` (count,), and the `share` (count,) of all
     targets that it holds: share . loss is the whole loss. The loss of an empty group is 0.
 
-    For objectives with logits as outputs and whole numbers as targets; raises `TypeError` for others. Raises
-    `ValueError` for a group that is not one of the whole numbers below `count`, and before training starts where the
-    outputs have another number of classes than there are `groups`.
+    For objectives with logits as outputs and whole numbers as targets, whose first axis is the examples'; raises
+    `TypeError` for other targets. Raises `ValueError` for a group that is not one of the whole numbers below `count`,
+    and before training starts where the outputs have another number of classes than there are `groups`.
     """
     check_positive(count=count)
     table = np.asarray(groups)
@@ -56,15 +77,21 @@ class _GroupLosses:
     def __call__(self, risk: Objective, params: Params) -> dict[str, Float[Array, " count"]]:
         if not jnp.issubdtype(risk.targets.dtype, jnp.integer):
             raise TypeError(f"targets have dtype {risk.targets.dtype}; losses by group expect labels, whole numbers.")
-        outputs = risk.outputs(params)
+        # in parts: the logits of a whole text on a large vocabulary, of every member of an ensemble, are gigabytes
+        data = jax.tree.map(lambda leaf: leaf[:, None], (risk.inputs, risk.targets))
+        totals, held = jax.lax.map(lambda part: self._sums(risk, params, *part), data, batch_size=32)
+        held = held.sum(axis=0)
+        return {"loss": totals.sum(axis=0) / jnp.maximum(held, 1), "share": held / held.sum()}
+
+    def _sums(self, risk: Objective, params: Params, inputs: PyTree, targets: Array) -> tuple[Array, Array]:
+        """Sum of the losses in each group, and how many targets it holds."""
+        outputs = risk.predict(params, inputs)
         if outputs.shape[-1] != len(self.groups):
             raise ValueError(
                 f"groups has {len(self.groups)} entries and the outputs have {outputs.shape[-1]} classes; expected one "
                 "group a class. Build it with frequency_groups(tokens, vocabulary, groups) for this vocabulary."
             )
         log_probabilities = jax.nn.log_softmax(outputs, axis=-1)
-        losses = -jnp.take_along_axis(log_probabilities, risk.targets[..., None], axis=-1).ravel()
-        group = jnp.asarray(self.groups)[risk.targets].ravel()
-        totals = jnp.zeros(self.count, losses.dtype).at[group].add(losses)
-        held = jnp.zeros(self.count, losses.dtype).at[group].add(jnp.ones_like(losses))
-        return {"loss": totals / jnp.maximum(held, 1), "share": held / losses.size}
+        losses = -jnp.take_along_axis(log_probabilities, targets[..., None], axis=-1).ravel()
+        group, nothing = jnp.asarray(self.groups)[targets].ravel(), jnp.zeros(self.count, losses.dtype)
+        return nothing.at[group].add(losses), nothing.at[group].add(1)
