@@ -1,5 +1,7 @@
 """What `train` refuses before it starts: each error says what was given, what was expected, and what to do."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -8,7 +10,18 @@ import pytest
 from attnlab.dynamics.stability import stable_optimizer
 from attnlab.losses import square_loss
 from attnlab.objective import objective
-from attnlab.training import train
+from attnlab.training import probe, train
+
+
+@dataclass
+class Measure:
+    """A probe's function that is a plain dataclass, which Python cannot hash."""
+
+    scale: float
+
+    def __call__(self, risk, params):
+        return self.scale * risk(params)
+
 
 KEYS = jax.random.split(jax.random.key(0), 2)
 PLAIN = optax.sgd(0.1)
@@ -17,7 +30,7 @@ SGD = optax.inject_hyperparams(optax.sgd)
 
 def start(optimizer=PLAIN, key=KEYS[0], risk=None, **options):
     risk = risk or objective(lambda params, x: params * x, square_loss, jnp.ones(3), jnp.zeros(3))
-    return train(risk, jnp.ones((*getattr(key, "shape", ()), 3)), optimizer, key, steps=1, **options)
+    return train(risk, jnp.ones((*getattr(key, "shape", ()), 3)), optimizer, key, **({"steps": 1} | options))
 
 
 REFUSED_HYPERPARAMETERS = {
@@ -47,6 +60,8 @@ REFUSED_TYPES = {
     "constructor": ({"optimizer": optax.adam}, "optimizer is a function; expected an optax gradient transformation"),
     "stable optimizer": ({"optimizer": stable_optimizer("gd", 0.1)}, r"is a StableOptimizer.*attribute transformation"),
     "function as objective": ({"risk": lambda params: params @ params}, r"risk is a function.*objective\(predict"),
+    "list of probes": ({"probes": [probe(Measure(1.0))]}, "probes is a list; expected a dict of probes by name"),
+    "unhashable probe": ({"probes": {"risk": probe(Measure(1.0))}}, "'risk' cannot be hashed: .*a frozen dataclass"),
     "data alone": ({"resample": lambda key, risk: (risk.inputs, risk.targets)}, "resample returned a tuple; expected"),
 }
 
@@ -61,3 +76,8 @@ def test_types(name):
 def test_keys_of_two_axes():
     with pytest.raises(ValueError, match=r"key has shape \(1, 2\); expected \(\), or \(m,\)"):
         start(key=KEYS[None])
+
+
+def test_whole_numbers_may_be_floats_and_measurements_python_numbers():
+    run = start(probes={"one": probe(lambda risk, params: 1.0)}, steps=2e0)
+    assert run.records.values["one"].tolist() == [1.0] * 3

@@ -121,16 +121,22 @@ def test_all_members_diverging_stops_the_run():
         sweep([1e3, 1e4])
 
 
-def test_minibatches_are_different_rows_drawn_evenly(key):
-    count, size, draws = 12, 5, 3000
+@pytest.mark.parametrize("count", [12, 40])
+def test_minibatches_are_different_rows_drawn_evenly(count, key):
+    """Also where few of many rows are drawn, which goes without a permutation."""
+    size, draws = 5, 3000
     risk = objective(lambda p, x: x, square_loss, jnp.arange(count, dtype=float), jnp.arange(count, dtype=float))
     batches = jax.vmap(lambda key: minibatches(size)(key, risk))(jax.random.split(key, draws))
     rows = np.asarray(batches.inputs)
     np.testing.assert_array_equal(rows, batches.targets)
-    assert all(len(set(row)) == size for row in rows[:100])
+    assert all(len(set(row)) == size for row in rows)
     frequency = np.bincount(rows.astype(int).ravel(), minlength=count) / draws
     deviation = np.sqrt(size / count * (1 - size / count) / draws)
     assert np.abs(frequency - size / count).max() <= 5 * deviation
+    # the pair of the two last rows is as likely as any other
+    pair = size * (size - 1) / (count * (count - 1))
+    together = np.mean([{count - 2, count - 1} <= set(row) for row in rows])
+    assert abs(together - pair) <= 5 * np.sqrt(pair * (1 - pair) / draws)
 
 
 def test_the_bar_shows_loss_and_probes():

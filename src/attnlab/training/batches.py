@@ -3,6 +3,8 @@
 from dataclasses import dataclass, replace
 
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from attnlab.checks import check_positive, check_range
 from attnlab.objective import Objective
@@ -18,13 +20,28 @@ class _Minibatches:
     def __call__(self, key: PRNGKey, risk: Objective) -> Objective:
         count = jax.tree.leaves(risk.inputs)[0].shape[0]
         check_range("size", self.size, 1, count, f"There are {count} examples.")
-        rows = jax.random.choice(key, count, (self.size,), replace=False)
+        rows = _distinct_rows(key, count, self.size)
         inputs, targets = jax.tree.map(lambda leaf: leaf[rows], (risk.inputs, risk.targets))
         return replace(risk, inputs=inputs, targets=targets)
+
+
+def _distinct_rows(key: PRNGKey, count: int, size: int) -> Int[Array, " size"]:
+    """`size` different numbers below `count`, every set of them as likely as another."""
+    if 8 * size > count:
+        return jax.random.choice(key, count, (size,), replace=False)
+    # That sorts all `count`, at every step: 23 ms of 60,000. Of few rows Floyd's algorithm draws each from a range that
+    # grows by one, and takes the new last number where the draw was there before (Bentley, Floyd 1987).
+    last = count - size + jnp.arange(size)
+    draws = jax.random.randint(key, (size,), 0, last + 1)
+
+    def put(i: Array, rows: Array) -> Array:
+        return rows.at[i].set(jnp.where((rows == draws[i]).any(), last[i], draws[i]))
+
+    return jax.lax.fori_loop(0, size, put, jnp.full_like(draws, -1))
 
 
 def minibatches(size: int) -> _Minibatches:
     """A `resample` for `train`: each step sees `size` examples (rows of inputs and targets), drawn without
     replacement, afresh at every step. Raises `ValueError` for a size that is not positive, or above the data's."""
     check_positive(size=size)
-    return _Minibatches(size)
+    return _Minibatches(int(size))

@@ -16,7 +16,7 @@ from attnlab.checks import check_finite, check_intervals, check_leading_axis
 from attnlab.objective import Objective, check_objective
 from attnlab.training.checkpoint import Checkpoint, fingerprint
 from attnlab.training.optimizer import check_optimizer, member_values, start_optimizer, update
-from attnlab.training.probe import Probe, TrainingState, check_probes, measure, median_of_finite, start_probes
+from attnlab.training.probe import Probe, TrainingState, by_name, check_probes, measure, median_of_finite, start_probes
 from attnlab.training.records import Records, check_no_divergence, concatenate
 from attnlab.types import Params, PRNGKey, PyTree
 
@@ -115,10 +115,11 @@ def train(
     the loss or the parameters are no longer finite: what was saved until then stays.
     """
     check_intervals(steps, every)
+    steps, every = int(steps), int(every)  # 1e4 is a whole number too
     members = _members(key)
     if own_risks and members is None:
         raise ValueError("own_risks is for ensembles; expected keys of shape (m,), and got one key. Split it.")
-    plan = _Plan(optimizer, tuple(sorted((probes or {}).items())), every, resample, members, own_risks)
+    plan = _Plan(optimizer, by_name(probes or {}), every, resample, members, own_risks)
     start = _first_state(risk, params, key, plan, hyperparameters or {})
     checkpoint = None
     if directory is not None:
@@ -172,6 +173,14 @@ def _check_functions(risk: Any, plan: _Plan) -> None:
             "parameters alone as jax.tree_util.Partial(function)."
         )
     check_optimizer(plan.optimizer)
+    for name, function in (("optimizer", plan.optimizer), ("resample", plan.resample), *plan.probes):
+        try:
+            hash(function)
+        except TypeError as error:
+            raise TypeError(
+                f"'{name}' cannot be hashed: {error}; expected a static argument of jax.jit. Make its class a "
+                "frozen dataclass, and bind arrays with functools.partial instead of fields."
+            ) from None
 
 
 def _check_resample(risk: Objective, key: PRNGKey, resample: Resample | None) -> None:
@@ -295,7 +304,7 @@ def _all_finite(params: Params) -> Bool[Array, ""]:
 @jax.jit(static_argnames=("plan",))
 def _measure_last(risk: Objective, state: TrainingState, plan: _Plan) -> dict[str, PyTree]:
     values = _each_member(lambda risk, state: measure(risk, state, plan.probes)[0], plan)(risk, state)
-    return jax.tree.map(lambda leaf: leaf[None], values)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], values)
 
 
 @jax.jit(static_argnames=("plan",))

@@ -1,6 +1,6 @@
 """What is measured during training: a probe is a small pure function taken inside the training scan."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -59,6 +59,19 @@ class _WithoutMemory:
         return self.function(risk, state.params), memory
 
 
+def by_name(probes: Mapping[str, Probe]) -> NamedProbes:
+    """The probes in the order of their names. Raises `TypeError` for what is no mapping, or no probe."""
+    if not isinstance(probes, Mapping):
+        raise TypeError(f"probes is a {type(probes).__name__}; expected a dict of probes by name.")
+    for name, each in probes.items():
+        if not isinstance(each, Probe):
+            raise TypeError(
+                f"probe '{name}' is a {type(each).__name__}; expected an attnlab.training.Probe. A function of "
+                "(risk, params) becomes one by attnlab.training.probe(function)."
+            )
+    return tuple(sorted(probes.items(), key=lambda item: item[0]))
+
+
 def start_probes(risk: Objective, state: TrainingState, probes: NamedProbes) -> TrainingState:
     """The state with what every probe remembers at the start."""
     memory = {}
@@ -87,13 +100,7 @@ def _probe_key(state: TrainingState, number: int) -> PRNGKey:
 
 
 def check_probes(risk: Objective, state: TrainingState, probes: NamedProbes) -> None:
-    """Raise `TypeError` for what is no probe, or one whose memory changes structure or that measures nothing."""
-    for name, each in probes:
-        if not isinstance(each, Probe):
-            raise TypeError(
-                f"probe '{name}' is a {type(each).__name__}; expected an attnlab.training.Probe. A function of "
-                "(risk, params) becomes one by attnlab.training.probe(function)."
-            )
+    """Raise `TypeError` for a probe whose memory changes structure, or that measures nothing."""
     state = jax.eval_shape(lambda risk, state: start_probes(risk, state, probes), risk, state)
     values, memory = jax.eval_shape(lambda risk, state: measure(risk, state, probes), risk, state)
     for name, _ in probes:
