@@ -130,22 +130,39 @@ def losses_of(
     r" \frac{\|H_{VV}\|}{\|H_{QQ}\|}\Big|_{\text{linear, pre-LN, or } \sigma = 1} \text{ at initialisation}",
     source="Ormaniec, Dangel, Singh, arXiv 2410.10986, figure 1",
     tolerance=0.0,
-    because="one-sided: softmax stands at 30 to 100; linear attention, a LayerNorm before softmax and embeddings of "
-    "standard deviation 1, the negative controls, at 0.3 to 6",
+    because="one-sided: softmax stands at 20 to 140, by the start; linear attention, a LayerNorm before softmax and "
+    "embeddings of standard deviation 1, the negative controls, at 0.4 to 1.2",
     relation="at least",
 )
 def softmax_blocks_are_heterogeneous(key: PRNGKey) -> Comparison:
     """One causal layer on the addition of two numbers of two digits."""
+    controls = np.array([_value_over_query(key, *control) for control in ALIKE])
+    return Comparison(np.full(3, 10.0), _value_over_query(key, "softmax", 0.2) / controls)
 
-    def ratio(kind: str, scale: float = 0.2) -> float:
-        risk, params = addition_attention(key, kind, 16, digits=2)
-        params = {name: scale * leaf if "embedding" in name else leaf for name, leaf in params.items()}
-        params["unembedding"] = params["unembedding"] / scale
-        value, query = (hessian(risk, params, block=f"attention/{name}").dense() for name in ("value", "query"))
-        return float(jnp.linalg.norm(value) / jnp.linalg.norm(query))
 
-    controls = np.array([ratio("linear"), ratio("pre-LN"), ratio("softmax", 1.0)])
-    return Comparison(np.full(3, 10.0), ratio("softmax") / controls)
+ALIKE = (("linear", 0.2), ("pre-LN", 0.2), ("softmax", 1.0))
+
+
+@claim(
+    statement=r"\frac{\|H_{VV}\|}{\|H_{QQ}\|} \approx 1 \text{ at initialisation for linear attention, pre-LN, or } \sigma = 1",
+    source="Ormaniec, Dangel, Singh, arXiv 2410.10986, figure 1",
+    tolerance=0.5,
+    because="a factor of 3 in the geometric mean of four starts; softmax at sigma = 0.2, the negative control, is a factor "
+    "of 20 and more away, as `softmax-blocks-are-heterogeneous` has it",
+)
+def blocks_are_alike_without_small_softmax_scores(key: PRNGKey) -> Comparison:
+    """log10 of the ratio, on the same problem."""
+    ratios = [[_value_over_query(start, *control) for control in ALIKE] for start in jax.random.split(key, 4)]
+    return Comparison(np.zeros(3), np.log10(ratios).mean(axis=0), scale=1)
+
+
+def _value_over_query(key: PRNGKey, kind: str, scale: float) -> float:
+    """Norm of the value block over that of the query block, with embeddings of standard deviation `scale`."""
+    risk, params = addition_attention(key, kind, 16, digits=2)
+    tables = ("token_embedding", "position_embedding")
+    params = {name: scale * leaf if name in tables else leaf for name, leaf in params.items()}
+    value, query = (hessian(risk, params, block=f"attention/{name}").dense() for name in ("value", "query"))
+    return float(jnp.linalg.norm(value) / jnp.linalg.norm(query))
 
 
 @claim(
@@ -183,24 +200,24 @@ SGD_AND_ADAM = tuple(
 
 @claim(
     statement=r"\frac{L_{\mathrm{SGD}}}{L_{\mathrm{Adam}}} \ge 1.5 \text{ on deep linear attention},\quad"
-    r" \le 1.5 \text{ with one layer}",
+    r" \le 1.5 \text{ with one layer, after 250 and 1250 steps}",
     source="Ahn et al., arXiv 2310.01082, section 3",
     tolerance=0.0,
-    because="one-sided in both entries (the second, the negative control, is turned round): the median of batch losses "
-    "over 50 steps scatters by some 10 %",
+    because="one-sided in all entries (those of one layer, the negative control, are turned round): the median of batch "
+    "losses over 50 steps scatters by some 10 %",
     relation="at least",
 )
 def adam_gains_with_depth_on_linear_attention(key: PRNGKey) -> Comparison:
-    """Three layers and one, d = 3, N = 10, 250 steps of either optimizer at rate 0.02 with clipping."""
+    """Three layers and one, d = 3, N = 10, either optimizer at rate 0.02 with clipping."""
 
-    def ratio(layers: int) -> float:
+    def ratios(layers: int) -> np.ndarray:
         risk, params = stack_training(key, layers=layers, dimension=3, length=10, prompts=8)
-        options: dict[str, Any] = {"steps": 250, "every": 250, "resample": FreshPrompts(3, 10, 64)}
+        options: dict[str, Any] = {"steps": 1250, "every": 1250, "resample": FreshPrompts(3, 10, 64)}
         losses = [train(risk, params, optimizer, key, **options).records.losses for optimizer in SGD_AND_ADAM]
-        medians = [float(np.median(part[-50:])) for part in losses]
-        return medians[0] / medians[1]
+        medians = [[float(np.median(part[step - 50 : step])) for step in (250, 1250)] for part in losses]
+        return np.array(medians[0]) / np.array(medians[1])
 
-    return Comparison(np.array([1.5, -1.5]), np.array([ratio(3), -ratio(1)]), scale=1)
+    return Comparison(np.array([1.5, 1.5, -1.5, -1.5]), np.append(ratios(3), -ratios(1)), scale=1)
 
 
 @claim(
@@ -244,24 +261,29 @@ def class_losses(weights: Array) -> Array:
 
 
 @claim(
-    statement=r"\|X_4 - 1\bar x^\top\| / \|X_4\| \le 0.01 \text{ without skip connections},"
+    statement=r"\|X_0 - 1\bar x^\top\| / \|X_0\| \ge 0.9,\quad \|X_4 - 1\bar x^\top\| / \|X_4\| \le 0.01 \text{ without skip connections},"
     r"\quad \|X_{12} - 1\bar x^\top\| / \|X_{12}\| \ge 0.8 \text{ with branches over } \sqrt{12}",
     source="Dong, Cordonnier, Loukas, arXiv 2103.03404; Noci et al., arXiv 2206.03126",
     tolerance=0.0,
-    because="one-sided in both entries (the second, the negative control, is turned round)",
+    because="one-sided in all entries (the inputs' and that of the last, the negative control, are turned round)",
     relation="at most",
 )
 def attention_alone_collapses_the_rank(key: PRNGKey) -> Comparison:
     """Random softmax attention layers of width 16 on 8 tokens."""
-    found = np.array([_rank_residual(key, 4, False), -_rank_residual(key, 12, True)])
-    return Comparison(np.array([0.01, -0.8]), found, scale=1)
+    inputs = rank_residual(_tokens(key))
+    found = np.array([-inputs, _rank_residual(key, 4, False), -_rank_residual(key, 12, True)])
+    return Comparison(np.array([-0.9, 0.01, -0.8]), found, scale=1)
+
+
+def _tokens(key: PRNGKey) -> Array:
+    return jax.random.normal(key, (4, 8, 16))
 
 
 @partial(jax.jit, static_argnames=("depth", "skip"))
 def _rank_residual(key: PRNGKey, depth: int, skip: bool) -> Array:
     attention = AttentionConfig(16, 16, output_dim=16)
     stack = Transformer(TransformerConfig(attention, depth, norm=None, residual=skip))
-    tokens = jax.random.normal(key, (4, 8, 16))
+    tokens = _tokens(key)
     params = stack.init(key, tokens)["params"]
     if skip:
         for layer in params.values():
