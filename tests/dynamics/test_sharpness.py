@@ -39,7 +39,8 @@ def warm(matrix, start):
 def follow(matrix, start, accuracy, certified=1, batched=False):
     product = lambda vector: matrix @ vector  # noqa: E731
     course = Course(start, start)
-    return followed_top_pairs(lambda: product, course, accuracy=accuracy, certified=certified, batched=batched)[0]
+    options = {"accuracy": accuracy, "certified": certified, "batched": batched}
+    return followed_top_pairs(lambda: product, course, jax.random.key(0), **options)[0]
 
 
 def check_certificates(pairs, matrix):
@@ -82,13 +83,13 @@ def test_a_good_start_costs_one_product_a_pair_and_a_bad_one_more(key):
 
     _, vectors = np.linalg.eigh(matrix)
     start = {"good": jnp.asarray(vectors[:, -2:].T), "bad": jnp.asarray(np.linalg.qr(vectors[:, :2] + 0.1)[0].T)}
-    for name, count in (("good", 2), ("bad", 22)):
+    for name, counts in (("good", [2]), ("bad", range(4, 23, 2))):
         calls.clear()
         jax.block_until_ready(
-            jax.jit(lambda v: followed_top_pairs(lambda: product, Course(v, v), accuracy=1e-12)[0])(start[name])
+            jax.jit(lambda v: followed_top_pairs(lambda: product, Course(v, v), key, accuracy=1e-12)[0])(start[name])
         )
         jax.effects_barrier()
-        assert len(calls) == count
+        assert len(calls) in counts
 
 
 @pytest.mark.parametrize("speed", [0.02, -0.1])
@@ -102,7 +103,7 @@ def test_the_course_leads_a_turning_eigenvector(speed, key):
     def step(course, power):
         frame = jnp.linalg.matrix_power(mixed, power)
         matrix = (frame * base[None, :]) @ frame.T
-        return followed_top_pairs(lambda: lambda v: matrix @ v, course, accuracy=1.0)
+        return followed_top_pairs(lambda: lambda v: matrix @ v, course, key, accuracy=1.0)
 
     course = Course(jnp.eye(40)[-2:], jnp.eye(40)[-2:])
     for power in range(8):
@@ -118,6 +119,33 @@ def test_a_guard_notices_the_eigenvalue_that_overtakes(key):
     assert_close(follow(jnp.diag(jnp.asarray(before)), start, 0.01).values[-1], 3.0, 1e-12)
     assert_close(follow(jnp.diag(jnp.asarray(after)), start, 0.01).values[-1], 3.5, 1e-12)
     assert_close(follow(jnp.diag(jnp.asarray(after)), start[-1:], 0.01).values[-1], 3.0, 1e-12)
+
+
+def test_an_eigenvalue_that_rises_from_outside_of_the_pairs_is_found(key):
+    """The pairs are exact and stay so: only what is drawn anew has anything of the direction that overtakes."""
+    options = {"accuracy": 0.01, "certified": 1}
+
+    @jax.jit
+    def step(course, rising, key):
+        product = lambda vector: jnp.r_[jnp.linspace(0, 1, 97), rising, 2.0, 3.0] * vector  # noqa: E731
+        return followed_top_pairs(lambda: product, course, key, **options)
+
+    start = jnp.eye(100)[-2:]
+    course, found = Course(start, start), []
+    for number in range(20):
+        pairs, course = step(course, 1.0 + 0.5 * number, jax.random.fold_in(key, number))
+        found.append(float(pairs.values[-1]))
+    assert_close(np.array(found[12:]), 1.0 + 0.5 * np.arange(12, 20), 0.01)
+
+
+def test_tracking_recovers_from_an_operator_that_is_not_finite(key):
+    matrix, options = symmetric(SPECTRUM, key), {"accuracy": 0.01, "rounds": 30}
+    start = jnp.eye(120)[:2]
+    bad, course = followed_top_pairs(lambda: lambda v: v * jnp.nan, Course(start, start), key, **options)
+    assert np.all(np.isnan(bad.values))
+    good, course = followed_top_pairs(lambda: lambda v: matrix @ v, course, key, **options)
+    assert np.all(np.isfinite(course.last))
+    assert_close(good.values[-1], 6.0, 0.01)
 
 
 @pytest.mark.parametrize("dimension", [1, 2, 3])

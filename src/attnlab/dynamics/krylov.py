@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -20,6 +21,10 @@ DENSE_DIMENSION = 64
 
 COLD_TOLERANCE = 1e-4
 """Residual of a cold start, relative to the largest eigenvalue in modulus."""
+
+RANDOM_SHARE = 0.03
+"""Length of the random direction that is mixed into every guard between two measurements. An eigenvector that the
+subspace is orthogonal to cannot be found from it, however far its eigenvalue rises; from this share on it grows."""
 
 
 class TopPairs(NamedTuple):
@@ -60,6 +65,7 @@ def warm_top_pairs(product: FlatProduct, start: Float[Array, "k n"], depth: int 
 def followed_top_pairs(
     linearise: Callable[[], FlatProduct],
     course: Course,
+    key: PRNGKey,
     *,
     accuracy: float,
     certified: int = 1,
@@ -70,18 +76,26 @@ def followed_top_pairs(
 
     Rayleigh-Ritz in span V (V = `course.ahead`), k products. Only where a residual r of one of the highest `certified`
     pairs says that its value's error, about ||r||^2 / gap, may exceed `accuracy` times the highest value: rounds of
-    steepest ascent, Rayleigh-Ritz in span{V, R} with R the residuals, k more products each, at most `rounds`. The gap
-    is that to the lowest of the k pairs, the guard; for the guard itself, its value.
+    steepest ascent, Rayleigh-Ritz in span{V, W, R} with R the residuals and W the next k Ritz vectors of the round
+    before, k more products each, at most `rounds`. The gap is that to the lowest of the k pairs, the guard; for the
+    guard itself, its value.
+
+    The residual tells that an eigenvalue is near, not that it is the highest. One that rises from outside of span V is
+    met through the guards, the pairs below the `certified` ones: a little of them is drawn anew each time (`key`), and
+    steps of ascent enlarge what belongs to a higher eigenvalue, over some measurements if it overtakes slowly. Where
+    the operator was not finite the next measurement starts from random vectors.
 
     `linearise` returns the product. It is called again for the rounds: most measurements need none, and to keep the
     saved values of a linearisation for them costs more than to make them anew. `batched` takes the k products of a
     block at once (`fastest_batching` tells whether that pays). Pure; for jitted code.
     """
-    product, start, count = linearise(), course.ahead, course.ahead.shape[0]
+    product, start, (count, dimension) = linearise(), course.ahead, course.ahead.shape
     images = jax.vmap(product)(start) if batched else jnp.stack([product(vector) for vector in start])
-    width = min(count, start.shape[1] - count)  # no more vectors than dimensions
+    width = min(count, dimension - count)  # no more vectors than dimensions
+    kept = min(2 * count, dimension - width)
 
     def unsettled(pairs: TopPairs) -> Array:
+        pairs = _highest(pairs, count)
         gaps = (pairs.values - pairs.values[0]).at[0].set(jnp.abs(pairs.values[0]))
         allowed = accuracy * jnp.abs(pairs.values[-1]) * jnp.maximum(gaps, pairs.residuals)
         return jnp.any((pairs.residuals**2 > allowed)[-certified:])
@@ -92,38 +106,55 @@ def followed_top_pairs(
 
         def once(state: tuple[Array, TopPairs, Array]) -> tuple[Array, TopPairs, Array]:
             number, pairs, images = state
-            remainders = images - pairs.values[:, None] * pairs.vectors
-            block = _orthonormal_block(remainders[-width:], pairs.vectors)
+            remainders = (images - pairs.values[:, None] * pairs.vectors)[-width:]
+            block = _orthonormal_block(remainders, pairs.vectors)
             basis, images = jnp.concatenate([pairs.vectors, block]), jnp.concatenate([images, apply(block)])
-            return number + 1, *_rayleigh_ritz(basis, images, count)
+            return number + 1, *_rayleigh_ritz(basis, images, kept)
 
-        return jax.lax.while_loop(lambda s: (s[0] < rounds) & unsettled(s[1]), once, (jnp.array(0), *state))[1:]
+        empty = partial(jnp.pad, pad_width=((kept - count, 0), (0, 0)))
+        pairs, images = state
+        padded = TopPairs(*(empty(part[:, None])[:, 0] if part.ndim == 1 else empty(part) for part in pairs))
+        initial = jnp.array(0), padded, empty(images)
+        _, pairs, images = jax.lax.while_loop(lambda s: (s[0] < rounds) & unsettled(s[1]), once, initial)
+        return _highest(pairs, count), images[-count:]
 
     state = _rayleigh_ritz(start, images, count)
     if width > 0:
         state = jax.lax.cond(unsettled(state[0]), refine, lambda state: state, state)
-    return state[0], _next_course(*state, course.last)
+    return state[0], _next_course(*state, course.last, key, count - certified)
 
 
-def _next_course(pairs: TopPairs, images: Float[Array, "k n"], last: Float[Array, "k n"]) -> Course:
+def _highest(pairs: TopPairs, count: int) -> TopPairs:
+    return TopPairs(*(part[-count:] for part in pairs))
+
+
+def _next_course(
+    pairs: TopPairs, images: Float[Array, "k n"], last: Float[Array, "k n"], key: PRNGKey, guards: int
+) -> Course:
     """Free of products: a step of ascent V + R / (0.8 highest), which multiplies what V holds of an eigenvalue m by
     (m - 0.2 highest) / (0.8 highest), at most a half for m from -0.2 to 0.6 of the highest; then as far again as the
-    vectors have turned since the last time, where they have turned little."""
+    vectors have turned since the last time, where they have turned little; then a random share for the guards."""
     highest = pairs.values[-1]
     step = jnp.where(highest > 0, 1 / (0.8 * jnp.where(highest > 0, highest, 1)), 0)
     now = pairs.vectors + step * (images - pairs.values[:, None] * pairs.vectors)
     cosines = jnp.sum(now * last, axis=1) / (jnp.linalg.norm(now, axis=1) * jnp.linalg.norm(last, axis=1))
     turned = now - jnp.sign(cosines)[:, None] * last
     ahead = now + jnp.where(jnp.abs(cosines) > 0.95, 1, 0).astype(now.dtype)[:, None] * turned
-    return Course(jnp.linalg.qr(ahead[::-1].T)[0].T[::-1], now)
+    random = jax.random.normal(key, ahead.shape, ahead.dtype) / ahead.shape[1] ** 0.5
+    shares = jnp.where(jnp.arange(len(ahead)) < guards, RANDOM_SHARE, 0).astype(ahead.dtype)
+    ahead = jnp.where(jnp.all(jnp.isfinite(ahead)), ahead + shares[:, None] * random, random)
+    ahead = jnp.linalg.qr(ahead[::-1].T)[0].T[::-1]
+    return Course(ahead, jnp.where(jnp.all(jnp.isfinite(now)), now, ahead))
 
 
 def _rayleigh_ritz(
     basis: Float[Array, "m n"], images: Float[Array, "m n"], count: int
 ) -> tuple[TopPairs, Float[Array, "k n"]]:
-    """The highest `count` Ritz pairs of span `basis` (orthonormal rows), and the images of their vectors."""
+    """The highest `count` Ritz pairs of span `basis` (orthonormal rows), and the images of their vectors. Rows of zeros
+    hold the place of a vector that is not there: they come below everything."""
     projected = basis @ images.T
-    values, rotation = jnp.linalg.eigh((projected + projected.T) / 2)
+    missing = jnp.where(jnp.any(basis != 0, axis=1), 0, 1 + jnp.linalg.norm(projected))
+    values, rotation = jnp.linalg.eigh((projected + projected.T) / 2 - jnp.diag(missing))
     values, rotation = values[-count:], rotation[:, -count:].T
     vectors, images = rotation @ basis, rotation @ images
     return TopPairs(values, vectors, jnp.linalg.norm(images - values[:, None] * vectors, axis=1)), images

@@ -30,7 +30,8 @@ class Tracking:
     Attributes:
         count: how many pairs k, at a Hessian product each.
         certified: how many of them, from the highest, are followed to the `accuracy`; the others are guards, which give
-            the gap, and notice when another eigenvalue overtakes.
+            the gap, and notice when another eigenvalue overtakes, after some measurements where it comes from outside
+            of the pairs. Their own values are good to a few percent.
         accuracy: largest error of a certified value, as a share of the highest, by the estimate ||residual||^2 / gap:
             where it is exceeded, further products follow. The estimate is cautious: at 0.01 some 95 % of the errors are
             below 0.005.
@@ -73,6 +74,7 @@ class _Measure:
         pairs, course = followed_top_pairs(
             lambda: linearise().flat_mv,
             memory,
+            key,
             accuracy=now.accuracy,
             certified=now.certified,
             rounds=now.rounds,
@@ -130,11 +132,12 @@ def stability(optimizer: StableOptimizer, tracking: Tracking = Tracking()) -> Pr
     """Probe: the highest eigenvalues of P^-1/2 H P^-1/2 (`values`, `residuals`), the optimizer's `threshold`, and
     `ratio`, the highest over the threshold: 1 at the edge of stability.
 
-    The run must train with `optimizer.transformation`. P and the threshold are those of the step from this point, at
-    the cost of one more gradient. Raises `TypeError` for an optimizer that `stable_optimizer` did not build, whose
-    threshold is not known, and before training starts `ValueError` where the run's optimizer has a state of another
-    structure. Another one with a state of the same structure cannot be told: not `heavy_ball` from `nesterov`, nor one
-    b1 or b2 from another; only the learning rate is read from the run.
+    The run must train with `optimizer.transformation`. P and the threshold are those of the step from this point with
+    the gradient over all examples, also where the run trains on batches, at the cost of that gradient. Raises
+    `TypeError` for an optimizer that `stable_optimizer` did not build, whose threshold is not known, and before
+    training starts `ValueError` where the run's optimizer has a state of another structure. Another one with a state of
+    the same structure cannot be told: not `heavy_ball` from `nesterov`, nor one b1 or b2 from another; only the
+    learning rate is read from the run.
     """
     if not isinstance(optimizer, StableOptimizer):
         raise TypeError(
