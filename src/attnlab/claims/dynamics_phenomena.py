@@ -2,6 +2,7 @@
 rank collapse; each with its negative control. The analyses show the same at full size."""
 
 from functools import partial
+from itertools import combinations
 from typing import Any
 
 import jax
@@ -191,6 +192,35 @@ def jensen_shannon_on_linear_bins_is_nearly_blind_to_scale(key: PRNGKey) -> Comp
     spectrum = 10.0 ** (-6 * jax.random.uniform(key, (256,)))
     found = jnp.stack([jensen_shannon(10.0**power * spectrum, spectrum) for power in (-2, -1, 1, 2)])
     return Comparison(jnp.full(4, 0.25), found)
+
+
+@claim(
+    statement=r"\overline{W_1}(\log_{10}|\lambda|)\big|_{\text{softmax}} \ge 1.5\,"
+    r" \overline{W_1}(\log_{10}|\lambda|)\big|_{\text{pre-LN}},\quad"
+    r" \overline{\mathrm{JS}}_{64}(\lambda) \le 0.15 \text{ bits in both}",
+    source="measured here; the second, the negative control, is the statistic of Zhang et al., arXiv 2402.16788",
+    tolerance=0.0,
+    because="one-sided (the divergences are turned round): the ratio of distances stands at 2 to 3.6, the divergences, "
+    "of at most 1 bit, at 0.04 to 0.1, and higher for pre-LN, whose blocks are the more alike",
+    relation="at least",
+)
+def wasserstein_of_logarithms_tells_kinds_of_attention_apart(key: PRNGKey) -> Comparison:
+    """Means over the pairs of the four blocks of a layer on additions of five digits, embeddings of std 0.2."""
+    distances, divergences = [], []
+    for kind in ("softmax", "pre-LN"):
+        risk, params = addition_attention(key, kind, 16)
+        for name in ("token_embedding", "position_embedding"):
+            params[name] = 0.2 * params[name]
+        pairs = list(combinations(_block_spectra(risk, params), 2))
+        distances.append(np.mean([log_wasserstein(*pair) for pair in pairs]))
+        divergences.append(np.mean([jensen_shannon(*pair) for pair in pairs]))
+    return Comparison(np.array([1.5, -0.15, -0.15]), np.array([distances[0] / distances[1], *np.negative(divergences)]))
+
+
+@jax.jit
+def _block_spectra(risk: Objective, params: Params) -> list[Array]:
+    names = ("key", "output", "query", "value")
+    return [jnp.linalg.eigvalsh(hessian(risk, params, block=f"attention/{name}").dense()) for name in names]
 
 
 SGD_AND_ADAM = tuple(
