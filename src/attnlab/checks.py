@@ -16,6 +16,12 @@ def is_concrete(tree: PyTree) -> bool:
     return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
+def lowest(tree: PyTree) -> float:
+    """The least entry of arrays that are concrete, also within a jitted program."""
+    with jax.ensure_compile_time_eval():
+        return min(float(jnp.min(leaf)) for leaf in jax.tree.leaves(tree))
+
+
 def check_finite(name: str, tree: PyTree) -> None:
     """Raise `ValueError` if a floating-point leaf of `tree` holds a NaN or an infinity (skipped while tracing)."""
     if not is_concrete(tree):

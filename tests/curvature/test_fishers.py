@@ -108,6 +108,8 @@ def test_preconditioned_hessian_of_all_parameters_and_of_a_block(key):
     expected = oracles.hessian(risk, params) / np.outer(root, root)
     assert_close(precondition(hessian(risk, params), preconditioner).dense(), expected)
     rows = block_slices(params)["query"]
+    product = jax.jit(lambda params, vector: precondition(hessian(risk, params), preconditioner).flat_mv(vector))
+    assert_close(product(params, expected[0]), expected @ expected[0])  # a constant of a jitted program
     block = precondition(hessian(risk, params, block="query"), preconditioner)
     assert_close(block.dense(), expected[rows, rows])
 

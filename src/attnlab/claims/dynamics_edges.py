@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, Float
 
 from attnlab.claims.registry import Comparison, claim
-from attnlab.dynamics.flows import central_flow
+from attnlab.dynamics.flows import central_flow, smoothed
 from attnlab.dynamics.problems import digits_attention
 from attnlab.dynamics.stability import StableOptimizer, preconditioner_after_step, stable_optimizer
 from attnlab.objective import Objective
@@ -117,8 +117,7 @@ def _rmsprop(risk: Objective, params: Params, moment: Params) -> tuple[Params, P
 def _distance_ratio(risk: Objective, params: Params, moment: Params, key: PRNGKey) -> float:
     """Of RMSProp's mean iterate from the stable flow, over that from the central flow, at the end."""
     path = _rmsprop(risk, params, moment)
-    # (w_t + 2 w_t+1 + w_t+2) / 4 takes an oscillation of period two out of the iterates
-    smooth = jax.tree.map(lambda leaf: (leaf[:-2] + 2 * leaf[1:-1] + leaf[2:]) / 4, path)
+    smooth = smoothed(path)
     start, end = (jax.tree.map(itemgetter(step), smooth) for step in (0, STEPS))
     central = central_flow(
         risk, start[0], key, learning_rate=RATE, steps=STEPS, every=STEPS, b2=B2, second_moment=start[1], substeps=2

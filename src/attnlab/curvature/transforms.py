@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
-from attnlab.checks import check_finite, check_same_structure, is_concrete
+from attnlab.checks import check_finite, check_same_structure, is_concrete, lowest
 from attnlab.curvature.operators import Block, Operator
 from attnlab.trees import Selection, dimension, leaf_names, select, zeros_like
 from attnlab.types import Params, PyTree
@@ -29,7 +29,7 @@ def precondition(operator: Operator, preconditioner: Params) -> Operator:
         preconditioner = OrderedDict((name, leaves[name]) for name in operator.point)
     check_same_structure("preconditioner", preconditioner, operator.point)
     check_finite("preconditioner", preconditioner)
-    if is_concrete(preconditioner) and min(float(leaf.min()) for leaf in jax.tree.leaves(preconditioner)) <= 0:
+    if is_concrete(preconditioner) and lowest(preconditioner) <= 0:
         raise ValueError("preconditioner has an entry that is zero or negative; expected positive ones. Raise eps.")
     factors = jax.tree.map(lambda leaf, x: jax.lax.rsqrt(leaf).astype(x.dtype), preconditioner, operator.point)
     return Operator(Partial(_preconditioned, factors, operator.linear), operator.point)

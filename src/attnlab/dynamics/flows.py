@@ -11,7 +11,7 @@ from jax.experimental.ode import odeint
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
-from attnlab.checks import check_finite, check_intervals, check_positive, check_same_structure, is_concrete
+from attnlab.checks import check_finite, check_intervals, check_positive, check_same_structure, is_concrete, lowest
 from attnlab.curvature.operators import hessian
 from attnlab.curvature.transforms import precondition
 from attnlab.dynamics.complementarity import basis, solve_complementarity
@@ -211,7 +211,7 @@ def _check_second_moment(b2: float, second_moment: Params | None, params: Params
         raise ValueError(f"b2 is {b2}; expected a number above 0 and below 1: its flow has the rate (1 - b2) / b2.")
     check_same_structure("second_moment", second_moment, params)
     check_finite("second_moment", second_moment)
-    if is_concrete(second_moment) and min(float(leaf.min()) for leaf in jax.tree.leaves(second_moment)) < 0:
+    if is_concrete(second_moment) and lowest(second_moment) < 0:
         raise ValueError("second_moment has a negative entry; expected the mean square of gradients.")
 
 
