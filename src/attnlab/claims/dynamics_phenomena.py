@@ -115,6 +115,21 @@ def warmup_survives_a_sharp_start(key: PRNGKey) -> Comparison:
     return Comparison(np.array([[1, 0], [0, 1], [0, 1]]), np.array(measured, dtype=int), scale=1)
 
 
+@claim(
+    statement=r"\tfrac{\eta}{2} \lambda_1(H): 12 \to 1 \text{ behind a warm-up}",
+    source="Gilmer et al., arXiv 2110.04369; Kalra, Barkeshli, arXiv 2406.09405",
+    tolerance=0.2,
+    because="the sharpness swings above the edge by some 10 %; it starts, the negative control, at twelve times the edge",
+)
+def warmup_ends_at_the_edge(key: PRNGKey) -> Comparison:
+    """The same blocks after 300 steps, the first 80 of them of warm-up."""
+    risk, params = digits_transformer(key, key, 16)
+    rate = 12 * 2 / eigenpairs(hessian(risk, params), key, count=1).values[-1]
+    options: dict[str, Any] = {"steps": 300, "every": 100, "hyperparameters": {"learning_rate": rate}}
+    end = train(risk, params, WARMED, key, **options).params
+    return Comparison(1.0, eigenpairs(hessian(risk, end), key, count=1).values[-1] * rate / 2)
+
+
 def losses_of(
     risk: Objective, params: Params, optimizer: optax.GradientTransformation, rate: Array, key: PRNGKey
 ) -> np.ndarray:
