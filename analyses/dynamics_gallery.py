@@ -49,8 +49,10 @@ class Config(AnalysisConfig):
 def compute(config: Config, progress: Progress) -> Arrays:
     """Every member at every seed: its findings column by column, `measured` (findings, seeds) and the others
     (findings,), the `analysis` of each, and the `seconds` that members took, (members, seeds)."""
+    from attnlab.checks import check_names
     from attnlab.runs import stored_arrays
 
+    check_names("member", config.members, MEMBERS)
     if config.seeds < 1:
         raise ValueError(f"seeds is {config.seeds}; expected at least 1.")
     task = progress.add_task("gallery", total=config.seeds * len(config.members), status="")

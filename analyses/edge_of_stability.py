@@ -58,11 +58,13 @@ def compute(config: Config, progress: Progress) -> Arrays:
     """Train every run with the sharpness tracked inside the scan."""
     import jax
 
+    from attnlab.checks import check_names
     from attnlab.dynamics.problems import digits_attention, easy_regression
     from attnlab.dynamics.sharpness import stability, top_eigenvalues
     from attnlab.dynamics.stability import stable_optimizer
     from attnlab.training import DivergenceError, show_progress, train
 
+    check_names("run", config.runs, RUNS)
     key, arrays = jax.random.key(config.seed), {}
     digits, control = digits_attention(key, key), easy_regression(key)
     for name in config.runs:

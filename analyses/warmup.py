@@ -45,11 +45,13 @@ def compute(config: Config, progress: Progress) -> Arrays:
     import jax
     import optax
 
+    from attnlab.checks import check_names
     from attnlab.dynamics.problems import digits_transformer
     from attnlab.dynamics.sharpness import stability
     from attnlab.dynamics.stability import stable_optimizer
     from attnlab.training import DivergenceError, show_progress, train
 
+    check_names("run", config.runs, RUNS)
     key, arrays = jax.random.key(config.seed), {}
     for name in config.runs:
         warm, final_norm = RUNS[name]

@@ -67,8 +67,8 @@ class Setting(NamedTuple):
 SETTINGS = {
     "digits attention": Setting(digits_problem, optax.sgd(0.05), 200, 2000, 15),
     "digits attention at the edge": Setting(digits_problem, optax.sgd(0.2), 200, 2000, 15),
-    "transformer": Setting(transformer_problem, optax.sgd(0.02), 100, 600, 4),
-    "transformer at the edge": Setting(transformer_problem, optax.sgd(0.05), 100, 600, 4),
+    "transformer": Setting(transformer_problem, optax.sgd(0.02), 100, 500, 3),
+    "transformer at the edge": Setting(transformer_problem, optax.sgd(0.05), 100, 500, 3),
 }
 
 

@@ -15,6 +15,7 @@ def gallery():
 
 
 def test_a_stopped_run_resumes_and_every_seed_has_its_column(gallery, tmp_path, monkeypatch):
+    monkeypatch.setattr(gallery, "MEMBERS", ("one", "two"))
     config = gallery.Config(output=tmp_path, seed=4, seeds=2, members=("one", "two"))
     measured = []
 
@@ -45,3 +46,11 @@ def test_a_stopped_run_resumes_and_every_seed_has_its_column(gallery, tmp_path, 
 def test_no_seed_is_an_error(gallery):
     with pytest.raises(ValueError, match="seeds is 0; expected at least 1"):
         gallery.compute(gallery.Config(seeds=0), Progress(disable=True))
+
+
+@pytest.mark.parametrize("name", ["dynamics-gallery", "edge-of-stability", "warmup"])
+def test_an_unknown_member_or_run_is_an_error(name):
+    script = load_script(analysis_scripts()[name])
+    flag = "members" if name == "dynamics-gallery" else "runs"
+    with pytest.raises(ValueError, match=f"there is no {flag[:-1]} 'GD 0.3'; expected one of: "):
+        script.compute(script.Config(**{flag: ("GD 0.3",)}), Progress(disable=True))

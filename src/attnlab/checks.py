@@ -121,3 +121,11 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> ValueError:
     near = get_close_matches(name, known, n=1)
     hint = f" Did you mean '{near[0]}'?" if near else ""
     return ValueError(f"there is no {kind} '{name}'; expected one of: {', '.join(known) or '(none)'}.{hint}")
+
+
+def check_names(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """Raise `ValueError` for the first of `names` that is not in the table `known`."""
+    known = list(known)
+    for name in names:
+        if name not in known:
+            raise unknown_name(kind, name, known)
