@@ -14,9 +14,24 @@ from attnlab.claims import REGISTRY, Claim, Comparison, claim, claim_by_name, lo
 ATTNLAB = Path(sys.executable).with_name("attnlab")
 
 
+NIGHTLY = {
+    "adam-gains-with-depth-on-linear-attention",
+    "attention-alone-collapses-the-rank",
+    "closed-form-equals-autodiff",
+    "descent-stays-with-its-central-flow",
+    "long-contexts-make-bad-minima-without-anisotropy",
+    "rmsprop-follows-its-central-flow-not-the-stable-one",
+    "surrogate-kernels-lose-more-curvature-than-output",
+    "wasserstein-of-logarithms-tells-kinds-of-attention-apart",
+}
+"""Claims that compile for 10 seconds and more."""
+
+
 # Seeds 2 and 3 take twice as long again: they run nightly, and by `attnlab verify --seeds 1 2 3`.
 @pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 3))])
-@pytest.mark.parametrize("name", load_claims())
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in NIGHTLY else name for name in load_claims()]
+)
 def test_claim_holds_and_fails_on_a_shifted_measurement(name, seed):
     checked = claim_by_name(name)
     comparison = checked.compare(jax.random.key(seed))
@@ -37,6 +52,10 @@ def noticeable(checked, comparison):
 
 def with_comparison(checked, comparison):
     return dataclasses.replace(checked, compare=lambda key: comparison)
+
+
+def test_nightly_claims_exist():
+    assert set(load_claims()) >= NIGHTLY
 
 
 @pytest.mark.parametrize("name", load_claims())
