@@ -12,7 +12,7 @@ run: $(READY)
 
 # Two processes: compiling, which takes most of the time, keeps one core busy each.
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -20,7 +20,7 @@ check: $(READY)
 	$(BIN)/mypy
 
 nightly: $(READY)
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "slow or not slow"
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "slow or not slow"
 
 # The gallery makes the figures of its members, which are here already.
 figures: $(READY)

@@ -26,7 +26,31 @@ def double_precision_again():
     jax.config.update("jax_enable_x64", True)
 
 
-@pytest.mark.parametrize("name", analysis_scripts())
+NIGHTLY = {
+    "adam-on-linear-attention",
+    "block-growth",
+    "block-heterogeneity",
+    "class-imbalance",
+    "curvature-along-training",
+    "edge-of-stability",
+    "icl-correlated",
+    "icl-depth",
+    "icl-gradient-descent",
+    "icl-landscape",
+    "icl-sine",
+    "icl-task-crossover",
+    "icl-task-diversity",
+    "margin-path",
+    "margin-phase-diagram",
+    "pretrained-blocks",
+    "warmup",
+}
+"""Analyses that compile for 8 seconds and more even at a small size."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in NIGHTLY else name for name in analysis_scripts()]
+)
 def test_smoke_run_writes_a_whole_result(name, tmp_path):
     script = analysis_scripts()[name]
     analysis = load_script(script).ANALYSIS

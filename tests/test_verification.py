@@ -107,6 +107,7 @@ def test_workers_default_to_the_processors_of_this_process():
     assert 1 <= default_workers() <= (os.cpu_count() or 1)
 
 
+@pytest.mark.slow
 def test_processes_of_their_own(tmp_path):
     (tmp_path / "own.py").write_text(OWN)
     run = partial(subprocess.run, capture_output=True, text=True, cwd=tmp_path)

@@ -28,7 +28,15 @@ def autodiff_parts(risk, params):
 
 
 # They differ in one choice each from one that runs every time.
-NIGHTLY = ("heads_projection_labels", "linear_heads_projection", "no_scale_projection", "two_batch_axes", "one_head")
+NIGHTLY = (
+    "heads",
+    "heads_projection_labels",
+    "linear_heads_projection",
+    "mask_per_sequence",
+    "no_scale_projection",
+    "one_head",
+    "two_batch_axes",
+)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,10 @@ NIGHTLY = {
     "descent-stays-with-its-central-flow",
     "long-contexts-make-bad-minima-without-anisotropy",
     "rmsprop-follows-its-central-flow-not-the-stable-one",
+    "softmax-blocks-are-heterogeneous",
     "surrogate-kernels-lose-more-curvature-than-output",
+    "warmup-ends-at-the-edge",
+    "warmup-survives-a-sharp-start",
     "wasserstein-of-logarithms-tells-kinds-of-attention-apart",
 }
 """Claims that compile for 10 seconds and more."""

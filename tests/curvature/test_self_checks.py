@@ -43,7 +43,7 @@ def nothing_remembered():
     self_checks._passed.cache_clear()
 
 
-def tested():
+def checks_made():
     """How many checks of a structure have been made since the test began; those that did not raise have passed."""
     return self_checks._passed.cache_info().currsize
 
@@ -57,14 +57,14 @@ def test_sound_objectives_pass_in_silence(build):
         build(risk, params)
         if build is hessian:
             build(risk, params, block="key_bias")
-    assert tested() == (3 if build is hessian else 2)  # the risk, the operator and its block
+    assert checks_made() == (3 if build is hessian else 2)  # the risk, the operator and its block
 
 
 def test_relu_does_not_raise_and_rarely_warns():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         hessian(risk_of(lambda params, inputs: jax.nn.relu(inputs @ params["weights"])), PARAMS)
-    assert tested() == 2
+    assert checks_made() == 2
 
 
 def test_kinks_in_great_number_warn():
@@ -174,7 +174,7 @@ def test_a_model_of_one_batch_size_is_not_split():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ggn(risk_of(lambda params, inputs: tanh(params, inputs) * scales), PARAMS)
-    assert tested() == 2
+    assert checks_made() == 2
 
 
 def test_examples_of_several_rows_are_split():
@@ -184,7 +184,7 @@ def test_examples_of_several_rows_are_split():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ggn(flat, PARAMS)
-    assert tested() == 2
+    assert checks_made() == 2
 
 
 def test_a_product_that_is_not_finite_is_left_to_what_uses_it():
@@ -206,7 +206,7 @@ def test_switched_off_nothing_is_tested():
         warnings.simplefilter("error")
         for build, risk in bad:
             build(risk, PARAMS, check=False)
-    assert tested() == 0
+    assert checks_made() == 0
 
 
 def test_under_a_transformation_nothing_is_tested():
@@ -218,7 +218,7 @@ def test_under_a_transformation_nothing_is_tested():
         jax.jit(lambda params: hessian(risk, params).mv(params))(PARAMS)
         jax.jit(lambda vector: hessian(risk, PARAMS).mv(vector))(PARAMS)
         jax.vmap(lambda params: hessian(risk, params).mv(params)["weights"])(points)
-    assert tested() == 0
+    assert checks_made() == 0
 
 
 def test_a_second_point_and_other_data_compile_nothing_and_are_not_tested(caplog):
@@ -228,4 +228,4 @@ def test_a_second_point_and_other_data_compile_nothing_and_are_not_tested(caplog
     with jax.log_compiles():
         build(other, moved)
     assert [record.getMessage() for record in caplog.records if "Compiling" in record.getMessage()] == []
-    assert tested() == 2
+    assert checks_made() == 2
