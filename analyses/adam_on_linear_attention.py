@@ -4,8 +4,9 @@ Both optimizers with the same rate, clipping and fresh prompts at every step, fr
 its ratio, and the spread of the curvatures that single coordinates see (largest over median |diagonal entry| of the
 exact Hessian, of all parameters and within each matrix). Control: with one layer both reach the same risk.
 
-The gap in the loss is reproduced. That Adam goes where the spread is narrower is not: here it ends up wider under Adam
-than under SGD, some 2.3 times over all parameters and 1.7 times within a matrix.
+The gap in the loss is reproduced: at seeds 1, 2, 3 a factor of 3 to 4 after 250 steps, and of 7, 28 and 2 at the end.
+That Adam goes where the spread is narrower is not: the spread under SGD over that under Adam ends at 0.43, 1.6 and 0.94
+over all parameters, at 0.59, 0.33 and 2.3 within a matrix, on both sides of 1.
 """
 
 from dataclasses import dataclass
