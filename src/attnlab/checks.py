@@ -29,7 +29,7 @@ def check_finite(name: str, tree: PyTree) -> None:
     for path, leaf in jax.tree.leaves_with_path(tree):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             continue
-        array = _of_this_process(leaf)
+        array = local_values(leaf)
         bad = int(array.size - np.sum(np.isfinite(array)))
         if bad:
             where = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -39,7 +39,8 @@ def check_finite(name: str, tree: PyTree) -> None:
             )
 
 
-def _of_this_process(leaf: Any) -> np.ndarray:
+def local_values(leaf: Any) -> np.ndarray:
+    """The values of a concrete array that this process holds."""
     # NumPy, since under jit a JAX operation on a constant gives a tracer. Of an array that is spread over several
     # processes each looks at its own part.
     if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):

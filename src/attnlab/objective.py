@@ -2,22 +2,24 @@
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
 
-from attnlab.checks import check_finite, check_floating, check_not_empty
+from attnlab.checks import check_finite, check_floating, check_not_empty, is_concrete
+from attnlab.losses import LOSSES, Loss, check_weights
 from attnlab.trees import Selection
-from attnlab.types import Loss, Params, Predict, PyTree
+from attnlab.types import LossFunction, Params, Predict, PyTree, Scalar
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Objective:
-    """The empirical risk `params -> loss(predict(params, inputs), targets)`.
+    """The empirical risk `params -> loss(predict(params, inputs), targets)`, with `weights` of the positions if given.
 
     A pytree: data (and anything that `predict` binds with `jax.tree_util.Partial`) are leaves, so an objective crosses
     `jit` as an argument and one compiled function serves all data of one shape. Build it with `objective(...)`.
@@ -27,27 +29,89 @@ class Objective:
     loss: Partial
     inputs: PyTree
     targets: PyTree
+    weights: jax.Array | None = None
 
     def __call__(self, params: Params) -> jax.Array:
         """The risk at `params`, a scalar in the scale of `loss`."""
-        return self.loss(self.predict(params, self.inputs), self.targets)
+        return self.score(self.outputs(params))
 
     def outputs(self, params: Params) -> PyTree:
         """What the model predicts on the objective's inputs."""
         return self.predict(params, self.inputs)
 
+    def score(self, outputs: PyTree) -> jax.Array:
+        """The loss of `outputs` on the objective's targets."""
+        return self.loss(outputs, *self.answers)
 
-def objective(predict: Predict, loss: Loss, inputs: PyTree, targets: PyTree) -> Objective:
+    @property
+    def answers(self) -> tuple:
+        """What the loss is given beside the outputs: targets, and weights where there are any."""
+        return (self.targets,) if self.weights is None else (self.targets, self.weights)
+
+    def on(self, function: Callable[[Any], Any]) -> "Objective":
+        """The same objective on other data: `function` of every array of inputs, targets and weights."""
+        inputs, targets, weights = jax.tree.map(function, (self.inputs, self.targets, self.weights))
+        return replace(self, inputs=inputs, targets=targets, weights=weights)
+
+    def total(self) -> Scalar:
+        """What the data weigh in a mean over several parts: the sum of the weights of the positions that count, and
+        without weights their number (for a loss that is not of `attnlab.losses`, the number of entries of targets)."""
+        loss = known_loss(self.loss)
+        if loss is not None:
+            return loss.total(*self.answers)
+        counted = self.targets if self.weights is None else self.weights
+        if self.weights is not None:
+            return jnp.sum(jnp.asarray(counted).astype(float))
+        return jnp.asarray(float(sum(jnp.size(leaf) for leaf in jax.tree.leaves(counted))))
+
+
+def objective(
+    predict: Predict, loss: LossFunction, inputs: PyTree, targets: PyTree, *, weights: PyTree | None = None
+) -> Objective:
     """Join a model, a loss and data.
 
-    `predict(params, inputs) -> outputs` and `loss(outputs, targets) -> scalar` are pure functions; a reduction over
-    examples is `loss`'s own. Raises `ValueError` when inputs or targets are empty or not finite.
+    Args:
+        predict: `predict(params, inputs) -> outputs`, pure.
+        loss: `loss(outputs, targets) -> scalar`, pure; a reduction over examples is its own. With weights it is called
+            as `loss(outputs, targets, weights)`, and a weighted mean is expected of it. Those of `attnlab.losses` can
+            do that, and also leave out the positions of a label: `cross_entropy.ignoring(-100)`.
+        inputs: of the model, arrays in any pytree.
+        targets: of the loss.
+        weights: of the positions, not negative: a mask, padding with a weight of 0, or the shares of examples; of the
+            positions' shape, or of its leading axes.
+
+    Raises `ValueError` when inputs, targets or weights are empty or not finite, or weights negative; `TypeError` for a
+    loss or a model that is no function.
     """
+    _check_callable(predict, loss)
     for name, data in (("inputs", inputs), ("targets", targets)):
         check_not_empty(name, data)
         check_finite(name, data)
-    arrays = (jax.tree.map(jnp.asarray, inputs), jax.tree.map(jnp.asarray, targets))
+    if weights is not None:
+        check_not_empty("weights", weights)
+        known = known_loss(as_partial(loss))
+        check_weights(weights, jnp.shape(weights) if known is None else known.positions(jnp.asarray(targets)))
+        weights = jnp.asarray(weights)
+    arrays = (jax.tree.map(jnp.asarray, inputs), jax.tree.map(jnp.asarray, targets), weights)
     return Objective(as_partial(predict), as_partial(loss), *arrays)
+
+
+def _check_callable(predict: Any, loss: Any) -> None:
+    if not callable(loss):
+        raise TypeError(
+            f"loss is {loss!r}; expected a function loss(outputs, targets) -> scalar. Those of attnlab.losses are "
+            f"{', '.join(LOSSES)}: take attnlab.losses.loss_by_name(name) for one of them by its name."
+        )
+    if not callable(predict):
+        raise TypeError(
+            f"predict is a {type(predict).__name__}; expected a function predict(params, inputs) -> outputs. For a "
+            "module take from_linen, from_nnx or from_equinox of attnlab.models.adapters."
+        )
+
+
+def known_loss(loss: Partial) -> Loss | None:
+    """The loss of `attnlab.losses` that an objective holds; None for any other function."""
+    return loss.func if isinstance(loss.func, Loss) and not loss.args and not loss.keywords else None
 
 
 def as_partial(function: Any) -> Partial:
@@ -59,16 +123,25 @@ def check_objective(risk: Callable[[Params], jax.Array], params: Params) -> None
     """Raise unless `params` are finite real arrays at which `risk` returns one floating-point number.
 
     Raises `TypeError` for integer parameters or a loss that is not a scalar, `ValueError` for empty or non-finite
-    parameters.
+    parameters, and, where values can be looked at, for targets that are no class or weights of which none counts.
     """
-    check_not_empty("params", params)
     check_floating("params", params)
+    check_not_empty("params", params)
     check_finite("params", params)
-    value = jax.eval_shape(risk, params)
+    value = jax.eval_shape(risk, params)  # the data are constants of this trace: the loss looks at their values
     if getattr(value, "shape", None) != () or not jnp.issubdtype(value.dtype, jnp.floating):
         raise TypeError(
             f"the loss returned {value}; expected one real number. "
             "Reduce it over the examples, with jnp.mean for instance."
+        )
+
+
+def check_loss(value: Any) -> None:
+    """Raise `ValueError` for a loss that is not finite; nothing under `jit`, where it cannot be looked at."""
+    if is_concrete(value) and not np.isfinite(np.asarray(value)).all():
+        raise ValueError(
+            f"the loss is {np.asarray(value)} at these parameters; expected a finite number. Look at the outputs of "
+            "the model there: an overflow, the logarithm of zero, or data that do not fit."
         )
 
 

@@ -23,5 +23,5 @@ Real = int | float | Array
 Predict = Callable[[Params, PyTree], PyTree]
 """`predict(params, inputs) -> outputs`, pure."""
 
-Loss = Callable[[PyTree, PyTree], jax.Array]
-"""`loss(outputs, targets) -> scalar`, pure."""
+LossFunction = Callable[..., jax.Array]
+"""`loss(outputs, targets) -> scalar`, pure; with weights of the positions `loss(outputs, targets, weights)`."""

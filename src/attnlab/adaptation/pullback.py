@@ -45,7 +45,8 @@ def pullback(risk: Objective, change: Partial, phi: Params) -> Pullback:
     Their sum is `hessian(reparametrise(risk, change), phi)`; errors as for `hessian`.
     """
     theta, jacobian = jax.linearize(change, phi)
-    seen = Operator(Partial(_Through(), jacobian, hessian(risk, theta).linear), phi)
+    inner = hessian(risk, theta)
+    seen = replace(inner, linear=Partial(_Through(), jacobian, inner.linear), point=phi)
     # with the gradient held fixed, <g, change(phi)> has the second part as its Hessian
     gradient = jax.grad(risk)(theta)
     along = objective(Partial(_change_first, change), _inner_product, gradient, gradient)

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from attnlab.attention.downstream import loss_derivatives
-from attnlab.attention.kronecker import KroneckerSum, Leaf, Term, contract, meeting
+from attnlab.attention.downstream import named_loss
+from attnlab.attention.kronecker import KroneckerSum, Leaf, Term, brought_to_scale, contract, meeting
 from attnlab.attention.layer import Layer, layer
 from attnlab.attention.moments import AttentionMoments, moments_of
 from attnlab.attention.terms import (
@@ -23,6 +23,7 @@ from attnlab.attention.terms import (
     token_quantities,
 )
 from attnlab.checks import check_finite, check_same_structure, unknown_name
+from attnlab.losses import Loss
 from attnlab.models.attention import AttentionConfig
 from attnlab.types import Params
 
@@ -106,9 +107,10 @@ def attention_hessian(
     params: Params,
     inputs: Float[Array, "*B L D"],
     targets: Float[Array, "*B L O"] | Int[Array, "*B L"],
-    loss: str = "square",
+    loss: str | Loss = "square",
     *,
     mask: Bool[Array, "..."] | None = None,
+    weights: Float[Array, "*B L"] | None = None,
 ) -> AttentionHessian:
     """The Hessian of `loss(SelfAttention(config)(inputs), targets)` in the layer's parameters, in closed form.
 
@@ -117,11 +119,14 @@ def attention_hessian(
         params: its parameters, `SelfAttention(config).init(key, inputs)["params"]`.
         inputs: tokens; leading axes are sequences.
         targets: as the loss takes them: features for `square`, labels or distributions for `cross_entropy`.
-        loss: `square` or `cross_entropy`, in the scaling of `attnlab.losses` (a mean over all positions).
+        loss: `square` or `cross_entropy`, in the scaling of `attnlab.losses` (a mean over all positions), or one of
+            these itself, such as `cross_entropy.ignoring(-100)`.
         mask: boolean, broadcast against (..., H, L, L), true where a query may look; a causal config adds its own.
+        weights: of the tokens in the loss, as in `attnlab.losses`: padding has a weight of 0.
 
-    Raises `ValueError` for shapes that do not fit, values that are not finite, masks with an empty row, unknown losses
-    and options without a closed form. For a layer inside a network see `attention_hessian_from_downstream`.
+    Raises `ValueError` for shapes that do not fit, values that are not finite, masks with an empty row, unknown losses,
+    labels that are no class, weights of which none counts, and options without a closed form. For a layer inside
+    a network see `attention_hessian_from_downstream`.
 
     Source: Ormaniec, Dangel, Singh, arXiv 2410.10986, theorems 3.1 and 3.2, in moment form and extended to several
     heads, an output projection, masks, batches and any curvature downstream.
@@ -135,8 +140,17 @@ def attention_hessian(
             f"targets have shape {targets.shape} for inputs of shape {jnp.shape(inputs)}; "
             "expected one target per token."
         )
+    loss = named_loss(loss)
+    # Before the program that cannot look at values: labels, weights.
+    outputs = jax.ShapeDtypeStruct((*jnp.shape(inputs)[:-1], point.output_features), point.inputs.dtype)
+    loss.check_answers(outputs, targets, weights)
     targets = targets.reshape(*point.inputs.shape[:2], *targets.shape[leading:])
-    return _from_loss(point, targets, loss)
+    if weights is not None:
+        weights = jnp.asarray(weights)
+        positions = (*jnp.shape(inputs)[:-1], *weights.shape[leading:])
+        weights = jnp.broadcast_to(weights.reshape(*weights.shape, *[1] * (leading - weights.ndim)), positions)
+        weights = weights.reshape(*point.inputs.shape[:2], *weights.shape[leading:])
+    return _from_loss(point, targets, weights, loss)
 
 
 def attention_hessian_from_downstream(
@@ -172,10 +186,10 @@ def attention_hessian_from_downstream(
 
 
 @jax.jit(static_argnames="loss")
-def _from_loss(point: Layer, targets: Array, loss: str) -> AttentionHessian:
+def _from_loss(point: Layer, targets: Array, weights: Array | None, loss: Loss) -> AttentionHessian:
     moments = moments_of(point)
     outputs = jnp.einsum("bhia,hav,hvo->bio", moments.first, point.value, point.output)
-    return _from_downstream(point, moments, *loss_derivatives(loss, outputs, targets))
+    return _from_downstream(point, moments, *loss.derivatives(outputs, targets, weights))
 
 
 @jax.jit
@@ -214,18 +228,20 @@ def _norms(hessian: AttentionHessian) -> dict[Part, dict[Pair, Array]]:
 def norms_of(outer: dict[Pair, KroneckerSum], functional: dict[Pair, KroneckerSum]) -> dict[Part, dict[Pair, Array]]:
     """Norms of the blocks of H_o, H_f and their sum, whose square is ||H_o||^2 + ||H_f||^2 + 2 <H_o, H_f>."""
     norms: dict[Part, dict[Pair, Array]] = {part: {} for part in PARTS}
-    for pair, block in outer.items():
-        squares = _joint_squares if same_vectors(block, functional[pair]) else _squares
-        main, rest, mixed = squares(block, functional[pair])
-        found: dict[Part, Array] = {"outer": main, "functional": rest, "full": main + 2 * mixed + rest}
+    for pair in outer:
+        (main, rest), exponent = brought_to_scale(outer[pair], functional[pair])
+        squares = _joint_squares if same_vectors(main, rest) else _squares
+        ours, theirs, mixed = squares(main, rest)
+        found: dict[Part, Array] = {"outer": ours, "functional": theirs, "full": ours + 2 * mixed + theirs}
         for part, square in found.items():
-            norms[part][pair] = norms[part][pair[::-1]] = jnp.sqrt(jnp.maximum(square, 0))
+            norm = jnp.ldexp(jnp.sqrt(jnp.maximum(square, 0)), exponent)
+            norms[part][pair] = norms[part][pair[::-1]] = norm
     return norms
 
 
 def _squares(outer: KroneckerSum, functional: KroneckerSum) -> tuple[Array, Array, Array]:
     """||H_o||^2, ||H_f||^2 and <H_o, H_f> of one block."""
-    return outer.norm() ** 2, functional.norm() ** 2, outer.inner(functional)
+    return outer.square(), functional.square(), outer.inner(functional)
 
 
 def _joint_squares(outer: KroneckerSum, functional: KroneckerSum) -> tuple[Array, Array, Array]:
@@ -237,7 +253,7 @@ def _joint_squares(outer: KroneckerSum, functional: KroneckerSum) -> tuple[Array
     of_ours = meeting(term, term, 2)
     of_theirs = meeting(replace(term, operands=(*term.operands[:2], theirs)), term, 2)
     of_rest = sum((meeting(other, term, 2) for other in others), jnp.zeros((), ours.dtype))
-    square = jnp.sum(of_theirs * theirs) + 2 * jnp.sum(of_rest * theirs) + rest.norm() ** 2
+    square = jnp.sum(of_theirs * theirs) + 2 * jnp.sum(of_rest * theirs) + rest.square()
     return jnp.sum(of_ours * ours), square, jnp.sum((of_theirs + of_rest) * ours)
 
 

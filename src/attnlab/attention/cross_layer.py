@@ -16,10 +16,12 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from attnlab.attention.blocks import Pair
+from attnlab.attention.downstream import check_apart
 from attnlab.attention.in_transformer import Cut, cut_at_attention
 from attnlab.attention.kronecker import KroneckerSum
 from attnlab.attention.moments import moments_of
 from attnlab.attention.terms import TokenJacobian, leaves, outer_term, token_jacobians, token_quantities
+from attnlab.derivatives import Route, choose_route, hessian_product, jacobian
 from attnlab.types import Params, PyTree
 
 
@@ -37,7 +39,7 @@ def cross_layer_outer(
         column: path of another, or of the same.
 
     Takes L x O products with the network for the coupling Λ, (B, L, O, L, O) numbers. Raises `ValueError` for a path
-    that is not an attention layer's.
+    that is not an attention layer's and, outside of `jit`, for a loss or a model that couples sequences.
     """
     first, second = (cut_at_attention(module, params, inputs, path) for path in (row, column))
     coupling = _coupling(first, second, loss)
@@ -62,11 +64,17 @@ def _jacobians(cut: Cut) -> dict[str, TokenJacobian]:
 
 def _coupling(first: Cut, second: Cut, loss: Callable[[PyTree], Array]) -> Float[Array, "B L O L P"]:
     """Λ_ab, one unit vector of layer b's output (of all sequences at once) after another."""
-    logits, push = jax.linearize(second.rest, second.outputs)
-    _, pull = jax.vjp(first.rest, first.outputs)
-    _, curve = jax.linearize(jax.grad(loss), logits)
+
+    def build(route: Route) -> Callable[[Array], Array]:
+        logits, behind = jacobian(second.rest, second.outputs, route)
+        _, _, curve = hessian_product(loss, logits, route)
+        _, outer = jacobian(first.rest, first.outputs, route)
+        return lambda probe: outer.pull(curve(behind.push(probe)), first.outputs)
+
+    product = build(choose_route(lambda route: build(route)(second.outputs)))
+    check_apart("the loss or the model", product, second.outputs, "sequences")
     _, length, width = second.outputs.shape
-    units = jnp.eye(length * width, dtype=logits.dtype).reshape(-1, 1, length, width)
+    units = jnp.eye(length * width, dtype=second.outputs.dtype).reshape(-1, 1, length, width)
     probes = jnp.broadcast_to(units, (length * width, *second.outputs.shape))
-    columns = jax.lax.map(lambda probe: pull(curve(push(probe)))[0], probes)
+    columns = jax.lax.map(product, probes)
     return jnp.moveaxis(columns, 0, -1).reshape(*first.outputs.shape, length, width)

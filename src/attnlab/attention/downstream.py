@@ -9,54 +9,31 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from attnlab.checks import unknown_name
-from attnlab.losses import LOSSES
+from attnlab.checks import is_concrete, unknown_name
+from attnlab.derivatives import Route, choose_route, hessian_product, jacobian
+from attnlab.losses import LOSSES, Loss
 from attnlab.types import PyTree
 
 
-def square_derivatives(outputs: Float[Array, "B L O"], targets: Float[Array, "B L O"]) -> tuple[Array, Array]:
-    """Gradient and curvature of the mean squared difference: 2 (F - Y) / n and the scalar 2 / n, n entries."""
-    return 2 * (outputs - targets) / outputs.size, jnp.asarray(2 / outputs.size, outputs.dtype)
-
-
-def cross_entropy_derivatives(
-    outputs: Float[Array, "B L O"], targets: Int[Array, "B L"] | Float[Array, "B L O"]
+def loss_derivatives(
+    loss: str | Loss, outputs: Float[Array, "B L O"], targets: Array, weights: Array | None = None
 ) -> tuple[Array, Array]:
-    """Gradient (w p - y) / n and curvature w (diag p - p p^T) / n of the cross-entropy over n positions.
-
-    w = sum_c y_c is 1 for labels and distributions. Where a prediction is all but certain, 1 - p_o is taken as the sum
-    of the other probabilities, which has digits that the difference has lost.
-    """
-    if jnp.issubdtype(targets.dtype, jnp.integer):
-        targets = jax.nn.one_hot(targets, outputs.shape[-1], dtype=outputs.dtype)
-    positions = outputs.shape[0] * outputs.shape[1]
-    p = jax.nn.softmax(outputs, axis=-1)
-    identity = jnp.eye(p.shape[-1], dtype=p.dtype)
-    others = 1 - identity
-    # (diag p - p p^T) has p_o (1 - p_o) on the diagonal; w p_o - y_o = p_o sum_{c != o} y_c - y_o sum_{c != o} p_c
-    diagonal = jnp.einsum("blo,op->blop", p * (p @ others), identity)
-    curvature = diagonal - jnp.einsum("blo,blp,op->blop", p, p, others)
-    weight = jnp.sum(targets, axis=-1)[..., None, None] / positions
-    return (p * (targets @ others) - targets * (p @ others)) / positions, weight * curvature
-
-
-DERIVATIVES: dict[str, Callable[[Array, Array], tuple[Array, Array]]] = {
-    "square": square_derivatives,
-    "cross_entropy": cross_entropy_derivatives,
-}
-
-
-def loss_derivatives(loss: str, outputs: Float[Array, "B L O"], targets: Array) -> tuple[Array, Array]:
     """Gradient (B, L, O) and curvature (a scalar, or B, L, O, O) of a loss of `attnlab.losses` at the outputs.
 
-    Raises `ValueError` for another loss, or targets whose shape does not fit.
+    Raises `ValueError` for another loss, targets or weights that do not fit, labels that are no class.
     """
-    if loss not in DERIVATIVES:
-        raise unknown_name("loss with a closed-form curvature", loss, DERIVATIVES)
-    jax.eval_shape(LOSSES[loss], outputs, targets)  # the loss's own check of the shapes
-    return DERIVATIVES[loss](outputs, targets)
+    return named_loss(loss).derivatives(outputs, targets, weights)
+
+
+def named_loss(loss: str | Loss) -> Loss:
+    """A loss with a closed-form curvature, given by its name or itself; raises `ValueError` for another."""
+    if isinstance(loss, Loss):
+        return loss
+    if not isinstance(loss, str) or loss not in LOSSES:
+        raise unknown_name("loss with a closed-form curvature", loss if isinstance(loss, str) else repr(loss), LOSSES)
+    return LOSSES[loss]
 
 
 def downstream_derivatives(
@@ -78,11 +55,17 @@ def downstream_derivatives(
       generalised Gauss-Newton matrix (the outer-product Hessian of the whole network).
 
     `coupled=False` is for a rest that treats every token by itself, such as the MLP, norm and unembedding of the last
-    block: Λ is (B, L, O, O), from O products. Otherwise (B, L, O, L, O), from L O products.
+    block: Λ is (B, L, O, O), from O products. Otherwise (B, L, O, L, O), from L O products. Outside of `jit`, raises
+    `ValueError` where sequences see each other, or tokens with `coupled=False`.
     """
     scalar = lambda out: loss(rest(out))  # noqa: E731
-    gradient, hessian_product = jax.linearize(jax.grad(scalar), outputs)
-    product = hessian_product if part == "full" else _gauss_newton_product(rest, loss, outputs)
+
+    def build(route: Route) -> tuple[Array, Callable[[Array], Array]]:
+        _, gradient, product = hessian_product(scalar, outputs, route)
+        return gradient, product if part == "full" else gauss_newton_product(rest, loss, outputs, route)
+
+    gradient, product = build(choose_route(lambda route: build(route)[1](outputs)))
+    check_apart("what stands behind the attention layer", product, outputs, "sequences" if coupled else "tokens")
     _, length, width = outputs.shape
     if not coupled:
         # one probe for all tokens at once: no token answers for another
@@ -94,8 +77,43 @@ def downstream_derivatives(
     return gradient, columns.reshape(*outputs.shape, length, width)
 
 
-def _gauss_newton_product(rest: Callable, loss: Callable, outputs: Array) -> Callable[[Array], Array]:
-    logits, push = jax.linearize(rest, outputs)
-    _, pull = jax.vjp(rest, outputs)
-    _, curve = jax.linearize(jax.grad(loss), logits)
-    return lambda vector: pull(curve(push(vector)))[0]
+def gauss_newton_product(
+    rest: Callable[[Array], PyTree], loss: Callable[[PyTree], Array], outputs: Array, route: Route
+) -> Callable[[Array], Array]:
+    """The map from a vector like `outputs` to J^T (d²loss/dlogits²) J times it, J the Jacobian of `rest`."""
+    logits, outer = jacobian(rest, outputs, route)
+    _, _, curve = hessian_product(loss, logits, route)
+    return lambda vector: outer.pull(curve(outer.push(vector)), vector)
+
+
+def check_apart(
+    name: str, product: Callable[[Array], Array], like: Float[Array, "B L C"], what: Literal["sequences", "tokens"]
+) -> None:
+    """Raise `ValueError` if the linear map `product` lets one sequence (or one token) answer for another.
+
+    Every closed form asks this of what stands behind its layer. Skipped under `jit`, where nothing can be looked at.
+    """
+    if not is_concrete(like):
+        return
+    noise, coin = jax.random.split(jax.random.key(0))
+    probe = jax.random.normal(noise, like.shape, like.dtype)
+    # Signs of whole tokens (or sequences) go through a map that keeps them apart, and come back out.
+    shape = like.shape[:2] if what == "tokens" else (like.shape[0], 1)
+    signs = jax.random.rademacher(coin, (*shape, 1), like.dtype)
+    # A single coin may fall alike for all of a small batch: the second one is of alternating signs.
+    alternating = jnp.where(jnp.add(*jnp.ogrid[: shape[0], : shape[1]]) % 2, -1, 1)
+    alone = product(probe)
+    for sign in (signs, alternating[..., None].astype(like.dtype)):
+        error = float(jnp.linalg.norm(alone - sign * product(sign * probe)))
+        size = float(jnp.linalg.norm(alone))
+        if error > float(jnp.finfo(like.dtype).eps) ** 0.5 * size:
+            raise ValueError(
+                f"{name} couples different {what} (by {error / size:.2g} of its size); expected each by itself. "
+                + REMEDIES[what]
+            )
+
+
+REMEDIES = {
+    "tokens": "Use downstream_derivatives(..., coupled=True).",
+    "sequences": "Take a loss that is a mean over sequences, or the matrix-free operators of attnlab.curvature.",
+}

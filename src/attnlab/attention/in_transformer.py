@@ -24,6 +24,7 @@ from flax.linen.module import InterceptorContext
 from jaxtyping import Array, Float
 
 from attnlab.attention.blocks import AttentionHessian, Pair, Part, norms_of, oriented
+from attnlab.attention.downstream import check_apart
 from attnlab.attention.kronecker import KroneckerSum
 from attnlab.attention.layer import Layer, layer
 from attnlab.attention.moments import AttentionMoments, moments_of
@@ -38,6 +39,7 @@ from attnlab.attention.terms import (
     token_quantities,
 )
 from attnlab.checks import check_range, is_concrete
+from attnlab.derivatives import choose_route, hessian_product
 from attnlab.models.attention import SelfAttention
 from attnlab.types import Params, PyTree
 
@@ -246,10 +248,7 @@ def assemble(
             "attention_hessian_from_downstream."
         )
     length = cut.outputs.shape[1]
-    positions = range(length) if positions is None else positions
-    for position in positions:
-        check_range("an entry of positions", position, 0, length - 1, f"There are {length} tokens.")
-    chosen = np.asarray(positions)
+    chosen = _chosen(range(length) if positions is None else positions, length)
     predicted, pull = jax.vjp(cut.rest, cut.outputs)
     if jnp.ndim(predicted) != 3 or predicted.shape[:2] != cut.outputs.shape[:2]:
         raise ValueError(
@@ -265,6 +264,17 @@ def assemble(
     roots = _roots(pull, loss, predicted, chosen)
     bend = _bend(cut, cotangent, chosen, piecewise_linear)
     return InNetwork(cut.point, moments, gradient, tokens, roots, bend, tuple(chosen.tolist()))
+
+
+def _chosen(positions: Sequence[int], length: int) -> np.ndarray:
+    chosen = np.asarray(positions)
+    if chosen.ndim != 1 or not chosen.size or not np.issubdtype(chosen.dtype, np.integer):
+        raise TypeError(f"positions are {positions!r}; expected a list of whole numbers, at least one.")
+    for position in chosen:
+        check_range("an entry of positions", int(position), 0, length - 1, f"There are {length} tokens.")
+    if len(set(chosen.tolist())) < len(chosen):
+        raise ValueError(f"positions are {chosen.tolist()}; expected each token once. Take out what is double.")
+    return chosen
 
 
 def _at(by_sequence: Float[Array, "B L *rest"], chosen: np.ndarray) -> Float[Array, "N *rest"]:
@@ -283,9 +293,10 @@ def _roots(
 ) -> Float[Array, "N C O"]:
     """z_a = sum_c R_ca dout_c/df with R R^T the loss's Hessian in the outputs of one token."""
     probes = _unit_probes(outputs)
-    _, curve = jax.linearize(jax.grad(loss), outputs)
-    _check_tokens_apart("the second derivative of the loss", curve, outputs)
-    _check_tokens_apart("the model behind the attention layer", lambda probe: pull(probe)[0], outputs)
+    route = choose_route(lambda route: hessian_product(loss, outputs, route)[2](outputs))
+    _, _, curve = hessian_product(loss, outputs, route)
+    check_apart("the second derivative of the loss", curve, outputs, "tokens")
+    check_apart("the model behind the attention layer", lambda probe: pull(probe)[0], outputs, "tokens")
     curvature = _at(jnp.moveaxis(jax.lax.map(curve, probes), 0, -1), chosen)
     values, vectors = jnp.linalg.eigh(curvature)
     _check_convex(values)
@@ -300,7 +311,9 @@ def _bend(
     """Λ_f: the Hessian of <dloss/doutputs, rest(.)> with the first factor held fixed; None for zero."""
     if piecewise_linear and not is_concrete(cut.outputs):
         return None
-    _, product = jax.linearize(jax.grad(lambda out: jnp.vdot(cotangent, cut.rest(out))), cut.outputs)
+    along = lambda out: jnp.vdot(cotangent, cut.rest(out))  # noqa: E731
+    route = choose_route(lambda route: hessian_product(along, cut.outputs, route)[2](cut.outputs))
+    _, _, product = hessian_product(along, cut.outputs, route)
     if piecewise_linear:
         _check_flat(product, cut.outputs)
         return None
@@ -318,23 +331,6 @@ def _check_read(cotangent: Float[Array, "B L C"], chosen: np.ndarray) -> None:
         raise ValueError(
             f"positions are {chosen.tolist()}, but the loss also reads the outputs at {others}; expected all tokens "
             "that it reads. Add them, or leave positions out."
-        )
-
-
-def _check_tokens_apart(name: str, product: Callable[[Array], Array], like: Float[Array, "B L C"]) -> None:
-    """Raise `ValueError` if the linear map `product` lets one token answer for another."""
-    if not is_concrete(like):
-        return
-    noise, coin = jax.random.split(jax.random.key(0))
-    probe = jax.random.normal(noise, like.shape, like.dtype)
-    # Signs of whole tokens go through a map that keeps tokens apart, and come back out.
-    signs = jax.random.rademacher(coin, (*like.shape[:2], 1), like.dtype)
-    alone, together = product(probe), signs * product(signs * probe)
-    error, size = float(jnp.linalg.norm(alone - together)), float(jnp.linalg.norm(alone))
-    if error > _slack(like) * size:
-        raise ValueError(
-            f"{name} couples different tokens (by {error / size:.2g} of its size); expected each by itself. Use "
-            "downstream_derivatives(..., coupled=True)."
         )
 
 

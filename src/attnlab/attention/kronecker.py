@@ -14,6 +14,7 @@ Axes are named `h r c` for the row parameter (head, row, column) and `g s d` for
 are summed, `n` being the token.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 Pairing = Literal["straight", "crossed"]
 
@@ -137,15 +138,22 @@ class KroneckerSum:
         """Frobenius inner product of two blocks of the same parameters."""
         self._check_same_parameters(other)
         zero = jnp.zeros((), self.dtype)
-        return sum((_inner(mine, theirs) for mine in self.terms for theirs in other.terms), zero)
+        ((ours,), mine), ((others,), their) = brought_to_scale(self), brought_to_scale(other)
+        total = sum((_inner(a, b) for a in ours.terms for b in others.terms), zero)
+        return jnp.ldexp(total, mine + their)
 
     def norm(self) -> Float[Array, ""]:
         """Frobenius norm: with N tokens the root of an N x N sum, not of one over the entries of the block."""
+        (block,), exponent = brought_to_scale(self)
+        return jnp.ldexp(jnp.sqrt(jnp.maximum(block.square(), 0)), exponent)
+
+    def square(self) -> Float[Array, ""]:
+        """The square of the norm, as it stands: it leaves a dtype's range long before the norm does."""
         zero = jnp.zeros((), self.dtype)
         squares = sum((_inner(t, t) for t in self.terms), zero)
         pairs = ((a, b) for i, a in enumerate(self.terms) for b in self.terms[:i])
         mixed = sum((_inner(a, b) for a, b in pairs), zero)
-        return jnp.sqrt(jnp.maximum(squares + 2 * mixed, 0))
+        return squares + 2 * mixed
 
     def trace(self) -> Float[Array, ""]:
         """Sum of the diagonal of a block whose rows and columns are the same parameter."""
@@ -226,6 +234,31 @@ class KroneckerSum:
                 f"the blocks couple {self.row} with {self.column} and {other.row} with {other.column}; "
                 "expected the same parameters. Is one to be transposed?"
             )
+
+
+def brought_to_scale(*blocks: KroneckerSum) -> tuple[tuple[KroneckerSum, ...], Int[Array, ""]]:
+    """The blocks divided by one power of two, after which no factor of a term has an entry above 1; and its exponent.
+
+    Sums of squares of what is left neither overflow nor lose what matters. Powers of two round nothing.
+    """
+    exponents = [[_exponent(x) for x in term.operands] for block in blocks for term in block.terms]
+    if not exponents:
+        return blocks, jnp.array(0, jnp.int32)
+    common = functools.reduce(jnp.maximum, (functools.reduce(jnp.add, of_term) for of_term in exponents))
+    remaining = iter(exponents)
+    return tuple(replace(b, terms=tuple(_divided(t, next(remaining), common) for t in b.terms)) for b in blocks), common
+
+
+def _exponent(array: Array) -> Int[Array, ""]:
+    """e with 2^(e-1) <= max |array| < 2^e; 0 for zeros."""
+    largest = jnp.max(jnp.abs(array))
+    return jnp.frexp(jnp.where(jnp.isfinite(largest), largest, 1))[1]
+
+
+def _divided(term: Term, exponents: list[Array], common: Array) -> Term:
+    shrunk = [jnp.ldexp(x, -e) for x, e in zip(term.operands, exponents, strict=True)]
+    smaller = jnp.ldexp(shrunk[-1], functools.reduce(jnp.add, exponents) - common)
+    return replace(term, operands=(*shrunk[:-1], smaller))
 
 
 def contract(indices: tuple[str, ...], output: str, operands: tuple[Array, ...]) -> Array:

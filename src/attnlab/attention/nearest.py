@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attnlab.attention.kronecker import KroneckerSum, Pairing
+from attnlab.attention.kronecker import KroneckerSum, Pairing, brought_to_scale
 
 _KRYLOV_STEPS = 24
 _RESTARTS = 50
@@ -47,6 +47,7 @@ def nearest_kronecker(
     (default: the rounding error to the power 3/4), at most 50 times.
     """
     tolerance = float(jnp.finfo(block.dtype).eps) ** 0.75 if tolerance is None else tolerance
+    (block,), exponent = brought_to_scale(block)
     left_axes, right_axes = ("".join(block.axes(side, pairing)) for side in (0, 1))
     size = block.zeros(right_axes)
     to_left = lambda y: block.contract(y, right_axes, left_axes)  # noqa: E731
@@ -61,8 +62,10 @@ def nearest_kronecker(
     other = to_right(unit)
     scale, norm = jnp.linalg.norm(other.ravel()), block.norm()
     error = jnp.where(norm > 0, jnp.sqrt(jnp.maximum(1 - (scale / _positive(norm)) ** 2, 0)), 0)
-    left = block.merged(unit * jnp.sqrt(scale), 0, pairing)
-    right = block.merged(other / _positive(jnp.sqrt(scale)), 1, pairing)
+    # Half of the exponent for each factor; where it is odd, the root of two keeps their norms alike.
+    half = jnp.ldexp(jnp.where(exponent % 2, 2**0.5, 1).astype(size.dtype), exponent // 2)
+    left = block.merged(half * unit * jnp.sqrt(scale), 0, pairing)
+    right = block.merged(half * other / _positive(jnp.sqrt(scale)), 1, pairing)
     sign = jnp.where(jnp.trace(left) < 0, -1, 1).astype(left.dtype)
     return NearestKronecker(sign * left, sign * right, error, residual, pairing)
 

@@ -5,8 +5,9 @@ sum, so that memory is that of the largest batch.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import jax
@@ -16,55 +17,90 @@ from jax.tree_util import Partial
 
 from attnlab.checks import check_finite, check_not_empty
 from attnlab.objective import Objective, as_partial, objective
-from attnlab.types import Loss, Params, Predict, PyTree
+from attnlab.types import LossFunction, Params, Predict, PyTree
 
-Batch = tuple[PyTree, PyTree]
-"""Inputs and targets."""
+Batch = tuple[PyTree, PyTree] | tuple[PyTree, PyTree, PyTree] | Mapping[str, PyTree]
+"""Inputs and targets, and weights where there are any; or a mapping from these three names."""
+
+Arrays = tuple[PyTree, PyTree, PyTree]
+"""Inputs, targets and weights (None without) as NumPy arrays."""
+
+NAMES = ("inputs", "targets", "weights")
 
 
 class _Group(NamedTuple):
-    """Consecutive batches of one shape: one compiled loop serves them."""
+    """Consecutive batches of one shape, and their shares in the risk: one compiled loop serves them."""
 
     numbers: np.ndarray
-    weights: np.ndarray
+    shares: np.ndarray
     shapes: Any
 
 
 class Feed:
     """Batches by number, out of anything that can be read again from its beginning; equal only to itself."""
 
-    def __init__(self, batches: Iterable[Batch]):
+    def __init__(self, batches: Iterable[Batch], total: Callable[[Arrays], float]):
+        """Reads all batches once; `total` says what one weighs in the mean."""
         if isinstance(batches, Iterator):
             raise TypeError(
                 f"batches is a {type(batches).__name__}, which can be read only once; every product reads all of them. "
                 "Pass a list, a dataset with __getitem__ and __len__, or an object whose __iter__ starts afresh."
             )
+        if not isinstance(batches, Iterable) and not hasattr(batches, "__getitem__"):
+            raise TypeError(f"batches is {batches!r}; expected an iterable of pairs (inputs, targets).")
         self._batches = batches
         self._indexed = hasattr(batches, "__getitem__") and hasattr(batches, "__len__")
         self._next, self._iterator = 0, iter(batches)
-        self.groups, self.digest = _survey(batches)
+        self.groups, self.digests = _survey(batches, total)
 
     @property
     def count(self) -> int:
         """How many batches there are."""
-        return sum(len(group.numbers) for group in self.groups)
+        return len(self.digests)
 
-    def fetch(self, number: Any) -> Batch:
+    def fetch(self, number: Any) -> Arrays:
         """Batch `number` as NumPy arrays; in ascending order each pass reads every batch once."""
         number = int(number)
         if self._indexed:
-            return _as_arrays(self._batches[number])  # type: ignore[index]
+            return _as_arrays(self._batches[number], number)  # type: ignore[index]
         if number < self._next:
             self._next, self._iterator = 0, iter(self._batches)
         while True:
             batch, self._next = next(self._iterator), self._next + 1
             if self._next > number:
-                return _as_arrays(batch)
+                return _as_arrays(batch, number)
+
+    def check_again(self) -> None:
+        """Read all batches a second time; raise `ValueError` for the first that differs."""
+        for number, digest in enumerate(self.digests):
+            try:
+                same = _digest(self.fetch(number)) == digest
+            except (StopIteration, IndexError):
+                same = False
+            if not same:
+                raise ValueError(
+                    f"batch {number} differs when it is read again (shuffling or random augmentation); expected the "
+                    "same batches in the same order for every product. Fix the seed of the data."
+                )
 
 
-def _as_arrays(batch: Batch) -> Batch:
-    inputs, targets = (jax.tree.map(_canonical, part) for part in batch)
-    return inputs, targets
+def _as_arrays(batch: Batch, number: int) -> Arrays:
+    parts: Any = batch
+    if isinstance(batch, Mapping):
+        if not {"inputs", "targets"} <= set(batch) <= set(NAMES):
+            raise ValueError(
+                f"batch {number} is a mapping with the keys {sorted(map(str, batch))}; expected inputs and targets, "
+                "and weights where there are any. Rename them, or give pairs (inputs, targets)."
+            )
+        parts = tuple(batch.get(name) for name in NAMES)
+    if not isinstance(parts, (tuple, list)) or len(parts) not in (2, 3):
+        what = f"{len(parts)} things" if isinstance(parts, (tuple, list)) else f"a {type(batch).__name__}"
+        raise ValueError(
+            f"batch {number} holds {what}; expected a pair (inputs, targets), or (inputs, targets, weights). Put "
+            "several inputs into one tuple or dict."
+        )
+    inputs, targets, weights = jax.tree.map(_canonical, (*parts, None)[:3])
+    return inputs, targets, weights
 
 
 def _canonical(leaf: Any) -> np.ndarray:
@@ -72,24 +108,51 @@ def _canonical(leaf: Any) -> np.ndarray:
     return array.astype(jax.dtypes.canonicalize_dtype(array.dtype))
 
 
-def _survey(batches: Iterable[Batch]) -> tuple[tuple[_Group, ...], str]:
-    """Read all batches once, check them; their groups, and a digest of all values."""
-    shapes, sizes, digest = [], [], hashlib.blake2b()
-    for number, batch in enumerate(batches):
-        batch = _as_arrays(batch)
-        for name, data in zip(("inputs", "targets"), batch, strict=True):
-            check_not_empty(f"{name} of batch {number}", data)
-            check_finite(f"{name} of batch {number}", data)
+def _digest(batch: Arrays) -> str:
+    digest = hashlib.blake2b(str(jax.tree.structure(batch)).encode())
+    for leaf in jax.tree.leaves(batch):
+        digest.update(f"{leaf.shape}{leaf.dtype}".encode())
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def _survey(batches: Iterable[Batch], total: Callable[[Arrays], float]) -> tuple[tuple[_Group, ...], tuple[str, ...]]:
+    """Read all batches once, check them; their groups, and a digest of the values of each."""
+    shapes, totals, digests = [], [], []
+    for number, read in enumerate(batches):
+        batch = _as_arrays(read, number)
+        for name, data in zip(NAMES, batch, strict=True):
+            if name != "weights" or data is not None:
+                check_not_empty(f"{name} of batch {number}", data)
+                check_finite(f"{name} of batch {number}", data)
         shapes.append(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), batch))
-        sizes.append(sum(leaf.size for leaf in jax.tree.leaves(batch[1])))
-        for leaf in jax.tree.leaves(batch):
-            digest.update(np.ascontiguousarray(leaf).data)
+        try:
+            totals.append(total(batch))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"batch {number}: {error}") from error
+        digests.append(_digest(batch))
     if not shapes:
         raise ValueError("batches holds no batch; expected at least one.")
-    weights = np.array(sizes) / sum(sizes)
-    starts = [i for i in range(len(shapes)) if i == 0 or shapes[i] != shapes[i - 1]]
-    runs = [np.arange(a, b) for a, b in zip(starts, [*starts[1:], len(shapes)], strict=True)]
-    return tuple(_Group(run, weights[run], shapes[run[0]]) for run in runs), digest.hexdigest()
+    if not sum(totals) > 0:
+        raise ValueError(
+            f"no position counts: in all {len(totals)} batches every weight is zero or the target ignored; expected at "
+            "least one that counts. Look at the weights, and at the label that the loss ignores."
+        )
+    shares = np.array(totals) / sum(totals)
+    # A batch in which nothing counts is not read: its mean would be 0 / 0.
+    counted = [number for number, share in enumerate(shares) if share > 0]
+    runs = [list(run) for _, run in groupby(counted, key=lambda number: _Shapes(shapes[number]))]
+    return tuple(_Group(np.array(run), shares[run], shapes[run[0]]) for run in runs), tuple(digests)
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    """Shapes and dtypes of a batch, compared as a whole."""
+
+    tree: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Shapes) and self.tree == other.tree
 
 
 @jax.tree_util.register_dataclass
@@ -97,9 +160,10 @@ def _survey(batches: Iterable[Batch]) -> tuple[tuple[_Group, ...], str]:
 class BatchedObjective:
     """The risk over all batches, sum_b w_b loss(predict(params, inputs_b), targets_b).
 
-    w_b is the share of batch b in the number of target entries, so that with a loss that averages over entries the
-    risk is that of all data at once, however unequal the batches. Takes the place of an `Objective` in every
-    operator of `curvature`. Build it with `batched(...)`.
+    w_b is the share of batch b in the weights of the positions that count (in their number, without weights and ignored
+    labels), so that with a loss that averages over these the risk is that of all data at once, however unequal the
+    batches. For a loss that is not of `attnlab.losses`, positions are the entries of the targets. Takes the place of an
+    `Objective` in every operator of `curvature`. Build it with `batched(...)`.
     """
 
     predict: Partial
@@ -116,8 +180,8 @@ class BatchedObjective:
         for group in self.feed.groups:
 
             def one(number: jax.Array, group: _Group = group) -> PyTree:
-                inputs, targets = jax.pure_callback(self.feed.fetch, group.shapes, number, vmap_method="sequential")
-                return function(Objective(self.predict, self.loss, inputs, targets))
+                batch = jax.pure_callback(self.feed.fetch, group.shapes, number, vmap_method="sequential")
+                return function(Objective(self.predict, self.loss, *batch))
 
             # Rematerialised, so that a derivative of the sum does not save every batch.
             total = _weighted_sum(jax.checkpoint(one), group, total)
@@ -126,7 +190,12 @@ class BatchedObjective:
 
     def batch(self, number: int) -> Objective:
         """The objective of one batch, in memory."""
-        return objective(self.predict, self.loss, *self.feed.fetch(number))
+        inputs, targets, weights = self.feed.fetch(number)
+        return objective(self.predict, self.loss, inputs, targets, weights=weights)
+
+    def shape(self) -> Objective:
+        """The objective of the first batch, shapes alone."""
+        return Objective(self.predict, self.loss, *self.feed.groups[0].shapes)
 
 
 def _weighted_sum(
@@ -139,12 +208,12 @@ def _weighted_sum(
         total = (zero, zero)
 
     def step(total: tuple[PyTree, PyTree], item: tuple[jax.Array, jax.Array]) -> tuple[tuple[PyTree, PyTree], None]:
-        number, weight = item
-        terms = jax.tree.map(lambda leaf: weight.astype(leaf.dtype) * leaf, function(number))
+        number, share = item
+        terms = jax.tree.map(lambda leaf: share.astype(leaf.dtype) * leaf, function(number))
         sums = jax.tree.map(_add, *total, terms)
         return jax.tree.transpose(jax.tree.structure(terms), jax.tree.structure((0, 0)), sums), None
 
-    return jax.lax.scan(step, total, (numbers, jnp.asarray(group.weights)))[0]
+    return jax.lax.scan(step, total, (numbers, jnp.asarray(group.shares)))[0]
 
 
 def _add(total: jax.Array, lost: jax.Array, term: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -155,14 +224,24 @@ def _add(total: jax.Array, lost: jax.Array, term: jax.Array) -> tuple[jax.Array,
     return new, lost + ((total - (new - shadow)) + (term - shadow))
 
 
-def batched(predict: Predict, loss: Loss, batches: Iterable[Batch]) -> BatchedObjective:
+def batched(predict: Predict, loss: LossFunction, batches: Iterable[Batch]) -> BatchedObjective:
     """The risk of data that is read batch by batch: `batches` gives pairs (inputs, targets), of any sizes.
 
-    `loss` averages over the entries (or positions) of its targets. `batches` is read once here, to check it and to
-    weigh it, then once for every product: a list, a dataset with `__getitem__` and `__len__`, or any object whose
-    `__iter__` starts afresh and gives the same batches again. Consecutive batches of one shape share a compiled
-    loop, so put the batches of other shapes (a smaller last one) together. On one device.
+    Or triples (inputs, targets, weights), or mappings from these names; each is what an `objective` takes, in any
+    pytree. `loss` averages over the entries (or positions) of its targets, and is given the weights where there are
+    any; a batch then counts by the sum of its weights, and under a loss that ignores a label by the positions that are
+    left. `batches` is read once here, to check and to weigh it, again when an operator is built, and then once for
+    every product: a list, a dataset with `__getitem__` and `__len__`, or any object whose `__iter__` starts afresh and
+    gives the same batches again. Consecutive batches of one shape share a compiled loop, so put the batches of other
+    shapes (a smaller last one) together. On one device.
 
-    Raises `TypeError` for a one-time iterator; `ValueError` for no batch, or for one that is empty or not finite.
+    Raises `TypeError` for a one-time iterator; `ValueError` for no batch, or for one that is empty, not finite or of
+    another structure.
     """
-    return BatchedObjective(as_partial(predict), as_partial(loss), Feed(batches))
+    predict, loss = as_partial(predict), as_partial(loss)
+
+    def total(batch: Arrays) -> float:
+        inputs, targets, weights = batch
+        return float(objective(predict, loss, inputs, targets, weights=weights).total())
+
+    return BatchedObjective(predict, loss, Feed(batches, total))

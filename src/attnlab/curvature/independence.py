@@ -1,5 +1,6 @@
 """Whether data may be cut into batches: examples must not see each other, and the loss must be a mean over them."""
 
+from functools import partial
 from itertools import pairwise
 
 import jax
@@ -7,23 +8,34 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnlab.curvature.batches import BatchedObjective
-from attnlab.objective import Objective
+from attnlab.objective import Objective, check_loss, check_objective
 from attnlab.types import Params, PyTree
 
 
 def check_batches(risk: BatchedObjective, params: Params) -> None:
     """Raise `ValueError` where the sum over batches would not be the risk of all data: batches that read differently
-    the second time, outputs that depend on the rest of the batch, a loss that is not a mean. Looks at the first batch.
-    """
-    first, second = risk.feed.fetch(0), risk.feed.fetch(0)
-    if any(not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)):
-        raise ValueError(
-            "batch 0 differs when it is read again (shuffling or random augmentation); expected the same batches in "
-            "the same order for every product. Fix the seed of the data."
-        )
-    discrepancy, culprit = check_examples(risk.batch(0), params)
-    if not discrepancy <= float(jnp.finfo(jnp.result_type(*jax.tree.leaves(params))).eps) ** 0.5:
-        raise ValueError(f"the risk is not a mean over batches: {culprit} Relative discrepancy {discrepancy:.2g}.")
+    the second time, outputs that depend on the rest of the batch, a loss that is not a mean over the positions that
+    count, or not finite. Looks at every batch, at the price of two evaluations of the risk."""
+    risk.feed.check_again()
+    limit = float(jnp.finfo(jnp.result_type(*jax.tree.leaves(params))).eps) ** 0.5
+    for number in (int(number) for group in risk.feed.groups for number in group.numbers):
+        part = risk.batch(number)
+        try:
+            check_objective(part, params)
+            check_loss(_value(part, params))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"batch {number}: {error}") from error
+        discrepancy, culprit = check_examples(part, params)
+        if not discrepancy <= limit:
+            raise ValueError(
+                f"the risk is not a mean over batches, seen in batch {number}: {culprit} Relative discrepancy "
+                f"{discrepancy:.2g}."
+            )
+
+
+@jax.jit
+def _value(risk: Objective, params: Params) -> jax.Array:
+    return risk(params)
 
 
 def check_examples(risk: Objective, params: Params) -> tuple[float, str]:
@@ -32,7 +44,7 @@ def check_examples(risk: Objective, params: Params) -> tuple[float, str]:
     The outputs of a part alone are compared first, then the loss of the whole with the mean over its parts. A batch of
     one example has no parts, nor has one that the model or the loss takes in no other size: discrepancy zero.
     """
-    count = {np.shape(leaf)[:1] for leaf in jax.tree.leaves((risk.inputs, risk.targets))}
+    count = {np.shape(leaf)[:1] for leaf in jax.tree.leaves((risk.inputs, *risk.answers))}
     if len(count) != 1 or not (size := next(iter(count))) or size[0] < 2:
         return 0.0, ""
     try:
@@ -42,7 +54,10 @@ def check_examples(risk: Objective, params: Params) -> tuple[float, str]:
     outputs, loss = (float(error) for error in _compare_part(risk, params))
     if not outputs <= float(jnp.finfo(jnp.result_type(*jax.tree.leaves(params))).eps) ** 0.5:
         return outputs, _culprit(risk, params)
-    return loss, "the loss of a batch is not the mean over its examples. Average, do not sum."
+    return loss, (
+        "the loss of a batch is not the mean over its examples. Average, do not sum; where some positions do not "
+        "count, say so by weights, or by a loss like cross_entropy.ignoring(label)."
+    )
 
 
 @jax.jit
@@ -51,23 +66,30 @@ def _compare_part(risk: Objective, params: Params) -> tuple[jax.Array, jax.Array
     size = len(jax.tree.leaves(risk.inputs)[0])
     # The middle alone: it misses those before it and those after it. Unequal parts, so that a mean of means shows.
     ends = [0, max(1, size // 3), max(2, size - 1), size]
-    whole, middle = risk.outputs(params), risk.predict(params, _rows(risk.inputs, size, *ends[1:3]))
+    whole, middle = risk.outputs(params), risk.predict(params, _rows_of(risk.inputs, size, *ends[1:3]))
     if any(jnp.ndim(leaf) == 0 or len(leaf) % size for leaf in jax.tree.leaves(whole)):
         return jnp.asarray(jnp.inf), jnp.asarray(jnp.inf)  # outputs of no example: of the batch
-    mean = jnp.zeros(())
+    mean, total = jnp.zeros(()), risk.total()
     for start, stop in pairwise(ends):
         if start < stop:
-            part = (_rows(tree, size, start, stop) for tree in (whole, risk.targets))
-            mean += (stop - start) / size * risk.loss(*part).astype(float)
-    loss = risk.loss(whole, risk.targets).astype(float)
+            rows = partial(_rows, size=size, start=start, stop=stop)
+            part = risk.on(rows)
+            share = part.total() / total
+            score = part.score(jax.tree.map(rows, whole)).astype(float)
+            mean += jnp.where(share > 0, share.astype(float) * score, 0)  # the mean over no position is 0 / 0
+    loss = risk.score(whole).astype(float)
     scale = jnp.maximum(jnp.abs(loss), jnp.abs(mean))
-    difference = _distance(middle, _rows(whole, size, *ends[1:3]))
+    difference = _distance(middle, _rows_of(whole, size, *ends[1:3]))
     return difference, jnp.abs(loss - mean) / jnp.where(scale > 0, scale, 1)
 
 
-def _rows(tree: PyTree, size: int, start: int, stop: int) -> PyTree:
+def _rows(leaf: jax.Array, size: int, start: int, stop: int) -> jax.Array:
     """Examples `start` to `stop` of `size`, of which each has one row or several."""
-    return jax.tree.map(lambda leaf: leaf[start * len(leaf) // size : stop * len(leaf) // size], tree)
+    return leaf[start * len(leaf) // size : stop * len(leaf) // size]
+
+
+def _rows_of(tree: PyTree, size: int, start: int, stop: int) -> PyTree:
+    return jax.tree.map(lambda leaf: _rows(leaf, size, start, stop), tree)
 
 
 def _culprit(risk: Objective, params: Params) -> str:

@@ -188,7 +188,7 @@ def _first_bad_batch(operator: Operator) -> int | None:
         flat, unravel = ravel_pytree(params)
         vector = unravel(jax.random.normal(jax.random.key(0), flat.shape, flat.dtype))
         for number in range(risk.feed.count):
-            image = product.func.linearize(risk.batch(number), params)(vector)
+            image = product.func.linearize.linear(risk.batch(number), params)(vector)
             if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(image)):
                 return number
     return None

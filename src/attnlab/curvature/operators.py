@@ -11,8 +11,9 @@ activations travel as arguments, so that one compiled product serves every point
 import re
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +23,9 @@ from jaxtyping import Array, Float
 
 from attnlab.checks import check_same_structure, is_concrete
 from attnlab.curvature.batches import BatchedObjective
-from attnlab.curvature.self_checks import Linearize, Risk, check_operator, check_risk, once
-from attnlab.losses import cross_entropy, square_loss
-from attnlab.objective import Objective, check_objective, predict_from_block
+from attnlab.curvature.self_checks import Risk, check_operator, check_risk, once
+from attnlab.derivatives import FORWARD, Jacobian, Route, choose_route, hessian_product, jacobian
+from attnlab.objective import Objective, check_loss, check_objective, known_loss, predict_from_block
 from attnlab.trees import Selection, block_slices, dimension, select, zeros_like
 from attnlab.types import Params, PyTree
 
@@ -43,10 +44,13 @@ class Operator:
     Attributes:
         linear: the map; takes and returns a pytree like `point`.
         point: the parameters at which it was taken (its structure and shapes are those of its vectors).
+        route: in which order derivatives are taken. Forward over reverse, but for a model or loss with a
+            `jax.custom_vjp` rule, which has no forward mode: reverse over reverse, at up to twice the cost.
     """
 
     linear: Partial
     point: Params
+    route: Route = field(default=FORWARD, metadata={"static": True})
 
     @property
     def dimension(self) -> int:
@@ -76,11 +80,42 @@ class Operator:
     def __add__(self, other: "Operator") -> "Operator":
         """The sum; both must act on parameters of one structure."""
         check_same_structure("the other operator's point", other.point, self.point)
-        return Operator(Partial(_sum, self.linear, other.linear), self.point)
+        return replace(self, linear=Partial(_sum, self.linear, other.linear))
 
     def __rmul__(self, factor: float) -> "Operator":
         """The operator scaled by a number."""
-        return Operator(Partial(_scaled, jnp.asarray(factor), self.linear), self.point)
+        return replace(self, linear=Partial(_scaled, jnp.asarray(factor), self.linear))
+
+
+class Linearized(NamedTuple):
+    """An operator at one point: the loss there, of the Hessian the gradient, and the product."""
+
+    loss: Array
+    gradient: Params | None
+    linear: Partial
+
+
+Kind = Callable[[Objective, Params, Route], Linearized]
+
+
+@dataclass(frozen=True)
+class Linearization:
+    """A kind of operator and how it is had: static, and one compiled program for every structure of its arguments."""
+
+    kind: Kind
+    route: Route
+
+    def __call__(self, risk: Objective, params: Params) -> Linearized:
+        """The operator at `params`."""
+        return _linearize(self.kind, self.route, risk, params)
+
+    def linear(self, risk: Objective, params: Params) -> Partial:
+        """Its product alone."""
+        return self(risk, params).linear
+
+    def gradient(self, risk: Objective, params: Params) -> Params:
+        """Of the program that linearises, so that gradients at other points compile nothing."""
+        return self(risk, params).gradient
 
 
 def hessian(risk: Risk, params: Params, *, block: Block | None = None, check: bool = True) -> Operator:
@@ -105,7 +140,7 @@ def hessian(risk: Risk, params: Params, *, block: Block | None = None, check: bo
     reads differently the second time. `verify(risk, params, key)` tests more, at the point it is given; every Lanczos
     run tests the symmetry on its way.
     """
-    return _build(_linearize_gradient, risk, params, block, check, gradient=_gradient)
+    return _build(_hessian, risk, params, block, check)
 
 
 def ggn(risk: Risk, params: Params, *, block: Block | None = None, check: bool = True) -> Operator:
@@ -113,7 +148,7 @@ def ggn(risk: Risk, params: Params, *, block: Block | None = None, check: bool =
 
     Schraudolph (2002); H_o of Ormaniec, Dangel, Singh (arXiv 2410.10986). Arguments and errors as for `hessian`.
     """
-    return _build(_linearize_ggn, risk, params, block, check)
+    return _build(_ggn, risk, params, block, check)
 
 
 def functional(risk: Risk, params: Params, *, block: Block | None = None, check: bool = True) -> Operator:
@@ -122,38 +157,39 @@ def functional(risk: Risk, params: Params, *, block: Block | None = None, check:
     Its own product, not a difference: where H_f vanishes it is zero to rounding of H_f itself. Arguments and errors as
     for `hessian`.
     """
-    return _build(_linearize_functional, risk, params, block, check)
+    return _build(_functional, risk, params, block, check)
 
 
 def fisher(risk: Risk, params: Params, *, block: Block | None = None, check: bool = True) -> Operator:
     """The Fisher information: the mean over positions of E[s s^T], s = d log p(y | outputs) / d params, y ~ the model.
 
-    The model is the one whose negative log-likelihood the loss is: categorical for `cross_entropy`, Gaussian with
-    variance 1/2 in each entry for `square_loss`. For both the Fisher equals the GGN, the expectation taken exactly
-    (Martens, arXiv 1412.1193, section 9.2), at the GGN's cost and with no sampling. Raises `TypeError` for another
-    loss: what it is the likelihood of is not known; otherwise arguments and errors as for `hessian`.
+    The model is the one whose negative log-likelihood the loss of a position is: categorical for `cross_entropy`; for
+    `square_loss`, which is a mean over the C outputs (the last axis) of a position, Gaussian with variance C / 2 in
+    each of them. With weights it is the weighted mean over positions. For both losses the Fisher equals the GGN, the
+    expectation taken exactly (Martens, arXiv 1412.1193, section 9.2), at the GGN's cost and with no sampling. Raises
+    `TypeError` for another loss: what it is the likelihood of is not known; otherwise arguments and errors as for
+    `hessian`.
     """
-    if risk.loss.func not in LIKELIHOODS or risk.loss.args or risk.loss.keywords:
-        known = ", ".join(loss.__name__ for loss in LIKELIHOODS)
+    if known_loss(risk.loss) is None:
+        known = "square_loss, cross_entropy"
         raise TypeError(
             f"the loss is {risk.loss.func}; the Fisher information needs a negative log-likelihood, one of: {known}. "
             "Take ggn, or empirical_fisher, for another loss."
         )
-    return _build(_linearize_ggn, risk, params, block, check)
-
-
-LIKELIHOODS = (square_loss, cross_entropy)
+    return _build(_ggn, risk, params, block, check)
 
 
 def empirical_fisher(risk: Risk, params: Params, *, block: Block | None = None, check: bool = True) -> Operator:
     """The uncentred second moment of the examples' gradients, (1/N) sum_n g_n g_n^T.
 
-    An example is an entry of the first axis of inputs, outputs and targets, and g_n the gradient of the loss of that
-    example alone: of a sequence's mean over its tokens, for a language model. Not the Fisher information: the labels
-    are those of the data (Kunstner, Balles, Hennig, arXiv 1905.12558). The model must treat examples independently.
-    Raises `ValueError` where the first axes differ; otherwise arguments and errors as for `hessian`.
+    With weights or ignored labels the mean is weighted: an example has the share of its positions that count, as in the
+    risk, sum_n s_n g_n g_n^T with sum_n s_n g_n the gradient. An example is an entry of the first axis of inputs,
+    outputs and targets, and g_n the gradient of the loss of that example alone: of a sequence's mean over its tokens,
+    for a language model. Not the Fisher information: the labels are those of the data (Kunstner, Balles, Hennig, arXiv
+    1905.12558). The model must treat examples independently. Raises `ValueError` where the first axes differ; otherwise
+    arguments and errors as for `hessian`.
     """
-    return _build(_linearize_empirical_fisher, risk, params, block, check)
+    return _build(_empirical_fisher, risk, params, block, check)
 
 
 PARTS = {"hessian": hessian, "ggn": ggn, "functional": functional}
@@ -164,18 +200,10 @@ def restrict(operator: Operator, rows: Block) -> Operator:
     """The diagonal block of any operator. For one of an objective, `hessian(risk, params, block=...)` costs less."""
     selection = select(operator.point, rows)
     linear = Partial(_Restricted(selection), operator.linear, zeros_like(operator.point))
-    return Operator(linear, selection.take(operator.point))
+    return replace(operator, linear=linear, point=selection.take(operator.point))
 
 
-def _build(
-    linearize: Linearize,
-    risk: Risk,
-    params: Params,
-    block: Block | None,
-    check: bool,
-    *,
-    gradient: Callable[[Objective, Params], Params] | None = None,
-) -> Operator:
+def _build(kind: Kind, risk: Risk, params: Params, block: Block | None, check: bool) -> Operator:
     params = jax.tree.map(jnp.asarray, params)
     check_objective(risk, params)
     check = check and is_concrete((risk, params, jnp.zeros(())))  # under jit the last is a tracer, whatever the others
@@ -185,82 +213,113 @@ def _build(
         selection = select(params, block)
         risk = replace(risk, predict=predict_from_block(risk.predict, params, selection))
         params = selection.take(params)
+    linearize = Linearization(kind, _route(kind, risk, params))
     if check:
-        once(partial(check_operator, linearize, _apply, gradient), risk, params, linearize)
+        gradient = linearize.gradient if kind is _hessian else None
+        once(partial(check_operator, linearize.linear, _apply, gradient), risk, params, linearize)
     if isinstance(risk, BatchedObjective):
-        return Operator(Partial(_BatchedProduct(linearize), risk, params), params)
-    return Operator(linearize(risk, params), params)
+        return Operator(Partial(_BatchedProduct(linearize), risk, params), params, linearize.route)
+    found = linearize(risk, params)
+    check_loss(found.loss)
+    return Operator(found.linear, params, linearize.route)
+
+
+def _route(kind: Kind, risk: Risk, params: Params) -> Route:
+    """How this kind of operator can be had; it is looked for once for every structure, by tracing."""
+    part = risk.shape() if isinstance(risk, BatchedObjective) else risk
+    leaves, structure = jax.tree.flatten(jax.eval_shape(lambda tree: tree, (part, params)))
+    return _route_of(kind, structure, tuple(leaves))
+
+
+@lru_cache(maxsize=1024)
+def _route_of(kind: Kind, structure: jax.tree_util.PyTreeDef, leaves: tuple[jax.ShapeDtypeStruct, ...]) -> Route:
+    arguments = jax.tree.unflatten(structure, leaves)
+
+    def product(route: Route) -> Params:
+        return jax.eval_shape(lambda risk, params: _linearize(kind, route, risk, params).linear(params), *arguments)
+
+    return choose_route(product)
 
 
 @dataclass(frozen=True)
 class _BatchedProduct:
-    linearize: Linearize
+    linearize: Linearization
 
     def __call__(self, risk: BatchedObjective, params: Params, vector: Params) -> Params:
-        return risk.total(lambda part: self.linearize(part, params)(vector))
+        return risk.total(lambda part: self.linearize.linear(part, params)(vector))
 
 
-@jax.jit
-def _gradient_and_linear(risk: Objective, params: Params) -> tuple[Params, Partial]:
-    gradient, linear = jax.linearize(jax.grad(risk), params)
-    return gradient, _as_partial(linear)
+@jax.jit(static_argnums=(0, 1))
+def _linearize(kind: Kind, route: Route, risk: Objective, params: Params) -> Linearized:
+    return kind(risk, params, route)
 
 
-def _linearize_gradient(risk: Objective, params: Params) -> Partial:
-    return _gradient_and_linear(risk, params)[1]
+def _hessian(risk: Objective, params: Params, route: Route) -> Linearized:
+    return Linearized(*hessian_product(risk, params, route))
 
 
-def _gradient(risk: Objective, params: Params) -> Params:
-    # Of the program that linearises, so that gradients at other points compile nothing.
-    return _gradient_and_linear(risk, params)[0]
+def _ggn(risk: Objective, params: Params, route: Route) -> Linearized:
+    outputs, outer = jacobian(risk.outputs, params, route)
+    loss, _, curvature = hessian_product(risk.score, outputs, route)
+    return Linearized(loss, None, Partial(_apply_ggn, outer, curvature))
 
 
-@jax.jit
-def _linearize_ggn(risk: Objective, params: Params) -> Partial:
-    outputs, jacobian = jax.linearize(risk.outputs, params)
-    loss_gradient = jax.grad(lambda outputs: risk.loss(outputs, risk.targets))
-    _, loss_hessian = jax.linearize(loss_gradient, outputs)
-    return Partial(_apply_ggn, _as_partial(jacobian), _as_partial(loss_hessian))
-
-
-@jax.jit
-def _linearize_functional(risk: Objective, params: Params) -> Partial:
-    cotangent = jax.grad(risk.loss)(risk.outputs(params), risk.targets)
-    return _linearize_gradient(Objective(risk.predict, Partial(_inner_product), risk.inputs, cotangent), params)
-
-
-@jax.jit
-def _linearize_empirical_fisher(risk: Objective, params: Params) -> Partial:
-    _, jacobian = jax.linearize(lambda params: _example_losses(risk, params), params)
-    return Partial(_apply_gram, _as_partial(jacobian))
-
-
-def _example_losses(risk: Objective, params: Params) -> Float[Array, " N"]:
+def _functional(risk: Objective, params: Params, route: Route) -> Linearized:
     outputs = risk.outputs(params)
-    lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves((risk.inputs, outputs, risk.targets))}
+    loss, cotangent = jax.value_and_grad(risk.score)(outputs)
+    along = Objective(risk.predict, Partial(_inner_product), risk.inputs, cotangent)
+    return Linearized(loss, None, hessian_product(along, params, route)[2])
+
+
+def _empirical_fisher(risk: Objective, params: Params, route: Route) -> Linearized:
+    losses, jacobian_of_losses = jacobian(lambda params: example_losses(risk, risk.outputs(params))[0], params, route)
+    _, shares = example_losses(risk, risk.outputs(params))
+    return Linearized(jnp.vdot(shares, losses), None, Partial(_apply_gram, jacobian_of_losses, shares))
+
+
+def example_losses(risk: Objective, outputs: PyTree) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
+    """The loss of every example alone, and its share in the risk, which is their weighted mean.
+
+    An example of which no position counts has the loss 0 and the share 0. Raises `ValueError` where the first axes of
+    inputs, outputs and targets differ.
+    """
+    lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves((risk.inputs, outputs, *risk.answers))}
     if len(lengths) != 1 or () in lengths:
         raise ValueError(
             f"inputs, outputs and targets have first axes {sorted(lengths)}; expected one number of examples in all. "
             "Give every array a leading axis of examples."
         )
-    one_each = jax.tree.map(lambda leaf: leaf[:, None], (outputs, risk.targets))
-    return jax.vmap(risk.loss)(*one_each)
+    # The first axis is that of the examples, and the second one of batches of a single one. Weights may be None.
+    data, one_each = jax.tree.map(lambda leaf: leaf[:, None], ((risk.targets, risk.weights), outputs))
+    totals = jax.vmap(lambda answers: _answering(risk, answers).total())(data)
+    losses = jax.vmap(lambda answers, *rest: _loss_or_zero(_answering(risk, answers), *rest))(data, one_each, totals)
+    shares = totals / jnp.sum(totals)
+    return losses, shares.astype(losses.dtype)
 
 
-def _apply_gram(jacobian: Partial, vector: Params) -> Params:
-    changes = jacobian(vector)  # of the examples' losses: <g_n, vector>
-    return jax.linear_transpose(jacobian, vector)(changes / changes.size)[0]
+def _answering(risk: Objective, answers: tuple[PyTree, PyTree]) -> Objective:
+    targets, weights = answers
+    return replace(risk, targets=targets, weights=weights)
 
 
-def _as_partial(linear: Callable) -> Partial:
-    # jax.linearize returns its linear part as a Partial: a pytree of the saved intermediate values.
-    assert isinstance(linear, Partial)
-    return linear
+def _loss_or_zero(risk: Objective, outputs: PyTree, total: Array) -> Array:
+    """The loss; zero where nothing counts: a mean over nothing is 0 / 0, and its derivative so even behind `where`."""
+    counts, loss = total > 0, known_loss(risk.loss)
+    if loss is not None and (risk.weights is not None or loss.ignored is not None):
+        summed, weight = loss.total_loss(outputs, *risk.answers)
+        return summed / jnp.where(counts, weight, 1)
+    if risk.weights is None:
+        return risk.score(outputs)
+    safe = jnp.where(counts, risk.weights, jnp.ones_like(risk.weights))
+    return jnp.where(counts, replace(risk, weights=safe).score(outputs), 0)
 
 
-def _apply_ggn(jacobian: Partial, loss_hessian: Partial, vector: Params) -> Params:
-    transposed = jax.linear_transpose(jacobian, vector)
-    return transposed(loss_hessian(jacobian(vector)))[0]
+def _apply_gram(outer: Jacobian, shares: Array, vector: Params) -> Params:
+    return outer.pull(shares * outer.push(vector), vector)  # the changes of the losses: <g_n, vector>
+
+
+def _apply_ggn(outer: Jacobian, curvature: Partial, vector: Params) -> Params:
+    return outer.pull(curvature(outer.push(vector)), vector)
 
 
 def _inner_product(left: PyTree, right: PyTree) -> jax.Array:

@@ -1,7 +1,7 @@
 """Operators made of operators: preconditioned by an optimizer, and the blocks off the diagonal."""
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -32,7 +32,7 @@ def precondition(operator: Operator, preconditioner: Params) -> Operator:
     if is_concrete(preconditioner) and lowest(preconditioner) <= 0:
         raise ValueError("preconditioner has an entry that is zero or negative; expected positive ones. Raise eps.")
     factors = jax.tree.map(lambda leaf, x: jax.lax.rsqrt(leaf).astype(x.dtype), preconditioner, operator.point)
-    return Operator(Partial(_preconditioned, factors, operator.linear), operator.point)
+    return replace(operator, linear=Partial(_preconditioned, factors, operator.linear))
 
 
 def _preconditioned(factors: Params, linear: Partial, vector: Params) -> Params:

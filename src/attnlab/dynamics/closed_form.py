@@ -15,7 +15,7 @@ from attnlab.dynamics.same_model import same_model
 from attnlab.losses import LOSSES
 from attnlab.models.adapters import at_positions, from_linen
 from attnlab.models.attention import AttentionConfig, SelfAttention
-from attnlab.objective import Objective
+from attnlab.objective import Objective, known_loss
 from attnlab.training.probe import Probe, probe
 from attnlab.types import Params
 
@@ -37,14 +37,13 @@ class _Blocks:
     config: AttentionConfig
 
     def __call__(self, risk: Objective, params: Params) -> dict[str, dict[str, Array]]:
-        names = {loss: name for name, loss in LOSSES.items()}
-        function = risk.loss.func
-        if function not in names:
+        loss = known_loss(risk.loss)
+        if loss is None:
             raise ValueError(
-                f"the loss is {function}; the closed form knows those of attnlab.losses: {', '.join(LOSSES)}. "
+                f"the loss is {risk.loss.func}; the closed form knows those of attnlab.losses: {', '.join(LOSSES)}. "
                 "Take one of them, or estimate with the probe block_norms."
             )
-        exact = attention_hessian(self.config, params, risk.inputs, risk.targets, loss=names[function])
+        exact = attention_hessian(self.config, params, risk.inputs, risk.targets, loss, weights=risk.weights)
         if not same_model(risk.predict, from_linen(SelfAttention(self.config)), params, risk.inputs):
             raise ValueError(
                 "the objective's model does not predict what SelfAttention(config) does; attention_blocks expects that "
@@ -97,9 +96,7 @@ class _BlocksIn:
                 "attention_blocks_in expects the objective's own module, and the positions that it reads. Build the "
                 "objective's predict with from_linen(module), and at_positions where it reads some tokens only."
             )
-        network = assemble(
-            cut, lambda outputs: risk.loss(outputs[:, read], risk.targets), self.positions, self.piecewise_linear
-        )
+        network = assemble(cut, lambda outputs: risk.score(outputs[:, read]), self.positions, self.piecewise_linear)
         return _values(network.norms(), network.moments)
 
 

@@ -9,7 +9,8 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
 from attnlab.checks import check_positive
-from attnlab.objective import Objective
+from attnlab.losses import cross_entropy
+from attnlab.objective import Objective, known_loss
 from attnlab.training.probe import Probe, probe
 from attnlab.types import Params, PyTree
 
@@ -50,7 +51,8 @@ class _FirstOutputs:
 
 def group_losses(groups: Int[Array, " vocabulary"], count: int) -> Probe:
     """Probe: the mean cross-entropy of the targets in each group, `loss` (count,), and the `share` (count,) of all
-    targets that it holds: share . loss is the whole loss. The loss of an empty group is 0.
+    targets that it holds: share . loss is the whole loss. With weights or ignored labels both are weighted. The loss of
+    an empty group is 0.
 
     For objectives with logits as outputs and whole numbers as targets, whose first axis is the examples'; raises
     `TypeError` for other targets. Raises `ValueError` for a group that is not one of the whole numbers below `count`,
@@ -78,20 +80,29 @@ class _GroupLosses:
         if not jnp.issubdtype(risk.targets.dtype, jnp.integer):
             raise TypeError(f"targets have dtype {risk.targets.dtype}; losses by group expect labels, whole numbers.")
         # in parts: the logits of a whole text on a large vocabulary, of every member of an ensemble, are gigabytes
-        data = jax.tree.map(lambda leaf: leaf[:, None], (risk.inputs, risk.targets))
+        counts = _counts(risk)
+        data = jax.tree.map(lambda leaf: leaf[:, None], (risk.inputs, risk.targets, counts))
         totals, held = jax.lax.map(lambda part: self._sums(risk, params, *part), data, batch_size=32)
         held = held.sum(axis=0)
-        return {"loss": totals.sum(axis=0) / jnp.maximum(held, 1), "share": held / held.sum()}
+        return {"loss": totals.sum(axis=0) / jnp.where(held > 0, held, 1), "share": held / held.sum()}
 
-    def _sums(self, risk: Objective, params: Params, inputs: PyTree, targets: Array) -> tuple[Array, Array]:
-        """Sum of the losses in each group, and how many targets it holds."""
+    def _sums(
+        self, risk: Objective, params: Params, inputs: PyTree, targets: Array, counts: Array
+    ) -> tuple[Array, Array]:
+        """Weighted sum of the losses in each group, and the weight of the targets that it holds."""
         outputs = risk.predict(params, inputs)
         if outputs.shape[-1] != len(self.groups):
             raise ValueError(
                 f"groups has {len(self.groups)} entries and the outputs have {outputs.shape[-1]} classes; expected one "
                 "group a class. Build it with frequency_groups(tokens, vocabulary, groups) for this vocabulary."
             )
-        log_probabilities = jax.nn.log_softmax(outputs, axis=-1)
-        losses = -jnp.take_along_axis(log_probabilities, targets[..., None], axis=-1).ravel()
-        group, nothing = jnp.asarray(self.groups)[targets].ravel(), jnp.zeros(self.count, losses.dtype)
-        return nothing.at[group].add(losses), nothing.at[group].add(1)
+        counts, labels = counts.astype(outputs.dtype), jnp.where(counts > 0, targets, 0)
+        losses = counts * cross_entropy.entries(outputs, labels)
+        group, nothing = jnp.asarray(self.groups)[labels].ravel(), jnp.zeros(self.count, losses.dtype)
+        return nothing.at[group].add(losses.ravel()), nothing.at[group].add(counts.ravel())
+
+
+def _counts(risk: Objective) -> Float[Array, "*batch"]:
+    """What every target counts in the risk: its weight, zero for an ignored label."""
+    full = (known_loss(risk.loss) or cross_entropy).weights(risk.targets, risk.weights, jnp.result_type(float))
+    return jnp.ones(risk.targets.shape) if full is None else full

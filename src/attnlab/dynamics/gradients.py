@@ -1,7 +1,7 @@
 """Probes of gradients: norms by block, the noise scale, sharpness along minibatch gradients."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -30,14 +30,14 @@ def _noise(risk: Objective, params: Params) -> dict[str, Array]:
     count = jax.tree.leaves(risk.inputs)[0].shape[0]
 
     def squared(i: Array) -> Array:
-        inputs, targets = jax.tree.map(
-            lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, i, 1), (risk.inputs, risk.targets)
-        )
-        gradient = ravel(jax.grad(replace(risk, inputs=inputs, targets=targets))(params))
-        return gradient @ gradient
+        """The share of an example in the risk times the squared length of its gradient; 0 where nothing counts."""
+        example = risk.on(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, i, 1))
+        gradient = ravel(jax.grad(example)(params))
+        share = (example.total() / risk.total()).astype(gradient.dtype)
+        return jnp.where(share > 0, share * (gradient @ gradient), 0)
 
     mean = ravel(jax.grad(risk)(params))
-    trace = jnp.mean(jax.lax.map(squared, jnp.arange(count))) - mean @ mean
+    trace = jnp.sum(jax.lax.map(squared, jnp.arange(count))) - mean @ mean
     return {"trace": trace, "noise_scale": trace / (mean @ mean)}
 
 
@@ -45,8 +45,8 @@ def gradient_noise() -> Probe:
     """Probe: `trace` of the covariance of the examples' gradients, and the `noise_scale` trace / ||gradient||^2, the
     batch size at which noise and signal are equal (McCandlish et al., arXiv 1812.06162, equation 2.9).
 
-    Exact over the objective's own examples (rows of inputs and targets), taken as the population. The loss must be a
-    mean over examples.
+    Exact over the objective's own examples (rows of inputs and targets), taken as the population, each with its share
+    in the risk where there are weights or ignored labels. The loss must be a mean over examples.
     """
     return probe(_noise)
 

@@ -1,6 +1,6 @@
 """Minibatches for the training loop."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,7 @@ class _Minibatches:
         count = jax.tree.leaves(risk.inputs)[0].shape[0]
         check_range("size", self.size, 1, count, f"There are {count} examples.")
         rows = _distinct_rows(key, count, self.size)
-        inputs, targets = jax.tree.map(lambda leaf: leaf[rows], (risk.inputs, risk.targets))
-        return replace(risk, inputs=inputs, targets=targets)
+        return risk.on(lambda leaf: leaf[rows])
 
 
 def _distinct_rows(key: PRNGKey, count: int, size: int) -> Int[Array, " size"]:
@@ -41,7 +40,8 @@ def _distinct_rows(key: PRNGKey, count: int, size: int) -> Int[Array, " size"]:
 
 
 def minibatches(size: int) -> _Minibatches:
-    """A `resample` for `train`: each step sees `size` examples (rows of inputs and targets), drawn without
-    replacement, afresh at every step. Raises `ValueError` for a size that is not positive, or above the data's."""
+    """A `resample` for `train`: each step sees `size` examples (rows of inputs, targets and weights), drawn without
+    replacement, afresh at every step. With weights or ignored labels each is a mean over its own positions that count,
+    and NaN where none of a batch does. Raises `ValueError` for a size that is not positive, or above the data's."""
     check_positive(size=size)
     return _Minibatches(int(size))

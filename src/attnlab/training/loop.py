@@ -13,7 +13,7 @@ import optax
 from jaxtyping import Array, ArrayLike, Bool
 
 from attnlab.checks import check_finite, check_intervals, check_leading_axis
-from attnlab.objective import Objective, check_objective
+from attnlab.objective import Objective, check_loss, check_objective
 from attnlab.training.checkpoint import Checkpoint, fingerprint
 from attnlab.training.optimizer import check_optimizer, member_values, start_optimizer, update
 from attnlab.training.probe import Probe, TrainingState, by_name, check_probes, measure, median_of_finite, start_probes
@@ -110,7 +110,7 @@ def train(
             another run. `load_records` reads what it measured so far.
         report: called between the parts.
 
-    Raises `ValueError` for steps that `every` does not divide, an unknown hyperparameter, leaves without an ensemble's
+    Raises `ValueError` for steps that `every` does not divide, a loss that is not finite at the start, an unknown hyperparameter, leaves without an ensemble's
     axis or a directory of another run, `TypeError` for a probe whose memory changes structure, `DivergenceError` when
     the loss or the parameters are no longer finite: what was saved until then stays.
     """
@@ -151,6 +151,8 @@ def _first_state(
     if plan.own_risks:
         check_leading_axis("risk", risk, plan.members or 0, "Stack one objective a key.")
     check_objective(_one_risk(risk, plan), _one_member(params, plan))
+    if plan.members is None:  # of an ensemble a member that diverges is let be
+        check_loss(_loss(risk, params))
 
     def build(params: Params, key: PRNGKey, values: dict[str, Array]) -> TrainingState:
         return TrainingState(jnp.array(0), params, start_optimizer(plan.optimizer, params, values), key, {})
@@ -162,6 +164,11 @@ def _first_state(
     check_probes(one_risk, one_state, plan.probes)
     _check_resample(one_risk, one_state.key, plan.resample)
     return state
+
+
+@jax.jit
+def _loss(risk: Objective, params: Params) -> Array:
+    return risk(params)
 
 
 def _check_functions(risk: Any, plan: _Plan) -> None:
