@@ -11,6 +11,8 @@ from functools import partial
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.tree_util import Partial
 
 from attnlab.types import PyTree
@@ -42,7 +44,7 @@ class Jacobian:
         if self.route == FORWARD:
             return self.linear(vector)
         values = jax.tree.unflatten(self.structure, self.shapes)
-        zeros = jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), values)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), values)
         _, transposed = jax.vjp(lambda cotangent: self.linear(cotangent)[0], zeros)
         return transposed(vector)[0]
 
@@ -82,23 +84,46 @@ def _first(pull: Any, vector: PyTree) -> PyTree:
     return pull(vector)[0]
 
 
-def choose_route(build: Callable[[Route], Any]) -> Route:
-    """Forward over reverse if `build(route)` can be traced by it, else reverse over reverse; nothing is run.
+def choose_route(build: Callable[..., Any], *arguments: PyTree) -> Route:
+    """Forward over reverse if `build(route, *arguments)` can be had by it, else reverse over reverse; nothing is run.
 
-    Raises `TypeError` where neither can be had, with the reason of the second.
+    Raises `TypeError` where neither can be had, with the reason of each.
     """
     try:
-        jax.eval_shape(partial(build, FORWARD))
-        return FORWARD
-    except TypeError as error:
-        if "custom_vjp" not in str(error):
-            raise
+        if not _waits_for_reverse(jax.make_jaxpr(partial(build, FORWARD))(*arguments)):
+            return FORWARD
+        reason = "a custom_vjp rule has no forward mode"
+    except Exception as error:  # whatever JAX has against it
+        reason = _first_line(error)
     try:
-        jax.eval_shape(partial(build, REVERSE))
+        jax.eval_shape(partial(build, REVERSE), *arguments)
         return REVERSE
     except Exception as error:
         raise TypeError(
-            "the model or the loss has a custom_vjp rule, which has no forward mode, and the rule itself cannot be "
-            f"differentiated: {error} Expected a backward pass of differentiable operations (no pure_callback or "
-            "kernel without a rule of its own). Write it in jax.numpy, or give the function a jax.custom_jvp rule."
+            f"the model or the loss has no second derivative: forward over reverse fails ({reason}), and so does "
+            f"reverse over reverse ({_first_line(error)}). Expected differentiable operations, in the backward pass of "
+            "a custom_vjp rule as well (no pure_callback, no kernel without a rule of its own). Write it in jax.numpy, "
+            "or give the function a jax.custom_jvp rule."
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+
+
+def _waits_for_reverse(program: Jaxpr | ClosedJaxpr) -> bool:
+    """Whether a traced program pushes tangents through a custom_vjp rule: JAX notices when it is compiled, not before.
+
+    It then holds the primitive `custom_lin`, which only a transposition takes out again.
+    """
+    for equation in program.eqns:
+        if equation.primitive.name == "custom_lin":
+            return True
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program):
+            if _is_program(inner) and _waits_for_reverse(inner):
+                return True
+    return False
+
+
+def _is_program(value: Any) -> bool:
+    return isinstance(value, Jaxpr | ClosedJaxpr)

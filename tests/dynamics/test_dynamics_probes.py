@@ -24,10 +24,9 @@ from attnlab.dynamics.tokens import (
     representations,
     token_geometry,
 )
-from attnlab.losses import square_loss
+from attnlab.losses import cross_entropy, square_loss
 from attnlab.models.adapters import from_linen
 from attnlab.models.attention import AttentionConfig, SelfAttention
-from attnlab.losses import cross_entropy
 from attnlab.objective import objective
 from attnlab.training import TrainingState, minibatches, train
 from attnlab.trees import block_slices, ravel

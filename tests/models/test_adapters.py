@@ -119,7 +119,7 @@ class TwoMethods(nn.Module):
 
 def test_other_collections_are_held_fixed():
     params = {"factor": jnp.asarray(3.0)}
-    predict = from_linen(Shifted(), fixed={"shift": jnp.asarray(0.5)})
+    predict = from_linen(Shifted(), {"fixed": {"shift": jnp.asarray(0.5)}})
     assert_close(predict(params, jnp.asarray(2.0)), jnp.asarray(6.5), 0)
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from attnlab.attention.downstream import named_loss
-from attnlab.attention.kronecker import KroneckerSum, Leaf, Term, brought_to_scale, contract, meeting
+from attnlab.attention.kronecker import KroneckerSum, Leaf, Term, brought_to_scale, contract, meeting, times_power
 from attnlab.attention.layer import Layer, layer
 from attnlab.attention.moments import AttentionMoments, moments_of
 from attnlab.attention.terms import (
@@ -234,7 +234,7 @@ def norms_of(outer: dict[Pair, KroneckerSum], functional: dict[Pair, KroneckerSu
         ours, theirs, mixed = squares(main, rest)
         found: dict[Part, Array] = {"outer": ours, "functional": theirs, "full": ours + 2 * mixed + theirs}
         for part, square in found.items():
-            norm = jnp.ldexp(jnp.sqrt(jnp.maximum(square, 0)), exponent)
+            norm = times_power(jnp.sqrt(jnp.maximum(square, 0)), exponent)
             norms[part][pair] = norms[part][pair[::-1]] = norm
     return norms
 

@@ -71,7 +71,7 @@ def _coupling(first: Cut, second: Cut, loss: Callable[[PyTree], Array]) -> Float
         _, outer = jacobian(first.rest, first.outputs, route)
         return lambda probe: outer.pull(curve(behind.push(probe)), first.outputs)
 
-    product = build(choose_route(lambda route: build(route)(second.outputs)))
+    product = build(choose_route(lambda route, outputs: build(route)(outputs), second.outputs))
     check_apart("the loss or the model", product, second.outputs, "sequences")
     _, length, width = second.outputs.shape
     units = jnp.eye(length * width, dtype=second.outputs.dtype).reshape(-1, 1, length, width)

@@ -64,7 +64,7 @@ def downstream_derivatives(
         _, gradient, product = hessian_product(scalar, outputs, route)
         return gradient, product if part == "full" else gauss_newton_product(rest, loss, outputs, route)
 
-    gradient, product = build(choose_route(lambda route: build(route)[1](outputs)))
+    gradient, product = build(choose_route(lambda route, outputs: build(route)[1](outputs), outputs))
     check_apart("what stands behind the attention layer", product, outputs, "sequences" if coupled else "tokens")
     _, length, width = outputs.shape
     if not coupled:

@@ -293,7 +293,7 @@ def _roots(
 ) -> Float[Array, "N C O"]:
     """z_a = sum_c R_ca dout_c/df with R R^T the loss's Hessian in the outputs of one token."""
     probes = _unit_probes(outputs)
-    route = choose_route(lambda route: hessian_product(loss, outputs, route)[2](outputs))
+    route = choose_route(lambda route, point: hessian_product(loss, point, route)[2](point), outputs)
     _, _, curve = hessian_product(loss, outputs, route)
     check_apart("the second derivative of the loss", curve, outputs, "tokens")
     check_apart("the model behind the attention layer", lambda probe: pull(probe)[0], outputs, "tokens")
@@ -312,7 +312,7 @@ def _bend(
     if piecewise_linear and not is_concrete(cut.outputs):
         return None
     along = lambda out: jnp.vdot(cotangent, cut.rest(out))  # noqa: E731
-    route = choose_route(lambda route: hessian_product(along, cut.outputs, route)[2](cut.outputs))
+    route = choose_route(lambda route, point: hessian_product(along, point, route)[2](point), cut.outputs)
     _, _, product = hessian_product(along, cut.outputs, route)
     if piecewise_linear:
         _check_flat(product, cut.outputs)

@@ -140,12 +140,12 @@ class KroneckerSum:
         zero = jnp.zeros((), self.dtype)
         ((ours,), mine), ((others,), their) = brought_to_scale(self), brought_to_scale(other)
         total = sum((_inner(a, b) for a in ours.terms for b in others.terms), zero)
-        return jnp.ldexp(total, mine + their)
+        return times_power(total, mine + their)
 
     def norm(self) -> Float[Array, ""]:
         """Frobenius norm: with N tokens the root of an N x N sum, not of one over the entries of the block."""
         (block,), exponent = brought_to_scale(self)
-        return jnp.ldexp(jnp.sqrt(jnp.maximum(block.square(), 0)), exponent)
+        return times_power(jnp.sqrt(jnp.maximum(block.square(), 0)), exponent)
 
     def square(self) -> Float[Array, ""]:
         """The square of the norm, as it stands: it leaves a dtype's range long before the norm does."""
@@ -249,15 +249,24 @@ def brought_to_scale(*blocks: KroneckerSum) -> tuple[tuple[KroneckerSum, ...], I
     return tuple(replace(b, terms=tuple(_divided(t, next(remaining), common) for t in b.terms)) for b in blocks), common
 
 
+_OF_ZERO = -(2**20)
+"""The exponent of an array of zeros: below that of all others, so that no zero term sets the scale."""
+
+
 def _exponent(array: Array) -> Int[Array, ""]:
-    """e with 2^(e-1) <= max |array| < 2^e; 0 for zeros."""
+    """e with 2^(e-1) <= max |array| < 2^e."""
     largest = jnp.max(jnp.abs(array))
-    return jnp.frexp(jnp.where(jnp.isfinite(largest), largest, 1))[1]
+    return jnp.where(largest == 0, _OF_ZERO, jnp.frexp(jnp.where(jnp.isfinite(largest), largest, 1))[1])
+
+
+def times_power(number: Float[Array, "..."], exponent: Int[Array, ""]) -> Float[Array, "..."]:
+    """2^exponent times a number, where zero stays zero whatever the exponent."""
+    return jnp.where(number == 0, number, jnp.ldexp(number, exponent))
 
 
 def _divided(term: Term, exponents: list[Array], common: Array) -> Term:
-    shrunk = [jnp.ldexp(x, -e) for x, e in zip(term.operands, exponents, strict=True)]
-    smaller = jnp.ldexp(shrunk[-1], functools.reduce(jnp.add, exponents) - common)
+    shrunk = [times_power(x, -e) for x, e in zip(term.operands, exponents, strict=True)]
+    smaller = times_power(shrunk[-1], functools.reduce(jnp.add, exponents) - common)
     return replace(term, operands=(*shrunk[:-1], smaller))
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attnlab.attention.kronecker import KroneckerSum, Pairing, brought_to_scale
+from attnlab.attention.kronecker import KroneckerSum, Pairing, brought_to_scale, times_power
 
 _KRYLOV_STEPS = 24
 _RESTARTS = 50
@@ -63,9 +63,9 @@ def nearest_kronecker(
     scale, norm = jnp.linalg.norm(other.ravel()), block.norm()
     error = jnp.where(norm > 0, jnp.sqrt(jnp.maximum(1 - (scale / _positive(norm)) ** 2, 0)), 0)
     # Half of the exponent for each factor; where it is odd, the root of two keeps their norms alike.
-    half = jnp.ldexp(jnp.where(exponent % 2, 2**0.5, 1).astype(size.dtype), exponent // 2)
-    left = block.merged(half * unit * jnp.sqrt(scale), 0, pairing)
-    right = block.merged(half * other / _positive(jnp.sqrt(scale)), 1, pairing)
+    odd = jnp.where(exponent % 2, 2**0.5, 1).astype(size.dtype)
+    left = block.merged(times_power(odd * unit * jnp.sqrt(scale), exponent // 2), 0, pairing)
+    right = block.merged(times_power(odd * other / _positive(jnp.sqrt(scale)), exponent // 2), 1, pairing)
     sign = jnp.where(jnp.trace(left) < 0, -1, 1).astype(left.dtype)
     return NearestKronecker(sign * left, sign * right, error, residual, pairing)
 

@@ -235,10 +235,10 @@ def _route(kind: Kind, risk: Risk, params: Params) -> Route:
 def _route_of(kind: Kind, structure: jax.tree_util.PyTreeDef, leaves: tuple[jax.ShapeDtypeStruct, ...]) -> Route:
     arguments = jax.tree.unflatten(structure, leaves)
 
-    def product(route: Route) -> Params:
-        return jax.eval_shape(lambda risk, params: _linearize(kind, route, risk, params).linear(params), *arguments)
+    def product(route: Route, risk: Objective, params: Params) -> Params:
+        return _linearize(kind, route, risk, params).linear(params)
 
-    return choose_route(product)
+    return choose_route(product, *arguments)
 
 
 @dataclass(frozen=True)

@@ -110,9 +110,10 @@ def train(
             another run. `load_records` reads what it measured so far.
         report: called between the parts.
 
-    Raises `ValueError` for steps that `every` does not divide, a loss that is not finite at the start, an unknown hyperparameter, leaves without an ensemble's
-    axis or a directory of another run, `TypeError` for a probe whose memory changes structure, `DivergenceError` when
-    the loss or the parameters are no longer finite: what was saved until then stays.
+    Raises `ValueError` for steps that `every` does not divide, a loss that is not finite at the start, an unknown
+    hyperparameter, leaves without an ensemble's axis or a directory of another run, `TypeError` for a probe whose
+    memory changes structure, `DivergenceError` when the loss or the parameters are no longer finite: what was saved
+    until then stays.
     """
     check_intervals(steps, every)
     steps, every = int(steps), int(every)  # 1e4 is a whole number too
