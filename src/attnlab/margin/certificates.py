@@ -20,8 +20,9 @@ from jaxtyping import Bool, Float, Int
 from attnlab.margin.problems import AnyArray, MarginProblem, Norm
 from attnlab.margin.rows import Rows
 
-INFEASIBLE_BELOW = 1e-10
-"""A margin of at most this times the largest row norm, proved by multipliers, counts as none."""
+INFEASIBLE_BELOW = 1e-14
+"""A cosine of at most this between W and the rows, proved by multipliers, counts as none: rounding the tokens to double
+precision moves it by as much."""
 
 
 class Status(IntEnum):
@@ -182,6 +183,6 @@ def certify(
 
 def verdict(proof: Certificate, tolerance: float) -> Status:
     """What a certificate proves: optimality to `tolerance`, infeasibility, or neither."""
-    if proof.gap <= tolerance and proof.violation <= tolerance:
-        return Status.SOLVED
-    return Status.INFEASIBLE if proof.residual <= INFEASIBLE_BELOW else Status.INACCURATE
+    if proof.residual <= INFEASIBLE_BELOW:
+        return Status.INFEASIBLE
+    return Status.SOLVED if proof.gap <= tolerance and proof.violation <= tolerance else Status.INACCURATE

@@ -1,6 +1,7 @@
 """The constraint map of a problem and its adjoint, without its matrix: on the host, in double precision."""
 
 from copy import copy
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -14,6 +15,23 @@ SMALL = 30_000
 """Up to so many entries of all rows, Delta and z are multiplied row by row, without the structure of shared queries."""
 
 
+def norms(vectors: np.ndarray) -> np.ndarray:
+    """Of each row, without overflow."""
+    largest = abs(vectors).max(axis=1, initial=0.0)
+    scaled = vectors / np.where(largest > 0, largest, 1.0)[:, None]
+    return largest * np.sqrt(np.einsum("kd,kd->k", scaled, scaled))
+
+
+def normalized(problem: MarginProblem) -> tuple[MarginProblem, float]:
+    """The problem with differences and queries of at most 1, and what its rows were divided by: a power of two."""
+    differences, queries = np.asarray(problem.differences, float), np.asarray(problem.queries, float)
+    powers = [int(np.frexp(abs(array).max(initial=0.0))[1]) for array in (differences, queries)]
+    if any(powers):
+        parts = np.ldexp(differences, -powers[0]), np.ldexp(queries, -powers[1])
+        problem = replace(problem, differences=parts[0], queries=parts[1])
+    return problem, float(np.ldexp(1.0, sum(powers)))
+
+
 class Rows:
     """The rows a_k = Delta_k z_{o(k)}^T of a problem, each divided by its norm ||Delta_k|| ||z_{o(k)}||.
 
@@ -25,14 +43,18 @@ class Rows:
         self.queries = np.asarray(problem.queries, float)
         self.owner = np.asarray(problem.owner)
         differences = np.asarray(problem.differences, float)
-        squared = np.einsum("kd,kd->k", differences, differences)
-        squared *= np.einsum("ne,ne->n", self.queries, self.queries)[self.owner]
-        # A zero row stays zero: it is void with bound 0, and proves infeasibility with bound 1.
-        self.scale = np.sqrt(np.where(squared > 0, squared, 1.0))
+        scale = norms(differences) * norms(self.queries)[self.owner]
+        # A zero row stays zero: it says nothing with bound 0, and proves infeasibility with bound 1.
+        self.scale = np.where(scale > 0, scale, 1.0)
         self.differences = differences / self.scale[:, None]
         self.bound = np.asarray(problem.bound, float) / self.scale
         self.free = np.asarray(problem.equality)
         self._look()
+
+    @property
+    def void(self) -> np.ndarray:
+        """Rows that are zero and demand a margin."""
+        return ~(self.differences.any(axis=1) & self.queries.any(axis=1)[self.owner]) & (self.bound > 0)
 
     def _look(self) -> None:
         self.top = self.bound.max()

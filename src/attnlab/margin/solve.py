@@ -1,21 +1,26 @@
 """The one entry: a problem in, a maximal margin with its certificate out; the method chosen by norm and shape."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
 from attnlab.checks import unknown_name
 from attnlab.margin.certificates import Certificate, MaxMargin, Status, certify, dual_norm, matrix_norm, verdict
+from attnlab.margin.exact import exact_margin
 from attnlab.margin.few import few_rows
 from attnlab.margin.frobenius import Combination, active_set, combination, newton
 from attnlab.margin.interior import gordan_multipliers, nearest_hull_point
 from attnlab.margin.lp import lp_margin
 from attnlab.margin.nuclear import nuclear_margin
 from attnlab.margin.problems import MarginProblem, Norm, check_norm
-from attnlab.margin.rows import Rows, reduced
+from attnlab.margin.rows import Rows, normalized, reduced
 
 EARLY = 1e-9
 """Complementarity of the interior point at which its active rows are tried first."""
+
+PROVED = 1e-10
+"""Gap up to which an answer in double precision is taken."""
 
 METHODS = ("active set", "interior point")
 """Methods of the Frobenius problem; the other norms have one each."""
@@ -33,17 +38,30 @@ def max_margin(problem: MarginProblem, *, method: str | None = None, tolerance: 
     if method not in (None, *METHODS):
         raise unknown_name("method", str(method), METHODS)
     norm = check_norm(problem.norm)
+    problem, unit = normalized(problem)
     if norm == "nuclear":
-        return _nuclear(problem, method, tolerance)
+        return _in_units(_nuclear(problem, method, tolerance), unit, norm)
     if norm == "frobenius" and method is None:
-        found = few_rows(problem)
+        with np.errstate(all="ignore"):  # near the edge, where it proves nothing
+            found = few_rows(problem)
         if found is not None:
-            return found
+            return _in_units(found, unit, norm)
     rows = Rows(problem)
-    answer = frobenius_margin(rows, method)
+    answer = frobenius_margin(problem, rows, method)
     if norm != "frobenius" and verdict(answer.proof, tolerance) != Status.INFEASIBLE:
         answer = _answer(norm, rows, *lp_margin(rows, float(norm[1]), answer.multipliers))
-    return _result(problem, rows, answer, tolerance)
+    return _in_units(_result(problem, rows, answer, tolerance), unit, norm)
+
+
+def _in_units(found: MaxMargin, unit: float, norm: Norm) -> MaxMargin:
+    """The answer to a problem whose rows are `unit` times those of the one that was solved."""
+    if unit == 1:
+        return found
+    proof = replace(found.certificate, margin=found.margin * unit, bound=found.certificate.bound * unit)
+    multipliers = found.multipliers
+    if found.status != Status.INFEASIBLE:
+        multipliers = multipliers / unit / (unit if norm == "frobenius" else 1.0)
+    return replace(found, multipliers=multipliers, certificate=proof)
 
 
 def _nuclear(problem: MarginProblem, method: str | None, tolerance: float) -> MaxMargin:
@@ -53,7 +71,7 @@ def _nuclear(problem: MarginProblem, method: str | None, tolerance: float) -> Ma
     if found is not None:
         answer = _answer("nuclear", rows, *nuclear_margin(rows, np.asarray(found.multipliers) * rows.scale))
     else:
-        answer = frobenius_margin(rows, method)
+        answer = frobenius_margin(smaller, rows, method)
         if verdict(answer.proof, tolerance) != Status.INFEASIBLE:
             answer = _answer("nuclear", rows, *nuclear_margin(rows, answer.multipliers))
     return _result(problem, rows, answer, tolerance, (left, right))
@@ -80,14 +98,23 @@ def _own_answer(rows: Rows, found: Combination) -> _Answer:
     return _Answer(matrix, multipliers, scores, proof)
 
 
-def frobenius_margin(rows: Rows, method: str | None) -> _Answer:
-    """The interior point takes over where the active set does not solve the problem."""
-    many = len(rows) > 8 * rows.dimension
-    if method == "active set" or (method is None and not many):
-        answer = _own_answer(rows, active_set(rows))
-        if method is not None or verdict(answer.proof, 1e-10) == Status.SOLVED:
-            return answer
-    return _by_interior_point(rows)
+def frobenius_margin(problem: MarginProblem, rows: Rows, method: str | None) -> _Answer:
+    """The interior point takes over where the active set does not solve the problem, decimals where neither does."""
+    guess = np.where(rows.void, 1.0, 0.0)
+    if not rows.void.any():
+        many = len(rows) > 8 * rows.dimension
+        with np.errstate(all="ignore"):  # what overflows near the edge proves nothing, and is not taken
+            if method == "active set" or (method is None and not many):
+                answer = _own_answer(rows, active_set(rows))
+                if verdict(answer.proof, PROVED) != Status.INACCURATE:
+                    return answer
+            if method != "active set":
+                answer = _by_interior_point(rows)
+                if verdict(answer.proof, PROVED) != Status.INACCURATE:
+                    return answer
+        guess = answer.multipliers
+    exact = exact_margin(problem, rows, guess)
+    return _Answer(exact.matrix, exact.multipliers, exact.scores, exact.proof)
 
 
 def _by_interior_point(rows: Rows) -> _Answer:
@@ -99,7 +126,7 @@ def _by_interior_point(rows: Rows) -> _Answer:
         active = (multipliers / multipliers.max() > slacks / slacks.max()) | rows.free
         found = newton(rows, active)
         polished = _own_answer(rows, found)
-        if found.solved and verdict(polished.proof, 1e-10) == Status.SOLVED:
+        if found.solved and verdict(polished.proof, PROVED) == Status.SOLVED:
             return polished
     if point.level < 1e-10:
         contradiction = _own_answer(rows, combination(rows, gordan_multipliers(rows, multipliers)))
