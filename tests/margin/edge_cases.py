@@ -61,10 +61,13 @@ def solve_rational(matrix, right):
 
 def judge(problem, found):
     """The exact squared margin, where the answer's support proves it optimal; 0 where its multipliers, made exact by
-    the rows of the largest, prove infeasibility. Nothing of the answer is taken but these, and no floating point."""
+    the rows of the largest share, prove infeasibility. Nothing of the answer is taken but these, and no floating point."""
     differences, queries = rational(problem.differences), rational(problem.queries)
     owner, given = np.asarray(problem.owner), np.asarray(found.multipliers)
-    support = np.argsort(-given, kind="stable")[: np.count_nonzero(given > 0)]
+    shares = given * np.linalg.norm(problem.differences, axis=1) * np.linalg.norm(problem.queries, axis=1)[owner]
+    # a share below this of a contradiction is rounding of the others
+    least = 1e-14 * shares.max() if found.status == Status.INFEASIBLE else 0.0
+    support = np.argsort(-shares, kind="stable")[: np.count_nonzero(shares > least)]
     gram = [
         [dot(differences[k], differences[j]) * dot(queries[owner[k]], queries[owner[j]]) for j in range(len(owner))]
         for k in support

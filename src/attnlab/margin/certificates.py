@@ -11,7 +11,7 @@ The right side is 0 exactly if the constraints contradict each other (Gordan's a
 from dataclasses import dataclass
 from enum import IntEnum
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -91,6 +91,15 @@ class MaxMargin:
     def solution(self) -> Float[AnyArray, "..."]:
         """The minimal W with margin 1: direction / margin."""
         return self.direction / self.margin
+
+
+class Answer(NamedTuple):
+    """W and lambda in unit rows (see `Rows`), by how much the scores of W exceed the bounds, and what they prove."""
+
+    matrix: np.ndarray
+    multipliers: np.ndarray
+    slacks: np.ndarray
+    proof: Certificate
 
 
 def matrix_norm(matrix: Any, norm: Norm, xp: ModuleType = np) -> Any:

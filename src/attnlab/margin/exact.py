@@ -12,14 +12,12 @@ so that few rows have to be exchanged.
 """
 
 import decimal
-from dataclasses import dataclass
 from decimal import Decimal
 
 import numpy as np
 
-from attnlab.margin.certificates import Certificate
-from attnlab.margin.problems import MarginProblem
-from attnlab.margin.rows import Rows
+from attnlab.margin.certificates import Answer, Certificate
+from attnlab.margin.problems import MarginProblem, Norm
 
 DIGITS = 200
 """Rows that agree to double precision have Gram matrices of condition 1e32, bent by the margin to 1e64; so many digits
@@ -39,16 +37,6 @@ GUESSED = 1e-4
 
 to_decimal = np.vectorize(Decimal, otypes=[object])
 to_float = np.vectorize(float, otypes=[float])
-
-
-@dataclass(frozen=True)
-class ExactAnswer:
-    """lambda, W and its scores in the unit rows of `Rows`, rounded to double; the proof is of what was rounded."""
-
-    multipliers: np.ndarray
-    matrix: np.ndarray
-    scores: np.ndarray
-    proof: Certificate
 
 
 class ExactRows:
@@ -75,6 +63,21 @@ class ExactRows:
     def scores(self, matrix: np.ndarray) -> np.ndarray:
         """<a_k, W>."""
         return (self.differences * (self.queries @ matrix.T)[self.owner]).sum(1)
+
+
+    def answer(self, norm: Norm, members: list[int], inside: np.ndarray, matrix: np.ndarray) -> Answer:
+        """W with the multipliers of some rows, rounded to double precision, and what they prove before that."""
+        scores, strict = self.scores(matrix), self.strict
+        combined = self.combine(members, inside)
+        broken = np.where(self.free, abs(scores), -scores)[~strict].max(initial=Decimal(0)) / decimal_norm(matrix, 2)
+        weight, total = inside[strict[members]].sum(), self.bound[members] @ inside
+        margin = (scores[strict] / self.bound[strict]).min() / decimal_norm(matrix, exponent(norm))
+        upper = decimal_norm(combined, dual_exponent(norm))
+        parts = margin, upper / total, broken, decimal_norm(combined, 2) / weight
+        proof = Certificate(*(np.float64(part) for part in parts))
+        multipliers = np.zeros(len(self.owner))
+        multipliers[members] = to_float(inside)
+        return Answer(to_float(matrix), multipliers, to_float(scores - self.bound), proof)
 
 
 class ActiveRows:
@@ -123,27 +126,18 @@ class ActiveRows:
             self.leave(int(falling[ratios.argmin()]))
 
 
-def exact_margin(problem: MarginProblem, rows: Rows, guess: np.ndarray) -> ExactAnswer:
+def exact_margin(problem: MarginProblem, guess: np.ndarray) -> Answer:
     """The max-margin W or Gordan's multipliers of a problem, from a guess of its multipliers (see the module)."""
     with decimal.localcontext(prec=DIGITS):
         exact = ExactRows(problem)
         top = exact.bound.max()
         active = _least_hull(exact, exact.bound / top, guess)
         members, inside = active.members, active.multipliers
-        level = 1 - active.bound[members] @ inside
-        combined = exact.combine(members, inside)
+        level = 1 - (exact.bound[members] @ inside) / top
         if level > NO_MARGIN:
-            inside, matrix = inside * (top / level), combined * (top / level)
-            combined = matrix
-        else:
-            matrix = _any_direction(exact)
-        scores = exact.scores(matrix)
-        multipliers = np.zeros(len(rows))
-        multipliers[members] = to_float(inside)
-        found = to_float(scores)
-        if level > NO_MARGIN:
-            found[members] = rows.bound[members]
-        return ExactAnswer(multipliers, to_float(matrix), found, _proof(exact, active, inside, matrix, combined, scores))
+            inside = inside * (top / level)
+            return exact.answer("frobenius", members, inside, exact.combine(members, inside))
+        return exact.answer("frobenius", members, inside, _any_direction(exact))
 
 
 def _least_hull(exact: ExactRows, bound: np.ndarray, guess: np.ndarray) -> ActiveRows:
@@ -159,7 +153,7 @@ def _least_hull(exact: ExactRows, bound: np.ndarray, guess: np.ndarray) -> Activ
             break
         matrix = exact.combine(members, active.multipliers)
         slacks = exact.scores(matrix) - level * bound
-        allowed = np.where(exact.strict, SLACK * level * bound, Decimal("1e-30") * _norm(matrix))
+        allowed = np.where(exact.strict, SLACK * level * bound, Decimal("1e-30") * decimal_norm(matrix, 2))
         candidates = np.flatnonzero((slacks < -allowed) & ~exact.free)
         candidates = candidates[~np.isin(candidates, members)]
         order = candidates[np.argsort(to_float(slacks[candidates]), kind="stable")]
@@ -177,22 +171,28 @@ def _any_direction(exact: ExactRows) -> np.ndarray:
     return row + Decimal(1)
 
 
-def _norm(matrix: np.ndarray) -> Decimal:
-    return (matrix * matrix).sum().sqrt()
+def decimal_norm(array: np.ndarray, p: float) -> Decimal:
+    """Entrywise l_p norm."""
+    sizes = abs(array).ravel()
+    largest = sizes.max()
+    if p == np.inf or not largest:
+        return largest
+    if p in (1, 2):
+        return sizes.sum() if p == 1 else (sizes @ sizes).sqrt()
+    return largest * power(sizes / largest, Decimal(p)).sum() ** (1 / Decimal(p))
 
 
-def _proof(
-    exact: ExactRows,
-    active: ActiveRows,
-    inside: np.ndarray,
-    matrix: np.ndarray,
-    combined: np.ndarray,
-    scores: np.ndarray,
-) -> Certificate:
-    """`certificates.bounds` before rounding."""
-    size, upper, strict = _norm(matrix), _norm(combined), exact.strict
-    broken = np.where(exact.free, abs(scores), -scores)[~strict].max(initial=Decimal(0)) / size
-    weight = inside[strict[active.members]].sum()
-    margin = (scores[strict] / exact.bound[strict]).min() / size
-    parts = margin, upper / (exact.bound[active.members] @ inside), broken, upper / weight
-    return Certificate(*(np.float64(part) for part in parts))
+def power(array: np.ndarray, exponent: Decimal) -> np.ndarray:
+    """sign(x) |x|^exponent, 0 at 0."""
+    return np.vectorize(lambda x: (x.copy_sign(abs(x) ** exponent) if x else x), otypes=[object])(array)
+
+
+def exponent(norm: Norm) -> float:
+    """p of an entrywise norm."""
+    return 2.0 if norm == "frobenius" else float(norm[1])
+
+
+def dual_exponent(norm: Norm) -> float:
+    """q with 1/p + 1/q = 1."""
+    p = exponent(norm)
+    return np.inf if p == 1 else 1.0 if p == np.inf else p / (p - 1)

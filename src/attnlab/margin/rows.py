@@ -154,6 +154,12 @@ class Rows:
             gram[a:b] = self.differences[a:b] @ (((self.queries * query) @ weights.T)[self.owner] * self.differences).T
         return gram
 
+    def demanding(self, factor: float) -> "Rows":
+        """The same rows with their bounds times a factor."""
+        some = copy(self)
+        some.bound, some.top = self.bound * factor, self.top * factor
+        return some
+
     def members(self, rows: np.ndarray) -> "Rows":
         """Some of the rows, as they are scaled here."""
         some = copy(self)

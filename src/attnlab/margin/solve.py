@@ -1,16 +1,16 @@
 """The one entry: a problem in, a maximal margin with its certificate out; the method chosen by norm and shape."""
 
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
 
 from attnlab.checks import unknown_name
-from attnlab.margin.certificates import Certificate, MaxMargin, Status, certify, dual_norm, matrix_norm, verdict
+from attnlab.margin.certificates import Answer, MaxMargin, Status, certify, dual_norm, matrix_norm, verdict
 from attnlab.margin.exact import exact_margin
 from attnlab.margin.few import few_rows
 from attnlab.margin.frobenius import Combination, active_set, combination, newton
 from attnlab.margin.interior import gordan_multipliers, nearest_hull_point
+from attnlab.margin.linear import exact_linear_program, linear_program
 from attnlab.margin.lp import lp_margin
 from attnlab.margin.nuclear import nuclear_margin
 from attnlab.margin.problems import MarginProblem, Norm, check_norm
@@ -49,7 +49,7 @@ def max_margin(problem: MarginProblem, *, method: str | None = None, tolerance: 
     rows = Rows(problem)
     answer = frobenius_margin(problem, rows, method)
     if norm != "frobenius" and verdict(answer.proof, tolerance) != Status.INFEASIBLE:
-        answer = _answer(norm, rows, *lp_margin(rows, float(norm[1]), answer.multipliers))
+        answer = _lp(problem, rows, answer)
     return _in_units(_result(problem, rows, answer, tolerance), unit, norm)
 
 
@@ -62,6 +62,18 @@ def _in_units(found: MaxMargin, unit: float, norm: Norm) -> MaxMargin:
     if found.status != Status.INFEASIBLE:
         multipliers = multipliers / unit / (unit if norm == "frobenius" else 1.0)
     return replace(found, multipliers=multipliers, certificate=proof)
+
+
+def _lp(problem: MarginProblem, rows: Rows, start: Answer) -> Answer:
+    """In double precision, or in decimals where that proves nothing."""
+    norm, p = problem.norm, float(problem.norm[1])
+    with np.errstate(all="ignore"):
+        found = linear_program(rows, p) if p in (1, np.inf) else lp_margin(rows, p, start.multipliers)
+        answer = None if found is None else _answer(norm, rows, *found)
+    if answer is not None and verdict(answer.proof, PROVED) == Status.SOLVED:
+        return answer
+    exact = exact_linear_program(problem, rows, p) if p in (1, np.inf) else None
+    return exact or answer or start
 
 
 def _nuclear(problem: MarginProblem, method: str | None, tolerance: float) -> MaxMargin:
@@ -77,28 +89,19 @@ def _nuclear(problem: MarginProblem, method: str | None, tolerance: float) -> Ma
     return _result(problem, rows, answer, tolerance, (left, right))
 
 
-class _Answer(NamedTuple):
-    """W and lambda in the scaled rows, the scores of W, and what they prove."""
-
-    matrix: np.ndarray
-    multipliers: np.ndarray
-    scores: np.ndarray
-    proof: Certificate
-
-
-def _answer(norm: Norm, rows: Rows, matrix: np.ndarray, multipliers: np.ndarray) -> _Answer:
+def _answer(norm: Norm, rows: Rows, matrix: np.ndarray, multipliers: np.ndarray) -> Answer:
     scores = rows.scores(matrix)
-    return _Answer(matrix, multipliers, scores, certify(norm, rows, matrix, multipliers, scores=scores))
+    return Answer(matrix, multipliers, scores - rows.bound, certify(norm, rows, matrix, multipliers, scores=scores))
 
 
-def _own_answer(rows: Rows, found: Combination) -> _Answer:
+def _own_answer(rows: Rows, found: Combination) -> Answer:
     """Of W = sum_k lambda_k a_k."""
     matrix, multipliers, scores = found.matrix, found.multipliers, found.scores
     proof = certify("frobenius", rows, matrix, multipliers, combined=matrix, scores=scores)
-    return _Answer(matrix, multipliers, scores, proof)
+    return Answer(matrix, multipliers, scores - rows.bound, proof)
 
 
-def frobenius_margin(problem: MarginProblem, rows: Rows, method: str | None) -> _Answer:
+def frobenius_margin(problem: MarginProblem, rows: Rows, method: str | None) -> Answer:
     """The interior point takes over where the active set does not solve the problem, decimals where neither does."""
     guess = np.where(rows.void, 1.0, 0.0)
     if not rows.void.any():
@@ -113,11 +116,10 @@ def frobenius_margin(problem: MarginProblem, rows: Rows, method: str | None) -> 
                 if verdict(answer.proof, PROVED) != Status.INACCURATE:
                     return answer
         guess = answer.multipliers
-    exact = exact_margin(problem, rows, guess)
-    return _Answer(exact.matrix, exact.multipliers, exact.scores, exact.proof)
+    return exact_margin(problem, guess)
 
 
-def _by_interior_point(rows: Rows) -> _Answer:
+def _by_interior_point(rows: Rows) -> Answer:
     """Interior point, then the best of its own answer, Newton's method on its active rows, and Gordan's multipliers."""
     point = nearest_hull_point(rows, tolerance=EARLY)
     for tolerance in (EARLY, 1e-15):  # the active rows are often clear long before the end
@@ -140,14 +142,14 @@ def _by_interior_point(rows: Rows) -> _Answer:
 def _result(
     problem: MarginProblem,
     rows: Rows,
-    answer: _Answer,
+    answer: Answer,
     tolerance: float,
     bases: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> MaxMargin:
-    matrix, multipliers, scores, proof = answer
+    matrix, multipliers, slacks, proof = answer
     status = verdict(proof, tolerance)
     # Of multiplier and slack one is 0 at the solution: support is where the multiplier, relative to the largest, wins.
-    support = multipliers > multipliers.max() * np.maximum(scores - rows.bound, 0.0)
+    support = multipliers > multipliers.max() * np.maximum(slacks, 0.0)
     if rows.any_free:
         support |= rows.free
     if status == Status.INFEASIBLE:
