@@ -17,7 +17,9 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from attnlab.margin.problems import AnyArray, MarginProblem, Norm
+from attnlab.checks import check_finite
+from attnlab.margin.checking import check_same_shape, host_array
+from attnlab.margin.problems import AnyArray, MarginProblem, Norm, check_problem
 from attnlab.margin.rows import Rows
 
 INFEASIBLE_BELOW = 1e-14
@@ -158,8 +160,18 @@ def certificate(
 ) -> Certificate:
     """The certificate of any direction and any multipliers of `problem` (negative ones of inequalities are set to 0).
 
-    Both are judged apart, so a direction of gradient descent can be held against the multipliers of a solver.
+    Both are judged apart, so a direction of gradient descent can be held against the multipliers of a solver. Computed
+    in double precision: a margin of gamma relative to the rows is judged to about 1e-16 / gamma. Raises `ValueError`
+    for shapes other than the problem's, for values that are not finite, and for a direction of 0.
     """
+    check_problem(problem)
+    shaped = (("direction", direction, problem.shape), ("multipliers", multipliers, np.shape(problem.bound)))
+    for name, array, shape in shaped:
+        host_array(name, array, f"of shape {shape}")
+        check_same_shape(name, array, shape, "the problem's solution" if name == "direction" else "its rows")
+        check_finite(name, array)
+    if not np.any(direction):
+        raise ValueError("direction is 0, which has no margin; expected any other. Train longer, or start elsewhere.")
     rows = Rows(problem)
     matrix = np.asarray(direction, float).reshape(rows.differences.shape[1], rows.queries.shape[1])
     return certify(problem.norm, rows, matrix, np.asarray(multipliers, float) * rows.scale)

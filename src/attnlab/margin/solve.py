@@ -6,6 +6,7 @@ import numpy as np
 
 from attnlab.checks import unknown_name
 from attnlab.margin.certificates import Answer, MaxMargin, Status, certify, dual_norm, matrix_norm, verdict
+from attnlab.margin.checking import check_tolerance
 from attnlab.margin.exact import exact_margin
 from attnlab.margin.few import few_rows
 from attnlab.margin.frobenius import Combination, active_set, combination, newton
@@ -13,7 +14,7 @@ from attnlab.margin.interior import gordan_multipliers, nearest_hull_point
 from attnlab.margin.linear import exact_linear_program, linear_program
 from attnlab.margin.lp import lp_margin
 from attnlab.margin.nuclear import nuclear_margin
-from attnlab.margin.problems import MarginProblem, Norm, check_norm
+from attnlab.margin.problems import MarginProblem, Norm, check_norm, check_problem
 from attnlab.margin.rows import Rows, normalized, reduced
 
 EARLY = 1e-9
@@ -35,6 +36,8 @@ def max_margin(problem: MarginProblem, *, method: str | None = None, tolerance: 
     arithmetic is NumPy's in double precision, whatever JAX is set to; `frobenius_batch` is the traced twin for many
     small problems. Raises `ValueError` for an unknown method or norm.
     """
+    check_problem(problem)
+    check_tolerance(tolerance)
     if method not in (None, *METHODS):
         raise unknown_name("method", str(method), METHODS)
     norm = check_norm(problem.norm)
