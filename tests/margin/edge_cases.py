@@ -3,6 +3,8 @@
 from fractions import Fraction
 
 import numpy as np
+import scipy.linalg
+from margin_cases import dense_rows
 
 from attnlab.margin import Status, margin_problem
 
@@ -64,19 +66,23 @@ def judge(problem, found):
     the rows of the largest share, prove infeasibility. Nothing of the answer is taken but these, and no floating point."""
     differences, queries = rational(problem.differences), rational(problem.queries)
     owner, given = np.asarray(problem.owner), np.asarray(found.multipliers)
-    shares = given * np.linalg.norm(problem.differences, axis=1) * np.linalg.norm(problem.queries, axis=1)[owner]
-    support = np.argsort(-shares, kind="stable")[: np.count_nonzero(given > 0)]
+    rows = given[:, None] * dense_rows(problem)
+    # Large shares of independent directions first, by the pivots of QR.
+    order = scipy.linalg.qr(rows.T, mode="r", pivoting=True)[1]
+    support = order[given[order] > 0]
+    shares = np.linalg.norm(rows, axis=1)[support]
     gram = [
         [dot(differences[k], differences[j]) * dot(queries[owner[k]], queries[owner[j]]) for j in range(len(owner))]
         for k in support
     ]
     square = [[row[j] for j in support] for row in gram]
     if found.status == Status.INFEASIBLE:
-        # the small shares may be rounding of the large ones
-        counts = {np.count_nonzero(shares > least * shares.max()) for least in (0, 1e-14, 1e-11, 1e-6)}
         rounded = [Fraction(float(given[k])) for k in support]
-        assert any(contradict([row[:count] for row in square[:count]], rounded[:count]) for count in counts)
-        return Fraction(0)
+        for least in (0, 1e-14, 1e-11, 1e-6):  # the small shares may be rounding of the large ones
+            kept = np.flatnonzero(shares > least * shares.max())
+            if contradict([[square[i][j] for j in kept] for i in kept], [rounded[i] for i in kept]):
+                return Fraction(0)
+        raise AssertionError("no proof of infeasibility")
     assert found.status == Status.SOLVED
     inside = solve_rational(square, [Fraction(1)] * len(support))
     assert all(value >= 0 for value in inside)
