@@ -64,7 +64,6 @@ class ExactRows:
         """<a_k, W>."""
         return (self.differences * (self.queries @ matrix.T)[self.owner]).sum(1)
 
-
     def answer(self, norm: Norm, members: list[int], inside: np.ndarray, matrix: np.ndarray) -> Answer:
         """W with the multipliers of some rows, rounded to double precision, and what they prove before that."""
         scores, strict = self.scores(matrix), self.strict
@@ -184,7 +183,7 @@ def decimal_norm(array: np.ndarray, p: float) -> Decimal:
 
 def power(array: np.ndarray, exponent: Decimal) -> np.ndarray:
     """sign(x) |x|^exponent, 0 at 0."""
-    return np.vectorize(lambda x: (x.copy_sign(abs(x) ** exponent) if x else x), otypes=[object])(array)
+    return np.vectorize(lambda x: x.copy_sign(abs(x) ** exponent) if x else x, otypes=[object])(array)
 
 
 def exponent(norm: Norm) -> float:

@@ -47,7 +47,10 @@ class Program:
             self.low, self.high = np.zeros(2 * size + 2 + count), np.full(2 * size + 2 + count, np.inf)
         else:
             self.matrix, self.right = np.hstack([dense, level, slacks]), np.zeros(len(rows))
-            self.low, self.high = np.r_[-np.ones(size), np.zeros(1 + count)], np.r_[np.ones(size), [np.inf] * (1 + count)]
+            self.low, self.high = (
+                np.r_[-np.ones(size), np.zeros(1 + count)],
+                np.r_[np.ones(size), [np.inf] * (1 + count)],
+            )
         self.level = (2 if p == 1 else 1) * size
         self.low[self.level] = -np.inf
         self.cost = np.zeros(len(self.low))

@@ -57,7 +57,9 @@ def check_norm(norm: Norm) -> Norm:
     if isinstance(norm, tuple | list) and len(norm) == 2 and norm[0] == "lp":
         p = norm[1]
         if isinstance(p, bool) or not isinstance(p, int | float | np.number) or not p >= 1:
-            raise ValueError(f"norm is ('lp', {p!r}), which is no norm; expected an exponent p >= 1, as in ('lp', 1.5).")
+            raise ValueError(
+                f"norm is ('lp', {p!r}), which is no norm; expected an exponent p >= 1, as in ('lp', 1.5)."
+            )
         return "frobenius" if p == 2 else ("lp", float(p))
     if norm not in ("frobenius", "nuclear"):
         raise unknown_name("norm", str(norm), ("frobenius", "nuclear", "('lp', p)"))
@@ -230,7 +232,9 @@ def _padded(name: str, tokens: Any, selection: Any, mask: Any) -> tuple[Any, Any
         for i, part in enumerate(tokens):
             check_floating_vectors(f"{name}[{i}]", np.asarray(part))
         if len({part.shape[1] for part in parts}) > 1:
-            raise ValueError(f"{name} have the dimensions {[part.shape[1] for part in parts][:5]}; expected one of all.")
+            raise ValueError(
+                f"{name} have the dimensions {[part.shape[1] for part in parts][:5]}; expected one of all."
+            )
         lengths = np.array([len(part) for part in parts])
         if isinstance(selection, list | tuple) and any(np.ndim(part) for part in selection):
             selection = _pad_selection(selection, lengths)
