@@ -13,8 +13,8 @@ def edge_problem(margin, seed, *, feasible, decades=0.0):
     """Random rows of cosine at least `margin` with a hidden W.
 
     In every sequence rows of that cosine, in all but the first of up to three times it, contradict each other up to
-    it: some lambda combines their parts perpendicular to W z to 0. Infeasible: one row -W z besides, which their combination +margin W z contradicts.
-    The rows' sizes range over so many decades.
+    it: some lambda combines their parts perpendicular to W z to 0. Infeasible: one row -W z besides, which their
+    combination +margin W z contradicts. The rows' sizes range over so many decades.
     """
     random = np.random.default_rng(seed)
     n, simplex, others = random.integers(1, 4), random.integers(2, 4), random.integers(0, 3)
@@ -63,7 +63,8 @@ def solve_rational(matrix, right):
 
 def judge(problem, found):
     """The exact squared margin, where the answer's support proves it optimal; 0 where its multipliers, made exact by
-    the rows of the largest share, prove infeasibility. Nothing of the answer is taken but these, and no floating point."""
+    the rows of the largest share, prove infeasibility. Nothing of the answer is taken but these; no floating point.
+    """
     differences, queries = rational(problem.differences), rational(problem.queries)
     owner, given = np.asarray(problem.owner), np.asarray(found.multipliers)
     rows = given[:, None] * dense_rows(problem)

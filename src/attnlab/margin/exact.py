@@ -13,6 +13,7 @@ so that few rows have to be exchanged.
 
 import decimal
 from decimal import Decimal
+from typing import Any
 
 import numpy as np
 
@@ -32,8 +33,17 @@ DEPENDENT = Decimal("1e-80")
 SLACK = Decimal("1e-15")
 """Violation of a row, relative to its bound, that is none."""
 
+SIGN_SLACK: Any = Decimal("1e-30")
+"""The same of a row that demands a sign only, as a cosine."""
+
 GUESSED = 1e-4
 """Multipliers of a guess that count, relative to the largest."""
+
+Decimals = Any
+"""An array of `Decimal`, whose kind NumPy's types do not know."""
+
+ZERO: Any = Decimal(0)
+ONE: Any = Decimal(1)
 
 to_decimal = np.vectorize(Decimal, otypes=[object])
 to_float = np.vectorize(float, otypes=[float])
@@ -46,34 +56,35 @@ class ExactRows:
         differences, self.queries = to_decimal(problem.differences), to_decimal(problem.queries)
         self.owner, self.free = np.asarray(problem.owner), np.asarray(problem.equality)
         squared = (differences * differences).sum(1) * (self.queries * self.queries).sum(1)[self.owner]
-        scale = np.array([value.sqrt() if value else Decimal(1) for value in squared])
+        scale = np.array([value.sqrt() if value else ONE for value in squared])
         self.differences = differences / scale[:, None]
         self.bound = to_decimal(problem.bound) / scale
         self.strict = np.asarray(problem.bound) > 0
 
-    def gram(self, members: list[int], k: int) -> np.ndarray:
+    def gram(self, members: list[int], k: int) -> Decimals:
         """<a_l, a_k> of the members l."""
         queries = self.queries[self.owner[members]] @ self.queries[self.owner[k]]
         return (self.differences[members] @ self.differences[k]) * queries
 
-    def combine(self, members: list[int], multipliers: np.ndarray) -> np.ndarray:
+    def combine(self, members: list[int], multipliers: Decimals) -> Decimals:
         """sum_k lambda_k a_k."""
         return (multipliers[:, None] * self.differences[members]).T @ self.queries[self.owner[members]]
 
-    def scores(self, matrix: np.ndarray) -> np.ndarray:
+    def scores(self, matrix: Decimals) -> Decimals:
         """<a_k, W>."""
         return (self.differences * (self.queries @ matrix.T)[self.owner]).sum(1)
 
-    def answer(self, norm: Norm, members: list[int], inside: np.ndarray, matrix: np.ndarray) -> Answer:
+    def answer(self, norm: Norm, members: list[int], inside: Decimals, matrix: Decimals) -> Answer:
         """W with the multipliers of some rows, rounded to double precision, and what they prove before that."""
         scores, strict = self.scores(matrix), self.strict
         combined = self.combine(members, inside)
-        broken = np.where(self.free, abs(scores), -scores)[~strict].max(initial=Decimal(0)) / decimal_norm(matrix, 2)
+        broken: Any = np.where(self.free, abs(scores), -scores)[~strict]
+        broken = max(broken, default=ZERO) / decimal_norm(matrix, 2)
         weight, total = inside[strict[members]].sum(), self.bound[members] @ inside
         margin = (scores[strict] / self.bound[strict]).min() / decimal_norm(matrix, exponent(norm))
         upper = decimal_norm(combined, dual_exponent(norm))
-        parts = margin, upper / total, broken, decimal_norm(combined, 2) / weight
-        proof = Certificate(*(np.float64(part) for part in parts))
+        parts: Any = margin, upper / total, broken, decimal_norm(combined, 2) / weight
+        proof = Certificate(*to_float(np.array(parts)))
         multipliers = np.zeros(len(self.owner))
         multipliers[members] = to_float(inside)
         return Answer(to_float(matrix), multipliers, to_float(scores - self.bound), proof)
@@ -82,11 +93,11 @@ class ExactRows:
 class ActiveRows:
     """The active rows with the inverse of H = G + bound bound^T on them, bordered as rows come and go."""
 
-    def __init__(self, rows: ExactRows, bound: np.ndarray):
+    def __init__(self, rows: ExactRows, bound: Decimals):
         self.rows, self.bound = rows, bound
         self.members: list[int] = []
-        self.multipliers = np.zeros(0, object)
-        self.inverse = np.zeros((0, 0), object)
+        self.multipliers: Decimals = np.zeros(0, object)
+        self.inverse: Decimals = np.zeros((0, 0), object)
 
     def enter(self, k: int, multiplier: Decimal) -> bool:
         """Add row k; not if it depends on the active ones."""
@@ -95,12 +106,12 @@ class ActiveRows:
         pivot = column[-1] - column[:-1] @ towards
         if pivot <= DEPENDENT:
             return False
-        border = np.append(-towards, Decimal(1))
-        padded = np.full((len(border), len(border)), Decimal(0))
+        border = np.append(-towards, ONE)
+        padded = np.full((len(border), len(border)), ZERO)
         padded[:-1, :-1] = self.inverse
         self.inverse = padded + np.multiply.outer(border, border / pivot)
         self.members.append(k)
-        self.multipliers = np.append(self.multipliers, multiplier)
+        self.multipliers = np.append(self.multipliers, [multiplier])
         return True
 
     def leave(self, position: int) -> None:
@@ -139,7 +150,7 @@ def exact_margin(problem: MarginProblem, guess: np.ndarray) -> Answer:
         return exact.answer("frobenius", members, inside, _any_direction(exact))
 
 
-def _least_hull(exact: ExactRows, bound: np.ndarray, guess: np.ndarray) -> ActiveRows:
+def _least_hull(exact: ExactRows, bound: Decimals, guess: np.ndarray) -> ActiveRows:
     active, weight = ActiveRows(exact, bound), abs(guess).max(initial=0.0)
     relative = guess / weight if 0 < weight < np.inf else np.zeros(len(guess))
     for k in np.flatnonzero(exact.free | (relative > GUESSED)):
@@ -152,25 +163,25 @@ def _least_hull(exact: ExactRows, bound: np.ndarray, guess: np.ndarray) -> Activ
             break
         matrix = exact.combine(members, active.multipliers)
         slacks = exact.scores(matrix) - level * bound
-        allowed = np.where(exact.strict, SLACK * level * bound, Decimal("1e-30") * decimal_norm(matrix, 2))
+        allowed = np.where(exact.strict, SLACK * level * bound, SIGN_SLACK * decimal_norm(matrix, 2))
         candidates = np.flatnonzero((slacks < -allowed) & ~exact.free)
         candidates = candidates[~np.isin(candidates, members)]
         order = candidates[np.argsort(to_float(slacks[candidates]), kind="stable")]
-        if not any(active.enter(int(k), Decimal(0)) for k in order):
+        if not any(active.enter(int(k), ZERO) for k in order):
             break
     return active
 
 
-def _any_direction(exact: ExactRows) -> np.ndarray:
+def _any_direction(exact: ExactRows) -> Decimals:
     """The first row of the problem that is not 0."""
     for k in range(len(exact.owner)):
         row = np.multiply.outer(exact.differences[k], exact.queries[exact.owner[k]])
         if row.any():
             return row
-    return row + Decimal(1)
+    return row + ONE
 
 
-def decimal_norm(array: np.ndarray, p: float) -> Decimal:
+def decimal_norm(array: Decimals, p: float) -> Decimal:
     """Entrywise l_p norm."""
     sizes = abs(array).ravel()
     largest = sizes.max()
@@ -181,7 +192,7 @@ def decimal_norm(array: np.ndarray, p: float) -> Decimal:
     return largest * power(sizes / largest, Decimal(p)).sum() ** (1 / Decimal(p))
 
 
-def power(array: np.ndarray, exponent: Decimal) -> np.ndarray:
+def power(array: Decimals, exponent: Decimal) -> Decimals:
     """sign(x) |x|^exponent, 0 at 0."""
     return np.vectorize(lambda x: x.copy_sign(abs(x) ** exponent) if x else x, otypes=[object])(array)
 

@@ -1,8 +1,8 @@
 """l_1 and l_infinity max-margin problems: linear programs by HiGHS, refined until they are proved.
 
-maximise t : scores(W) >= t bound, ||W|| <= 1 has a solution whether or not a margin exists, and variables of order 1. As
-K x = k, l <= x <= u with x = (W, t, slacks), its solution (x, y) is corrected by programs of the same matrix whose data
-are the residuals k - K x, l - x, u - x and the reduced costs c - K^T y, in decimals, each magnified to order 1: every
+maximise t : scores(W) >= t bound, ||W|| <= 1 has a solution whether or not a margin exists, and variables of order 1.
+As K x = k, l <= x <= u with x = (W, t, slacks), its solution (x, y) is corrected by programs of the same matrix whose
+data are the residuals k - K x, l - x, u - x and the reduced costs c - K^T y, in decimals, each magnified to order 1: every
 round of HiGHS in double precision then adds its digits (Gleixner, Steffy and Wolter, 2016).
 """
 
@@ -14,7 +14,7 @@ import scipy.optimize
 import scipy.sparse
 
 from attnlab.margin.certificates import Answer
-from attnlab.margin.exact import DIGITS, ExactRows, to_decimal, to_float
+from attnlab.margin.exact import DIGITS, ZERO, Decimals, ExactRows, to_decimal, to_float
 from attnlab.margin.problems import MarginProblem
 from attnlab.margin.rows import Rows
 
@@ -66,7 +66,7 @@ class Program:
     def solve(
         self, cost: np.ndarray, right: np.ndarray, low: np.ndarray, high: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray] | None:
-        """(x, y) by HiGHS: its simplex, else its interior point, also where they stop early; None where both break down.
+        """(x, y) by HiGHS: its simplex, else its interior point, also where they stop early; None where both fail.
 
         What they are worth is not HiGHS's to say: the certificate judges it.
         """
@@ -95,7 +95,7 @@ def exact_linear_program(problem: MarginProblem, rows: Rows, p: float) -> Answer
         exact = ExactRows(problem)
         right, cost = to_decimal(program.right), to_decimal(program.cost)
         low, high = to_decimal(program.low), to_decimal(program.high)
-        x, y = np.full(len(cost), Decimal(0)), np.full(len(right), Decimal(0))
+        x, y = np.full(len(cost), ZERO), np.full(len(right), ZERO)
         scale_x, scale_y, answer = Decimal(1), Decimal(1), None
         for _ in range(ROUNDS):
             missing, reduced = right - _times(program, exact, x), cost - _adjoint(program, exact, y)
@@ -117,7 +117,7 @@ def exact_linear_program(problem: MarginProblem, rows: Rows, p: float) -> Answer
         return answer
 
 
-def _times(program: Program, exact: ExactRows, x: np.ndarray) -> np.ndarray:
+def _times(program: Program, exact: ExactRows, x: Decimals) -> Decimals:
     """K x."""
     scores = exact.scores(program.direction(x)) - x[program.level] * exact.bound / exact.bound.max()
     slacks = x[program.level + 1 :]
@@ -125,7 +125,7 @@ def _times(program: Program, exact: ExactRows, x: np.ndarray) -> np.ndarray:
     return scores if program.p != 1 else np.append(scores, x[: program.level].sum() + x[-1])
 
 
-def _adjoint(program: Program, exact: ExactRows, y: np.ndarray) -> np.ndarray:
+def _adjoint(program: Program, exact: ExactRows, y: Decimals) -> Decimals:
     """K^T y."""
     inside = y[: len(exact.owner)]
     combined = exact.combine(list(range(len(inside))), inside).ravel()
@@ -139,19 +139,19 @@ def _within_reach(bounds: np.ndarray) -> np.ndarray:
     return np.where(abs(bounds) > FAR, np.copysign(np.inf, bounds), bounds)
 
 
-def _magnified(before: Decimal, violations: np.ndarray) -> Decimal:
+def _magnified(before: Decimal, violations: Decimals) -> Decimal:
     worst = max(violations.max(), Decimal("1e-150"))
     return max(Decimal(1), min(1 / worst, before * MAGNIFIED))
 
 
-def _dual_violation(reduced: np.ndarray, x: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+def _dual_violation(reduced: Decimals, x: Decimals, low: Decimals, high: Decimals) -> Decimals:
     """Positive reduced costs stand on lower bounds, negative ones on upper bounds: the smaller of cost and distance."""
     return np.maximum(np.minimum(reduced, x - low), np.minimum(-reduced, high - x))
 
 
-def _answer(program: Program, exact: ExactRows, x: np.ndarray, y: np.ndarray) -> Answer | None:
+def _answer(program: Program, exact: ExactRows, x: Decimals, y: Decimals) -> Answer | None:
     """Of (x, y); None while W is 0."""
-    inside = np.where(exact.free, y[: len(exact.owner)], np.maximum(y[: len(exact.owner)], Decimal(0)))
+    inside = np.where(exact.free, y[: len(exact.owner)], np.maximum(y[: len(exact.owner)], ZERO))
     if not (program.direction(x).any() and exact.bound @ inside > 0):
         return None
     return exact.answer(("lp", program.p), list(range(len(inside))), inside, program.direction(x))

@@ -58,8 +58,7 @@ def regularization_path(
     if not jnp.any(flat):
         raise ValueError("start is 0, which has no direction; expected parameters of any other norm.")
     _check_best(risk, selection)
-    flat = np.asarray(flat, float)
-    flat = flat / abs(flat).max()
+    flat = jnp.asarray(np.asarray(flat, float) / np.abs(flat).max())  # squares of what is left do not underflow
     excess = rescaled(risk, selection)
     ends, values, slopes = [], [], []
     for radius in radii:

@@ -277,8 +277,8 @@ def _check_shapes(
     counts = np.full(n, length) if mask is None else mask.sum(axis=1)
     if counts.min() < 2:
         raise ValueError(
-            f"{name} have shape {tokens.shape} and sequence {int(counts.argmin())} has {counts.min()} of them: sequences "
-            "of one token leave nothing to select from. Leave them out."
+            f"{name} have shape {tokens.shape} and sequence {int(counts.argmin())} has {counts.min()} of them: "
+            "sequences of one token leave nothing to select from. Leave them out."
         )
     if len(queries) != n:
         raise ValueError(f"queries have shape {queries.shape}; expected ({n}, query dimension), one a sequence.")

@@ -43,7 +43,7 @@ class Rows:
         self.queries = np.asarray(problem.queries, float)
         self.owner = np.asarray(problem.owner)
         differences = np.asarray(problem.differences, float)
-        scale = norms(differences) * norms(self.queries)[self.owner]
+        scale: np.ndarray = norms(differences) * norms(self.queries)[self.owner]
         # A zero row stays zero: it says nothing with bound 0, and proves infeasibility with bound 1.
         self.scale = np.where(scale > 0, scale, 1.0)
         self.differences = differences / self.scale[:, None]
@@ -54,7 +54,8 @@ class Rows:
     @property
     def void(self) -> np.ndarray:
         """Rows that are zero and demand a margin."""
-        return ~(self.differences.any(axis=1) & self.queries.any(axis=1)[self.owner]) & (self.bound > 0)
+        differences, queries = (self.differences != 0).any(axis=1), (self.queries != 0).any(axis=1)
+        return ~(differences & queries[self.owner]) & (self.bound > 0)
 
     def _look(self) -> None:
         self.top = self.bound.max()

@@ -203,7 +203,7 @@ def decoupled(risk: Objective, inside: Bool[Array, "n T"], basis: Float[Array, "
     so that the two can be trained side by side, the second by normalised steps that never underflow.
     """
     shape = risk.inputs["tokens"].shape[:2]
-    if jnp.shape(inside) != shape or jnp.result_type(inside) != bool:
+    if jnp.shape(inside) != shape or not jnp.issubdtype(jnp.result_type(inside), jnp.bool_):
         raise ValueError(
             f"inside has shape {jnp.shape(inside)} and dtype {jnp.result_type(inside)}; expected a boolean for each "
             f"token, of shape {shape}. Compare the probabilities with 0."
