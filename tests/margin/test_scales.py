@@ -78,6 +78,7 @@ def test_a_zero_query_is_a_contradiction(norm):
         found = max_margin(attention_problem(x, queries, selection, norm=norm))
         assert found.status == Status.INFEASIBLE
         assert found.certificate.residual == 0
+        assert found.gap == np.inf
         assert_close(found.multipliers.sum(), 1.0)
         void = np.repeat(~queries.any(axis=1), 4)
         assert np.all(found.multipliers[~void] == 0)

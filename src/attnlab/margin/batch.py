@@ -29,7 +29,8 @@ def frobenius_traced(problem: MarginProblem, tolerance: float = 1e-9) -> MaxMarg
 
     which always has a solution: with rho = 1 - bound^T lambda, the max-margin multipliers are lambda / rho if rho > 0;
     otherwise lambda is Gordan's certificate. No LAPACK call: elementwise operations only, so `vmap` costs what it
-    computes. Raises `RuntimeError` outside 64-bit mode.
+    computes. Margins below about 1e-3 of the rows' norms may be `INACCURATE` here: see `max_margin` for those. Raises
+    `RuntimeError` outside 64-bit mode, `ValueError` for another norm, a tolerance outside (0, 1), and a stack.
     """
     _check(problem, tolerance)
     differences, owner, bound, free = (
@@ -210,7 +211,7 @@ def _refine(
         return jnp.where(active, right - normal(multipliers), 0.0)
 
     hull = inverse @ bound
-    for _ in range(3):
+    for _ in range(2):
         hull = hull + inverse @ (residual(hull, bound) - bound * (bound @ hull))
     rho = 1 - bound @ hull
     feasible = rho > 1e-11

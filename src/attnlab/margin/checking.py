@@ -60,7 +60,8 @@ def whole_array(name: str, value: Any, shape: tuple[int, ...], expected: str) ->
 
 def check_floating_vectors(name: str, array: Any) -> None:
     """Raise `TypeError` for whole numbers where vectors are expected: token numbers, mostly."""
-    if jnp.result_type(array).kind in "iub":
+    kind = array.dtype.kind if isinstance(array, np.ndarray) else jnp.result_type(array).kind
+    if kind in "iub":
         raise TypeError(
             f"{name} have dtype {jnp.result_type(array)}; expected vectors of floating-point numbers. Look token "
             "numbers up in an embedding first, or cast vectors of whole numbers with .astype(float)."
@@ -69,11 +70,12 @@ def check_floating_vectors(name: str, array: Any) -> None:
 
 def check_index(name: str, selection: Any, lengths: Any) -> None:
     """Raise `ValueError` for an index outside its sequence, whose length is given (skipped while tracing)."""
-    if not is_concrete(selection):
+    if not (isinstance(selection, np.ndarray) or is_concrete(selection)):
         return
-    selection, lengths = np.asarray(selection), np.broadcast_to(lengths, np.shape(selection))
+    selection = np.asarray(selection)
     outside = (selection < 0) | (selection >= lengths)
     if outside.any():
+        lengths = np.broadcast_to(lengths, selection.shape)
         i = int(outside.argmax())
         raise ValueError(
             f"{name}[{i}] is {selection[i]}; expected 0 <= {name} < {lengths[i]}, the sequence length. Count tokens "

@@ -23,8 +23,6 @@ def few_rows(problem: MarginProblem) -> MaxMargin | None:
     differences, queries = np.asarray(problem.differences, float), np.asarray(problem.queries, float)[problem.owner]
     gram = differences @ differences.T
     gram *= queries @ queries.T
-    if not gram.diagonal().all():  # a zero row: infeasible
-        return None
     for guess in _guesses(gram):
         multipliers = _multipliers(gram, guess)
         if multipliers is not None:

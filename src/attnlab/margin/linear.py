@@ -1,8 +1,8 @@
 """l_1 and l_infinity max-margin problems: linear programs by HiGHS, refined until they are proved.
 
 maximise t : scores(W) >= t bound, ||W|| <= 1 has a solution whether or not a margin exists, and variables of order 1.
-As K x = k, l <= x <= u with x = (W, t, slacks), its solution (x, y) is corrected by programs of the same matrix whose
-data are the residuals k - K x, l - x, u - x and the reduced costs c - K^T y, in decimals, each magnified to order 1: every
+As K x = k, l <= x <= u with x = (W, t, slacks), its solution (x, y) is corrected by programs of the same matrix; their
+data are the residuals k - K x, l - x, u - x and the reduced costs c - K^T y, in decimals, magnified to order 1: every
 round of HiGHS in double precision then adds its digits (Gleixner, Steffy and Wolter, 2016).
 """
 

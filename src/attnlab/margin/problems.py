@@ -73,7 +73,7 @@ def check_problem(problem: MarginProblem) -> MarginProblem:
             f"problem is a {type(problem).__name__}; expected a MarginProblem. Build it with attention_problem, "
             "vector_problem or margin_problem."
         )
-    if not is_concrete(problem):
+    if not (isinstance(problem.differences, np.ndarray) or is_concrete(problem)):
         raise TypeError(
             "problem is traced; expected concrete arrays. Inside jit, vmap and grad use frobenius_traced instead."
         )

@@ -3,6 +3,7 @@
 from copy import copy
 from dataclasses import replace
 from functools import cached_property
+from math import frexp, ldexp
 
 import numpy as np
 
@@ -10,6 +11,9 @@ from attnlab.margin.problems import MarginProblem
 
 DENSE_BELOW = 300
 """Up to so many rows the Gram matrix is kept: it then costs less than the products it replaces."""
+
+ORDER_ONE = 8
+"""Powers of two up to which a problem's numbers are left as they are."""
 
 SMALL = 30_000
 """Up to so many entries of all rows, Delta and z are multiplied row by row, without the structure of shared queries."""
@@ -23,13 +27,13 @@ def norms(vectors: np.ndarray) -> np.ndarray:
 
 
 def normalized(problem: MarginProblem) -> tuple[MarginProblem, float]:
-    """The problem with differences and queries of at most 1, and what its rows were divided by: a power of two."""
+    """The problem with differences and queries of order 1, and what its rows were divided by: a power of two."""
     differences, queries = np.asarray(problem.differences, float), np.asarray(problem.queries, float)
-    powers = [int(np.frexp(abs(array).max(initial=0.0))[1]) for array in (differences, queries)]
-    if any(powers):
-        parts = np.ldexp(differences, -powers[0]), np.ldexp(queries, -powers[1])
-        problem = replace(problem, differences=parts[0], queries=parts[1])
-    return problem, float(np.ldexp(1.0, sum(powers)))
+    powers = [frexp(abs(array).max(initial=0.0))[1] for array in (differences, queries)]
+    if max(map(abs, powers)) <= ORDER_ONE:
+        return problem, 1.0
+    parts = np.ldexp(differences, -powers[0]), np.ldexp(queries, -powers[1])
+    return replace(problem, differences=parts[0], queries=parts[1]), ldexp(1.0, sum(powers))
 
 
 class Rows:
