@@ -1,11 +1,15 @@
 """Many small Frobenius problems at once, or one inside a traced function: fixed shapes, `jit` and `vmap`."""
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from attnlab.margin.certificates import INFEASIBLE_BELOW, MaxMargin, Status, bounds
+from attnlab.margin.checking import check_tolerance
 from attnlab.margin.problems import MarginProblem
 
 DESCENT_STEPS = 24
@@ -25,39 +29,82 @@ def frobenius_traced(problem: MarginProblem, tolerance: float = 1e-9) -> MaxMarg
 
     which always has a solution: with rho = 1 - bound^T lambda, the max-margin multipliers are lambda / rho if rho > 0;
     otherwise lambda is Gordan's certificate. No LAPACK call: elementwise operations only, so `vmap` costs what it
-    computes. Raises `RuntimeError` outside 64-bit mode.
+    computes. Margins below about 1e-3 of the rows' norms may be `INACCURATE` here: see `max_margin` for those. Raises
+    `RuntimeError` outside 64-bit mode, `ValueError` for another norm, a tolerance outside (0, 1), and a stack.
     """
-    _check_double(problem)
+    _check(problem, tolerance)
     differences, owner, bound, free = (
         jnp.asarray(part) for part in (problem.differences, problem.owner, problem.bound, problem.equality)
     )
     queries = jnp.asarray(problem.queries)[owner]
-    scale = jnp.sqrt(jnp.sum(differences**2, axis=1) * jnp.sum(queries**2, axis=1))
-    scale = jnp.where(scale > 0, scale, 1.0)
-    gram = (differences @ differences.T) * (queries @ queries.T) / (scale[:, None] * scale[None, :])
+    # Unit rows with bounds of at most 1: tokens and queries of any size are the same problem.
+    differences, length = _unit(differences)
+    queries, height = _unit(queries)
+    scale = length * height
     bound = bound / scale
+    top = jnp.max(bound)
+    bound = bound / top
+
+    def normal(multipliers: Array) -> Array:
+        return jnp.sum((differences @ ((multipliers[:, None] * differences).T @ queries)) * queries, axis=1)
+
+    gram = (differences @ differences.T) * (queries @ queries.T)
     hull = gram + bound[:, None] * bound[None, :]
     active, tableau = _pivot(hull, bound, free, _descend(hull, bound, free))
-    multipliers = _refine(gram, bound, active, tableau)
+    multipliers = _refine(normal, bound, active, tableau)
     multipliers = jnp.where(free, multipliers, jnp.maximum(multipliers, 0.0))
-    matrix = ((multipliers / scale)[:, None] * differences).T @ queries
+    matrix = (multipliers[:, None] * differences).T @ queries
     size = jnp.sqrt(jnp.vdot(matrix, matrix))
-    scores = jnp.sum((differences @ matrix) * queries, axis=1) / scale
+    scores = jnp.sum((differences @ matrix) * queries, axis=1)
     proof = bounds("frobenius", matrix, scores, multipliers, matrix, bound, free, jnp)
     infeasible = proof.residual <= INFEASIBLE_BELOW
     solved = (proof.gap <= tolerance) & (proof.violation <= tolerance)
     status = jnp.where(infeasible, Status.INFEASIBLE, jnp.where(solved, Status.SOLVED, Status.INACCURATE))
     direction = jnp.where(infeasible, 0.0, matrix / size).reshape(problem.shape)
-    return MaxMargin(direction, multipliers / scale, free | (multipliers > 0), status, proof)
+    proof = replace(proof, margin=proof.margin / top, bound=proof.bound / top)
+    multipliers = jnp.where(infeasible, multipliers / top, multipliers * top) / scale
+    return MaxMargin(direction, multipliers, free | (multipliers > 0), status, proof)
+
+
+def frobenius_batch(problems: MarginProblem) -> MaxMargin:
+    """`frobenius_traced` of every problem along the leading axis of a stacked one (see `stack`)."""
+    if isinstance(problems, MarginProblem) and jnp.ndim(problems.differences) != 3:
+        raise ValueError(
+            f"problems have differences of shape {jnp.shape(problems.differences)}; expected (problems, rows, token "
+            "dimension). Make one of a list by stack, and solve a single problem with max_margin."
+        )
+    return _batch(problems)
 
 
 @jax.jit
-def frobenius_batch(problems: MarginProblem) -> MaxMargin:
-    """`frobenius_traced` of every problem along the leading axis of a stacked one (see `stack`)."""
+def _batch(problems: MarginProblem) -> MaxMargin:
     return lax.map(frobenius_traced, problems, batch_size=CHUNK)
 
 
-def _check_double(problem: MarginProblem) -> None:
+def _unit(vectors: Float[Array, "m d"]) -> tuple[Float[Array, "m d"], Float[Array, " m"]]:
+    """Rows divided by their norms, and these; a row of 0 stays, with 1."""
+    largest = jnp.max(jnp.abs(vectors), axis=1, keepdims=True)
+    scaled = vectors / jnp.where(largest > 0, largest, 1.0)
+    norms = jnp.sqrt(jnp.sum(scaled**2, axis=1, keepdims=True))
+    return scaled / jnp.where(norms > 0, norms, 1.0), jnp.where(largest > 0, largest * norms, 1.0)[:, 0]
+
+
+def _check(problem: MarginProblem, tolerance: float) -> None:
+    if not isinstance(problem, MarginProblem):
+        raise TypeError(
+            f"problem is a {type(problem).__name__}; expected a MarginProblem. Build it with attention_problem, or "
+            "several with stack."
+        )
+    check_tolerance(tolerance)
+    if problem.norm != "frobenius":
+        raise ValueError(
+            f"problem has the norm {problem.norm!r}; expected 'frobenius', the only one that is traced. Use max_margin."
+        )
+    if jnp.ndim(problem.differences) != 2:
+        raise ValueError(
+            f"problem has differences of shape {jnp.shape(problem.differences)}; expected (rows, token dimension). Use "
+            "frobenius_batch for a stack, made by stack."
+        )
     if jnp.result_type(problem.differences) != jnp.float64:
         raise RuntimeError(
             f"the rows have dtype {jnp.result_type(problem.differences)}: max-margin certificates need 64 bits. Call "
@@ -145,19 +192,23 @@ def _sweep(tableau: Float[Array, "m1 m1"], k: Int[Array, ""]) -> Float[Array, "m
 
 
 def _refine(
-    gram: Float[Array, "m m"], bound: Float[Array, " m"], active: Bool[Array, " m"], tableau: Float[Array, "m1 m1"]
+    normal: Callable[[Array], Array],
+    bound: Float[Array, " m"],
+    active: Bool[Array, " m"],
+    tableau: Float[Array, "m1 m1"],
 ) -> Float[Array, " m"]:
     """Multipliers with G_SS lambda_S = bound_S; or Gordan's, with bound^T lambda = 1 and G_SS lambda_S = 0.
 
     The tableau holds P = (G_SS + bound bound^T)^-1; G_SS^-1 r = P r + P bound (bound^T P r) / rho with
-    rho = 1 - bound^T P bound (Sherman and Morrison).
+    rho = 1 - bound^T P bound (Sherman and Morrison). Residuals are `normal` = lambda -> G lambda by way of W, whose
+    rounding is that of W: through the Gram matrix Gordan's W would end at its square root.
     """
     m = len(bound)
     bound = jnp.where(active, bound, 0.0)
     inverse = jnp.where(active[:, None] & active[None, :], -tableau[:m, :m], 0.0)
 
     def residual(multipliers: Array, right: Array) -> Array:
-        return jnp.where(active, right - gram @ multipliers, 0.0)
+        return jnp.where(active, right - normal(multipliers), 0.0)
 
     hull = inverse @ bound
     for _ in range(2):

@@ -11,17 +11,21 @@ The right side is 0 exactly if the constraints contradict each other (Gordan's a
 from dataclasses import dataclass
 from enum import IntEnum
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from attnlab.margin.problems import AnyArray, MarginProblem, Norm
+from attnlab.checks import check_finite
+from attnlab.margin.checking import check_same_shape, host_array
+from attnlab.margin.problems import AnyArray, MarginProblem, Norm, check_problem
 from attnlab.margin.rows import Rows
 
-INFEASIBLE_BELOW = 1e-10
-"""A margin of at most this times the largest row norm, proved by multipliers, counts as none."""
+INFEASIBLE_BELOW = 1e-14
+"""A cosine of at most this between W and the rows, proved by multipliers, counts as none: rounding the tokens to double
+precision moves it by as much."""
 
 
 class Status(IntEnum):
@@ -52,8 +56,11 @@ class Certificate:
 
     @property
     def gap(self) -> Float[AnyArray, ""]:
-        """1 - margin / bound: the relative distance from optimality, at most."""
-        return 1 - self.margin / self.bound
+        """1 - margin / bound: the relative distance from optimality, at most; infinite where no margin is proved."""
+        if isinstance(self.bound, jax.Array):
+            return jnp.where(self.bound > 0, 1 - self.margin / jnp.where(self.bound > 0, self.bound, 1), jnp.inf)
+        positive = np.asarray(self.bound) > 0
+        return np.where(positive, 1 - self.margin / np.where(positive, self.bound, 1), np.inf)[()]
 
 
 @jax.tree_util.register_dataclass
@@ -62,7 +69,9 @@ class MaxMargin:
     """A maximal margin with its proof.
 
     Attributes:
-        direction: the maximiser, of unit norm (the problem's norm); zeros if the problem is infeasible.
+        direction: the maximiser, of unit norm (the problem's norm); zeros if the problem is infeasible. Rounded to
+            double precision, which moves its own margin by about 1e-16 of the rows' norms; the certificate is of what
+            was rounded, where decimals were needed.
         multipliers: lambda, scaled so that sum_k lambda_k a_k is `solution` in the Frobenius norm, and of dual norm 1
             otherwise. Infeasible: Gordan's alternative, sum_k lambda_k a_k = 0 with bound^T lambda = 1.
         support: rows with a positive multiplier that hold with equality at the solution.
@@ -90,6 +99,15 @@ class MaxMargin:
     def solution(self) -> Float[AnyArray, "..."]:
         """The minimal W with margin 1: direction / margin."""
         return self.direction / self.margin
+
+
+class Answer(NamedTuple):
+    """W and lambda in unit rows (see `Rows`), by how much the scores of W exceed the bounds, and what they prove."""
+
+    matrix: np.ndarray
+    multipliers: np.ndarray
+    slacks: np.ndarray
+    proof: Certificate
 
 
 def matrix_norm(matrix: Any, norm: Norm, xp: ModuleType = np) -> Any:
@@ -148,8 +166,18 @@ def certificate(
 ) -> Certificate:
     """The certificate of any direction and any multipliers of `problem` (negative ones of inequalities are set to 0).
 
-    Both are judged apart, so a direction of gradient descent can be held against the multipliers of a solver.
+    Both are judged apart, so a direction of gradient descent can be held against the multipliers of a solver. Computed
+    in double precision: a margin of gamma relative to the rows is judged to about 1e-16 / gamma. Raises `ValueError`
+    for shapes other than the problem's, for values that are not finite, and for a direction of 0.
     """
+    check_problem(problem)
+    shaped = (("direction", direction, problem.shape), ("multipliers", multipliers, np.shape(problem.bound)))
+    for name, array, shape in shaped:
+        host_array(name, array, f"of shape {shape}")
+        check_same_shape(name, array, shape, "the problem's solution" if name == "direction" else "its rows")
+        check_finite(name, array)
+    if not np.any(direction):
+        raise ValueError("direction is 0, which has no margin; expected any other. Train longer, or start elsewhere.")
     rows = Rows(problem)
     matrix = np.asarray(direction, float).reshape(rows.differences.shape[1], rows.queries.shape[1])
     return certify(problem.norm, rows, matrix, np.asarray(multipliers, float) * rows.scale)
@@ -182,6 +210,6 @@ def certify(
 
 def verdict(proof: Certificate, tolerance: float) -> Status:
     """What a certificate proves: optimality to `tolerance`, infeasibility, or neither."""
-    if proof.gap <= tolerance and proof.violation <= tolerance:
-        return Status.SOLVED
-    return Status.INFEASIBLE if proof.residual <= INFEASIBLE_BELOW else Status.INACCURATE
+    if proof.residual <= INFEASIBLE_BELOW:
+        return Status.INFEASIBLE
+    return Status.SOLVED if proof.gap <= tolerance and proof.violation <= tolerance else Status.INACCURATE

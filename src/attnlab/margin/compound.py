@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from attnlab.margin.certificates import MaxMargin, Status
+from attnlab.margin.checking import check_same_shape, check_signs, host_array, real_array, whole_array
 from attnlab.margin.problems import AnyArray, MarginProblem, Norm, attention_problem, margin_problem, vector_problem
 from attnlab.margin.solve import max_margin
 
@@ -20,7 +21,16 @@ def next_token_problem(
     It is the attention SVM on one-hot tokens with the supports as selected sets; W is (vocabulary, d). Equality rows:
     first token of the support against each other one, in order.
     """
-    supports = np.asarray(supports, bool)
+    supports = host_array("supports", supports, "(contexts, vocabulary) booleans")
+    if supports.ndim != 2 or not np.isin(supports, (0, 1)).all():
+        raise ValueError(
+            f"supports have shape {supports.shape} and dtype {supports.dtype}; expected booleans of shape (contexts, "
+            "vocabulary), the next tokens of each context. Compare probabilities with 0 first."
+        )
+    supports = supports.astype(bool)
+    contexts = real_array("contexts", contexts, 2, f"({len(supports)}, dimension), one for each support")
+    if len(contexts) != len(supports):
+        raise ValueError(f"contexts have shape {contexts.shape}; expected ({len(supports)}, dimension), as supports.")
     tokens = np.broadcast_to(np.eye(supports.shape[1]), (*supports.shape, supports.shape[1]))
     return attention_problem(tokens, contexts, supports, norm=norm)
 
@@ -28,13 +38,22 @@ def next_token_problem(
 def log_odds(problem: MarginProblem, probabilities: Float[AnyArray, "n vocabulary"]) -> Float[AnyArray, " q"]:
     """log(p(x) / p(x')) for the equality rows of a next-token problem.
 
-    With these values `equality_solution` is W*, whose odds inside each support are those of the data.
+    With these values `equality_solution` is W*, whose odds inside each support are those of the data. Raises
+    `ValueError` for shapes that do not agree, and where a token of a support has no probability.
     """
     rows = np.flatnonzero(np.asarray(problem.equality))
     differences, owner = np.asarray(problem.differences)[rows], np.asarray(problem.owner)[rows]
-    chosen = np.asarray(probabilities, float)[owner]
+    probabilities = real_array("probabilities", probabilities, 2, "(contexts, vocabulary)")
+    shape = (len(problem.queries), problem.shape[0])
+    check_same_shape("probabilities", probabilities, shape, "the problem's contexts and vocabulary")
+    chosen = probabilities[owner]
     first, second = differences.argmax(axis=1), differences.argmin(axis=1)
     at = np.arange(len(rows))
+    if not (chosen[at, first] > 0).all() or not (chosen[at, second] > 0).all():
+        raise ValueError(
+            "probabilities are 0 or negative at a token of a support; expected positive ones there. Build the problem "
+            "with supports = probabilities > 0."
+        )
     return np.log(chosen[at, first]) - np.log(chosen[at, second])
 
 
@@ -60,11 +79,15 @@ def joint_max_margin(
     and with `relaxed` only >= 0 for the others, whose attention need not saturate; else >= 1 for all. `keys` are the
     tokens by default. Raises `ValueError` for labels other than -1 and 1, or if no v classifies the selected tokens.
     """
-    tokens, labels, selection = np.asarray(tokens, float), np.asarray(labels), np.asarray(selection)
-    if not np.isin(labels, (-1, 1)).all():
-        raise ValueError(f"labels hold {np.unique(labels)}; expected -1 and 1.")
-    problem = vector_problem(tokens if keys is None else keys, selection)
+    tokens = real_array("tokens", tokens, 3, "(sequences, tokens, token dimension)")
     n = len(tokens)
+    labels = host_array("labels", labels, f"{n} signs")
+    check_same_shape("labels", labels, (n,), "the sequences")
+    check_signs("labels", labels)
+    selection = whole_array("selection", selection, (n,), "the index of one token for each sequence")
+    if keys is not None:
+        check_same_shape("keys", keys, tokens.shape, "the tokens")
+    problem = vector_problem(tokens if keys is None else keys, selection)
     selected = tokens[np.arange(n), selection]
     classes = margin_problem(selected * labels[:, None], np.ones((1, 1)), owner=np.zeros(n, int), vector=True)
     classifier = max_margin(classes)

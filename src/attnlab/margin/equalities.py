@@ -3,11 +3,14 @@
 import numpy as np
 from jaxtyping import Float
 
-from attnlab.margin.problems import AnyArray, MarginProblem
+from attnlab.checks import check_finite
+from attnlab.margin.checking import check_same_shape, host_array
+from attnlab.margin.problems import AnyArray, MarginProblem, check_problem
 
 
 def equality_basis(problem: MarginProblem) -> Float[AnyArray, "r d e"]:
     """An orthonormal basis of the span of the equality rows, as matrices."""
+    check_problem(problem)
     rows = np.flatnonzero(np.asarray(problem.equality))
     differences = np.asarray(problem.differences, float)[rows]
     queries = np.asarray(problem.queries, float)[np.asarray(problem.owner)[rows]]
@@ -21,7 +24,8 @@ def equality_basis(problem: MarginProblem) -> Float[AnyArray, "r d e"]:
 def project_on_equalities(problem: MarginProblem, matrix: Float[AnyArray, "..."]) -> Float[AnyArray, "..."]:
     """The orthogonal projection of W on the span of the equality rows."""
     basis = equality_basis(problem)
-    matrix = np.asarray(matrix, float)
+    matrix = np.asarray(host_array("matrix", matrix, f"of shape {problem.shape}"), float)
+    check_same_shape("matrix", matrix, problem.shape, "the problem's solution")
     return np.einsum("rde,r->de", basis, np.einsum("rde,de->r", basis, matrix.reshape(basis.shape[1:]))).reshape(
         matrix.shape
     )
@@ -34,8 +38,9 @@ def equality_solution(problem: MarginProblem, values: Float[AnyArray, " q"]) -> 
     their optimal probabilities (arXiv 2308.16898; 2402.18551 for next tokens). Raises
     `ValueError` if the values contradict each other.
     """
-    rows = np.flatnonzero(np.asarray(problem.equality))
-    values = np.asarray(values, float)
+    rows = np.flatnonzero(np.asarray(check_problem(problem).equality))
+    values = np.asarray(host_array("values", values, f"{len(rows)} of them"), float)
+    check_finite("values", values)
     if values.shape != rows.shape:
         raise ValueError(f"values have shape {values.shape}; expected {rows.shape}, one for each equality row.")
     differences = np.asarray(problem.differences, float)[rows]

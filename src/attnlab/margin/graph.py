@@ -10,6 +10,8 @@ import scipy.sparse
 import scipy.special
 from jaxtyping import Float, Int
 
+from attnlab.checks import check_positive
+from attnlab.margin.checking import host_array, real_array
 from attnlab.margin.equalities import equality_basis
 from attnlab.margin.problems import AnyArray, MarginProblem, Norm, margin_problem
 
@@ -46,7 +48,7 @@ def graph_problem(
     The label of a sequence must be one of its tokens. Raises `ValueError` where it is not, for token numbers outside
     the vocabulary, and if every edge stays inside a component (then there is only the finite part).
     """
-    embeddings = np.asarray(embeddings, float)
+    embeddings = real_array("embeddings", embeddings, 2, "(vocabulary, token dimension)")
     components = priority_components(sequences, labels, len(embeddings))
     sequences, labels = np.asarray(sequences), np.asarray(labels)
     pairs: list[tuple[int, int]] = []
@@ -87,7 +89,8 @@ def finite_component(
     convex there, by Newton's method to rounding (arXiv 2403.08081, for the log loss). Zero if nothing is
     cyclic.
     """
-    embeddings = np.asarray(embeddings, float)
+    embeddings = real_array("embeddings", embeddings, 2, "(vocabulary, token dimension)")
+    check_positive(steps=steps)
     basis = equality_basis(graph_problem(sequences, labels, embeddings))
     sequences, labels = np.asarray(sequences), np.asarray(labels)
     components = priority_components(sequences, labels, len(embeddings))
@@ -113,7 +116,13 @@ def finite_component(
 
 
 def _check(sequences: AnyArray, labels: AnyArray, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
-    sequences, labels = np.asarray(sequences), np.asarray(labels)
+    sequences = host_array("sequences", sequences, "(n, T) token numbers")
+    labels = host_array("labels", labels, "(n,) token numbers")
+    if sequences.dtype.kind not in "iu" or labels.dtype.kind not in "iu" or not sequences.size:
+        raise ValueError(
+            f"sequences and labels have dtypes {sequences.dtype} and {labels.dtype} and shapes {sequences.shape} and "
+            f"{labels.shape}; expected token numbers, none of them empty. Use .astype(int)."
+        )
     if sequences.ndim != 2 or labels.shape != sequences.shape[:1]:
         raise ValueError(
             f"sequences and labels have shapes {sequences.shape} and {labels.shape}; expected (n, T) and (n,)."

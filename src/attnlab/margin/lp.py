@@ -1,4 +1,4 @@
-"""l_p-norm max-margin problems (entrywise): an interior point for 1 < p < infinity, linear programs at the ends.
+"""l_p-norm max-margin problems (entrywise): an interior point for 1 < p < infinity.
 
 minimise (1/p) ||W||_p^p : scores(W) >= bound is solved where, with M = sum_k lambda_k a_k and 1/p + 1/q = 1,
 
@@ -8,8 +8,6 @@ The map is smooth in W for p >= 2 and in M for p <= 2 (where q >= 2): the method
 """
 
 import numpy as np
-import scipy.optimize
-import scipy.sparse
 from scipy.linalg import cho_factor, cho_solve
 
 from attnlab.margin.rows import Rows
@@ -21,33 +19,52 @@ FLAT = 1e-14
 """Least curvature of the norm's power at an entry, relative to its largest: entries of W near 0 have none."""
 
 
+LONGEST_STAGE = 3.0
+"""Factor by which p - 1 changes at once."""
+
+
 def power_map(array: np.ndarray, exponent: float) -> np.ndarray:
     """sign(x) |x|^exponent."""
     return np.sign(array) * np.abs(array) ** exponent
 
 
 def lp_margin(rows: Rows, p: float, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(W, lambda) of least l_p norm with scores(W) >= bound, from the multipliers of the Frobenius problem."""
-    if p in (1, np.inf):
-        return linear_program(rows, p)
-    return _interior_point(rows, p, start)
+    """(W, lambda) of least l_p norm with scores(W) >= bound, from the multipliers of the Frobenius problem.
+
+    p goes from 2 to where it is wanted in steps, each from the solution before: far from 2 the map between M and W is
+    so steep, or so flat, that Newton's method needs a near start.
+    """
+    matrix, multipliers = rows.combine(start), start
+    for exponent in exponents(p, LONGEST_STAGE):
+        size = abs(matrix).max()  # W / size: its powers neither overflow nor vanish all together
+        if not 0 < size < np.inf:
+            break
+        found = _interior_point(rows.demanding(1 / size), exponent, matrix / size, multipliers)
+        matrix, multipliers = found[0] * size, found[1]
+    return matrix, multipliers
+
+
+def exponents(p: float, longest: float) -> np.ndarray:
+    """From 2, left out, to p: p - 1 changes by equal factors, of `longest` at most."""
+    stages = max(1, int(np.ceil(abs(np.log(p - 1)) / np.log(longest))))
+    return 1 + (p - 1) ** (np.arange(1, stages + 1) / stages)
 
 
 def _interior_point(
-    rows: Rows, p: float, start: np.ndarray, *, steps: int = 200, tolerance: float = 1e-13
+    rows: Rows, p: float, matrix: np.ndarray, multipliers: np.ndarray, *, steps: int = 60, tolerance: float = 1e-13
 ) -> tuple[np.ndarray, np.ndarray]:
     """Newton's method on the perturbed conditions, the perturbation lambda_k slack_k = mu reduced as steps succeed."""
     free = rows.free
-    matrix = rows.combine(start)
-    multipliers = np.where(free, start, np.maximum(start, 0.1 * np.abs(start).mean()))
-    slacks = np.where(free, 0.0, np.maximum(rows.scores(matrix) - rows.bound, 0.1 * rows.bound.max()))
+    # bound^T lambda = ||W||_p^p at the solution
+    multipliers = multipliers * (np.sum(abs(matrix) ** p) / (rows.bound @ multipliers))
+    multipliers = np.where(free, multipliers, np.maximum(multipliers, 0.01 * abs(multipliers).mean()))
+    slacks = np.where(free, 0.0, np.maximum(rows.scores(matrix) - rows.bound, 0.01 * rows.bound.max()))
     best, stalled = (np.inf, matrix, multipliers), 0
     for _ in range(steps):
         mu = 0.1 * float(slacks @ multipliers) / np.count_nonzero(~free)
         state = matrix, multipliers, slacks
         try:
-            with np.errstate(all="ignore"):
-                move = _newton(rows, p, *state, mu)
+            move = _newton(rows, p, *state, mu)
         except np.linalg.LinAlgError:
             break
         length = min(_to_zero(multipliers, move[1], free), _to_zero(slacks, move[2], free))
@@ -132,36 +149,3 @@ def _decreasing(
             return length
         length /= 2
     return length
-
-
-def linear_program(rows: Rows, p: float) -> tuple[np.ndarray, np.ndarray]:
-    """p = 1 or infinity, by HiGHS. W = U - V with U, V >= 0 (p = 1), or |W| <= t (p = infinity).
-
-    The only method here that forms the constraint matrix.
-    """
-    shape = rows.differences.shape[1], rows.queries.shape[1]
-    dense = (rows.differences[:, :, None] * rows.queries[rows.owner][:, None, :]).reshape(len(rows), -1)
-    size = dense.shape[1]
-    if p == 1:
-        constraints, cost = np.hstack([dense, -dense]), np.ones(2 * size)
-        box = None
-    else:
-        constraints, cost = np.hstack([dense, np.zeros((len(rows), 1))]), np.eye(size + 1)[-1]
-        identity, ones = scipy.sparse.identity(size), np.ones((size, 1))
-        box = scipy.sparse.vstack([scipy.sparse.hstack([sign * identity, -ones]) for sign in (1, -1)])
-    above = -scipy.sparse.csr_matrix(constraints[~rows.free])
-    found = scipy.optimize.linprog(
-        cost,
-        A_ub=above if box is None else scipy.sparse.vstack([above, box]),
-        b_ub=np.concatenate([-rows.bound[~rows.free], np.zeros(0 if box is None else box.shape[0])]),
-        A_eq=constraints[rows.free] if rows.any_free else None,
-        b_eq=rows.bound[rows.free] if rows.any_free else None,
-        bounds=(0 if p == 1 else None, None),
-        method="highs",
-    )
-    multipliers = np.zeros(len(rows))
-    multipliers[~rows.free] = -found.ineqlin.marginals[: np.count_nonzero(~rows.free)]
-    if rows.any_free:
-        multipliers[rows.free] = found.eqlin.marginals
-    flat = found.x[:size] - found.x[size:] if p == 1 else found.x[:size]
-    return flat.reshape(shape), multipliers

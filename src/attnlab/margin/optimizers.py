@@ -1,9 +1,13 @@
 """Optimizers whose direction is a maximal margin: normalised gradient descent and mirror descent in l_p geometry."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from attnlab.checks import is_concrete
 from attnlab.types import Params, PyTree, Real
 
 
@@ -26,7 +30,11 @@ def normalize_gradient() -> optax.GradientTransformation:
 
 
 def normalized_descent(step_size: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-    """w <- w - step_size * g / ||g||: steps of constant length."""
+    """w <- w - step_size * g / ||g||: steps of constant length.
+
+    Raises `ValueError` for a step size that is not a positive number or a schedule.
+    """
+    _check_step_size(step_size)
     return optax.chain(normalize_gradient(), optax.sgd(step_size))
 
 
@@ -38,8 +46,9 @@ def mirror_descent(step_size: Real, p: float) -> optax.GradientTransformation:
     entry by entry: gradient descent for p = 2. Chain it after `normalize_gradient` for steps that do not fade. Raises
     `ValueError` for p <= 1, whose potential has no inverse mirror map.
     """
-    if not 1 < p < float("inf"):
-        raise ValueError(f"p is {p}; expected a finite number above 1.")
+    if isinstance(p, bool) or not isinstance(p, int | float | np.number) or not 1 < p < float("inf"):
+        raise ValueError(f"p is {p!r}; expected a finite number above 1, as 1.5 or 3.")
+    _check_step_size(step_size)
 
     def step(weights: jax.Array, gradient: jax.Array) -> jax.Array:
         return _power(_power(weights, p - 1) - step_size * gradient, 1 / (p - 1)) - weights
@@ -52,6 +61,14 @@ def mirror_descent(step_size: Real, p: float) -> optax.GradientTransformation:
         return jax.tree.map(step, params, gradient), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _check_step_size(step_size: Any) -> None:
+    """Positive, where it is no schedule and not traced."""
+    if callable(step_size) or not is_concrete(step_size):
+        return
+    if isinstance(step_size, str) or not (np.ndim(step_size) == 0 and 0 < step_size < float("inf")):
+        raise ValueError(f"step_size is {step_size!r}; expected a positive number. Try 0.1.")
 
 
 def _power(values: jax.Array, exponent: float) -> jax.Array:

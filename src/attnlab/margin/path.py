@@ -1,6 +1,6 @@
 """The regularization path: the least loss among parameters of one norm, as the norm grows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -11,6 +11,8 @@ import scipy.optimize
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int
 
+from attnlab.checks import check_finite
+from attnlab.margin.checking import check_selection, real_array
 from attnlab.margin.problems import AnyArray
 from attnlab.margin.training import rescaled
 from attnlab.objective import Objective
@@ -48,13 +50,15 @@ def regularization_path(
     by v -> radius * v / ||v||; local minimisers, followed from `start`, whose norm does not matter but is not 0. Raises
     `ValueError` for radii that are not positive and rising, a start at zero, and a selection that is not the best.
     """
-    radii = np.asarray(radii, float)
+    radii = real_array("radii", radii, 1, "(radii,)")
+    check_finite("start", start)
     flat, unravel = ravel_pytree(start)
-    if radii.ndim != 1 or not (np.diff(radii, prepend=0.0) > 0).all():
+    if not (np.diff(radii, prepend=0.0) > 0).all():
         raise ValueError(f"radii are {radii}; expected positive numbers, one larger than the other.")
     if not jnp.any(flat):
         raise ValueError("start is 0, which has no direction; expected parameters of any other norm.")
     _check_best(risk, selection)
+    flat = jnp.asarray(np.asarray(flat, float) / np.abs(flat).max())  # squares of what is left do not underflow
     excess = rescaled(risk, selection)
     ends, values, slopes = [], [], []
     for radius in radii:
@@ -74,6 +78,12 @@ def regularization_path(
 
 
 def _check_best(risk: Objective, selection: Int[Array, " n"]) -> None:
+    if not (isinstance(risk.inputs, Mapping) and "readout" in risk.inputs):
+        raise ValueError(
+            "risk has no fixed readout, so that no token is the best; expected attention_risk(..., readout=v). Give v, "
+            "for instance the one that was trained."
+        )
+    check_selection("selection", selection, *risk.inputs["tokens"].shape[:2])
     values = np.asarray(risk.targets)[:, None] * np.asarray(risk.inputs["tokens"] @ risk.inputs["readout"])
     short = values.max(axis=1) - values[np.arange(len(values)), selection]
     if short.any():

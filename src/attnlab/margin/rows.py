@@ -1,7 +1,9 @@
 """The constraint map of a problem and its adjoint, without its matrix: on the host, in double precision."""
 
 from copy import copy
+from dataclasses import replace
 from functools import cached_property
+from math import frexp, ldexp
 
 import numpy as np
 
@@ -10,8 +12,28 @@ from attnlab.margin.problems import MarginProblem
 DENSE_BELOW = 300
 """Up to so many rows the Gram matrix is kept: it then costs less than the products it replaces."""
 
+ORDER_ONE = 8
+"""Powers of two up to which a problem's numbers are left as they are."""
+
 SMALL = 30_000
 """Up to so many entries of all rows, Delta and z are multiplied row by row, without the structure of shared queries."""
+
+
+def norms(vectors: np.ndarray) -> np.ndarray:
+    """Of each row, without overflow."""
+    largest = abs(vectors).max(axis=1, initial=0.0)
+    scaled = vectors / np.where(largest > 0, largest, 1.0)[:, None]
+    return largest * np.sqrt(np.einsum("kd,kd->k", scaled, scaled))
+
+
+def normalized(problem: MarginProblem) -> tuple[MarginProblem, float]:
+    """The problem with differences and queries of order 1, and what its rows were divided by: a power of two."""
+    differences, queries = np.asarray(problem.differences, float), np.asarray(problem.queries, float)
+    powers = [frexp(abs(array).max(initial=0.0))[1] for array in (differences, queries)]
+    if max(map(abs, powers)) <= ORDER_ONE:
+        return problem, 1.0
+    parts = np.ldexp(differences, -powers[0]), np.ldexp(queries, -powers[1])
+    return replace(problem, differences=parts[0], queries=parts[1]), ldexp(1.0, sum(powers))
 
 
 class Rows:
@@ -25,14 +47,19 @@ class Rows:
         self.queries = np.asarray(problem.queries, float)
         self.owner = np.asarray(problem.owner)
         differences = np.asarray(problem.differences, float)
-        squared = np.einsum("kd,kd->k", differences, differences)
-        squared *= np.einsum("ne,ne->n", self.queries, self.queries)[self.owner]
-        # A zero row stays zero: it is void with bound 0, and proves infeasibility with bound 1.
-        self.scale = np.sqrt(np.where(squared > 0, squared, 1.0))
+        scale: np.ndarray = norms(differences) * norms(self.queries)[self.owner]
+        # A zero row stays zero: it says nothing with bound 0, and proves infeasibility with bound 1.
+        self.scale = np.where(scale > 0, scale, 1.0)
         self.differences = differences / self.scale[:, None]
         self.bound = np.asarray(problem.bound, float) / self.scale
         self.free = np.asarray(problem.equality)
         self._look()
+
+    @property
+    def void(self) -> np.ndarray:
+        """Rows that are zero and demand a margin."""
+        differences, queries = (self.differences != 0).any(axis=1), (self.queries != 0).any(axis=1)
+        return ~(differences & queries[self.owner]) & (self.bound > 0)
 
     def _look(self) -> None:
         self.top = self.bound.max()
@@ -131,6 +158,12 @@ class Rows:
             # Delta_k^T diag(sum_j weights_ij z_j z'_j) Delta_l, with z' the query of row l
             gram[a:b] = self.differences[a:b] @ (((self.queries * query) @ weights.T)[self.owner] * self.differences).T
         return gram
+
+    def demanding(self, factor: float) -> "Rows":
+        """The same rows with their bounds times a factor."""
+        some = copy(self)
+        some.bound, some.top = self.bound * factor, self.top * factor
+        return some
 
     def members(self, rows: np.ndarray) -> "Rows":
         """Some of the rows, as they are scaled here."""

@@ -17,7 +17,9 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
+from attnlab.checks import is_concrete
 from attnlab.losses import cross_entropy
+from attnlab.margin.checking import check_floating_vectors, check_selection, check_signs
 from attnlab.objective import Objective, objective
 from attnlab.types import Params, Scalar
 
@@ -38,10 +40,11 @@ def attention_risk(
     - `readout` (d,): v, if it is trained and not given here.
 
     `labels` are -1 and 1. Traceable, so `jax.vmap` makes the objectives of an ensemble (see `training.train`). Raises
-    `ValueError` for shapes that do not agree.
+    `ValueError` for shapes that do not agree and for other labels, `TypeError` for token numbers in place of vectors.
     """
     _check_tokens(tokens)
     n, _, d = tokens.shape
+    check_signs("labels", labels)
     queries = jnp.ones((n, 1), tokens.dtype) if queries is None else queries
     data = {"tokens": tokens, "queries": queries} | ({} if readout is None else {"readout": readout})
     for name, array, shape in (("labels", labels, (n,)), ("queries", queries, (n, queries.shape[-1]))):
@@ -53,10 +56,16 @@ def attention_risk(
 
 
 def _check_tokens(tokens: Array) -> None:
+    if not hasattr(tokens, "shape"):
+        raise TypeError(
+            f"tokens is a {type(tokens).__name__}; expected an array (sequences, tokens, token dimension). Pad "
+            "sequences of unequal lengths to one."
+        )
     if tokens.ndim != 3 or tokens.shape[1] < 2:
         raise ValueError(
             f"tokens have shape {tokens.shape}; expected (sequences, tokens, token dimension), two tokens at least."
         )
+    check_floating_vectors("tokens", tokens)
 
 
 def logistic_loss(outputs: Float[Array, " n"], labels: Float[Array, " n"]) -> Scalar:
@@ -84,6 +93,7 @@ def _logits(matrix: Float[Array, "d e"], inputs: Data) -> Float[Array, "n T"]:
 
 def selected_probability(params: Params, inputs: Data, selection: Int[Array, " n"]) -> Float[Array, " n"]:
     """Attention to the token `selection[i]` of each sequence."""
+    check_selection("selection", selection, *inputs["tokens"].shape[:2])
     return _take(jax.nn.softmax(attention_logits(params, inputs), axis=-1), selection)
 
 
@@ -120,6 +130,8 @@ def rescaled(risk: Objective, selection: Int[Array, " n"] | None = None) -> Obje
     never negative, so Polyak steps (`optax.polyak_sgd`, invariant to exp(-c)) need no other minimum than 0. Raises
     `ValueError` at parameters with a `readout`, which moves L_r: there normalise the blocks of the plain risk.
     """
+    if selection is not None:
+        check_selection("selection", selection, *risk.inputs["tokens"].shape[:2])
     return replace(risk, predict=Partial(_rescaled_outputs, selection), loss=Partial(_rescaled_loss))
 
 
@@ -170,6 +182,13 @@ def decision_risk(
             f"queries and probabilities have shapes {queries.shape} and {probabilities.shape}; "
             f"expected {(n,)} + (e,) and {(n, length)}."
         )
+    if is_concrete(probabilities):
+        values = np.asarray(probabilities)
+        if values.min() < 0 or not np.allclose(values.sum(axis=1), 1, atol=1e-4):
+            raise ValueError(
+                f"probabilities hold values from {values.min():.3g} and sums from {values.sum(axis=1).min():.3g} to "
+                f"{values.sum(axis=1).max():.3g}; expected distributions over the tokens. Divide by their sums."
+            )
     return objective(attention_logits, cross_entropy, {"tokens": tokens, "queries": queries}, probabilities)
 
 
@@ -183,6 +202,12 @@ def decoupled(risk: Objective, inside: Bool[Array, "n T"], basis: Float[Array, "
     part; the second at W, as a function of the diverging part alone and times exp(-max h), a constant to the gradient,
     so that the two can be trained side by side, the second by normalised steps that never underflow.
     """
+    shape = risk.inputs["tokens"].shape[:2]
+    if jnp.shape(inside) != shape or not jnp.issubdtype(jnp.result_type(inside), jnp.bool_):
+        raise ValueError(
+            f"inside has shape {jnp.shape(inside)} and dtype {jnp.result_type(inside)}; expected a boolean for each "
+            f"token, of shape {shape}. Compare the probabilities with 0."
+        )
     return replace(risk, predict=Partial(_decoupled_outputs, inside, basis), loss=Partial(_decoupled_loss))
 
 
