@@ -198,9 +198,10 @@ def _is_batched(node: Any) -> bool:
     return isinstance(node, Partial) and any(isinstance(part, BatchedObjective) for part in node.args)
 
 
-def check_symmetric(asymmetry: jax.Array) -> None:
-    """Raise `ValueError` if a relative |<A u, v> - <u, A v>| is above the square root of the machine epsilon."""
-    limit = float(jnp.finfo(asymmetry.dtype).eps) ** 0.5
+def check_symmetric(asymmetry: jax.Array, epsilon: float) -> None:
+    """Raise `ValueError` if a relative |<A u, v> - <u, A v>| is above the square root of the machine epsilon, that of
+    the coarsest dtype of the products."""
+    limit = epsilon**0.5
     worst = float(jnp.max(asymmetry))
     if worst > limit:
         raise ValueError(
