@@ -4,7 +4,6 @@ from attnlab.curvature.batches import BatchedObjective, batched
 from attnlab.curvature.blocks import block_densities, per_block
 from attnlab.curvature.density import SpectralDensity, spectral_density
 from attnlab.curvature.estimators import (
-    Estimate,
     condition_number,
     diagonal,
     frobenius_norm,
@@ -12,6 +11,7 @@ from attnlab.curvature.estimators import (
     solve,
     squared_frobenius_norm,
     trace,
+    xtrace,
 )
 from attnlab.curvature.long_runs import NonFiniteProductError, Progress, print_progress
 from attnlab.curvature.operators import Operator, empirical_fisher, fisher, functional, ggn, hessian, restrict
@@ -25,6 +25,7 @@ from attnlab.curvature.transforms import (
     rmsprop_preconditioner,
 )
 from attnlab.curvature.verify import verify
+from attnlab.statistics import Estimate
 
 __all__ = [
     "BatchedObjective",
@@ -61,4 +62,5 @@ __all__ = [
     "squared_frobenius_norm",
     "trace",
     "verify",
+    "xtrace",
 ]

@@ -169,9 +169,7 @@ class Extension(NamedTuple):
     exhausted: Array
 
 
-def extend(
-    product: FlatProduct, basis: KrylovBasis, start: int | Array, stop: int | Array, key: PRNGKey
-) -> Extension:
+def extend(product: FlatProduct, basis: KrylovBasis, start: int | Array, stop: int | Array, key: PRNGKey) -> Extension:
     """Grow the basis from `start` vectors (and a next direction) to `stop`, or until the space is invariant.
 
     Only the upper triangle of `projected` is written. Where the space became invariant the next direction is a random

@@ -15,6 +15,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 
+from attnlab.checks import check_key
 from attnlab.curvature.batches import BatchedObjective
 from attnlab.curvature.operators import Operator
 from attnlab.runs import manifest, replace_file, write_json
@@ -126,8 +127,8 @@ def open_checkpoint(directory: Path | None, operator: Operator, *choices: PyTree
     """
     if directory is None:
         return None
-    flat, unravel = ravel_pytree(operator.point)
-    witness = operator.mv(unravel(jax.random.normal(jax.random.key(0), flat.shape, flat.dtype)))
+    probe = jax.random.normal(jax.random.key(0), (operator.dimension,), operator.flat_dtype)
+    witness = operator.mv(operator.unravel(probe))
     return StateOnDisk(Checkpoint(Path(directory), fingerprint((witness, operator.point, list(map(_array, choices))))))
 
 
@@ -209,6 +210,21 @@ def check_symmetric(asymmetry: jax.Array, epsilon: float) -> None:
             f"at most {limit:.2g}. Either two products with it disagree (dropout or sampling without a fixed key), or "
             "a derivative rule is wrong. `verify` tells which."
         )
+
+
+def check_operator(operator: Any) -> None:
+    """Raise `TypeError` unless this is an `Operator`."""
+    if not isinstance(operator, Operator):
+        raise TypeError(
+            f"operator is a {type(operator).__name__}; expected an Operator, as hessian(risk, params) and ggn(risk, "
+            "params) build it. It comes first."
+        )
+
+
+def check_operator_and_key(operator: Any, key: Any) -> None:
+    """Raise `TypeError` unless these are an `Operator` and one typed key."""
+    check_operator(operator)
+    check_key(key)
 
 
 def check_memory(what: str, needed: int, remedy: str) -> None:

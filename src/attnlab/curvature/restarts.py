@@ -16,8 +16,8 @@ The threshold is the wanted value nearest to the middle, by the tolerance furthe
 was missing: the iteration goes on with it, and a new draw follows. Draw number k may fail with a probability of
 p / (k (k + 1)), which sum to p.
 
-In the first draw, where mostly nothing is missing, some Ritz pairs next to the wanted ones are deflated too, though they
-have not converged, so that P grows sooner. Let W be theirs, s_j their residuals (all are parallel: A W - W Theta =
+In the first draw, where mostly nothing is missing, some Ritz pairs next to the wanted ones are deflated too, though
+they have not converged, so that P grows sooner. Let W be theirs, s_j their residuals (all are parallel: A W - W Theta =
 f s^T) and B' the operator deflated of V and W. If B' < t' then A is below t on the complement of V where the Schur
 complement says so: Theta - t + s f^T (t - B')^-1 f s^T < 0, for which sum_j s_j^2 / (t - theta_j) <= t - t' is enough.
 How many are deflated is what makes the gap from t' to the next Ritz value largest.
@@ -208,7 +208,7 @@ def restart_cycle(
     values = jnp.where(known, ritz.values[picked], state.values)
     residuals = jnp.where(known, jnp.hypot(couplings[picked], state.floor), state.residuals)
     rotation = jnp.where(known, ritz.vectors[:, picked], state.rotation)
-    scale = jnp.where(known, jnp.maximum(state.scale, jnp.max(jnp.abs(values))), state.scale)
+    scale = jnp.maximum(state.scale, jnp.max(jnp.where(ritz.hold, 0, jnp.abs(ritz.values))))
     limit = tolerance * scale
     number = state.draw.number.astype(limit.dtype)
     # What a lock drops stays in the residuals. Each may take so much of the tolerance that all have a share.
@@ -295,9 +295,7 @@ def _gaps(thresholds: Array, values: Array) -> Array:
     return jnp.stack([values - thresholds[0], thresholds[1] - values])
 
 
-def _neighbours(
-    thresholds: Array, ritz: _Ritz, couplings: Array, draw: Draw, plan: RestartPlan
-) -> tuple[Array, Array]:
+def _neighbours(thresholds: Array, ritz: _Ritz, couplings: Array, draw: Draw, plan: RestartPlan) -> tuple[Array, Array]:
     """How many vectors a lock deflates, the wanted ones among them, and the thresholds within the given ones that this
     leaves."""
     most = plan.neighbours + 1

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from attnlab.checks import check_range, is_concrete, unknown_name
-from attnlab.curvature.density import SpectralDensity, spectral_density, standard_error
+from attnlab.checks import check_number, check_range, check_whole, is_concrete, unknown_name
+from attnlab.curvature.density import SpectralDensity, spectral_density
 from attnlab.curvature.long_runs import (
     Clock,
     Report,
     begin_session,
     check_memory,
+    check_operator_and_key,
     check_symmetric,
     non_finite,
     open_checkpoint,
@@ -38,7 +39,7 @@ from attnlab.curvature.restarts import (
 from attnlab.trees import power_of_two
 from attnlab.types import Params, PRNGKey
 
-__all__ = ["Eigenpairs", "SpectralDensity", "eigenpairs", "spectral_density", "standard_error"]
+__all__ = ["Eigenpairs", "SpectralDensity", "eigenpairs", "spectral_density"]
 
 DENSE_DIMENSION = 512
 """Up to this dimension eigenpairs come from the dense matrix: no more work, and exact."""
@@ -80,8 +81,8 @@ def eigenpairs(
 
     The dense matrix up to dimension 512; beyond it thick-restart Lanczos with locking, repeated eigenvalues included:
     after convergence random directions are tested until an eigenvalue further out than the wanted ones, by more than
-    the tolerance and counted with multiplicity, is missing with a probability of at most 0.001 (see `restarts`). Memory:
-    twice 2 * wanted + 21 vectors, and orthogonalisation reads half of them per product.
+    the tolerance and counted with multiplicity, is missing with a probability of at most 0.001 (see `restarts`).
+    Memory: twice 2 * wanted + 21 vectors, and orthogonalisation reads half of them per product.
 
     Args:
         operator: the operator A; its symmetry is tested on the way, at no product's cost.
@@ -95,11 +96,13 @@ def eigenpairs(
             `result.npz` (values, flat vectors, residuals) and `manifest.json`.
         report: called after every cycle with a `Progress`; `print_progress` is one.
 
-    Warns where the tolerance was not reached, as the residuals then say, or no certificate. Raises `ValueError` for a count
-    that does not fit the dimension, a negative tolerance, an operator that is not symmetric, or a directory of another
+    Warns where the tolerance was not reached, as the residuals then say, or no certificate. Raises `ValueError` for a
+    count that does not fit the dimension, a negative tolerance, an operator that is not symmetric, or a directory of another
     computation; `NonFiniteProductError`, which has the pairs after the last finite cycle as its `partial`;
     `MemoryError` before the start, if the basis does not fit.
     """
+    check_operator_and_key(operator, key)
+    check_whole(count=count)
     if which not in ("low", "high", "both"):
         raise unknown_name("end of the spectrum", which, ("low", "high", "both"))
     ends = 2 if which == "both" else 1
@@ -107,8 +110,7 @@ def eigenpairs(
     wanted = ends * count
     low, high = count if which != "high" else 0, count if which != "low" else 0
     tolerance = operator.epsilon**0.5 if tolerance is None else tolerance
-    if is_concrete(tolerance):
-        check_range("tolerance", tolerance, 0, math.inf, "It is relative to the largest eigenvalue in modulus.")
+    check_number("tolerance", tolerance, 0, math.inf, "It is relative to the largest eigenvalue in modulus.")
     if operator.dimension <= max(DENSE_DIMENSION, 2 * wanted + 20):
         pairs = _dense_eigenpairs(operator, low, high)
     else:
@@ -128,7 +130,9 @@ def eigenpairs(
 
 
 def _like_point(operator: Operator, pairs: RitzPairs) -> Eigenpairs:
-    return Eigenpairs(pairs.sound_values(), jax.vmap(operator.unravel)(pairs.vectors), pairs.residuals, pairs.products, pairs.missed)
+    return Eigenpairs(
+        pairs.sound_values(), jax.vmap(operator.unravel)(pairs.vectors), pairs.residuals, pairs.products, pairs.missed
+    )
 
 
 def _check(operator: Operator, pairs: RitzPairs, tolerance: float) -> None:
