@@ -1,5 +1,6 @@
 """The one estimate: a value, its standard error, and the interval that follows."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import jax
@@ -28,6 +29,21 @@ class Estimate:
     standard_error: PyTree
     samples: int = field(metadata={"static": True})
     bound: PyTree = None
+
+    @property
+    def error(self) -> PyTree:
+        """The standard error and the bound, joined as the sides of a right angle."""
+        if self.bound is None:
+            return self.standard_error
+        return jax.tree.map(jnp.hypot, self.standard_error, self.bound)
+
+    def __iter__(self) -> Iterator[PyTree]:
+        """`value, error = estimate`."""
+        return iter((self.value, self.error))
+
+    def __getitem__(self, place: int) -> PyTree:
+        """`estimate[0]` is the value, `estimate[1]` the error."""
+        return (self.value, self.error)[place]
 
     def interval(self, level: float = 0.95) -> tuple[PyTree, PyTree]:
         """Lower and upper end of the interval that covers with probability `level`, by Student's t with samples - 1

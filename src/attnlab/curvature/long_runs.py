@@ -70,13 +70,14 @@ class Clock:
         self._tolerance = tolerance
         self._highest: tuple[int, float] | None = None
 
-    def tell(self, products: int, residual: float | None = None) -> None:
-        """Report, if there is someone to report to."""
+    def tell(self, products: int, residual: float | None = None, foreseeable: bool = True) -> None:
+        """Report, if there is someone to report to; `foreseeable` unless what is left does not depend on the residual,
+        as when a converged iteration looks for what is missing."""
         if self._report is None:
             return
         seconds, here = time.monotonic() - self._began, max(products - self._before, 1)
         to_do = self._to_do(products, residual)
-        left = None if to_do is None else seconds * to_do / here
+        left = None if to_do is None or not foreseeable else seconds * to_do / here
         self._report(Progress(products, self._total, seconds, left, residual))
 
     def _to_do(self, products: int, residual: float | None) -> float | None:

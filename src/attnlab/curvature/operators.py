@@ -61,8 +61,7 @@ class Operator:
     @property
     def flat_dtype(self) -> jnp.dtype:
         """The dtype of flat vectors: the widest of the parameters', and float32 at least."""
-        wide = max(jnp.finfo(dtype).bits for dtype in _dtypes(self.point)) > 32
-        return jnp.dtype(jnp.float64 if wide else jnp.float32)
+        return flat_dtype(self.point)
 
     @property
     def epsilon(self) -> float:
@@ -111,6 +110,12 @@ class Operator:
     def __rmul__(self, factor: float) -> "Operator":
         """The operator scaled by a number."""
         return Operator(Partial(_scaled, jnp.asarray(factor), self.linear), self.point)
+
+
+def flat_dtype(point: Params) -> jnp.dtype:
+    """The dtype of flat vectors at a point: the widest of its leaves', and float32 at least."""
+    wide = max(jnp.finfo(dtype).bits for dtype in _dtypes(point)) > 32
+    return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 
 def hessian(risk: Risk, params: Params, *, block: Block | None = None, check: bool = True) -> Operator:

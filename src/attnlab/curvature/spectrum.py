@@ -94,11 +94,11 @@ def eigenpairs(
         directory: where to save the basis, every second at most, after a cycle of some products; a run that was killed
             resumes there and gives the same numbers on the same machine. At the end it holds
             `result.npz` (values, flat vectors, residuals) and `manifest.json`.
-        report: called after every cycle with a `Progress`; `print_progress` is one.
+        report: called every some products with a `Progress`; `print_progress` is one.
 
     Warns where the tolerance was not reached, as the residuals then say, or no certificate. Raises `ValueError` for a
-    count that does not fit the dimension, a negative tolerance, an operator that is not symmetric, or a directory of another
-    computation; `NonFiniteProductError`, which has the pairs after the last finite cycle as its `partial`;
+    count that does not fit the dimension, a negative tolerance, an operator that is not symmetric, or a directory of
+    another computation; `NonFiniteProductError`, which has the pairs after the last finite cycle as its `partial`;
     `MemoryError` before the start, if the basis does not fit.
     """
     check_operator_and_key(operator, key)
@@ -206,7 +206,7 @@ def _long_eigenpairs(
     state = first_state(_start(operator, start_key), plan)
     if checkpoint is not None:
         state = checkpoint.restore(state)
-    clock = Clock(report, int(state.products), tolerance=tolerance)
+    clock, told = Clock(report, int(state.products), tolerance=tolerance), int(state.products)
     while not state.done and state.cycle < plan.cycles:
         number, state = int(state.cycle), _cycle(operator, state, key, tolerance, plan)
         if not np.isfinite(state.scale):
@@ -214,7 +214,9 @@ def _long_eigenpairs(
             raise non_finite(operator, f"in cycle {number}, within {state.products} products", partial)
         if checkpoint is not None:
             checkpoint.save(state, last=bool(state.done))
-        clock.tell(int(state.products), float(jnp.max(state.residuals) / state.scale))
+        if state.done or int(state.products) - told >= plan.size - plan.kept:
+            told, residual = int(state.products), float(jnp.max(state.residuals) / state.scale)
+            clock.tell(told, residual, foreseeable=bool(state.done) or not int(state.locked))
     pairs = wanted_pairs(state, plan)
     choices = {"computation": "eigenpairs", "dimension": operator.dimension, "low": plan.low, "high": plan.high}
     choices |= {"tolerance": tolerance, "products": int(pairs.products), "missed": float(pairs.missed)}
