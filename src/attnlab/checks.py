@@ -108,13 +108,17 @@ def check_positive(**numbers: int) -> None:
             raise ValueError(f"{name} is {value}; expected a positive whole number.")
 
 
-def check_whole(**numbers: int) -> None:
-    """Raise `TypeError` unless every number, given by name, is a whole number of Python or NumPy, and `ValueError`
-    unless it is positive."""
+def check_integer(**numbers: int) -> None:
+    """Raise `TypeError` unless every number, given by name, is a whole number of Python or NumPy."""
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
             raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; expected a positive whole number, an int.")
-        check_positive(**{name: int(value)})
+
+
+def check_whole(**numbers: int) -> None:
+    """Raise `TypeError` unless every number, given by name, is an integer, and `ValueError` unless it is positive."""
+    check_integer(**numbers)
+    check_positive(**numbers)
 
 
 def check_number(name: str, value: Any, low: float, high: float, remedy: str) -> None:

@@ -116,7 +116,7 @@ def test_numbers_scale_with_the_operator_in_float32(name):
         assert_close(np.asarray(at(scale), np.float64) / scale, np.asarray(at(1.0), np.float64), 2e-3)
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
+@pytest.mark.parametrize("scale", [1e-25, 1e-12, 1e12, 1e25])
 def test_solutions_and_condition_numbers_do_not_see_the_scale(scale):
     operator = diagonal_operator(scale * SPECTRUM, jnp.float32)
     target = jnp.asarray(scale * SPECTRUM, jnp.float32)

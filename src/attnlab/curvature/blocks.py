@@ -55,8 +55,8 @@ def block_densities(
     """The spectral density of every diagonal block (see `per_block` and `spectral_density`), all with the same probes.
 
     A block with fewer than `steps` parameters (by default 64) takes as many steps as it has parameters. With a
-    `directory` each block has a folder in it, with `/` and the like in its name written as in a URL: a run that was killed does no finished
-    block again. The `report` is told the block as `Progress.part`.
+    `directory` each block has a folder in it, with `/` and the like in its name written as in a URL: a run that was
+    killed does no finished block again. The `report` is told the block as `Progress.part`.
     """
     check_key(key)
     if steps is not None:

@@ -229,7 +229,7 @@ def _projections(operator: Operator, keys: Array, steps: int, sharding: Sharding
 
 
 def _merge(leaf: Array) -> Array:
-    return leaf.reshape(-1, *leaf.shape[2:])
+    return leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:])
 
 
 _begin_jitted = jax.jit(_begin, static_argnames=("sharding",))

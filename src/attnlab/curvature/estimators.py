@@ -119,8 +119,9 @@ def xtrace(operator: Operator, key: PRNGKey, *, products: int = 48) -> Estimate:
     k = products / 2 Gaussian directions W span a space Q = orth(A W); each direction in turn measures what the space of
     the others leaves out: t_i = tr(Q_i^T A Q_i) + c_i <u_i, A u_i>, u_i = (I - Q_i Q_i^T) w_i scaled to the length of a
     vector on a sphere. It wins where few eigenvalues dominate: a spike is in the space, and not in the error; see
-    `trace` for where it does not. The t_i share directions, so that the 95 % interval covers 83 to 95 %. Memory: 6 k vectors. Raises as `trace` does, and `ValueError` unless `products` is
-    even, at least 4, and at most twice the dimension.
+    `trace` for where it does not. The t_i share directions, so that the 95 % interval covers 83 to 95 %. Memory: 6 k
+    vectors. Raises as `trace` does, and `ValueError` unless `products` is even, at least 4, and at most twice the
+    dimension.
     """
     check_operator_and_key(operator, key)
     check_whole(products=products)
@@ -152,11 +153,11 @@ def _xtrace(operator: Operator, key: PRNGKey, count: int) -> tuple[Float[Array, 
     small = jnp.abs(jnp.diagonal(triangle)) <= least
     triangle = triangle + jnp.diag(jnp.where(small, _nonzero(least), 0))
     alone = jax.scipy.linalg.solve_triangular(triangle, jnp.eye(count, dtype=triangle.dtype), lower=False).T
-    alone = alone / jnp.linalg.norm(alone, axis=0)
+    alone = alone / jnp.linalg.norm(alone, axis=0)[None]
     shares = draws @ space  # (k, k): row i of W^T Q
     own = jnp.sum(shares.T * alone, axis=0)
-    outside = draws.T - space @ shares.T + (space @ alone) * own
-    outside_images = images.T - space_images.T @ shares.T + (space_images.T @ alone) * own
+    outside = draws.T - space @ shares.T + (space @ alone) * own[None]
+    outside_images = images.T - space_images.T @ shares.T + (space_images.T @ alone) * own[None]
     length_squared = jnp.sum(outside**2, axis=0)
     # Where the space leaves nothing out, nothing is left to measure.
     scale = jnp.where(length_squared > 0, (n - count + 1) / _nonzero(length_squared), 0)
@@ -182,7 +183,8 @@ def _mean(
     unit = jnp.ones((), operator.flat_dtype) if unit is None else unit
     mean, error, asymmetry, finite = _probe(operator, jax.random.split(key, probes), measure, unit)
     if not is_concrete(mean):
-        return Estimate(*(unravel(jnp.where(finite == probes, part, jnp.nan)) for part in (mean, error)), probes)
+        value, error = (unravel(jnp.where(finite == probes, part, jnp.nan)) for part in (mean, error))
+        return Estimate(value, error, probes)
     estimate = Estimate(unravel(mean), unravel(error), int(finite))
     if finite < probes:
         raise non_finite(operator, f"for probe {finite} of {probes}", estimate if finite else None)

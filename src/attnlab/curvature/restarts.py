@@ -205,10 +205,11 @@ def restart_cycle(
 
     picked = jnp.concatenate([ritz.ascending[: plan.low], ritz.descending[: plan.high]])
     couplings = grown.norm * jnp.abs(ritz.vectors[filled - 1])
-    values = jnp.where(known, ritz.values[picked], state.values)
-    residuals = jnp.where(known, jnp.hypot(couplings[picked], state.floor), state.residuals)
-    rotation = jnp.where(known, ritz.vectors[:, picked], state.rotation)
     scale = jnp.maximum(state.scale, jnp.max(jnp.where(ritz.hold, 0, jnp.abs(ritz.values))))
+    rounding = jnp.finfo(scale.dtype).eps * scale  # below which a residual says nothing
+    values = jnp.where(known, ritz.values[picked], state.values)
+    residuals = jnp.where(known, jnp.hypot(jnp.maximum(couplings[picked], rounding), state.floor), state.residuals)
+    rotation = jnp.where(known, ritz.vectors[:, picked], state.rotation)
     limit = tolerance * scale
     number = state.draw.number.astype(limit.dtype)
     # What a lock drops stays in the residuals. Each may take so much of the tolerance that all have a share.

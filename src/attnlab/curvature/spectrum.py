@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from attnlab.checks import check_number, check_range, check_whole, is_concrete, unknown_name
+from attnlab.checks import check_integer, check_number, check_range, is_concrete, unknown_name
 from attnlab.curvature.density import SpectralDensity, spectral_density
 from attnlab.curvature.long_runs import (
     Clock,
@@ -40,6 +40,9 @@ from attnlab.trees import power_of_two
 from attnlab.types import Params, PRNGKey
 
 __all__ = ["Eigenpairs", "SpectralDensity", "eigenpairs", "spectral_density"]
+
+REPORT_EVERY = 12
+"""Products between two reports at least."""
 
 DENSE_DIMENSION = 512
 """Up to this dimension eigenpairs come from the dense matrix: no more work, and exact."""
@@ -102,7 +105,7 @@ def eigenpairs(
     `MemoryError` before the start, if the basis does not fit.
     """
     check_operator_and_key(operator, key)
-    check_whole(count=count)
+    check_integer(count=count)
     if which not in ("low", "high", "both"):
         raise unknown_name("end of the spectrum", which, ("low", "high", "both"))
     ends = 2 if which == "both" else 1
@@ -214,7 +217,7 @@ def _long_eigenpairs(
             raise non_finite(operator, f"in cycle {number}, within {state.products} products", partial)
         if checkpoint is not None:
             checkpoint.save(state, last=bool(state.done))
-        if state.done or int(state.products) - told >= plan.size - plan.kept:
+        if state.done or int(state.products) - told >= REPORT_EVERY:
             told, residual = int(state.products), float(jnp.max(state.residuals) / state.scale)
             clock.tell(told, residual, foreseeable=bool(state.done) or not int(state.locked))
     pairs = wanted_pairs(state, plan)
