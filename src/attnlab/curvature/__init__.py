@@ -11,7 +11,6 @@ from attnlab.curvature.estimators import (
     solve,
     squared_frobenius_norm,
     trace,
-    xtrace,
 )
 from attnlab.curvature.long_runs import NonFiniteProductError, Progress, print_progress
 from attnlab.curvature.operators import Operator, empirical_fisher, fisher, functional, ggn, hessian, restrict
@@ -25,6 +24,7 @@ from attnlab.curvature.transforms import (
     rmsprop_preconditioner,
 )
 from attnlab.curvature.verify import verify
+from attnlab.curvature.xtrace import xtrace
 from attnlab.statistics import Estimate
 
 __all__ = [

@@ -41,7 +41,7 @@ from attnlab.types import Params, PRNGKey
 
 __all__ = ["Eigenpairs", "SpectralDensity", "eigenpairs", "spectral_density"]
 
-REPORT_EVERY = 12
+REPORT_EVERY = 8
 """Products between two reports at least."""
 
 DENSE_DIMENSION = 512
