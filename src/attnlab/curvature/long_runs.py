@@ -32,7 +32,7 @@ class Progress:
         total: products in all; None where their number depends on the convergence.
         seconds: since the computation began or was resumed.
         left: seconds that are left at the speed so far. Where `total` is None it is a guess, that the residual goes on
-            falling as fast as since its highest in this session; None until it has fallen.
+            falling as fast as since its highest in this session; None until it has fallen tenfold.
         residual: largest residual of the wanted eigenpairs relative to the operator's norm; None for a density.
         part: which of several computations this is (a block and its number), whose products, total and seconds these
             are; None for a single one.
@@ -89,7 +89,7 @@ class Clock:
         if self._highest is None or not residual < self._highest[1]:
             self._highest = products, residual
         start, highest = self._highest
-        if products == start or self._tolerance == 0:
+        if residual > highest / 10 or self._tolerance == 0:  # a smaller fall is soon undone by a new Ritz vector
             return None
         return (products - start) * math.log(residual / self._tolerance) / math.log(highest / residual)
 
