@@ -145,7 +145,6 @@ def test_one_directory_serves_every_damping(tmp_path, monkeypatch):
         seen: list[Progress] = []
         for damping in (3.0, 4.0):
             found = run(damping=damping, report=seen.append)
-            error = found.standard_error + found.bound
             assert (
                 abs(found.value - exact(damping)) <= 8 * error
             )  # four probes give Student's t with 3 degrees of freedom
