@@ -42,7 +42,8 @@ def verify(risk: Risk, params: Params, key: PRNGKey, *, examples: bool = True) -
     - `symmetry`: <u, H v> = <v, H u> for random u and v.
 
     Costs a few evaluations, gradients and products. Of a `BatchedObjective` the first batch is looked at; of all of
-    them, whether they read the same twice and are means over their examples. Raises `VerificationError`, which lists every check that failed.
+    them, whether they read the same twice and are means over their examples. Raises `VerificationError`, which lists
+    every check that failed.
     """
     check_objective(risk, params)
     if isinstance(risk, BatchedObjective):
