@@ -42,7 +42,11 @@ def start_optimizer(
     Raises `ValueError` for one that the state does not hold, that follows a schedule, or that it holds as an integer
     while the value is none.
     """
-    state = _standard_promotion(optimizer.init)(params)
+    return set_values(_standard_promotion(optimizer.init)(params), values)
+
+
+def set_values(state: optax.OptState, values: Mapping[str, Array]) -> optax.OptState:
+    """The state with the hyperparameters of these names replaced; errors as of `start_optimizer`."""
     for name, value in values.items():
         dtype = _held_dtype(state, name)
         if jnp.issubdtype(value.dtype, jnp.floating) and not jnp.issubdtype(dtype, jnp.floating):
@@ -52,6 +56,20 @@ def start_optimizer(
             )
         state = optax.tree.set(state, _entry_of("hyperparams"), **{name: value.astype(dtype)})
     return state
+
+
+def check_state(name: str, state: optax.OptState, expected: optax.OptState) -> None:
+    """Raise `ValueError` if the optimizer state of a run that goes on is not like that of its optimizer."""
+    found, wanted = (
+        [(jax.tree_util.keystr(path), jnp.shape(leaf)) for path, leaf in jax.tree.leaves_with_path(tree)]
+        for tree in (state, expected)
+    )
+    if found != wanted:
+        differing = [path for path, _ in sorted(set(found) ^ set(wanted))]
+        raise ValueError(
+            f"{name} holds the state of another optimizer, which differs at {', '.join(differing[:4])}; expected that "
+            "of the optimizer that is given. Go on with the same one, or start anew from its params."
+        )
 
 
 def _held_dtype(state: optax.OptState, name: str) -> Any:

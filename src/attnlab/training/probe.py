@@ -73,10 +73,11 @@ def by_name(probes: Mapping[str, Probe]) -> NamedProbes:
 
 
 def start_probes(risk: Objective, state: TrainingState, probes: NamedProbes) -> TrainingState:
-    """The state with what every probe remembers at the start."""
+    """The state with what every probe remembers at the start, or still does of an earlier run."""
     memory = {}
     for number, (name, each) in enumerate(probes):
-        memory[name] = each.start(risk, state, _probe_key(state, number))
+        kept = name in state.memory
+        memory[name] = state.memory[name] if kept else each.start(risk, state, _probe_key(state, number))
     return state._replace(memory=memory)
 
 
