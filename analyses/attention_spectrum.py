@@ -133,7 +133,8 @@ def smoothed(part: str, density, eigenvalues, of_hessian):
         distance = (grid[:, None] - jnp.arcsinh(values / scale)[None, :]) / width
         return jnp.exp(-0.5 * distance**2) / (width * (2 * jnp.pi) ** 0.5)
 
-    mean, error = density.integral(kernel)
+    found = density.integral(kernel)
+    mean, error = found.value, found.standard_error
     exact = jnp.mean(kernel(eigenvalues), axis=1)
     return {f"density/{part}": jnp.stack([mean, error, exact]), "grid": grid, "scale": scale}
 

@@ -176,7 +176,7 @@ def first_layer(config: Config, model, params, data, key) -> dict[str, float]:
     for name, square in first_layer_squares(model, params, data, key, probes=config.probes).items():
         norms[f"first/{name}"] = norm = float(square.value) ** 0.5
         # d sqrt(s) = ds / (2 sqrt(s))
-        norms[f"first/{name}/error"] = float(square.error) / (2 * norm) if norm > 0 else 0.0
+        norms[f"first/{name}/error"] = float(square.standard_error) / (2 * norm) if norm > 0 else 0.0
     return norms
 
 

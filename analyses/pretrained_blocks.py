@@ -154,11 +154,10 @@ def density(arrays: Arrays, where: str):
 
 def norm(arrays: Arrays, where: str) -> tuple[float, float]:
     """Frobenius norm of a block from its density's second moment, and its standard error to first order."""
-    from attnlab.curvature.estimators import Estimate, square_root
+    from attnlab.curvature.estimators import square_root
 
-    square, error = density(arrays, where).moment(2)
-    n = int(arrays["dimension"])
-    return tuple(map(float, square_root(Estimate(n * square, n * error))))
+    root, n = square_root(density(arrays, where).moment(2)), int(arrays["dimension"])
+    return float(n**0.5 * root.value), float(n**0.5 * root.standard_error)
 
 
 def norms(arrays: Arrays, name: str, part: str, matrix: str) -> np.ndarray:
@@ -186,7 +185,8 @@ def lead(arrays: Arrays, name: str, part: str) -> np.ndarray:
 def negative_shares(arrays: Arrays, name: str, part: str, matrix: str) -> np.ndarray:
     """Share of the negative eigenvalues in the sum of moduli and its standard error in every layer, (2, layers)."""
     places = (f"{name}/{layer}/{part}/{matrix}" for layer in range(layers_of(arrays)))
-    return np.array([density(arrays, where).negative_share() for where in places]).T
+    found = [density(arrays, where).negative_share() for where in places]
+    return np.array([(share.value, share.standard_error) for share in found]).T
 
 
 def plot(arrays: Arrays, config: Config):

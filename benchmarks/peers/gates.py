@@ -13,6 +13,11 @@ from peers.cases import ENDS
 from attnlab.curvature import batched, eigenpairs, hessian, spectral_density, trace
 from attnlab.objective import objective
 
+
+def _pair(found):
+    return [float(found.value), float(found.standard_error)]
+
+
 SEEDS, PRODUCTS, STEPS = 60, 48, 32
 FACTORS = (1e-6, 1e-8)
 # What is measured, and the least and the largest number that pass.
@@ -75,7 +80,7 @@ class Ours:
     def traces(self, seeds, products):
         """Estimates of the trace and their standard errors."""
         keys = map(jax.random.key, range(seeds))
-        return {"traces": [[float(x) for x in trace(self.operator, key, probes=products)] for key in keys]}
+        return {"traces": [_pair(trace(self.operator, key, probes=products)) for key in keys]}
 
 
 def measure(ask, vectors, images, exact_trace):

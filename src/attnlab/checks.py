@@ -109,6 +109,45 @@ def check_positive(**numbers: int) -> None:
             raise ValueError(f"{name} is {value}; expected a positive whole number.")
 
 
+def check_integer(**numbers: int) -> None:
+    """Raise `TypeError` unless every number, given by name, is a whole number of Python or NumPy."""
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+            raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; expected a positive whole number, an int.")
+
+
+def check_whole(**numbers: int) -> None:
+    """Raise `TypeError` unless every number, given by name, is an integer, and `ValueError` unless it is positive."""
+    check_integer(**numbers)
+    check_positive(**numbers)
+
+
+def check_number(name: str, value: Any, low: float, high: float, remedy: str) -> None:
+    """Raise `TypeError` unless `value` is a real number, and `ValueError` unless it is finite and `low <= value <=
+    high` (skipped while tracing)."""
+    if not is_concrete(value):
+        return
+    if isinstance(value, (bool, str, bytes)) or np.ndim(value) or not np.isrealobj(np.asarray(value)):
+        raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; expected a real number. {remedy}")
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; expected a real number. {remedy}") from None
+    check_range(name, number, low, high, remedy)
+
+
+def check_key(key: Any) -> None:
+    """Raise `TypeError` unless `key` is one typed random key."""
+    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 0:
+        return
+    is_old = isinstance(key, (jax.Array, np.ndarray)) and key.dtype == np.uint32
+    found = "an array of jax.random.PRNGKey" if is_old else f"{key!r:.80}, a {type(key).__name__}"
+    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        found = f"an array of keys of shape {key.shape}"
+    remedy = "jax.random.wrap_key_data(key) makes one of it." if is_old else "Pass jax.random.key(0)."
+    raise TypeError(f"key is {found}; expected one typed key of jax.random.key. {remedy}")
+
+
 def check_intervals(steps: int, every: int) -> None:
     """Raise `ValueError` unless both are positive whole numbers and `every` divides `steps`."""
     check_positive(steps=steps, every=every)

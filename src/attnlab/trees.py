@@ -152,3 +152,18 @@ def ravel(tree: Params) -> jax.Array:
 def dimension(tree: Params) -> int:
     """Number of parameters."""
     return sum(leaf_sizes(tree))
+
+
+def power_of_two(size: jax.Array) -> jax.Array:
+    """The largest power of two that is at most `size`, within the normal numbers; 1 for zero and what is not finite.
+    To divide by it rounds nothing, so that what is large or small is brought near 1 before it is squared."""
+    usable = (size > 0) & jnp.isfinite(size)
+    exponent = jnp.frexp(jnp.where(usable, size, 1))[1] - 1
+    limits = jnp.finfo(size.dtype)
+    return jnp.ldexp(jnp.ones_like(size), jnp.clip(exponent, limits.minexp + 1, limits.maxexp - 2))
+
+
+def length(vector: jax.Array) -> jax.Array:
+    """The Euclidean norm of an array, where the squares of its entries would overflow or underflow too."""
+    unit = power_of_two(jnp.max(jnp.abs(vector)))
+    return unit * jnp.linalg.norm(vector / unit)

@@ -10,7 +10,6 @@ from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 
 from attnlab.curvature.estimators import (
-    Estimate,
     condition_number,
     diagonal,
     frobenius_norm,
@@ -27,6 +26,7 @@ from attnlab.losses import square_loss
 from attnlab.models.adapters import from_linen
 from attnlab.models.attention import AttentionConfig, SelfAttention
 from attnlab.objective import objective
+from attnlab.statistics import Estimate
 from compare import assert_close
 
 
@@ -55,7 +55,8 @@ def test_bars_of_two_standard_errors_cover_as_often_as_they_should(name):
     operators, matrices = layer()
     covered, deviations = [], []
     for seed in range(60):
-        value, error = (ravel_pytree(part)[0] for part in estimate(operators["hessian"], jax.random.key(seed)))
+        found = estimate(operators["hessian"], jax.random.key(seed))
+        value, error = (ravel_pytree(part)[0] for part in (found.value, found.standard_error))
         difference = value - exact(matrices["hessian"])
         covered.append(np.abs(difference) <= 2 * error)
         deviations.append(difference / error)
@@ -66,22 +67,24 @@ def test_bars_of_two_standard_errors_cover_as_often_as_they_should(name):
 
 def test_one_probe_bounds_nothing():
     operators, _ = layer()
-    assert np.isinf(trace(operators["hessian"], jax.random.key(1), probes=1).error)
+    assert np.isinf(trace(operators["hessian"], jax.random.key(1), probes=1).standard_error)
 
 
 def test_the_root_of_an_estimate():
-    root, error = square_root(Estimate(9.0, 0.6))
+    found = square_root(Estimate(9.0, 0.6, 10))
+    root, error = found.value, found.standard_error
     assert_close(root, 3.0, 1e-14)
     # A change of the square by its error changes the root by its error, to first order.
     assert_close(error, (9 + 0.6e-6) ** 0.5 * 1e6 - 3e6, 1e-6)
-    assert square_root(Estimate(0.0, 4.0)) == (0.0, 2.0)
+    zero = square_root(Estimate(0.0, 4.0, 10))
+    assert (zero.value, zero.standard_error, zero.samples) == (0.0, 2.0, 10)
 
 
 def test_the_trace_of_a_diagonal_operator_is_exact(key):
     matrix = Operator(Partial(lambda d, v: d * v, jnp.arange(1.0, 21.0)), jnp.zeros(20))
-    value, error = trace(matrix, key, probes=3)
-    assert_close(value, 210.0, 1e-14)
-    assert error <= 1e-12
+    found = trace(matrix, key, probes=3)
+    assert_close(found.value, 210.0, 1e-14)
+    assert found.standard_error <= 1e-12
 
 
 @pytest.mark.parametrize("damping", [1.0, 1e-3])
@@ -90,8 +93,8 @@ def test_log_determinant_lies_in_its_error(damping):
     _, exact = np.linalg.slogdet(matrices["ggn"] + damping * np.eye(144))
     deviations = []
     for seed in range(10):
-        value, error = log_determinant(operators["ggn"], jax.random.key(seed), damping=damping, steps=40)
-        deviations.append(float((value - exact) / error))
+        found = log_determinant(operators["ggn"], jax.random.key(seed), damping=damping, steps=40)
+        deviations.append(float((found.value - exact) / np.hypot(found.standard_error, found.bound)))
     assert np.mean(np.abs(deviations) <= 2.3) >= 0.8
     assert np.max(np.abs(deviations)) <= 5
 
@@ -99,8 +102,8 @@ def test_log_determinant_lies_in_its_error(damping):
 def test_the_log_determinant_says_what_a_short_quadrature_misses(each_key):
     operators, matrices = layer()
     _, exact = np.linalg.slogdet(matrices["ggn"] + 1e-6 * np.eye(144))
-    value, error = log_determinant(operators["ggn"], each_key, damping=1e-6, steps=8, probes=100)
-    assert abs(value - exact) <= 1.2 * error
+    found = log_determinant(operators["ggn"], each_key, damping=1e-6, steps=8, probes=100)
+    assert abs(found.value - exact) <= 1.2 * np.hypot(found.standard_error, found.bound)
 
 
 def test_an_indefinite_matrix_has_no_log_determinant(key):
@@ -112,8 +115,8 @@ def test_an_indefinite_matrix_has_no_log_determinant(key):
 def test_condition_number(each_key):
     operators, matrices = layer()
     values = np.linalg.eigvalsh(matrices["ggn"]) + 1e-3
-    value, error = condition_number(operators["ggn"], each_key, damping=1e-3)
-    assert abs(value - values[-1] / values[0]) <= error + 1e-9 * value
+    found = condition_number(operators["ggn"], each_key, damping=1e-3)
+    assert abs(found.value - values[-1] / values[0]) <= found.bound + 1e-9 * found.value
     with pytest.raises(ValueError, match="expected a positive one"):
         condition_number(operators["hessian"], each_key)
 
@@ -122,11 +125,12 @@ def test_negative_share(each_key):
     operators, matrices = layer()
     values = np.linalg.eigvalsh(matrices["hessian"])
     exact = -values[values < 0].sum() / np.abs(values).sum()
-    share, error = spectral_density(operators["hessian"], each_key, probes=30, steps=40).negative_share()
+    found = spectral_density(operators["hessian"], each_key, probes=30, steps=40).negative_share()
+    share, error = found.value, found.standard_error
     assert abs(share - exact) <= 3 * error
     assert 0 < error < 0.1
-    positive, _ = spectral_density(operators["ggn"], each_key, probes=3, steps=20).negative_share()
-    assert positive <= 1e-10
+    positive = spectral_density(operators["ggn"], each_key, probes=3, steps=20).negative_share()
+    assert positive.value <= 1e-10
 
 
 @pytest.mark.parametrize(("name", "damping"), [("hessian", 0.0), ("hessian", 1e-2), ("ggn", 1e-2)])
@@ -210,8 +214,10 @@ def test_probes_before_a_failure_are_kept(key):
         with pytest.raises(NonFiniteProductError, match="not finite for probe 5 of 8") as caught:
             estimate(operator, key, probes=8)
         assert_close(caught.value.partial.value, rows.mean(axis=0), 1e-12)
-        assert_close(caught.value.partial.error, rows.std(axis=0, ddof=1) / 5**0.5, 1e-12)
-    assert all(np.isnan(part) for part in jax.jit(lambda operator: trace(operator, key, probes=8))(operator))
+        assert_close(caught.value.partial.standard_error, rows.std(axis=0, ddof=1) / 5**0.5, 1e-12)
+    found = jax.jit(lambda operator: trace(operator, key, probes=8))(operator)
+    assert np.isnan(found.value)
+    assert np.isnan(found.standard_error)
 
 
 def test_numbers_that_make_no_sense(key):

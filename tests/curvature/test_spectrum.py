@@ -13,11 +13,12 @@ from attnlab.curvature import density
 from attnlab.curvature.estimators import condition_number
 from attnlab.curvature.long_runs import NonFiniteProductError
 from attnlab.curvature.operators import Operator, empirical_fisher, ggn, hessian
-from attnlab.curvature.spectrum import eigenpairs, spectral_density, standard_error
+from attnlab.curvature.spectrum import eigenpairs, spectral_density
 from attnlab.losses import square_loss
 from attnlab.models.adapters import from_linen
 from attnlab.models.attention import AttentionConfig, SelfAttention
 from attnlab.objective import objective
+from attnlab.statistics import standard_error
 from cases import CASES
 from compare import assert_close
 
@@ -66,8 +67,8 @@ def test_moments_of_the_density_lie_in_their_own_error_band():
     for seed in range(20):
         density = spectral_density(operator, jax.random.key(seed), probes=12, steps=12)
         for power in (1, 2, 3, 4):
-            value, error = density.moment(power)
-            deviations.append((value - np.mean(exact**power)) / error)
+            found = density.moment(power)
+            deviations.append((found.value - np.mean(exact**power)) / found.standard_error)
     # Student's t with 11 degrees of freedom: 2.2 standard errors cover 95 %.
     assert 0.85 <= np.mean(np.abs(deviations) <= 2.2) <= 1.0
     assert np.max(np.abs(deviations)) > 0.5
@@ -90,16 +91,17 @@ def test_density_and_cumulative_agree_with_the_exact_spectrum(each_key):
     density = spectral_density(operator, each_key, probes=40, steps=60)
     grid = jnp.linspace(1.1 * exact[0], 1.1 * exact[-1], 200)
     width = 0.05 * (exact[-1] - exact[0])
-    smooth, error = density.density(grid, width)
+    found = density.density(grid, width)
+    smooth, error = found.value, found.standard_error
     kernel = np.exp(-0.5 * ((np.asarray(grid)[:, None] - exact) / width) ** 2) / (width * np.sqrt(2 * np.pi))
     expected = kernel.mean(axis=1)
     assert np.mean(np.abs(smooth - expected) <= 3 * error + 1e-3 * expected.max()) >= 0.95
-    fraction, _ = density.cumulative(grid)
+    fraction = density.cumulative(grid).value
     assert np.all(np.diff(fraction) >= -1e-12)
     assert abs(fraction[-1] - 1) <= 1e-12
     middle = 0.5 * exact[-1]
-    value, error = density.cumulative(jnp.array([middle]))
-    assert abs(value[0] - np.mean(exact <= middle)) <= 4 * error[0] + 1e-3
+    found = density.cumulative(jnp.array([middle]))
+    assert abs(found.value[0] - np.mean(exact <= middle)) <= 4 * found.standard_error[0] + 1e-3
 
 
 def test_copies_of_a_converged_node_share_its_weight(each_key):
@@ -111,7 +113,7 @@ def test_copies_of_a_converged_node_share_its_weight(each_key):
         copies = np.abs(density.nodes - value) <= 1e-6
         assert np.all(np.sum(copies, axis=1) > 1)
         assert_close(np.sum(density.weights, axis=1, where=copies), np.full(2, 1 / 200), 1e-12)
-    assert_close(density.integral(jnp.log1p)[0], np.mean(np.log1p(values)), 1e-12)
+    assert_close(density.integral(jnp.log1p).value, np.mean(np.log1p(values)), 1e-12)
 
 
 def test_scaling_the_loss_scales_the_spectrum(key):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from attnlab.attention.in_transformer import InNetwork, assemble, cut_at_attention
-from attnlab.curvature.estimators import Estimate, squared_frobenius_norm
+from attnlab.curvature.estimators import squared_frobenius_norm
 from attnlab.curvature.operators import functional, ggn, hessian
 from attnlab.data.addition import addition, answer_positions
 from attnlab.losses import cross_entropy, square_loss
@@ -24,6 +24,7 @@ from attnlab.models.attention import AttentionConfig
 from attnlab.models.networks import MLP, MLPConfig
 from attnlab.models.transformer import LanguageModel, LanguageModelConfig, TransformerConfig
 from attnlab.objective import objective
+from attnlab.statistics import Estimate
 from attnlab.types import Params, PRNGKey
 
 VOCABULARY = 12

@@ -4,7 +4,6 @@ from attnlab.curvature.batches import BatchedObjective, batched
 from attnlab.curvature.blocks import block_densities, per_block
 from attnlab.curvature.density import SpectralDensity, spectral_density
 from attnlab.curvature.estimators import (
-    Estimate,
     condition_number,
     diagonal,
     frobenius_norm,
@@ -25,6 +24,8 @@ from attnlab.curvature.transforms import (
     rmsprop_preconditioner,
 )
 from attnlab.curvature.verify import verify
+from attnlab.curvature.xtrace import xtrace
+from attnlab.statistics import Estimate
 
 __all__ = [
     "BatchedObjective",
@@ -61,4 +62,5 @@ __all__ = [
     "squared_frobenius_norm",
     "trace",
     "verify",
+    "xtrace",
 ]

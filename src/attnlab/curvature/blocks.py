@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 from jax.sharding import Sharding
 
+from attnlab.checks import check_key, check_whole
 from attnlab.curvature.density import SpectralDensity, spectral_density
 from attnlab.curvature.long_runs import NonFiniteProductError, Progress, Report
 from attnlab.curvature.operators import Block, Operator, Risk, hessian
@@ -45,7 +46,7 @@ def block_densities(
     operator: Callable[..., Operator] = hessian,
     blocks: Iterable[Block] | None = None,
     probes: int = 10,
-    steps: int = 64,
+    steps: int | None = None,
     together: int = 1,
     sharding: Sharding | None = None,
     directory: Path | None = None,
@@ -53,10 +54,13 @@ def block_densities(
 ) -> dict[str, SpectralDensity]:
     """The spectral density of every diagonal block (see `per_block` and `spectral_density`), all with the same probes.
 
-    A block with fewer than `steps` parameters takes as many steps as it has parameters. With a `directory` each block
-    has a folder in it, with `/` and the like in its name written as in a URL: a run that was killed does no finished
-    block again. The `report` is told the block as `Progress.part`.
+    A block with fewer than `steps` parameters (by default 64) takes as many steps as it has parameters. With a
+    `directory` each block has a folder in it, with `/` and the like in its name written as in a URL: a run that was
+    killed does no finished block again. The `report` is told the block as `Progress.part`.
     """
+    check_key(key)
+    if steps is not None:
+        check_whole(steps=steps)
     named = _named(params, blocks)
     numbers = {name: number for number, name in enumerate(named, 1)}
 
@@ -65,7 +69,7 @@ def block_densities(
             block,
             key,
             probes=probes,
-            steps=min(steps, block.dimension),
+            steps=None if steps is None else min(steps, block.dimension),
             together=together,
             sharding=sharding,
             directory=None if directory is None else Path(directory) / quote(name, safe=""),

@@ -8,17 +8,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Float
 
-from attnlab.checks import check_positive, check_range, is_concrete
+from attnlab.checks import check_range, check_whole, is_concrete
 from attnlab.curvature.lanczos import Recurrence, Tridiagonal, advance, begin, finish, gauss_quadrature
 from attnlab.curvature.long_runs import (
     Clock,
     Report,
     begin_session,
     check_memory,
+    check_operator_and_key,
     check_symmetric,
     non_finite,
     open_checkpoint,
@@ -27,7 +27,12 @@ from attnlab.curvature.long_runs import (
     write_result,
 )
 from attnlab.curvature.operators import Operator
+from attnlab.statistics import Estimate, estimate, standard_error
+from attnlab.trees import power_of_two
 from attnlab.types import PRNGKey
+
+STEPS = 64
+"""Lanczos steps of a probe, unless the operator has fewer rows."""
 
 CHUNK = 16
 """Lanczos steps in one jitted call of a long run: between two of them it reports and saves."""
@@ -49,44 +54,35 @@ class SpectralDensity:
     nodes: Float[Array, "probes m"]
     weights: Float[Array, "probes m"]
 
-    def integral(self, function: Callable[[Array], Array]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    def integral(self, function: Callable[[Array], Array]) -> Estimate:
         """Mean of `function` over the eigenvalues, (1/n) sum_i f(lambda_i), and its standard error over the probes.
 
-        `function` maps the nodes (m,) to (..., m).
+        `function` maps the nodes (m,) to (..., m). The `interval` of the result is the band.
         """
-        per_probe = jax.vmap(lambda nodes, weights: function(nodes) @ weights)(self.nodes, self.weights)
-        return jnp.mean(per_probe, axis=0), standard_error(per_probe)
+        return estimate(jax.vmap(lambda nodes, weights: function(nodes) @ weights)(self.nodes, self.weights))
 
-    def moment(self, power: int) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    def moment(self, power: int) -> Estimate:
         """tr(A^power) / n, and its standard error."""
         return self.integral(lambda nodes: nodes**power)
 
-    def density(self, grid: Float[Array, " g"], width: float) -> tuple[Float[Array, " g"], Float[Array, " g"]]:
+    def density(self, grid: Float[Array, " g"], width: float) -> Estimate:
         """The density convolved with a Gaussian of standard deviation `width` (in units of the eigenvalues), and its
         standard error, at each point of the grid."""
         norm = width * (2 * jnp.pi) ** 0.5
         return self.integral(lambda nodes: jnp.exp(-0.5 * ((grid[:, None] - nodes[None, :]) / width) ** 2) / norm)
 
-    def cumulative(self, grid: Float[Array, " g"]) -> tuple[Float[Array, " g"], Float[Array, " g"]]:
+    def cumulative(self, grid: Float[Array, " g"]) -> Estimate:
         """Fraction of eigenvalues at or below each point of the grid, and its standard error; it needs no bandwidth."""
         return self.integral(lambda nodes: (nodes[None, :] <= grid[:, None]).astype(nodes.dtype))
 
-    def negative_share(self) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """Share of the negative eigenvalues in sum_i |lambda_i|, between 0 and 1, and its standard error (of a ratio of
-        means, to first order in the spread of both)."""
-        negative, total = (
-            jnp.sum(f(self.nodes) * self.weights, axis=1) for f in (lambda x: jnp.maximum(-x, 0), jnp.abs)
-        )
-        share = jnp.mean(negative) / jnp.mean(total)
-        return share, standard_error((negative - share * total) / jnp.mean(total))
-
-
-def standard_error(samples: Float[Array, "probes *shape"]) -> Float[Array, "*shape"]:
-    """Standard error of the mean over the leading axis (infinite for a single sample: one probe bounds nothing)."""
-    count = samples.shape[0]
-    if count == 1:
-        return jnp.full(samples.shape[1:], jnp.inf, samples.dtype)
-    return jnp.std(samples, axis=0, ddof=1) / count**0.5
+    def negative_share(self) -> Estimate:
+        """Share of the negative eigenvalues in sum_i |lambda_i|, between 0 and 1 (0 of a zero operator, which has
+        none), and its standard error (of a ratio of means, to first order in the spread of both)."""
+        nodes = self.nodes / power_of_two(jnp.max(jnp.abs(self.nodes)))
+        negative, total = (jnp.sum(f(nodes) * self.weights, axis=1) for f in (lambda x: jnp.maximum(-x, 0), jnp.abs))
+        mean = jnp.where(jnp.any(total > 0), jnp.mean(total), 1)
+        share = jnp.mean(negative) / mean
+        return Estimate(share, standard_error((negative - share * total) / mean), len(total))
 
 
 def spectral_density(
@@ -94,7 +90,7 @@ def spectral_density(
     key: PRNGKey,
     *,
     probes: int = 10,
-    steps: int = 64,
+    steps: int | None = None,
     together: int = 1,
     sharding: Sharding | None = None,
     directory: Path | None = None,
@@ -111,7 +107,7 @@ def spectral_density(
         operator: the operator; its symmetry is tested at every step, at no product's cost.
         key: of the probes.
         probes: how many random start vectors.
-        steps: Lanczos steps of each: nodes of its Gauss rule.
+        steps: Lanczos steps of each: nodes of its Gauss rule; by default 64, or as many as the operator has rows.
         together: how many probes run at once, a divisor of `probes`. Memory grows with it, and on a CPU it gains
             nothing; it keeps accelerators busy.
         sharding: how an array (together, n) of probes is spread over devices, such as
@@ -135,7 +131,7 @@ def project(
     key: PRNGKey,
     *,
     probes: int,
-    steps: int,
+    steps: int | None = None,
     together: int = 1,
     sharding: Sharding | None = None,
     directory: Path | None = None,
@@ -144,7 +140,9 @@ def project(
     """The projections, stacked over probes, that `spectral_density` is made of; arguments, files and errors are its
     own."""
     session = begin_session(directory)
-    check_positive(probes=probes, together=together)
+    check_operator_and_key(operator, key)
+    steps = min(STEPS, operator.dimension) if steps is None else steps
+    check_whole(probes=probes, together=together, steps=steps)
     check_range("steps", steps, 1, operator.dimension, "A Krylov space has no more dimensions than the operator.")
     if probes % together:
         raise ValueError(
@@ -171,7 +169,7 @@ def project(
 
 
 def _check_probes_fit(operator: Operator, together: int) -> None:
-    vectors = 4 * operator.dimension * ravel_pytree(operator.point)[0].dtype.itemsize
+    vectors = 4 * operator.dimension * operator.flat_dtype.itemsize
     check_memory(
         f"{together} probes of {operator.dimension} numbers at once",
         together * vectors + (together - 1) * saved_bytes(operator),
@@ -191,12 +189,11 @@ def _check(operator: Operator, projections: Tridiagonal) -> None:
         probe, step = np.argwhere(~finite)[0]
         done = quadrature(jax.tree.map(lambda leaf: leaf[:probe], projections)) if probe else None
         raise non_finite(operator, f"at step {step} of probe {probe}", done)
-    check_symmetric(projections.asymmetry)
+    check_symmetric(projections.asymmetry, operator.epsilon)
 
 
 def _begin(operator: Operator, keys: Array, sharding: Sharding | None) -> Recurrence:
-    dtype = ravel_pytree(operator.point)[0].dtype
-    starts = jax.vmap(lambda key: jax.random.rademacher(key, (operator.dimension,), dtype))(keys)
+    starts = jax.vmap(lambda key: jax.random.rademacher(key, (operator.dimension,), operator.flat_dtype))(keys)
     return jax.vmap(begin)(starts if sharding is None else jax.lax.with_sharding_constraint(starts, sharding))
 
 
@@ -218,7 +215,7 @@ def _advance(
     if isinstance(sharding, NamedSharding):
         # The vectors stay spread; of the numbers every process needs all.
         everywhere = NamedSharding(sharding.mesh, PartitionSpec())
-        numbers = state.norm, state.asymmetry, state.scale
+        numbers = state[2:]
         numbers, entries = jax.lax.with_sharding_constraint((numbers, entries), everywhere)
         state = Recurrence(state.previous, state.vector, *numbers)
     return state, _Entries(*entries)
@@ -234,7 +231,7 @@ def _projections(operator: Operator, keys: Array, steps: int, sharding: Sharding
 
 
 def _merge(leaf: Array) -> Array:
-    return leaf.reshape(-1, *leaf.shape[2:])
+    return leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:])
 
 
 _begin_jitted = jax.jit(_begin, static_argnames=("sharding",))

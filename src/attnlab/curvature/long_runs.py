@@ -17,6 +17,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 
+from attnlab.checks import check_key
 from attnlab.curvature.batches import BatchedObjective
 from attnlab.curvature.operators import Operator
 from attnlab.runs import manifest, owned_directory, replace_file, write_json
@@ -33,7 +34,7 @@ class Progress:
         total: products in all; None where their number depends on the convergence.
         seconds: since the computation began or was resumed.
         left: seconds that are left at the speed so far. Where `total` is None it is a guess, that the residual goes on
-            falling as fast as since its highest in this session; None until it has fallen.
+            falling as fast as since its highest in this session; None until it has fallen tenfold.
         residual: largest residual of the wanted eigenpairs relative to the operator's norm; None for a density.
         part: which of several computations this is (a block and its number), whose products, total and seconds these
             are; None for a single one.
@@ -71,13 +72,14 @@ class Clock:
         self._tolerance = tolerance
         self._highest: tuple[int, float] | None = None
 
-    def tell(self, products: int, residual: float | None = None) -> None:
-        """Report, if there is someone to report to."""
+    def tell(self, products: int, residual: float | None = None, foreseeable: bool = True) -> None:
+        """Report, if there is someone to report to; `foreseeable` unless what is left does not depend on the residual,
+        as when a converged iteration looks for what is missing."""
         if self._report is None:
             return
         seconds, here = time.monotonic() - self._began, max(products - self._before, 1)
         to_do = self._to_do(products, residual)
-        left = None if to_do is None else seconds * to_do / here
+        left = None if to_do is None or not foreseeable else seconds * to_do / here
         self._report(Progress(products, self._total, seconds, left, residual))
 
     def _to_do(self, products: int, residual: float | None) -> float | None:
@@ -89,7 +91,7 @@ class Clock:
         if self._highest is None or not residual < self._highest[1]:
             self._highest = products, residual
         start, highest = self._highest
-        if products == start or self._tolerance == 0:
+        if residual > highest / 10 or self._tolerance == 0:  # a smaller fall is soon undone by a new Ritz vector
             return None
         return (products - start) * math.log(residual / self._tolerance) / math.log(highest / residual)
 
@@ -146,8 +148,8 @@ def open_checkpoint(directory: Path | None, operator: Operator, *choices: PyTree
     """
     if directory is None:
         return None
-    flat, unravel = ravel_pytree(operator.point)
-    witness = operator.mv(unravel(jax.random.normal(jax.random.key(0), flat.shape, flat.dtype)))
+    probe = jax.random.normal(jax.random.key(0), (operator.dimension,), operator.flat_dtype)
+    witness = operator.mv(operator.unravel(probe))
     return StateOnDisk(Checkpoint(Path(directory), fingerprint((witness, operator.point, list(map(_array, choices))))))
 
 
@@ -218,9 +220,10 @@ def _is_batched(node: Any) -> bool:
     return isinstance(node, Partial) and any(isinstance(part, BatchedObjective) for part in node.args)
 
 
-def check_symmetric(asymmetry: jax.Array) -> None:
-    """Raise `ValueError` if a relative |<A u, v> - <u, A v>| is above the square root of the machine epsilon."""
-    limit = float(jnp.finfo(asymmetry.dtype).eps) ** 0.5
+def check_symmetric(asymmetry: jax.Array, epsilon: float) -> None:
+    """Raise `ValueError` if a relative |<A u, v> - <u, A v>| is above the square root of the machine epsilon, that of
+    the coarsest dtype of the products."""
+    limit = epsilon**0.5
     worst = float(jnp.max(asymmetry))
     if worst > limit:
         raise ValueError(
@@ -228,6 +231,21 @@ def check_symmetric(asymmetry: jax.Array) -> None:
             f"at most {limit:.2g}. Either two products with it disagree (dropout or sampling without a fixed key), or "
             "a derivative rule is wrong. `verify` tells which."
         )
+
+
+def check_operator(operator: Any) -> None:
+    """Raise `TypeError` unless this is an `Operator`."""
+    if not isinstance(operator, Operator):
+        raise TypeError(
+            f"operator is a {type(operator).__name__}; expected an Operator, as hessian(risk, params) and ggn(risk, "
+            "params) build it. It comes first."
+        )
+
+
+def check_operator_and_key(operator: Any, key: Any) -> None:
+    """Raise `TypeError` unless these are an `Operator` and one typed key."""
+    check_operator(operator)
+    check_key(key)
 
 
 def check_memory(what: str, needed: int, remedy: str) -> None:

@@ -26,7 +26,7 @@ from attnlab.curvature.batches import BatchedObjective
 from attnlab.curvature.self_checks import Risk, check_operator, check_risk, once
 from attnlab.derivatives import FORWARD, Jacobian, Route, choose_route, hessian_product, jacobian
 from attnlab.objective import Objective, check_loss, check_objective, known_loss, predict_from_block
-from attnlab.trees import Selection, block_slices, dimension, select, zeros_like
+from attnlab.trees import Selection, block_slices, dimension, power_of_two, select, zeros_like
 from attnlab.types import Params, PyTree
 
 Block = str | re.Pattern[str]
@@ -62,10 +62,39 @@ class Operator:
         check_same_structure("vector", vector, self.point)
         return _apply(self.linear, vector)
 
+    @property
+    def flat_dtype(self) -> jnp.dtype:
+        """The dtype of flat vectors: the widest of the parameters', and float32 at least."""
+        return flat_dtype(self.point)
+
+    @property
+    def epsilon(self) -> float:
+        """The machine epsilon of the coarsest floating-point dtype that takes part in a product: of the parameters, or
+        of what the linearisation saved. Tolerances are made of it."""
+        return max(float(jnp.finfo(dtype).eps) for dtype in _dtypes((self.point, self.linear)))
+
     def flat_mv(self, vector: Float[Array, " n"]) -> Float[Array, " n"]:
-        """The product on flat vectors, in the flattening order of `point`. For jitted code: it is not jitted itself."""
-        unravel = ravel_pytree(self.point)[1]
-        return ravel_pytree(self.linear(unravel(vector)))[0]
+        """The product on flat vectors, in the flattening order of `point`. For jitted code: it is not jitted itself.
+
+        Vectors are of `flat_dtype`; each leaf takes part in its own dtype. Where one of them is float16, whose smallest
+        number is 6e-8, the vector is brought to entries of at most 1 for the product.
+        """
+        dtype = self.flat_dtype
+        half = any(jnp.result_type(leaf) == jnp.float16 for leaf in jax.tree.leaves(self.point))
+        size = power_of_two(jnp.max(jnp.abs(vector))) if half else jnp.ones((), dtype)
+        image = self.linear(self.unravel(vector / size if half else vector))
+        flat = self.ravel(image)
+        return flat * size if half else flat
+
+    def ravel(self, vector: Params) -> Float[Array, " n"]:
+        """A pytree like `point` as a flat vector of `flat_dtype`."""
+        return ravel_pytree(jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(self.flat_dtype), vector))[0]
+
+    def unravel(self, vector: Float[Array, " n"]) -> Params:
+        """The pytree like `point`, in its dtypes, of a flat vector."""
+        wide = jax.tree.map(lambda leaf: jnp.zeros(jnp.shape(leaf), self.flat_dtype), self.point)
+        leaves = ravel_pytree(wide)[1](vector)
+        return jax.tree.map(lambda leaf, own: leaf.astype(jnp.result_type(own)), leaves, self.point)
 
     def dense(self) -> Float[Array, "n n"]:
         """The matrix, one product a row. Raises `ValueError` when it would take more than 4 GiB."""
@@ -116,6 +145,12 @@ class Linearization:
     def gradient(self, risk: Objective, params: Params) -> Params:
         """Of the program that linearises, so that gradients at other points compile nothing."""
         return self(risk, params).gradient
+
+
+def flat_dtype(point: Params) -> jnp.dtype:
+    """The dtype of flat vectors at a point: the widest of its leaves', and float32 at least."""
+    wide = max(jnp.finfo(dtype).bits for dtype in _dtypes(point)) > 32
+    return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 
 def hessian(risk: Risk, params: Params, *, block: Block | None = None, check: bool = True) -> Operator:
@@ -343,6 +378,12 @@ class _Restricted:
         return self.selection.take(linear(self.selection.put(zeros, block)))
 
 
+def _dtypes(tree: PyTree) -> list[jnp.dtype]:
+    """Of the floating-point leaves."""
+    found = {jnp.result_type(leaf) for leaf in jax.tree.leaves(tree)}
+    return [dtype for dtype in found if jnp.issubdtype(dtype, jnp.floating)] or [jnp.dtype(jnp.float32)]
+
+
 @jax.jit
 def _apply(linear: Partial, vector: Params) -> Params:
     return linear(vector)
@@ -350,7 +391,7 @@ def _apply(linear: Partial, vector: Params) -> Params:
 
 @jax.jit
 def _dense(operator: Operator) -> Float[Array, "n n"]:
-    identity = jnp.eye(operator.dimension, dtype=ravel_pytree(operator.point)[0].dtype)
+    identity = jnp.eye(operator.dimension, dtype=operator.flat_dtype)
     return jax.lax.map(operator.flat_mv, identity, batch_size=_rows_at_once(operator))
 
 

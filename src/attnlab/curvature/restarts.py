@@ -1,51 +1,103 @@
-"""Thick-restart Lanczos: extreme eigenpairs of a flat symmetric product, in jitted code, cycle by cycle."""
+"""Thick-restart Lanczos: extreme eigenpairs of a flat symmetric product, in jitted code, cycle by cycle, and a
+certificate that none is missing.
 
+Why a certificate. One Krylov space holds a single vector of each eigenspace, and attention Hessians repeat eigenvalues
+exactly. So once the wanted pairs V have converged, a random direction r in their complement is drawn (a *draw*), and a
+Krylov space grows from it, under the deflated operator B. Its next Lanczos vector is v = P(B) r, with P the product of
+(x - s) over all Ritz values s so far, those that restarts dropped among them, over the product of the remainders'
+norms. If B u = m u then <u, v> = P(m) <u, r> is at most 1 in modulus, and P grows beyond the largest s. Hence, as soon
+as all s lie below a threshold t and P(t) is large, an eigenvalue m >= t that stayed hidden has |<u, r>| <= 1 / P(t).
+For r uniform on a sphere in d dimensions that has a probability of at most sqrt(2 d / pi) / P(t). It is a statement
+about r alone, so that it holds whenever one looks and stops. (1 / P^2 bounds the Christoffel function, the largest mass
+that a measure with these moments can have at m. Kuczynski & Wozniakowski, 1992, bound the largest eigenvalue likewise,
+before the fact: here the spectrum that was met counts, and a gap makes it quick.)
+
+The threshold is the wanted value nearest to the middle, by the tolerance further out. A Ritz value beyond it is what
+was missing: the iteration goes on with it, and a new draw follows. Draw number k may fail with a probability of
+p / (k (k + 1)), which sum to p.
+
+In the first draw, where mostly nothing is missing, some Ritz pairs next to the wanted ones are deflated too, though
+they have not converged, so that P grows sooner. Let W be theirs, s_j their residuals (all are parallel: A W - W Theta =
+f s^T) and B' the operator deflated of V and W. If B' < t' then A is below t on the complement of V where the Schur
+complement says so: Theta - t + s f^T (t - B')^-1 f s^T < 0, for which sum_j s_j^2 / (t - theta_j) <= t - t' is enough.
+How many are deflated is what makes the gap from t' to the next Ritz value largest.
+"""
+
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attnlab.curvature.lanczos import FlatProduct, KrylovBasis, extend, orthogonalize
+from attnlab.curvature.lanczos import Extension, FlatProduct, KrylovBasis, extend, orthogonalize, relative_asymmetry
+from attnlab.trees import length
 from attnlab.types import PRNGKey
+
+MISSED = 1e-3
+"""Largest probability that a wanted eigenvalue is missing from what converged."""
+
+LOSS = 0.1
+"""Largest share of the gap to the next Ritz value that deflated vectors may cost."""
+
+EXHAUSTED_SHARE = 0.1
+"""Of that probability, the share of spaces that are exhausted before they say enough; see `_evidence`."""
 
 
 class RestartPlan(NamedTuple):
     """Sizes of a thick-restart iteration: wanted pairs at the `low` and `high` end, basis `size`, how many Ritz vectors
-    are kept at a restart (`keep_low`, `keep_high`, the wanted among them), how many steps look for missed copies
-    (`confirm`), and the bound on cycles."""
+    are kept at a restart (`keep_low`, `keep_high`, the wanted among them), after how many products convergence is
+    looked at (`stride`), and the bound on cycles of that many products."""
 
     low: int
     high: int
     size: int
     keep_low: int
     keep_high: int
-    confirm: int
+    stride: int
     cycles: int
 
-    def kept(self) -> list[int]:
-        """Positions among the m ascending Ritz values of those kept: the wanted first, then the others."""
-        m, low, high = self.size, self.low, self.high
-        wanted = [*range(low), *range(m - high, m)]
-        return [*wanted, *range(low, self.keep_low), *range(m - self.keep_high, m - high)]
+    @property
+    def wanted(self) -> int:
+        """How many pairs are wanted in all."""
+        return self.low + self.high
+
+    @property
+    def kept(self) -> int:
+        """How many vectors a restart keeps."""
+        return self.keep_low + self.keep_high
+
+    @property
+    def neighbours(self) -> int:
+        """How many Ritz vectors next to the wanted ones may be deflated at each end."""
+        return max(0, (self.kept - self.wanted) // (2 * self.ends))
+
+    @property
+    def ends(self) -> int:
+        """At how many ends of the spectrum pairs are wanted."""
+        return (self.low > 0) + (self.high > 0)
+
+    @property
+    def single(self) -> bool:
+        """Whether one pair is wanted at an end, of which no copy can be missing."""
+        return max(self.low, self.high) == 1
 
 
-def plan_restarts(low: int, high: int, dimension: int, cycles: int = 300) -> RestartPlan:
-    """Sizes for `low` + `high` wanted pairs: a basis of twice the wanted plus ten (at least 20), of which a restart
-    keeps the wanted and two thirds of the rest (Wu & Simon 2000, thick-restart Lanczos): short cycles, as convergence
-    is looked at once in each."""
+def plan_restarts(low: int, high: int, dimension: int, cycles: int = 1000) -> RestartPlan:
+    """Sizes for `low` + `high` wanted pairs: a basis of twice the wanted plus twenty, of which a restart keeps the
+    wanted and two thirds of the rest (Wu & Simon 2000, thick-restart Lanczos)."""
     wanted = low + high
-    size = min(max(2 * wanted + 10, 20), dimension)
+    size = min(2 * wanted + 20, dimension)
     extra = 2 * (size - wanted) // 3
     extra_low = extra * low // wanted
-    confirm = min(8, size - wanted)
-    return RestartPlan(low, high, size, low + extra_low, high + extra - extra_low, confirm, cycles)
+    return RestartPlan(low, high, size, low + extra_low, high + extra - extra_low, 4, cycles)
 
 
 class RitzPairs(NamedTuple):
     """Wanted Ritz pairs: the low end ascending, then the high end ascending; `residuals` bounds
     ||A v - value v||; `scale` is the largest Ritz value in modulus that was seen, a lower bound of the norm of A;
-    `asymmetry` the largest relative |<A u, v> - <u, A v>| between two consecutive basis vectors.
+    `asymmetry` the largest relative |<A u, v> - <u, A v>| between two consecutive basis vectors; `missed` bounds the
+    probability that an eigenvalue is missing (1 where the iteration was cut short).
 
     Where a product was not finite, `scale` is NaN and the pairs are those of the last cycle before it; they are
     infinite if there was none."""
@@ -56,10 +108,21 @@ class RitzPairs(NamedTuple):
     scale: Float[Array, ""]
     asymmetry: Float[Array, ""]
     products: Array
+    missed: Float[Array, ""]
 
     def sound_values(self) -> Float[Array, " k"]:
         """The values, NaN where a product was not finite: for jitted code, which cannot raise."""
         return jnp.where(jnp.isfinite(self.scale), self.values, jnp.nan)
+
+
+class Draw(NamedTuple):
+    """What a random direction has said so far, at the low and the high end: `growth` is log P(t) without the factors of
+    the Ritz values that are held, -inf where nothing can be said; `best` the largest log P(t) so far."""
+
+    number: Array
+    growth: Float[Array, "2"]
+    best: Float[Array, "2"]
+    halvings: Array  # exhausted spaces in which a missing eigenvalue had a probability of at most 1/2 to stay hidden
 
 
 class Restarted(NamedTuple):
@@ -68,11 +131,14 @@ class Restarted(NamedTuple):
     basis: KrylovBasis
     start: Array  # how many basis vectors stand at the beginning of the next cycle
     values: Array  # wanted Ritz values after the last cycle
+    rotation: Array  # (size, wanted): their vectors in the basis
     residuals: Array
     scale: Array  # largest modulus of a Ritz value so far
-    asymmetry: Array  # times scale^2
+    asymmetry: Array  # the root of the largest so far
     floor: Array  # coupling that was dropped when converged vectors were locked
-    confirming: Array  # whether the cycle to come starts from a fresh direction, to look for missed copies
+    locked: Array  # how many vectors, the wanted ones first, are deflated while a draw looks for what is missing
+    thresholds: Array  # (2,), below and above which it looks
+    draw: Draw
     done: Array
     cycle: Array
     products: Array
@@ -83,9 +149,9 @@ def thick_restart(
 ) -> RitzPairs:
     """Extreme eigenpairs by thick-restart Lanczos with full reorthogonalisation of a basis of `plan.size` vectors.
 
-    Stops when every wanted residual is at most `tolerance` times the largest Ritz value in modulus *and* a few more
-    steps, from a random direction orthogonal to the converged vectors, bring up no further wanted eigenvalue: one
-    Krylov space holds a single vector of each eigenspace, and attention Hessians repeat eigenvalues exactly.
+    Stops when every wanted residual is at most `tolerance` times the largest Ritz value in modulus, and when with a
+    probability of at most `MISSED` an eigenvalue is missing: one that lies further out than the wanted ones do, by more
+    than that tolerance, counted with multiplicity. The key and the `start`, a Gaussian vector, are to be independent.
     """
     state = jax.lax.while_loop(
         lambda state: ~state.done & (state.cycle < plan.cycles) & jnp.isfinite(state.scale),
@@ -97,91 +163,257 @@ def thick_restart(
 
 def first_state(start: Float[Array, " n"], plan: RestartPlan) -> Restarted:
     """The iteration before its first cycle, from `start` (any length but zero)."""
-    dtype, size, wanted = start.dtype, plan.size, plan.low + plan.high
-    vectors = jnp.zeros((size + 1, start.size), dtype).at[0].set(start / jnp.linalg.norm(start))
-    unknown, none = jnp.full((wanted,), jnp.inf, dtype), jnp.zeros((), dtype)
+    dtype, size = start.dtype, plan.size
+    vectors = jnp.zeros((size + 1, start.size), dtype).at[0].set(start / length(start))
+    unknown, none = jnp.full((plan.wanted,), jnp.inf, dtype), jnp.zeros((), dtype)
     no, zero = jnp.array(False), jnp.array(0)
     basis = KrylovBasis(vectors, jnp.zeros((size, size), dtype))
-    return Restarted(basis, zero, unknown, unknown, none, none, none, no, no, zero, zero)
+    # The start is a draw by itself: it tells of eigenvalues, if not of their multiplicity.
+    growth = jnp.full(2, 0 if plan.single else -jnp.inf, dtype)
+    draw = Draw(jnp.array(int(plan.single)), growth, jnp.full(2, -jnp.inf, dtype), zero)
+    rotation = jnp.eye(size, plan.wanted, dtype=dtype)
+    nowhere = jnp.array([-jnp.inf, jnp.inf], dtype)
+    return Restarted(basis, zero, unknown, rotation, unknown, none, none, none, zero, nowhere, draw, no, zero, zero)
+
+
+class _Ritz(NamedTuple):
+    """Ritz values (m) and vectors (m, m) of the basis vectors that are `active` (filled and not locked), and places of
+    the others, which `hold` marks; `ascending` and `descending` order them with those last."""
+
+    values: Array
+    vectors: Array
+    hold: Array
+    ascending: Array
+    descending: Array
 
 
 def restart_cycle(
     product: FlatProduct, state: Restarted, plan: RestartPlan, tolerance: float | Array, key: PRNGKey
 ) -> Restarted:
-    """Fill the basis, and restart from its wanted Ritz vectors; or, once they converged, look for missed copies.
+    """Take some products and look; where the basis is full restart from its wanted Ritz vectors; where the wanted
+    converged lock them and draw a random direction, to look for what is missing.
 
-    A product that is not finite makes `scale` NaN and leaves the wanted pairs as they were: their vectors stand at the
-    beginning of the basis, which is only ever written behind them.
+    A product that is not finite makes `scale` NaN and leaves the wanted pairs as they were: the basis is only ever
+    written behind them.
     """
-    wanted, kept = plan.low + plan.high, jnp.array(plan.kept())
-    key = jax.random.fold_in(key, state.cycle)
-    stop = jnp.where(state.confirming, wanted + plan.confirm, plan.size)
-    basis, norm, asymmetry = extend(product, state.basis, state.start, stop, key)
-    values, rotation = _ritz(basis, stop, state, plan)
-    found = values[kept[:wanted]]
-    residuals = jnp.hypot(norm * jnp.abs(rotation[stop - 1, kept[:wanted]]), state.floor)
-    finite = jnp.isfinite(norm) & jnp.all(jnp.isfinite(values))
-    scale = jnp.where(finite, jnp.maximum(state.scale, jnp.max(jnp.abs(found))), jnp.nan)
+    key, looking = jax.random.fold_in(key, state.cycle), state.locked > 0
+    stop = jnp.minimum(jnp.maximum(state.start, plan.wanted) + plan.stride, plan.size)
+    grown = extend(product, state.basis, state.start, stop, key)
+    filled, ritz = grown.filled, _ritz(grown.basis, grown.filled, state.locked)
+    finite = jnp.isfinite(grown.norm) & jnp.all(jnp.isfinite(ritz.values))
+    known = ~looking & finite & (filled >= plan.wanted)
+
+    picked = jnp.concatenate([ritz.ascending[: plan.low], ritz.descending[: plan.high]])
+    couplings = grown.norm * jnp.abs(ritz.vectors[filled - 1])
+    scale = jnp.maximum(state.scale, jnp.max(jnp.where(ritz.hold, 0, jnp.abs(ritz.values))))
+    rounding = jnp.finfo(scale.dtype).eps * scale  # below which a residual says nothing
+    values = jnp.where(known, ritz.values[picked], state.values)
+    residuals = jnp.where(known, jnp.hypot(jnp.maximum(couplings[picked], rounding), state.floor), state.residuals)
+    rotation = jnp.where(known, ritz.vectors[:, picked], state.rotation)
     limit = tolerance * scale
-    converged = jnp.all(residuals <= limit)
-    done = state.confirming & converged & ~(jnp.max(jnp.abs(found - state.values)) > limit)
-    confirm = converged & ~state.confirming
-    # While looking for copies the basis stays: it holds the answer, or one came up and the next cycle fills it.
-    stay = state.confirming | ~finite
-    basis = jax.lax.cond(stay, lambda b: b, lambda b: _compress(b, values, rotation, kept), basis)
-    basis = jax.lax.cond(confirm, lambda b: _lock(b, wanted, len(kept), key), lambda b: b, basis)
+    number = state.draw.number.astype(limit.dtype)
+    # What a lock drops stays in the residuals. Each may take so much of the tolerance that all have a share.
+    converged = known & jnp.all(residuals <= limit * jnp.sqrt((number + 1) / (number + 2)))
+
+    thresholds = jnp.where(looking, state.thresholds, _thresholds(values, limit, ritz, plan))
+    gaps = _gaps(thresholds, ritz.values)
+    outside = looking & jnp.any(gaps <= 0, axis=0) & ~ritz.hold
+    beyond = jnp.any(outside)
+    draw, certified = _evidence(state, known, gaps, ritz.hold, grown, plan)
+    done = finite & jnp.where(looking, certified & ~beyond, converged & certified)
+    lock = converged & ~done & ~(plan.single & jnp.all(draw.growth > -jnp.inf))
+    anew = beyond & (state.locked > plan.wanted)
+    restart = (filled == plan.size) & finite & ~done & ~lock & ~anew
+
+    kept = _kept(ritz, state.locked, plan)
+    dropped = ~ritz.hold & ~jnp.zeros(plan.size, bool).at[kept].set(True)
+    growth = draw.growth + jnp.where(restart, _sum_of_logarithms(gaps, dropped), 0)
+    draw = draw._replace(growth=jnp.where(beyond, -jnp.inf, growth))
+    draw = jax.tree.map(lambda new, old: jnp.where(lock, new, old), _next_draw(state.draw), draw)
+    count, within = _neighbours(thresholds, ritz, couplings, state.draw, plan)
+
+    basis = grown.basis
+    basis = jax.lax.cond(restart, lambda b: _compress(b, ritz, kept, filled, state.locked, plan), lambda b: b, basis)
+    basis = jax.lax.cond(lock, lambda b: _lock(b, ritz, picked, count, key, plan), lambda b: b, basis)
+    basis = jax.lax.cond(anew, lambda b: _start_anew(b, ritz, outside, plan), lambda b: b, basis)
+    first = jnp.where(lock, count, jnp.where(restart, plan.kept, jnp.where(anew, plan.wanted, filled)))
     return Restarted(
         basis=basis,
-        start=jnp.where(state.confirming, stop, jnp.where(confirm, wanted, len(kept))),
-        values=jnp.where(done | ~finite, state.values, found),
-        residuals=jnp.where(done, state.floor, jnp.where(finite, residuals, state.residuals)),
-        scale=scale,
-        asymmetry=jnp.maximum(state.asymmetry, asymmetry),
-        floor=jnp.where(confirm, jnp.maximum(state.floor, jnp.max(residuals)), state.floor),
-        confirming=confirm,
+        start=first,
+        values=values,
+        rotation=jnp.where(lock | restart, jnp.eye(plan.size, plan.wanted, dtype=rotation.dtype), rotation),
+        residuals=residuals,
+        scale=jnp.where(finite, scale, jnp.nan),
+        asymmetry=jnp.maximum(state.asymmetry, grown.asymmetry),
+        floor=jnp.where(lock, jnp.maximum(state.floor, jnp.max(residuals)), state.floor),
+        locked=jnp.where(lock, count, jnp.where(beyond, 0, state.locked)),
+        thresholds=jnp.where(lock, within, thresholds),
+        draw=draw,
         done=done,
         cycle=state.cycle + 1,
-        products=state.products + stop - state.start,
+        products=state.products + filled - state.start,
     )
 
 
 def wanted_pairs(state: Restarted, plan: RestartPlan) -> RitzPairs:
     """The pairs that the iteration has come to."""
-    low, wanted = plan.low, plan.low + plan.high
+    low = plan.low
     order = jnp.concatenate([jnp.argsort(state.values[:low]), low + jnp.argsort(state.values[low:])])
-    scale = jnp.where(state.scale > 0, state.scale, 1)
-    asymmetry = state.asymmetry / scale / scale
-    vectors = state.basis.vectors[:wanted][order]
-    return RitzPairs(state.values[order], vectors, state.residuals[order], state.scale, asymmetry, state.products)
+    used = jnp.any(state.rotation != 0, axis=1)  # behind them may stand what is not finite
+    basis = jnp.where(used[:, None], state.basis.vectors[: plan.size], 0)
+    vectors = state.rotation[:, order].T @ basis
+    asymmetry = relative_asymmetry(state.asymmetry, state.scale)
+    missed = jnp.where(state.done, MISSED, 1).astype(state.scale.dtype)
+    values, residuals = state.values[order], state.residuals[order]
+    return RitzPairs(values, vectors, residuals, state.scale, asymmetry, state.products, missed)
 
 
-def _ritz(basis: KrylovBasis, stop: Array, state: Restarted, plan: RestartPlan) -> tuple[Array, Array]:
-    """Ritz values, ascending, and vectors of the first `stop` basis vectors. The others count as eigenvectors whose
-    values lie between the two wanted ends, so that both ends stand where `plan.kept` looks for them."""
-    filled = jnp.arange(plan.size) < stop
-    if plan.low and plan.high:
-        middle = (jnp.max(state.values[: plan.low]) + jnp.min(state.values[plan.low :])) / 2
-    else:
-        middle = 2 * state.scale if plan.low else -2 * state.scale
-    projected = jnp.where(filled[:, None] & filled[None, :], basis.projected, 0)
-    projected = projected + jnp.diag(jnp.where(filled, 0, middle))
-    return jnp.linalg.eigh(projected, UPLO="U", symmetrize_input=False)
+def _ritz(basis: KrylovBasis, filled: Array, locked: Array) -> _Ritz:
+    places = jnp.arange(basis.projected.shape[0])
+    active = (places >= locked) & (places < filled)
+    projected = jnp.where(active[:, None] & active[None, :], basis.projected, 0)
+    unit = length(projected)
+    unit = jnp.where(unit > 0, unit, 1)
+    # The others count as eigenvectors of a value above all.
+    projected = projected / unit + jnp.diag(jnp.where(active, 0, 2).astype(projected.dtype))
+    values, vectors = jnp.linalg.eigh(projected, UPLO="U", symmetrize_input=False)
+    descending = (jnp.sum(active) - 1 - places) % places.size
+    return _Ritz(unit * values, vectors, values > 1.5, places, descending)
 
 
-def _compress(basis: KrylovBasis, values: Array, rotation: Array, kept: Array) -> KrylovBasis:
-    """Keep some Ritz vectors and the next direction; everything behind them is zero again."""
-    size, count = rotation.shape[0], kept.size
-    vectors = jnp.zeros_like(basis.vectors).at[:count].set(rotation[:, kept].T @ basis.vectors[:size])
-    vectors = vectors.at[count].set(basis.vectors[size])
-    diagonal = jnp.zeros(size, values.dtype).at[:count].set(values[kept])
-    return KrylovBasis(vectors, jnp.diag(diagonal))
+def _thresholds(values: Array, limit: Array, ritz: _Ritz, plan: RestartPlan) -> Array:
+    """Beyond which no eigenvalue may be missing, at the low and the high end (infinite where none is wanted)."""
+    limits = jnp.finfo(limit.dtype)
+    largest = jnp.max(jnp.abs(jnp.where(ritz.hold, 0, ritz.values)))
+    slack = jnp.maximum(jnp.maximum(limit, 10 * limits.eps * largest), limits.tiny / limits.eps)
+    low = jnp.max(values[: plan.low]) - slack if plan.low else -jnp.inf
+    high = jnp.min(values[plan.low :]) + slack if plan.high else jnp.inf
+    return jnp.stack([jnp.asarray(low, limit.dtype), jnp.asarray(high, limit.dtype)])
 
 
-def _lock(basis: KrylovBasis, wanted: int, count: int, key: PRNGKey) -> KrylovBasis:
-    """Keep the wanted Ritz vectors alone, and continue from a random direction orthogonal to them."""
-    locked = basis.vectors.at[wanted : count + 1].set(0)
+def _gaps(thresholds: Array, values: Array) -> Array:
+    """(2, m): how far within the thresholds the values lie."""
+    return jnp.stack([values - thresholds[0], thresholds[1] - values])
+
+
+def _neighbours(thresholds: Array, ritz: _Ritz, couplings: Array, draw: Draw, plan: RestartPlan) -> tuple[Array, Array]:
+    """How many vectors a lock deflates, the wanted ones among them, and the thresholds within the given ones that this
+    leaves."""
+    most = plan.neighbours + 1
+    asked = [end for end, count in enumerate((plan.low, plan.high)) if count]
+    places = [order[count : count + most] for order, count in _inwards(ritz, plan)]
+    # (ends, ends, most): the share of the Ritz vectors next to one end in the loss at another.
+    gaps = jnp.stack([_gaps(thresholds, ritz.values[place])[jnp.array(asked)] for place in places], axis=1)
+    shares = jnp.stack([couplings[place] for place in places])[None] ** 2 / jnp.where(gaps > 0, gaps, 1)
+    shares = jnp.where(gaps > 0, shares, jnp.inf)
+    lost = jnp.cumsum(jnp.sum(shares, axis=1), axis=-1)
+    lost = jnp.concatenate([jnp.zeros_like(lost[:, :1]), lost[:, :-1]], axis=1)
+    next_gaps = jnp.stack([gaps[i, i] for i in range(len(asked))])
+    there = plan.wanted + plan.ends * jnp.arange(1, most + 1) <= jnp.sum(~ritz.hold)
+    # A large loss tells of vectors that are not yet those next to the wanted ones.
+    usable = there & jnp.all(lost <= LOSS * next_gaps, axis=0) & ((jnp.arange(most) == 0) | (draw.number == 0))
+    score = jnp.sum(jnp.log(jnp.where(next_gaps > lost, next_gaps - lost, 1)), axis=0)
+    best = jnp.where(jnp.any(usable), jnp.argmax(jnp.where(usable, score, -jnp.inf)), 0)
+    moved = jnp.zeros(2, lost.dtype).at[jnp.array(asked)].set(lost[:, best])
+    return plan.wanted + plan.ends * best, thresholds + moved * jnp.array([1, -1], lost.dtype)
+
+
+def _inwards(ritz: _Ritz, plan: RestartPlan) -> list[tuple[Array, int]]:
+    """At each end that is asked for the Ritz vectors from there inwards, and how many of them are wanted."""
+    return [(order, count) for order, count in ((ritz.ascending, plan.low), (ritz.descending, plan.high)) if count]
+
+
+def _outermost(ritz: _Ritz, skip: Array | int, plan: RestartPlan) -> Array:
+    """Positions of the Ritz vectors from the ends inwards, those of two ends in turn, but for the first at each."""
+    orders = [jnp.roll(order, -jnp.asarray(count) * skip) for order, count in _inwards(ritz, plan)]
+    return jnp.stack(orders, axis=1).reshape(-1)[: plan.size]
+
+
+def _sum_of_logarithms(gaps: Array, these: Array) -> Array:
+    # An end that nobody asked for has gaps without a bound.
+    logarithms = jnp.log(jnp.where((gaps > 0) & jnp.isfinite(gaps), gaps, 1))
+    found = jnp.sum(jnp.where(these[None], logarithms, 0), axis=1)
+    inside = jnp.all((gaps > 0) | ~these[None], axis=1)
+    return jnp.where(inside, found, -jnp.inf)
+
+
+def _evidence(
+    state: Restarted, known: Array, gaps: Array, hold: Array, grown: Extension, plan: RestartPlan
+) -> tuple[Draw, Array]:
+    """The draw after some products, and whether it says enough.
+
+    A space that is exhausted has no vector v, and the remainder is known to a rounding error: P(t) is at most the
+    tolerance over the machine epsilon. In float32 that may say too little. The random direction that follows is a test
+    of its own: if each lets what is missing hide with a probability of at most 1/2, then k of them with 2^-k.
+    """
+    draw, held = state.draw, _sum_of_logarithms(gaps, ~hold)
+    growth = draw.growth - grown.log_norms
+    best = jnp.where(known | (state.locked > 0), jnp.fmax(draw.best, growth + held), draw.best)
+    number = jnp.maximum(draw.number, 1).astype(best.dtype)
+    odds = math.log(plan.ends / MISSED) + jnp.log(number * (number + 1))
+    hidden = 0.5 * math.log(2 * state.basis.vectors.shape[1] / math.pi) - best  # logarithm of the probability to hide
+    unasked = jnp.array([plan.low == 0, plan.high == 0])
+    half = grown.exhausted & jnp.all((hidden <= -math.log(2 * plan.ends)) | unasked)
+    halvings = draw.halvings + half.astype(draw.halvings.dtype)
+    enough = jnp.all((hidden <= math.log(1 - EXHAUSTED_SHARE) - odds) | unasked)
+    enough = enough | (halvings.astype(best.dtype) * math.log(2) >= odds - math.log(EXHAUSTED_SHARE))
+    # What follows an exhausted space is a new draw: the Ritz values before it have no part in its growth. Only a fixed
+    # threshold tells them apart.
+    anew = jnp.where(state.locked > 0, -held, -jnp.inf)
+    growth = jnp.where(grown.exhausted, anew, growth)
+    best = jnp.where(grown.exhausted, -jnp.inf, best)
+    return Draw(draw.number, growth, best, halvings), enough
+
+
+def _next_draw(draw: Draw) -> Draw:
+    return Draw(draw.number + 1, jnp.zeros_like(draw.growth), jnp.full_like(draw.best, -jnp.inf), draw.halvings * 0)
+
+
+def _kept(ritz: _Ritz, locked: Array, plan: RestartPlan) -> Array:
+    """Positions of the Ritz vectors that a restart keeps: the wanted and others next to them; while vectors are locked,
+    others alone, behind them (their own places are filled with one that is kept anyway)."""
+    wanted = jnp.concatenate([order[:count] for order, count in _inwards(ritz, plan)])
+    free = jnp.concatenate([wanted, _outermost(ritz, 1, plan)])[: plan.kept]
+    behind = _outermost(ritz, 0, plan)[jnp.maximum(jnp.arange(plan.kept) - locked, 0)]
+    return jnp.where(locked > 0, behind, free)
+
+
+def _compress(
+    basis: KrylovBasis, ritz: _Ritz, kept: Array, filled: Array, locked: Array, plan: RestartPlan
+) -> KrylovBasis:
+    """Keep what is locked, the Ritz vectors `kept` behind it, and the next direction; all behind is zero again."""
+    size, count = plan.size, plan.kept
+    fixed = jnp.arange(count) < locked
+    rotation = jnp.where(fixed, jnp.eye(size, count, dtype=ritz.vectors.dtype), ritz.vectors[:, kept])
+    values = jnp.where(fixed, jnp.diagonal(basis.projected)[:count], ritz.values[kept])
+    vectors = jnp.zeros_like(basis.vectors).at[:count].set(rotation.T @ basis.vectors[:size])
+    vectors = vectors.at[count].set(basis.vectors[filled])
+    return KrylovBasis(vectors, _diagonal(values, size))
+
+
+def _diagonal(values: Array, size: int) -> Array:
+    return jnp.diag(jnp.zeros(size, values.dtype).at[: values.size].set(values))
+
+
+def _lock(basis: KrylovBasis, ritz: _Ritz, picked: Array, count: Array, key: PRNGKey, plan: RestartPlan) -> KrylovBasis:
+    """Keep the wanted Ritz vectors and those next to them, `count` in all, and continue from a random direction that is
+    orthogonal to them."""
+    places = jnp.concatenate([picked, _outermost(ritz, 1, plan)])[: plan.wanted + plan.ends * plan.neighbours]
+    there = jnp.arange(places.size) < count
+    rotation = jnp.where(there, ritz.vectors[:, places], 0)
+    locked = jnp.zeros_like(basis.vectors).at[: places.size].set(rotation.T @ basis.vectors[: plan.size])
     random = jax.random.normal(key, locked.shape[1:], locked.dtype)
     direction = orthogonalize(orthogonalize(random, locked)[0], locked)[0]
-    keep = jnp.arange(basis.projected.shape[0]) < wanted
-    projected = jnp.where(keep[:, None] & keep[None, :], basis.projected, 0)
-    return KrylovBasis(locked.at[wanted].set(direction / jnp.linalg.norm(direction)), projected)
+    values = jnp.where(there, ritz.values[places], 0)
+    return KrylovBasis(locked.at[count].set(direction / length(direction)), _diagonal(values, plan.size))
+
+
+def _start_anew(basis: KrylovBasis, ritz: _Ritz, outside: Array, plan: RestartPlan) -> KrylovBasis:
+    """Keep the wanted, and continue from the sum of the Ritz vectors beyond the thresholds: the residuals of what else
+    was deflated are lost, and with them the relation that later restarts would need."""
+    size, wanted = plan.size, plan.wanted
+    kept = jnp.zeros_like(basis.vectors).at[:wanted].set(basis.vectors[:wanted])
+    direction = (ritz.vectors @ outside.astype(ritz.vectors.dtype)) @ basis.vectors[:size]
+    direction = orthogonalize(direction, kept)[0]
+    projected = _diagonal(jnp.diagonal(basis.projected)[:wanted], size)
+    return KrylovBasis(kept.at[wanted].set(direction / length(direction)), projected)

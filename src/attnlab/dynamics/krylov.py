@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from attnlab.curvature.lanczos import FlatProduct
 from attnlab.curvature.operators import Operator
 from attnlab.curvature.restarts import plan_restarts, thick_restart
-from attnlab.trees import ravel
+from attnlab.trees import length, power_of_two
 from attnlab.types import PRNGKey
 
 DENSE_DIMENSION = 64
@@ -97,8 +97,10 @@ def followed_top_pairs(
     def unsettled(pairs: TopPairs) -> Array:
         pairs = _highest(pairs, count)
         gaps = (pairs.values - pairs.values[0]).at[0].set(jnp.abs(pairs.values[0]))
-        allowed = accuracy * jnp.abs(pairs.values[-1]) * jnp.maximum(gaps, pairs.residuals)
-        return jnp.any((pairs.residuals**2 > allowed)[-certified:])
+        unit = power_of_two(jnp.maximum(jnp.max(jnp.abs(pairs.values)), jnp.max(pairs.residuals)))
+        highest, gaps, residuals = (part / unit for part in (jnp.abs(pairs.values[-1]), gaps, pairs.residuals))
+        allowed = accuracy * highest * jnp.maximum(gaps, residuals)
+        return jnp.any((residuals**2 > allowed)[-certified:])
 
     def refine(state: tuple[TopPairs, Array]) -> tuple[TopPairs, Array]:
         product = linearise()
@@ -152,12 +154,13 @@ def _rayleigh_ritz(
 ) -> tuple[TopPairs, Float[Array, "k n"]]:
     """The highest `count` Ritz pairs of span `basis` (orthonormal rows), and the images of their vectors. Rows of zeros
     hold the place of a vector that is not there: they come below everything."""
-    projected = basis @ images.T
+    unit = power_of_two(jnp.max(jnp.abs(images)))
+    projected = basis @ (images / unit).T
     missing = jnp.where(jnp.any(basis != 0, axis=1), 0, 1 + jnp.linalg.norm(projected))
     values, rotation = jnp.linalg.eigh((projected + projected.T) / 2 - jnp.diag(missing))
-    values, rotation = values[-count:], rotation[:, -count:].T
+    values, rotation = unit * values[-count:], rotation[:, -count:].T
     vectors, images = rotation @ basis, rotation @ images
-    return TopPairs(values, vectors, jnp.linalg.norm(images - values[:, None] * vectors, axis=1)), images
+    return TopPairs(values, vectors, jax.vmap(length)(images - values[:, None] * vectors)), images
 
 
 def _orthonormal_block(block: Float[Array, "k n"], basis: Float[Array, "m n"]) -> Float[Array, "k n"]:
@@ -179,11 +182,14 @@ def _orthonormal_block(block: Float[Array, "k n"], basis: Float[Array, "m n"]) -
 def cold_top_pairs(product: FlatProduct, dimension: int, count: int, key: PRNGKey, dtype: jnp.dtype) -> TopPairs:
     """The `count` highest pairs from nothing: the dense matrix up to dimension 64, above it thick-restart Lanczos to a
     residual of 1e-4 of the largest eigenvalue in modulus. Pure; for jitted code."""
-    if dimension <= max(DENSE_DIMENSION, 2 * count + 10):
+    if dimension <= max(DENSE_DIMENSION, 2 * count + 20):
         matrix = jax.lax.map(product, jnp.eye(dimension, dtype=dtype))
+        unit = power_of_two(jnp.max(jnp.abs(matrix)))
+        matrix = matrix / unit
         values, vectors = jnp.linalg.eigh((matrix + matrix.T) / 2)
         values, vectors = values[-count:], vectors[:, -count:].T
-        return TopPairs(values, vectors, jnp.linalg.norm(vectors @ matrix - values[:, None] * vectors, axis=1))
+        residuals = jnp.linalg.norm(vectors @ matrix - values[:, None] * vectors, axis=1)
+        return TopPairs(unit * values, vectors, unit * residuals)
     start_key, key = jax.random.split(key)
     start = jax.random.normal(start_key, (dimension,), dtype)
     pairs = thick_restart(product, start, plan_restarts(0, count, dimension), COLD_TOLERANCE, key)
@@ -196,7 +202,7 @@ def fastest_batching(operator: Operator, count: int = 2, repeats: int = 5) -> bo
     Small models gain from batches; large ones on a CPU, bound by memory, do not. Both give the same up to rounding. A
     timing does not repeat: a run that must resume, or be made again bit by bit, writes its choice down instead.
     """
-    vectors = jnp.ones((count, operator.dimension), ravel(operator.point).dtype)
+    vectors = jnp.ones((count, operator.dimension), operator.flat_dtype)
     one_by_one = jax.jit(lambda operator, vectors: jnp.stack([operator.flat_mv(vector) for vector in vectors]))
     at_once = jax.jit(lambda operator, vectors: jax.vmap(operator.flat_mv)(vectors))
     return _seconds(at_once, operator, vectors, repeats) < _seconds(one_by_one, operator, vectors, repeats)

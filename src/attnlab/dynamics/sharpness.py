@@ -1,6 +1,7 @@
 """Probes of sharpness: highest eigenvalues of the Hessian, of the preconditioned one against the optimizer's
 threshold, and of diagonal blocks; all warm-started, with residuals."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,14 +10,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attnlab.checks import check_positive, check_range
-from attnlab.curvature.operators import Block, Operator, hessian
+from attnlab.checks import check_number, check_range, check_whole
+from attnlab.curvature.operators import Block, Operator, flat_dtype, hessian
 from attnlab.curvature.transforms import precondition
 from attnlab.dynamics.krylov import Course, cold_top_pairs, followed_top_pairs
 from attnlab.dynamics.stability import RULES, StableOptimizer, preconditioner_after_step
 from attnlab.objective import Objective
+from attnlab.statistics import estimate
 from attnlab.training.probe import Probe, TrainingState
-from attnlab.trees import leaf_names, ravel
+from attnlab.trees import leaf_names
 from attnlab.types import PRNGKey
 
 Values = dict[str, Array]
@@ -46,8 +48,8 @@ class Tracking:
     batched: bool = False
 
     def __post_init__(self) -> None:
-        check_positive(count=self.count, rounds=self.rounds)
-        check_range("accuracy", self.accuracy, 0, 1, "It is a relative error.")
+        check_whole(count=self.count, rounds=self.rounds, certified=self.certified)
+        check_number("accuracy", self.accuracy, 0, 1, "It is a relative error.")
         check_range("certified", self.certified, 1, self.count, f"Only count = {self.count} pairs are followed.")
 
 
@@ -59,7 +61,7 @@ class _Start:
     def __call__(self, risk: Objective, state: TrainingState, key: PRNGKey) -> Course:
         operator = self.follow(risk, state)[0]()
         count = min(self.tracking.count, operator.dimension)
-        pairs = cold_top_pairs(operator.flat_mv, operator.dimension, count, key, ravel(state.params).dtype)
+        pairs = cold_top_pairs(operator.flat_mv, operator.dimension, count, key, operator.flat_dtype)
         return Course(pairs.vectors, pairs.vectors)
 
 
@@ -111,7 +113,7 @@ class _Preconditioned:
             operator = hessian(risk, state.params)
             return operator if diagonal is None else precondition(operator, diagonal)
 
-        return linearise, {"threshold": threshold.astype(ravel(state.params).dtype)}
+        return linearise, {"threshold": threshold.astype(flat_dtype(state.params))}
 
     def _check_trained_with(self, state: TrainingState) -> None:
         with jax.numpy_dtype_promotion("standard"):
@@ -179,7 +181,8 @@ def block_norms(samples: int = 10) -> Probe:
     gives the whole block column at once, for m `samples` products in all; `error` is its standard error. For an
     attention layer by itself `closed_form.attention_blocks` is exact.
     """
-    check_positive(samples=samples - 1)  # one sample has no error estimate
+    check_whole(samples=samples)
+    check_range("samples", samples, 2, math.inf, "One sample has no standard error.")
 
     def measure(risk: Objective, state: TrainingState, memory: Any, key: PRNGKey) -> tuple[Values, Any]:
         operator = hessian(risk, state.params)
@@ -189,12 +192,13 @@ def block_norms(samples: int = 10) -> Probe:
             signs = [jnp.zeros_like(leaf) for leaf in leaves]
             signs[position] = jax.random.rademacher(key, leaves[position].shape, leaves[position].dtype)
             image = operator.linear(jax.tree.unflatten(structure, signs))
-            return jnp.stack([jnp.sum(leaf**2) for leaf in jax.tree.leaves(image)])
+            wide = [leaf.astype(operator.flat_dtype) for leaf in jax.tree.leaves(image)]
+            return jnp.stack([jnp.sum(leaf**2) for leaf in wide])
 
         keys = jax.random.split(key, (samples, len(leaves)))
         columns = [jax.lax.map(lambda k, p=p: column(k, p), keys[:, p]) for p in range(len(leaves))]
         draws = jnp.stack(columns, axis=-1)
-        error = jnp.std(draws, axis=0, ddof=1) / samples**0.5
-        return {"squared": jnp.mean(draws, axis=0), "error": error}, memory
+        found = estimate(draws)
+        return {"squared": found.value, "error": found.standard_error}, memory
 
     return Probe(measure)

@@ -19,8 +19,9 @@ from jaxtyping import Array, Float
 
 from attnlab.icl.baselines import empirical_moments
 from attnlab.icl.constructions import gd_plus_plus_residual
-from attnlab.icl.probes import Estimate, Model, estimate, predictions
+from attnlab.icl.probes import Model, predictions
 from attnlab.icl.tasks import Prompt, shuffle_labels
+from attnlab.statistics import Estimate, estimate
 from attnlab.types import PRNGKey
 
 

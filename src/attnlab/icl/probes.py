@@ -17,23 +17,10 @@ from jaxtyping import Array, Float
 from attnlab.checks import check_range, is_concrete, unknown_name
 from attnlab.icl.models import prompt_tokens
 from attnlab.icl.tasks import Prompt, add_noise, check_prompt, scale_prompts, shuffle_labels
+from attnlab.statistics import Estimate, estimate
 from attnlab.types import PRNGKey, PyTree, Real
 
 Model = Callable[[Prompt], Array]
-
-
-class Estimate(NamedTuple):
-    """A mean over prompts and its standard error."""
-
-    value: Float[Array, "*shape"]
-    standard_error: Float[Array, "*shape"]
-
-
-def estimate(samples: Float[Array, "n *shape"]) -> Estimate:
-    """The mean over the leading axis and its standard error (infinite for a single sample)."""
-    count = samples.shape[0]
-    spread = jnp.std(samples, axis=0, ddof=1) if count > 1 else jnp.full(samples.shape[1:], jnp.inf, samples.dtype)
-    return Estimate(jnp.mean(samples, axis=0), spread / count**0.5)
 
 
 def predictions(model: Model, prompts: Prompt) -> Float[Array, " batch"]:
