@@ -24,15 +24,13 @@ START = {"layer": {"w": jnp.zeros((3, 1))}}
 
 
 def run(steps, optimizer=None, key=1, **options):
-    options = {
-        "every": 2,
-        "probes": {"norm": probe(lambda risk, params: jnp.abs(params["layer"]["w"]).sum())},
-    } | options
+    options = {"every": 2, "probes": PROBES} | options
     optimizer = OPTIMIZER if optimizer is None else optimizer
     return train(RISK, START, optimizer, jax.random.key(key), steps=steps, resample=BATCHES, **options)
 
 
 OPTIMIZER, BATCHES = optax.adam(0.05), minibatches(4)
+PROBES = {"norm": probe(lambda risk, params: jnp.abs(params["layer"]["w"]).sum())}
 
 
 @pytest.fixture(scope="module")

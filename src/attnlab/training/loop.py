@@ -98,7 +98,7 @@ def train(
         risk: the objective; full batch unless `resample` is given.
         params: where to start; not looked at where `start` is given.
         optimizer: any optax gradient transformation; one that takes extra arguments is given the step's loss as
-            `value`, its gradient as `grad` and its objective as `value_fn`.
+            `value`, its gradient as `grad`, its objective as `value_fn` and that one's gradient as `grad_fn`.
         key: for `resample` and the probes; not looked at where `start` is given.
         steps: number of steps, a multiple of `every`.
         every: the probes are taken before step 0, `every`, 2 `every`, ..., and after the last: steps / every + 1 times.

@@ -1,5 +1,6 @@
 """The optimizer inside the training loop: any of optax, with the hyperparameters that a run sets in its state."""
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -103,9 +104,19 @@ def update(
     risk: Callable[[Params], Scalar],
 ) -> tuple[Params, optax.OptState]:
     """The optimizer's updates and its state after a step. It is told the loss, for a step set by it
-    (`optax.polyak_sgd`), and the risk, for a line search (`optax.lbfgs`)."""
+    (`optax.polyak_sgd`), the risk, for a line search (`optax.lbfgs`), and the risk's gradient (`optax.contrib.sam`)."""
     step = _standard_promotion(optax.with_extra_args_support(optimizer).update)
-    return step(gradient, state, params, value=loss, grad=gradient, value_fn=risk)
+    told = {"value": loss, "grad": gradient, "value_fn": risk, "grad_fn": lambda at, *_: jax.grad(risk)(at)}
+    while True:
+        try:
+            return step(gradient, state, params, **told)
+        except TypeError as error:  # an optimizer, maybe one within another, that takes some of these alone
+            refused = _REFUSED.search(str(error))
+            if refused is None or told.pop(refused[1], None) is None:
+                raise
+
+
+_REFUSED = re.compile(r"unexpected keyword argument '(\w+)'")
 
 
 def _standard_promotion(function: Callable) -> Callable:
