@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
@@ -130,14 +131,39 @@ def replace_directory(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.mkdir()
+    former = path.with_name(f".{path.name}.{os.getpid()}.former")
     try:
-        yield partial
+        with _naming(path):
+            yield partial
     except BaseException:
         shutil.rmtree(partial)
         raise
     if path.exists():
-        shutil.rmtree(path)
+        path.rename(former)
     partial.rename(path)
+    shutil.rmtree(former, ignore_errors=True)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Puts the file's name into an error of the system that has none, as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def check_writable(path: Path) -> None:
+    """Raise `OSError`, which names `path`, unless a file or a folder can be made there; leaves nothing behind."""
+    place = path if path.is_dir() else path.parent
+    place = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}; expected a place to write to", str(path)) from None
 
 
 @contextmanager
@@ -149,8 +175,9 @@ def replace_file(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
-        yield partial
-        partial.replace(path)
+        with _naming(path):
+            yield partial
+            partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -37,7 +37,7 @@ def test_sharpness_aware_minimisation(optimizer, steps):
     for _ in range(3):
         ascent = gradient(params)
         norm = optax.tree.norm(ascent)
-        above = jax.tree.map(lambda leaf, g: leaf + 0.05 * g / norm, params, ascent)
+        above = jax.tree.map(lambda leaf, g, norm=norm: leaf + 0.05 * g / norm, params, ascent)
         params = jax.tree.map(lambda leaf, g: leaf - 0.1 * g, params, gradient(above))
     found = train(RISK, PARAMS, optimizer, jax.random.key(0), steps=steps).params
     for leaf, expected in zip(jax.tree.leaves(found), jax.tree.leaves(params), strict=True):

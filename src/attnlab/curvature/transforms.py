@@ -31,8 +31,8 @@ def precondition(operator: Operator, preconditioner: Params) -> Operator:
     fixed = [name for name in leaf_names(operator.point) if name not in leaves]
     if fixed and _holds_fixed(preconditioner):
         raise ValueError(
-            f"preconditioner has no entry for {', '.join(fixed)}, which the optimizer holds fixed; expected an operator "
-            "on the parameters that it moves. Build that of their block: hessian(risk, params, block=...)."
+            f"preconditioner has no entry for {', '.join(fixed)}, which the optimizer holds fixed; expected an "
+            "operator on the parameters that it moves. Build that of their block: hessian(risk, params, block=...)."
         )
     check_same_structure("preconditioner", preconditioner, operator.point)
     check_finite("preconditioner", preconditioner)
