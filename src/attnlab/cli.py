@@ -130,7 +130,7 @@ def verify(given: argparse.Namespace, console: Console) -> bool:
     try:
         verdicts = verify_all(check, console, given.workers or default_workers(), prepare, kept.write)
     except KeyboardInterrupt:
-        where = f" {kept.count} verdicts are in {given.json or given.junit}." if given.json or given.junit else ""
+        where = f" {kept.count} verdicts are in {given.json or given.junit}." if kept.count else ""
         say(console, f"stopped.{where}")
         raise SystemExit(130) from None
     kept.check_written()

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, ArrayLike, Bool
 
-from attnlab.checks import check_finite, check_intervals, check_leading_axis
+from attnlab.checks import check_arrays, check_finite, check_intervals, check_leading_axis
 from attnlab.objective import Objective, check_loss, check_objective
 from attnlab.runs import DamagedFileError, owned_directory
 from attnlab.training.checkpoint import Checkpoint, Restored, fingerprint
@@ -208,12 +208,18 @@ def _loss(risk: Objective, params: Params) -> Array:
 
 def _check_functions(risk: Any, plan: _Plan) -> None:
     """What a user may pass in place of an objective or an optimizer."""
+    if not callable(risk):
+        raise TypeError(
+            f"risk is a {type(risk).__name__}; expected an Objective. Build it with "
+            "attnlab.objective.objective(predict, loss, inputs, targets)."
+        )
     if any(callable(leaf) for leaf in jax.tree.leaves(risk)):
         raise TypeError(
             f"risk is a {type(risk).__name__} that holds a function; expected an Objective, whose leaves are arrays. "
             "Build it with attnlab.objective.objective(predict, loss, inputs, targets), or give a function of the "
             "parameters alone as jax.tree_util.Partial(function)."
         )
+    check_arrays("risk", risk)
     check_optimizer(plan.optimizer)
     for name, function in (("optimizer", plan.optimizer), ("resample", plan.resample), *plan.probes):
         try:
@@ -226,7 +232,10 @@ def _check_functions(risk: Any, plan: _Plan) -> None:
 
 
 def _check_resample(risk: Objective, key: PRNGKey, resample: Resample | None) -> None:
-    drawn = risk if resample is None else jax.eval_shape(resample, key, risk)
+    try:
+        drawn = risk if resample is None else jax.eval_shape(resample, key, risk)
+    except TypeError as error:
+        raise TypeError(f"resample failed: {error}; expected a function resample(key, risk) -> risk.") from error
     if not callable(drawn):
         raise TypeError(
             f"resample returned a {type(drawn).__name__}; expected an Objective on other data. "

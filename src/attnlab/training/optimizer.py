@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike
 
+from attnlab.checks import check_arrays
 from attnlab.types import Params, Scalar
 
 
@@ -27,6 +28,10 @@ def member_values(hyperparameters: Mapping[str, ArrayLike], members: int | None)
 
     Raises `ValueError` for any other shape than a scalar or (members,).
     """
+    if not isinstance(hyperparameters, Mapping):
+        raise TypeError(f"hyperparameters is a {type(hyperparameters).__name__}; expected a dict of numbers by name.")
+    for name, value in hyperparameters.items():
+        check_arrays(f"hyperparameter '{name}'", value)
     values = {name: jnp.asarray(value) for name, value in hyperparameters.items()}
     expected = "a scalar, or keys of shape (m,) to train m members" if members is None else f"() or ({members},)"
     for name, value in values.items():
