@@ -1,6 +1,7 @@
 """Every analysis at smoke size: what it computes is finite and what it writes is complete and repeatable."""
 
 import dataclasses
+import errno
 import json
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
+from rich.table import Table
 
 from attnlab.analysis import Analysis, AnalysisConfig
 from attnlab.cli import analysis_scripts, first_sentence, load_script
@@ -119,3 +121,57 @@ def test_block_growth_resumes_from_parts_of_its_seeds(tmp_path):
     for seed, resumes in ((13, False), (4, True)):
         (script.parts_folder(config) / f"softmax-5-{seed}.npz").touch()
         assert config.resumes() is resumes
+
+
+@dataclasses.dataclass(frozen=True)
+class TinyConfig(AnalysisConfig):
+    """No option of its own."""
+
+
+def tiny(compute=lambda config, progress: {"x": np.arange(3.0)}, plot=lambda arrays, config: Figure()):
+    tables = lambda arrays, config: [Table("[/b] and [red]")]  # noqa: E731
+    return Analysis("tiny", TinyConfig, compute, plot, tables, "Of no use.")
+
+
+def test_paths_and_messages_are_no_markup(tmp_path, capsys):
+    tiny().main(["--output", str(tmp_path / "a" / "[" / "b]")])
+    assert "wrote" in capsys.readouterr().out
+    assert (tmp_path / "a" / "[" / "b]" / "results" / "tiny" / "arrays.npz").exists()
+
+    def fails(config, progress):
+        raise ModuleNotFoundError('run pip install "attnlab[real]" [/b]')
+
+    with pytest.raises(SystemExit) as end:
+        tiny(fails).main(["--output", str(tmp_path)])
+    assert end.value.code == 1
+    assert capsys.readouterr().err == 'error: run pip install "attnlab[real]" [/b]\n'
+
+
+def test_arrays_outlive_a_picture_that_fails(tmp_path):
+    def plot(arrays, config):
+        raise ValueError("no picture")
+
+    with pytest.raises(SystemExit):
+        tiny(plot=plot).main(["--output", str(tmp_path)])
+    np.testing.assert_array_equal(load_arrays(tmp_path / "results" / "tiny")["x"], np.arange(3.0))
+
+
+def test_a_place_that_cannot_be_written_is_said_before_anything_is_computed(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    computed = []
+    with pytest.raises(SystemExit):
+        tiny(lambda config, progress: computed.append(1)).main(["--output", str(tmp_path / "file")])
+    assert computed == []
+    assert "file/results/tiny" in "".join(capsys.readouterr().err.split())
+
+
+def test_a_full_disk_is_named_and_leaves_the_former_result(tmp_path, monkeypatch):
+    tiny().main(["--output", str(tmp_path)])
+
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(OSError, match=str(tmp_path / "results" / "tiny")):
+        tiny().run(TinyConfig(output=tmp_path), Console(quiet=True))
+    np.testing.assert_array_equal(load_arrays(tmp_path / "results" / "tiny")["x"], np.arange(3.0))

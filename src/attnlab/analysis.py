@@ -20,6 +20,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -83,7 +84,7 @@ def findings_table(findings: Sequence[Finding]) -> Table:
     """What was measured beside what was expected."""
     table = Table("what", "expected", "measured", "reproduced", "source")
     for finding in findings:
-        verdict = "yes" if finding.reproduced else "[red]no[/red]"
+        verdict = Text("yes") if finding.reproduced else Text("no", style="red")
         table.add_row(finding.what, finding.expected, f"{finding.measured:.4g}", verdict, finding.source)
     return table
 
@@ -124,26 +125,33 @@ class Analysis:
         config = tyro.cli(
             self.config, prog=f"attnlab run {self.name}", description=self.description, args=arguments, config=()
         )
-        console = Console()
+        console = Console(markup=False)
         try:
             self.run(config, console)
         except (ValueError, ArithmeticError, ModuleNotFoundError, OSError) as error:
-            Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False)
+            Console(stderr=True).print(Text.assemble(("error:", "red"), f" {error}"))
             raise SystemExit(1) from error
 
     def run(self, config: AnalysisConfig, console: Console) -> Arrays:
-        """Compute, write and show the analysis for one config; returns the arrays."""
+        """Compute, write and show the analysis for one config; returns the arrays.
+
+        `console` takes text as it is (`markup=False`). Raises `OSError` at once where there is no place to write to.
+        """
         with progress_display(console) as progress:
             config, arrays, written = self.produce(config, progress)
         for table in self.tables(arrays, config):
             console.print(table)
         for path in written:
-            console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+            console.print(f"wrote {path}", highlight=False, soft_wrap=True, markup=False)
         return arrays
 
     def produce(self, config: AnalysisConfig, progress: Progress) -> tuple[AnalysisConfig, Arrays, list[Path]]:
         """Compute and write, under a progress display that is there already: the config with the sizes that were
         used, the arrays, and what was written."""
+        from attnlab.runs import check_writable
+
+        for folder in ("results", "figures"):
+            check_writable(config.output / folder / self.name)
         configure_jax(config.dtype)
         config = dataclasses.replace(config, **config.SMOKE) if config.smoke else config
         resumed, started = config.resumes(), time.perf_counter()
@@ -159,11 +167,11 @@ class Analysis:
         name = self.name + ("-smoke" if config.smoke else "")
         # Of a resumed run the seconds are those of its last session alone.
         record = {"analysis": self.name, "resumed": resumed, **manifest(config, seconds, self._script())}
+        save_result(config.output / "results" / name, arrays, record)  # first: it is what took the time
         with style():
             figure = self.plot(arrays, config)
             png, pdf = save_figure(figure, config.output / "figures" / name)
         write_json(png.with_suffix(".json"), record)
-        save_result(config.output / "results" / name, arrays, record)
         return [png, pdf, config.output / "results" / name]
 
     def _script(self) -> Path:
@@ -173,12 +181,12 @@ class Analysis:
 def progress_display(console: Console) -> Progress:
     """A progress bar with counts, time taken and time left; `status` is a free text field of each task."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[status]}"),
+        TextColumn("{task.fields[status]}", markup=False),
         console=console,
     )
 

@@ -27,7 +27,7 @@ def check_finite(name: str, tree: PyTree) -> None:
     if not is_concrete(tree):
         return
     for path, leaf in jax.tree.leaves_with_path(tree):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+        if not jnp.issubdtype(_dtype_of(name, path, leaf), jnp.inexact):
             continue
         array = local_values(leaf)
         bad = int(array.size - np.sum(np.isfinite(array)))
@@ -37,6 +37,21 @@ def check_finite(name: str, tree: PyTree) -> None:
                 f"{name}{': ' + where if where else ''} has {bad} non-finite of {array.size} values; "
                 "expected finite numbers. Look at the step or the input that made them."
             )
+
+
+def _dtype_of(name: str, path: tuple, leaf: Any) -> Any:
+    """The dtype of a leaf; raises `TypeError`, which says where it is, for one that is no array or number."""
+    try:
+        if isinstance(leaf, (str, bytes)):
+            raise TypeError
+        return jnp.result_type(leaf)
+    except TypeError:
+        where = jax.tree_util.keystr(path, simple=True, separator="/")
+        what = "function" if callable(leaf) else type(leaf).__name__
+        raise TypeError(
+            f"{name}{': ' + where if where else ''} is {leaf!r:.80}, a {what}; expected an array or a number. Keep "
+            "what is no array out of it: in a static field, or bound inside predict."
+        ) from None
 
 
 def local_values(leaf: Any) -> np.ndarray:
@@ -62,10 +77,16 @@ def check_not_empty(name: str, tree: PyTree) -> None:
             )
 
 
+def check_arrays(name: str, tree: PyTree) -> None:
+    """Raise `TypeError` if a leaf of `tree` is no array or number."""
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        _dtype_of(name, path, leaf)
+
+
 def check_floating(name: str, tree: PyTree) -> None:
     """Raise `TypeError` if a leaf of `tree` is not a real floating-point array."""
     for path, leaf in jax.tree.leaves_with_path(tree):
-        dtype = jnp.result_type(leaf)
+        dtype = _dtype_of(name, path, leaf)
         if not jnp.issubdtype(dtype, jnp.floating):
             where = jax.tree_util.keystr(path, simple=True, separator="/")
             raise TypeError(
@@ -97,7 +118,9 @@ def check_leading_axis(name: str, tree: PyTree, size: int, remedy: str) -> None:
 
 
 def check_range(name: str, value: int | float, low: int | float, high: int | float, remedy: str) -> None:
-    """Raise `ValueError` unless `low <= value <= high`."""
+    """Raise `ValueError` unless `low <= value <= high`, `TypeError` for what has no order with numbers."""
+    if isinstance(value, (str, bytes)) or value is None:
+        raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; expected {low} <= {name} <= {high}. {remedy}")
     if not low <= value <= high:
         raise ValueError(f"{name} is {value}; expected {low} <= {name} <= {high}. {remedy}")
 
@@ -105,8 +128,12 @@ def check_range(name: str, value: int | float, low: int | float, high: int | flo
 def check_positive(**numbers: int) -> None:
     """Raise `ValueError` unless every number, given by name, is a positive whole number."""
     for name, value in numbers.items():
-        if value != int(value) or value < 1:
-            raise ValueError(f"{name} is {value}; expected a positive whole number.")
+        try:
+            whole = not isinstance(value, (str, bytes)) and value == int(value)
+        except (TypeError, ValueError, OverflowError):  # no number; NaN; infinity
+            whole = False
+        if not whole or value < 1:
+            raise ValueError(f"{name} is {value!r}; expected a positive whole number.")
 
 
 def check_integer(**numbers: int) -> None:

@@ -3,11 +3,10 @@
 import argparse
 import ast
 import importlib.util
-import json
 import sys
-import time
 from collections.abc import Sequence
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
@@ -45,8 +44,13 @@ def load_script(path: Path) -> ModuleType:
 
 
 def run(name: str, arguments: Sequence[str]) -> None:
-    """Run the analysis called `name` with its own flags."""
-    load_script(analysis_scripts()[name]).ANALYSIS.main(arguments)
+    """Run the analysis called `name` with its own flags. Raises `ValueError` for an unknown one."""
+    scripts = analysis_scripts()
+    if name not in scripts:
+        from attnlab.checks import unknown_name
+
+        raise unknown_name("analysis", name, scripts)
+    load_script(scripts[name]).ANALYSIS.main(arguments)
 
 
 def list_analyses(console: Console) -> None:
@@ -65,19 +69,42 @@ def load_all_claims(files: Sequence[Path]) -> list[str]:
     configure_jax("float64")
     known = set(load_claims())
     for path in files:
-        load_script(path)
+        before = len(load_claims())
+        try:
+            load_script(path)
+        except OSError:
+            raise
+        except Exception as error:
+            raise ValueError(f"{path} cannot be loaded: {type(error).__name__}: {error}. Mend it first.") from error
+        if len(load_claims()) == before:
+            raise ValueError(
+                f"{path} holds no claim; expected at least one function under @claim(...) of attnlab.claims."
+            )
     return [name for name in load_claims() if name not in known]
 
 
 def report(given: argparse.Namespace, console: Console) -> None:
-    """Write the report from the verdicts and figures that are there; verify all claims first where none are."""
-    from attnlab.report import write_report
+    """Write the report from the verdicts and figures that are there; verify all claims first where no file of verdicts
+    is named and none is there. Raises `OSError` or `ValueError` for one that cannot be read."""
+    from attnlab.report import read_verdicts, write_report
+    from attnlab.runs import check_writable
 
-    if not given.verdicts.exists():
-        console.print(f"no verdicts in {given.verdicts}: verifying every claim first")
-        verify(parser().parse_args(["verify", "--json", str(given.verdicts)]), console)
-    write_report(given.output, json.loads(given.verdicts.read_text()), given.figures, analysis_scripts())
-    console.print(f"wrote {given.output}", highlight=False, soft_wrap=True)
+    check_writable(given.output)
+    path = given.verdicts or VERDICTS
+    if given.verdicts is None and not path.exists():
+        say(console, f"no verdicts in {path}: verifying every claim first")
+        verify(parser().parse_args(["verify", "--json", str(path)]), console)
+    left_out = write_report(given.output, read_verdicts(path), given.figures, analysis_scripts())
+    say(console, f"wrote {given.output}", *(f"left out: {reason}" for reason in left_out))
+
+
+def say(console: Console, *lines: str) -> None:
+    """Print lines as they are."""
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+VERDICTS = Path("results/verdicts.json")
 
 
 def verify(given: argparse.Namespace, console: Console) -> bool:
@@ -87,37 +114,55 @@ def verify(given: argparse.Namespace, console: Console) -> bool:
     name.
     """
     from attnlab.claims import REGISTRY, claim_by_name
-    from attnlab.verification import STRICT_SIZE, Check, default_workers, verify_all, write_junit, write_verdicts
+    from attnlab.runs import check_writable
+    from attnlab.verification import STRICT_SIZE, Check, Files, default_workers, verify_all
 
-    started = time.perf_counter()
+    for path in filter(None, (given.json, given.junit)):
+        check_writable(path)
     files = [Path(word) for word in given.claims if word.endswith(".py")]
     own = load_all_claims(files)
     names = [word for word in given.claims if not word.endswith(".py")] + own or list(REGISTRY)
     for name in names:
         claim_by_name(name)
     check = Check(names, given.seeds, STRICT_SIZE if given.strict else 1)
-    verdicts = verify_all(check, console, given.workers or default_workers(), partial(load_all_claims, files))
-    seconds = time.perf_counter() - started
-    if given.json:
-        write_verdicts(given.json, verdicts, check, seconds)
-    if given.junit:
-        write_junit(given.junit, verdicts, seconds)
-    return all(verdict.passed for verdict in verdicts)
+    kept = Files(check, given.json, given.junit)
+    prepare = partial(load_all_claims, files)
+    try:
+        verdicts = verify_all(check, console, given.workers or default_workers(), prepare, kept.write)
+    except KeyboardInterrupt:
+        where = f" {kept.count} verdicts are in {given.json or given.junit}." if kept.count else ""
+        say(console, f"stopped.{where}")
+        raise SystemExit(130) from None
+    kept.check_written()
+    return all(verdict.passed or verdict.skipped for verdict in verdicts)
+
+
+def list_claims(console: Console) -> None:
+    """Print every claim with its source."""
+    from attnlab.claims import REGISTRY
+
+    load_all_claims([])
+    table = Table("claim", "source")
+    for name, claim in REGISTRY.items():
+        table.add_row(name, claim.source)
+    console.print(table)
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="attnlab", description="A theory lab for attention, in JAX.")
+    top.add_argument("--version", action="version", version=f"attnlab {version('attnlab')}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run_parser = commands.add_parser("run", help="run an analysis: attnlab run NAME [flags], or NAME --help")
     names = sorted(analysis_scripts())
-    run_parser.add_argument("name", metavar="NAME", choices=names, help=f"one of: {', '.join(names)}")
+    run_parser.add_argument("name", metavar="NAME", help=f"one of: {', '.join(names)}")
     run_parser.add_argument("flags", nargs=argparse.REMAINDER, help="the analysis's own flags")
     commands.add_parser("list", help="list the analyses")
     verify_parser = commands.add_parser("verify", help="check claims of the literature on random instances")
     verify_parser.add_argument(
         "claims", nargs="*", help="names of claims, or files with claims of your own (all claims)"
     )
+    verify_parser.add_argument("--list", action="store_true", help="list the claims, and check none")
     verify_parser.add_argument("--seeds", nargs="+", type=int, default=[1], help="seeds of the random instances (1)")
     verify_parser.add_argument("--strict", action="store_true", help="larger instances, where a claim has them")
     verify_parser.add_argument("--workers", type=int, help="processes at a time (one a processor)")
@@ -127,9 +172,8 @@ def parser() -> argparse.ArgumentParser:
     report_parser.add_argument(
         "--verdicts",
         type=Path,
-        default=Path("results/verdicts.json"),
         metavar="FILE",
-        help="of attnlab verify --json FILE (%(default)s; made first if it is not there)",
+        help=f"of attnlab verify --json FILE ({VERDICTS}, which is made first if it is not there)",
     )
     report_parser.add_argument("--figures", type=Path, default=Path("figures"), help="folder (%(default)s)")
     report_parser.add_argument("--output", type=Path, default=Path("report.html"), help="file (%(default)s)")
@@ -137,20 +181,31 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point. Ends with status 2 for an unknown command or name, 1 for a run or a claim that failed."""
+    """Entry point. Ends with status 2 for an unknown command or name, 1 for a run or a claim that failed, 130 where it
+    is interrupted."""
     given = parser().parse_args(arguments)
-    if given.command == "list":
-        list_analyses(Console())
-    elif given.command == "run":
-        run(given.name, given.flags)
-    elif given.command == "report":
-        report(given, Console())
-    elif not _verified(given):
+    console = Console(markup=False)
+    try:
+        passed = _obey(given, console)
+    except (ValueError, OSError) as error:
+        parser().error(str(error))
+    except KeyboardInterrupt:
+        say(console, "stopped.")
+        raise SystemExit(130) from None
+    if not passed:
         raise SystemExit(1)
 
 
-def _verified(given: argparse.Namespace) -> bool:
-    try:
-        return verify(given, Console())
-    except (ValueError, OSError) as error:
-        parser().error(str(error))
+def _obey(given: argparse.Namespace, console: Console) -> bool:
+    """Do what is asked; whether all that was checked passed."""
+    if given.command == "list":
+        list_analyses(console)
+    elif given.command == "run":
+        run(given.name, given.flags)
+    elif given.command == "report":
+        report(given, console)
+    elif given.list:
+        list_claims(console)
+    else:
+        return verify(given, console)
+    return True

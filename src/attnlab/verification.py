@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -14,9 +15,9 @@ from xml.etree import ElementTree
 import numpy as np
 from rich.console import Console, Group
 from rich.live import Live
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
+from rich.text import Text
 
 from attnlab.claims import Claim, Verdict, claim_by_name
 from attnlab.runs import manifest, replace_file, write_json
@@ -35,28 +36,75 @@ class Check:
     size: int = 1
 
 
-def verify_all(check: Check, console: Console, workers: int, prepare: Callable[[], Any]) -> list[Verdict]:
-    """The verdicts on every claim and seed, in the order asked for; shows them as they come, then all in one table.
+def verify_all(
+    check: Check,
+    console: Console,
+    workers: int,
+    prepare: Callable[[], Any],
+    keep: Callable[[list[Verdict]], Any] = lambda verdicts: None,
+) -> list[Verdict]:
+    """The verdicts on every claim and seed, in the order asked for; shows them as they come, on a terminal in a live
+    table and at the end all in one, elsewhere in a line each. `keep` is given all that there are at every new claim.
 
     Each claim is one task: its seeds share what was compiled. With one worker the claims run in this process, which has
     called `prepare` (it configures JAX and loads the claims); each of several worker processes calls it first.
     """
     found: dict[str, list[Verdict]] = {}
-    progress = Progress(BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[newest]}"))
-    task = progress.add_task("claims", total=len(check.names), newest="")
-    with Live(progress, console=console, transient=True) as live:
-        for name, verdicts in _verdicts(check, min(workers, len(check.names)), prepare):
-            found[name] = verdicts
-            progress.update(task, advance=1, newest=name)
-            recent = [verdict for group in list(found.values())[-3:] for verdict in group]
-            live.update(Group(table_of(recent), progress))
+    for name, verdicts in _shown(_verdicts(check, min(workers, len(check.names)), prepare), check, console):
+        found[name] = verdicts
+        keep([verdict for name in check.names for verdict in found.get(name, [])])
     ordered = [verdict for name in check.names for verdict in found[name]]
-    console.print(table_of(ordered))
-    console.print(f"\n{sum(verdict.passed for verdict in ordered)} of {len(ordered)} passed")
+    if console.is_terminal:
+        console.print(table_of(ordered))
+    console.print(f"\n{count_of(ordered)}", markup=False, highlight=False)
     return ordered
 
 
-def _verdicts(check: Check, workers: int, prepare: Callable[[], Any]) -> Iterator[tuple[str, list[Verdict]]]:
+def count_of(verdicts: Sequence[Verdict]) -> str:
+    """How many passed, and how many could not be tried for want of a package."""
+    skipped = sum(verdict.skipped for verdict in verdicts)
+    passed = f"{sum(verdict.passed for verdict in verdicts)} of {len(verdicts)} passed"
+    return f"{passed}, {skipped} skipped" if skipped else passed
+
+
+Named = Iterator[tuple[str, list[Verdict]]]
+
+
+def _shown(found: Named, check: Check, console: Console) -> Named:
+    """The same, each shown when it comes."""
+    if not console.is_terminal:
+        for name, verdicts in found:
+            for verdict in verdicts:
+                console.print(line_of(verdict), markup=False, highlight=False, soft_wrap=True)
+            yield name, verdicts
+        return
+    progress = Progress(BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[newest]}"))
+    task = progress.add_task("claims", total=len(check.names), newest="")
+    recent: list[list[Verdict]] = []
+    with Live(progress, console=console, transient=True) as live:
+        for name, verdicts in found:
+            recent = [*recent[-2:], verdicts]
+            progress.update(task, advance=1, newest=name)
+            live.update(Group(table_of([verdict for group in recent for verdict in group]), progress))
+            yield name, verdicts
+
+
+def line_of(verdict: Verdict) -> str:
+    """One verdict in plain text."""
+    claim = verdict.claim
+    if verdict.problem:
+        return f"{claim.name} seed {verdict.seed}: {word_of(verdict)}: {verdict.problem}"
+    numbers = f"predicted {SIGNS[claim.relation]}{shown(verdict.predicted)}, measured {shown(verdict.measured)}"
+    error = f"error {verdict.error:.1e} ({claim.tolerance:.0e})"
+    return f"{claim.name} seed {verdict.seed}: {word_of(verdict)}: {numbers}, {error}, {verdict.seconds:.1f} s"
+
+
+def word_of(verdict: Verdict) -> str:
+    """Passed, failed or skipped."""
+    return "skipped" if verdict.skipped else "passed" if verdict.passed else "failed"
+
+
+def _verdicts(check: Check, workers: int, prepare: Callable[[], Any]) -> Named:
     """Name and verdicts of every claim, as they are done."""
     if workers <= 1:
         for name in check.names:
@@ -65,12 +113,17 @@ def _verdicts(check: Check, workers: int, prepare: Callable[[], Any]) -> Iterato
     # JAX keeps threads, which a forked process would not have: spawn.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=prepare) as pool:
+        # An interruption is this process's to handle: the workers, which begin here, inherit that they do not hear it.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         futures = {pool.submit(_check_one, name, check.seeds, check.size): name for name in check.names}
+        signal.signal(signal.SIGINT, handler)
         try:
             for future in as_completed(futures):
                 name = futures[future]
                 yield name, [_with_claim(verdict, name) for verdict in _result(future, check.seeds)]
         except BaseException:
+            for worker in multiprocessing.active_children():
+                worker.terminate()
             pool.shutdown(cancel_futures=True)
             raise
 
@@ -91,6 +144,8 @@ def _check_one(name: str, seeds: Sequence[int], size: int) -> list[Verdict]:
         started = time.perf_counter()
         try:
             verdict = replace(claim_by_name(name).verify(seed, size), claim=None)  # type: ignore[arg-type]
+        except ModuleNotFoundError as error:
+            verdict = replace(_failure(seed, str(error), time.perf_counter() - started), skipped=True)
         except Exception as error:
             verdict = _failure(seed, f"{type(error).__name__}: {error}", time.perf_counter() - started)
         verdicts.append(verdict)
@@ -115,19 +170,22 @@ def table_of(verdicts: Sequence[Verdict]) -> Table:
     return table
 
 
-def cells(verdict: Verdict) -> tuple[str, ...]:
+STYLES = {"passed": "green", "failed": "red", "skipped": "yellow"}
+
+
+def cells(verdict: Verdict) -> tuple[str | Text, ...]:
     """One row of the table."""
     claim: Claim = verdict.claim
-    word = "[green]passed[/green]" if verdict.passed else "[red]failed[/red]"
-    problem = f"\n[red]{escape(verdict.problem)}[/red]" if verdict.problem else ""
+    word = word_of(verdict)
+    problem = f"\n{verdict.problem}" if verdict.problem else ""
     return (
-        f"{claim.name}\n[dim]{escape(claim.source)}[/dim]{problem}",
+        Text.assemble(claim.name, "\n", (claim.source, "dim"), (problem, STYLES[word])),
         str(verdict.seed),
         SIGNS[claim.relation] + shown(verdict.predicted),
         shown(verdict.measured),
         f"{verdict.error:.1e} ({claim.tolerance:.0e})",
         f"{verdict.seconds:.1f}",
-        word,
+        Text(word, style=STYLES[word]),
     )
 
 
@@ -155,6 +213,7 @@ def record(verdict: Verdict) -> dict[str, Any]:
         "measured": shown(verdict.measured),
         "error": verdict.error if np.isfinite(verdict.error) else None,
         "passed": verdict.passed,
+        "skipped": verdict.skipped,
         "problem": verdict.problem,
         "seconds": round(verdict.seconds, 3),
     }
@@ -168,21 +227,50 @@ def write_verdicts(path: Path, verdicts: Sequence[Verdict], check: Check, second
 
 def write_junit(path: Path, verdicts: Sequence[Verdict], seconds: float) -> None:
     """The verdicts as JUnit XML, which continuous-integration services read: one test case a claim and seed."""
-    failed = sum(not verdict.passed for verdict in verdicts)
-    counts = {"tests": str(len(verdicts)), "failures": str(failed), "time": f"{seconds:.3f}"}
+    skipped = sum(verdict.skipped for verdict in verdicts)
+    failed = sum(not verdict.passed for verdict in verdicts) - skipped
+    counts = {"tests": str(len(verdicts)), "failures": str(failed), "skipped": str(skipped), "time": f"{seconds:.3f}"}
     suites = ElementTree.Element("testsuites", counts)
     suite = ElementTree.SubElement(suites, "testsuite", {"name": "attnlab", **counts})
     for verdict in verdicts:
         row = record(verdict)
         names = {"classname": f"attnlab.{row['claim']}", "name": f"seed {row['seed']}", "time": str(row["seconds"])}
         case = ElementTree.SubElement(suite, "testcase", names)
-        if not verdict.passed:
+        if verdict.skipped:
+            ElementTree.SubElement(case, "skipped", {"message": row["problem"]})
+        elif not verdict.passed:
             sign = SIGNS[verdict.claim.relation]
             message = row["problem"] or f"predicted {sign}{row['predicted']}, measured {row['measured']}"
             ElementTree.SubElement(case, "failure", {"message": message}).text = f"{row['statement']}\n{row['source']}"
     ElementTree.indent(suites)
     with replace_file(path) as partial:
         ElementTree.ElementTree(suites).write(partial, encoding="utf-8", xml_declaration=True)
+
+
+class Files:
+    """The files of verdicts, written anew at every claim, so that nothing is lost to what stops a verification."""
+
+    def __init__(self, check: Check, json: Path | None, junit: Path | None):
+        self._check, self._json, self._junit = check, json, junit
+        self._began, self._error = time.perf_counter(), None  # type: tuple[float, OSError | None]
+        self.count = 0
+
+    def write(self, verdicts: Sequence[Verdict]) -> None:
+        """All verdicts so far; a file that cannot be written, on a full disk say, does not stop the rest."""
+        seconds = time.perf_counter() - self._began
+        try:
+            if self._json:
+                write_verdicts(self._json, verdicts, self._check, seconds)
+            if self._junit:
+                write_junit(self._junit, verdicts, seconds)
+            self.count, self._error = len(verdicts), None
+        except OSError as error:
+            self._error = error
+
+    def check_written(self) -> None:
+        """Raise the `OSError` that kept the last verdicts from a file."""
+        if self._error is not None:
+            raise self._error
 
 
 def default_workers() -> int:

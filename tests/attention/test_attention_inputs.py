@@ -119,3 +119,4 @@ def test_every_term_is_described(key):
         console = Console(width=400, file=io.StringIO())
         console.print(describe_table(hessian))
         assert all(row.formula in console.file.getvalue() for row in rows)
+        assert all(f"│ {row.row} x {row.column} " in str(describe_table(hessian)) for row in rows)

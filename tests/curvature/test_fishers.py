@@ -139,7 +139,7 @@ class TestBadPreconditioners:
             adam_preconditioner(optax.adam(1e-3).init({"w": jnp.ones(2)}))
 
     def test_another_optimizer(self):
-        with pytest.raises(ValueError, match="holds 0 parts of type ScaleByAdamState"):
+        with pytest.raises(ValueError, match="holds no part of type ScaleByAdamState"):
             adam_preconditioner(optax.sgd(1e-3).init({"w": jnp.ones(2)}))
 
     def test_entries_that_are_not_positive(self, key):

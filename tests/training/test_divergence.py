@@ -39,8 +39,11 @@ def test_where_nothing_was_saved_nothing_is_promised(tmp_path):
 
 def test_a_loss_that_is_nan_from_the_start():
     risk = objective(lambda params, x: params * x, lambda outputs, _: jnp.sum(jnp.sqrt(outputs)), *jnp.ones((2, 1)))
-    with pytest.raises(DivergenceError, match=r"at step 0 is not finite\. Look at the objective where the run starts"):
+    with pytest.raises(ValueError, match="the loss is nan at these parameters"):
         train(risk, -jnp.ones(1), optax.sgd(10.0), KEY, steps=4)
+    keys = jax.random.split(KEY, 2)
+    with pytest.raises(DivergenceError, match=r"at step 0 .* in any of the 2 members\. Look at the objective where"):
+        train(risk, -jnp.ones((2, 1)), optax.sgd(10.0), keys, steps=4)
 
 
 def behind_where():

@@ -7,10 +7,11 @@ import optax
 import pytest
 
 import oracles
+from attnlab import runs
 from attnlab.dynamics.sharpness import Tracking, top_eigenvalues
 from attnlab.losses import square_loss
 from attnlab.objective import objective
-from attnlab.training import Probe, checkpoint, probe, train
+from attnlab.training import Probe, probe, train
 from attnlab.training.loop import _first_state, _identity, _Plan
 from attnlab.trees import ravel
 from cases import CASES
@@ -147,7 +148,7 @@ def test_a_run_killed_between_its_records_and_its_state_repeats_a_part(tmp_path,
     risk, params = CASES["softmax/square"](key)
     options = {"steps": 120, "every": 2, "probes": PROBES, "resample": minibatch}
     whole = train(risk, params, OPTIMIZERS["adam"], key, **options)
-    written, replace_file = [], checkpoint.replace_file
+    written, replace_file = [], runs.replace_file
 
     def killing(path):
         written.append(path.name)
@@ -155,7 +156,7 @@ def test_a_run_killed_between_its_records_and_its_state_repeats_a_part(tmp_path,
             raise Killed
         return replace_file(path)
 
-    monkeypatch.setattr(checkpoint, "replace_file", killing)
+    monkeypatch.setattr(runs, "replace_file", killing)
     with pytest.raises(Killed):
         train(risk, params, OPTIMIZERS["adam"], key, **options, directory=tmp_path)
     assert (tmp_path / "part_000002.npz").exists()
@@ -206,7 +207,6 @@ class TestBadInput:
         run = {"optimizer": optax.sgd(rates[0]), "steps": 4, "every": 2, "probes": weigh(1.0)}
         tracked = [{"top": top_eigenvalues(Tracking(accuracy=accuracy))} for accuracy in (1.0, 1e-4)]
         changes = {
-            "steps": {"steps": 8},
             "schedule": {"optimizer": optax.sgd(rates[1])},
             "resample": {"resample": minibatch},
             "constants of a probe": {"probes": weigh(2.0)},
@@ -217,7 +217,7 @@ class TestBadInput:
             with pytest.raises(ValueError, match="holds another run"):
                 train(risk, params, key=key, **(run | change), directory=tmp_path)
         identities = {
-            _identity(risk, _first_state(risk, params, key, plan, {}), plan)
+            _identity(risk, _first_state(risk, params, key, plan, {}, None), plan)
             for plan in (_Plan(run["optimizer"], tuple(probes.items()), 2, None, None, False) for probes in tracked)
         }
         assert len(identities) == 2

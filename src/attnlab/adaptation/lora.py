@@ -15,7 +15,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
-from attnlab.checks import check_positive
+from attnlab.checks import check_positive, check_range
 from attnlab.trees import select
 from attnlab.types import Params, PRNGKey
 
@@ -27,7 +27,8 @@ def lora(params: Params, block: str, rank: int, key: PRNGKey) -> tuple[Partial, 
 
     Returns `change(factors) -> params` and the factors {leaf: {"B": zeros (m, r), "A": N(0, 1/r) (r, n)}}, ready for
     `reparametrise(risk, change)`: `hessian(reparametrise(risk, change), factors)` is the Hessian of a LoRA'd model.
-    Raises `ValueError` for an unknown block, a leaf that is not a matrix, or a rank that is not positive.
+    Raises `ValueError` for an unknown block, a leaf that is not a matrix, or a rank that is not
+    positive or above that of a matrix.
     """
     check_positive(rank=rank)
     selection = select(params, block)
@@ -36,6 +37,7 @@ def lora(params: Params, block: str, rank: int, key: PRNGKey) -> tuple[Partial, 
         if jnp.ndim(matrix) != 2:
             raise ValueError(f"{name} has shape {jnp.shape(matrix)}; LoRA adapts matrices. Name a narrower block.")
         rows, columns = matrix.shape
+        check_range("rank", rank, 1, min(rows, columns), f"{name} has shape {matrix.shape}, and no higher rank.")
         right = jax.random.normal(jax.random.fold_in(key, number), (rank, columns), matrix.dtype) / rank**0.5
         factors[name] = {"B": jnp.zeros((rows, rank), matrix.dtype), "A": right}
 

@@ -2,10 +2,12 @@
 
 import re
 from dataclasses import dataclass
+from io import StringIO
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -67,9 +69,22 @@ def describe(hessian: AttentionHessian) -> tuple[TermDescription, ...]:
     return tuple(rows)
 
 
-def describe_table(hessian: AttentionHessian) -> Table:
-    """`describe` as a table for the terminal: `rich.print(describe_table(hessian))`."""
-    table = Table("block", "part", "pairing", "term", "made of", "norm")
+class TermTable(Table):
+    """A table of terms, which `print` shows as well as `rich.print`."""
+
+    def __str__(self) -> str:
+        console = Console(file=StringIO(), width=WIDTH, color_system=None)
+        console.print(self)
+        return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+
+
+WIDTH = 160
+"""Of a table in plain characters, which fits its content up to there."""
+
+
+def describe_table(hessian: AttentionHessian) -> TermTable:
+    """`describe` as a table for the terminal: `print(describe_table(hessian))`."""
+    table = TermTable("block", "part", "pairing", "term", "made of", "norm")
     for row in describe(hessian):
         cells = (f"{row.row} x {row.column}", row.part, row.pairing, escape(row.formula), ", ".join(row.roles))
         table.add_row(*cells, f"{float(row.norm):.3g}")

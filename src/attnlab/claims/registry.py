@@ -84,7 +84,8 @@ def _error(predicted: np.ndarray, measured: np.ndarray, scale: ArrayLike | None,
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a claim gave on one seed; `problem` says why there is no measurement, where an error kept it."""
+    """What a claim gave on one seed; `problem` says why there is no measurement, where an error kept it, and `skipped`
+    that the error is but an optional package that is not installed."""
 
     claim: Claim
     seed: int
@@ -93,6 +94,7 @@ class Verdict:
     error: float
     seconds: float
     problem: str = ""
+    skipped: bool = False
 
     @property
     def passed(self) -> bool:

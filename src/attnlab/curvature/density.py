@@ -22,6 +22,7 @@ from attnlab.curvature.long_runs import (
     check_symmetric,
     non_finite,
     open_checkpoint,
+    owning_directory,
     saved_bytes,
     write_result,
 )
@@ -124,6 +125,7 @@ def spectral_density(
     return quadrature(project(operator, key, probes=probes, steps=steps, **options))  # type: ignore[arg-type]
 
 
+@owning_directory
 def project(
     operator: Operator,
     key: PRNGKey,

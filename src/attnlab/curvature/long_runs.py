@@ -6,8 +6,10 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
+from inspect import signature
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,7 @@ from jax.tree_util import Partial
 from attnlab.checks import check_key
 from attnlab.curvature.batches import BatchedObjective
 from attnlab.curvature.operators import Operator
-from attnlab.runs import manifest, replace_file, write_json
+from attnlab.runs import manifest, owned_directory, replace_file, write_json
 from attnlab.training.checkpoint import Checkpoint, fingerprint
 from attnlab.types import PyTree
 
@@ -94,6 +96,24 @@ class Clock:
         return (products - start) * math.log(residual / self._tolerance) / math.log(highest / residual)
 
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def owning_directory(function: Function) -> Function:
+    """`function`, with its argument `directory`, if there is one, held against other runs until it returns."""
+    parameters = signature(function)
+
+    @wraps(function)
+    def owning(*arguments: Any, **named: Any) -> Any:
+        directory = parameters.bind(*arguments, **named).arguments.get("directory")
+        if directory is None:
+            return function(*arguments, **named)
+        with owned_directory(Path(directory)):
+            return function(*arguments, **named)
+
+    return owning  # type: ignore[return-value]
+
+
 SAVE_SECONDS = 1.0
 """Least time between two saves, so that the disk costs little: a run that is killed loses that much."""
 
@@ -107,7 +127,7 @@ class StateOnDisk:
     def restore(self, state: PyTree) -> PyTree:
         """What was saved, shaped like `state`, or `state` itself."""
         found = self._checkpoint.restore((), state)
-        return state if found is None else jax.tree.map(_like, state, found[1])
+        return state if found is None else jax.tree.map(_like, state, found.state)
 
     def save(self, state: PyTree, *, last: bool = False) -> None:
         """Save if it is time, or the `last` time."""

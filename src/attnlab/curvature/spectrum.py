@@ -22,6 +22,7 @@ from attnlab.curvature.long_runs import (
     check_symmetric,
     non_finite,
     open_checkpoint,
+    owning_directory,
     write_result,
 )
 from attnlab.curvature.operators import Operator
@@ -194,6 +195,7 @@ def _cycle(operator: Operator, state: Restarted, key: PRNGKey, tolerance: float,
     return restart_cycle(operator.flat_mv, state, plan, tolerance, key)
 
 
+@owning_directory
 def _long_eigenpairs(
     operator: Operator,
     key: PRNGKey,

@@ -115,7 +115,7 @@ def _load() -> tuple[np.ndarray, np.ndarray]:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            'the digits come with scikit-learn, which is not installed; run pip install "attnlab[real]".'
+            "the digits come with scikit-learn, which is not installed; run pip install scikit-learn."
         ) from error
     data = load_digits()
     return data.images, data.target

@@ -8,6 +8,7 @@ optimizer that preconditions by P does so for the eigenvalues of P^-1/2 H P^-1/2
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, ArrayLike
 
-from attnlab.checks import is_concrete, unknown_name
+from attnlab.checks import check_arrays, check_names, is_concrete, unknown_name
 from attnlab.curvature.transforms import adam_preconditioner, rmsprop_preconditioner
 from attnlab.types import Params, Scalar
 
@@ -114,10 +115,12 @@ def stable_optimizer(name: str, learning_rate: LearningRate, **options: float) -
     and `nesterov`; `b2` (0.99), `eps` of `rmsprop`; `b1`, `b2`, `eps` of `adam`; these and `weight_decay` of `adamw`.
     Thresholds: 2/eta for gd and rmsprop, (2 + 2 beta)/eta, (2 + 2 beta)/((1 + 2 beta) eta), (2 + 2 b1)/((1 - b1) eta)
     for adam, and (2 - eta weight_decay)(1 + b1)/((1 - b1) eta) for adamw. Raises `ValueError` for an optimizer whose
-    threshold is not known, or a number out of its range (`check_hyperparameters`); a schedule is not looked into.
+    threshold is not known, an option that it does not have, or a number out of its range (`check_hyperparameters`); a
+    schedule is not looked into.
     """
     if name not in RULES:
         raise unknown_name("optimizer with a known stability threshold", name, RULES)
+    check_names(f"option of {name}", options, [*signature(RULES[name]).parameters][1:])
     check_hyperparameters(**options)
     if not callable(learning_rate):
         check_hyperparameters(learning_rate=learning_rate)
@@ -132,6 +135,7 @@ def check_hyperparameters(**numbers: ArrayLike) -> None:
         if name not in _RANGES or not is_concrete(value):
             continue
         holds, expected = _RANGES[name]
+        check_arrays(name, value)
         if not np.all(np.isfinite(value) & holds(np.asarray(value))):
             raise ValueError(f"{name} is {value}; expected {expected}.")
 

@@ -9,14 +9,17 @@ model's own predictions (not to the targets) says which family it belongs to. Fo
 cut after that layer. Inputs must be isotropic, or whitened first: a model that preconditions is not a function of G.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
+from attnlab.checks import check_finite, check_names, check_positive, check_range, is_concrete
 from attnlab.icl.baselines import empirical_moments
 from attnlab.icl.constructions import gd_plus_plus_residual
 from attnlab.icl.probes import Model, predictions
@@ -116,11 +119,24 @@ def _fit(starts: Float[Array, "starts p"], data: _Spectral, family: str, layers:
 
 
 def fit_family(model: Model, prompts: Prompt, family: str, layers: int, key: PRNGKey, starts: int = 16) -> Fit:
-    """Fit one family of `FAMILIES` with `layers` steps to half of the prompts, and score it on the rest."""
+    """Fit one family of `FAMILIES` with `layers` steps to half of the prompts, and score it on the rest.
+
+    Raises `ValueError` for an unknown family, numbers that are not positive, less than two prompts, or a model whose
+    predictions are all zero, or not finite: there is nothing to compare with.
+    """
+    check_names("family", [family], FAMILIES)
+    check_positive(layers=layers, starts=starts)
+    check_range("the number of prompts", len(prompts.target), 2, math.inf, "One half is fitted, the other scored.")
     return _fit_outputs(predictions(model, prompts), prompts, family, layers, key, starts)
 
 
 def _fit_outputs(outputs: Array, prompts: Prompt, family: str, layers: int, key: PRNGKey, starts: int = 16) -> Fit:
+    check_finite("the model's predictions", outputs)
+    if is_concrete(outputs) and not np.any(outputs[len(outputs) // 2 :]):
+        raise ValueError(
+            "the model predicts 0 on all prompts that the fit is scored on; expected a prediction that depends on the "
+            "prompt, since errors are relative to it. Train the model first."
+        )
     data = _spectral(prompts, outputs)
     half = len(outputs) // 2
     train, held_out = (jax.tree.map(lambda x, part=part: x[part], data) for part in (slice(half), slice(half, None)))

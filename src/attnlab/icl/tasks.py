@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from attnlab.checks import check_finite, is_concrete, unknown_name
+from attnlab.checks import check_finite, check_integer, check_positive, is_concrete, unknown_name
 from attnlab.types import PRNGKey, Real, Scalar
 
 
@@ -133,7 +133,8 @@ def with_tasks(problem: LinearRegression, tasks: Float[Array, "M d"]) -> LinearR
 
 
 def isotropic(dimension: int, noise_variance: float = 0.0, dtype: jnp.dtype | None = None) -> LinearRegression:
-    """x and w both N(0, I_d)."""
+    """x and w both N(0, I_d). Raises `ValueError` for a dimension that is no positive whole number."""
+    check_positive(dimension=dimension)
     return linear_regression(jnp.eye(dimension, dtype=dtype), noise_variance=noise_variance)
 
 
@@ -334,6 +335,7 @@ def _label(key: PRNGKey, inputs: Array, query: Array, task: Array, noise_varianc
 
 def _check_size(length: int, batch: int) -> None:
     for name, value in (("length", length), ("batch", batch)):
+        check_integer(**{name: value})
         if value < 1:
             raise ValueError(
                 f"{name} is {value}; expected at least 1: a context of length 0 has nothing to learn from."

@@ -1,5 +1,6 @@
 """One self-attention layer as a Flax module with the parameters that the theory names."""
 
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from attnlab.checks import check_positive, unknown_name
+from attnlab.checks import check_number, check_positive, is_concrete, unknown_name
 from attnlab.models import heads as equations
 from attnlab.models.initializers import initializer
 from attnlab.models.layers import check_inputs, linear
@@ -50,6 +51,10 @@ class AttentionConfig:
         check_positive(key_dim=self.key_dim, value_dim=self.value_dim, heads=self.heads)
         check_positive(output_dim=1 if self.output_dim is None else self.output_dim)
         initializer(self.init, self.gain)
+        for name in ("gain", "scale"):
+            value = getattr(self, name)
+            if value is not None and is_concrete(value):
+                check_number(name, value, -sys.float_info.max, sys.float_info.max, "Leave it out for the default.")
         if self.weights not in equations.WEIGHTS:
             raise unknown_name("kind of attention weights", self.weights, equations.WEIGHTS)
         if self.merged and self.bias:

@@ -18,8 +18,26 @@ FONT_PLACE = "{embedded font}"
 """Stands in the page for the font until all of its characters are known."""
 
 
-def write_report(path: Path, verdicts: Mapping[str, Any], figures: Path, scripts: Mapping[str, Path]) -> None:
-    """Write the report to `path`.
+def read_verdicts(path: Path) -> dict[str, Any]:
+    """What `attnlab verify --json` wrote. Raises `FileNotFoundError`, or `ValueError` for a file of anything else."""
+    if not path.exists():
+        raise FileNotFoundError(f"there are no verdicts in {path}. Make them with attnlab verify --json {path}.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}; expected what attnlab verify --json writes.") from error
+    rows = content["verdicts"] if isinstance(content, dict) and content.keys() >= RUN else None
+    if not (isinstance(rows, list) and all(isinstance(row, dict) and row.keys() >= ROW for row in rows)):
+        raise ValueError(f"{path} holds no verdicts; expected what attnlab verify --json writes.")
+    return content
+
+
+RUN = {"verdicts", "config", "versions", "device", "seconds"}
+ROW = {"claim", "strand", "statement", "source", "relation", "predicted", "measured", "error", "passed", "seconds"}
+
+
+def write_report(path: Path, verdicts: Mapping[str, Any], figures: Path, scripts: Mapping[str, Path]) -> list[str]:
+    """Write the report to `path`; returns which figures were left out of it, and why.
 
     Args:
         path: of the HTML file.
@@ -31,13 +49,15 @@ def write_report(path: Path, verdicts: Mapping[str, Any], figures: Path, scripts
         loader=jinja2.PackageLoader("attnlab.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["math"] = mathematics
+    shown_figures, left_out = _figures(figures, scripts)
     page = environment.get_template("page.html").render(
-        run=verdicts, strands=_strands(verdicts["verdicts"]), figures=_figures(figures, scripts), family=FAMILY
+        run=verdicts, strands=_strands(verdicts["verdicts"]), figures=shown_figures, family=FAMILY
     )
     shown = set(html.unescape(page))
     page = page.replace(FONT_PLACE, embedded_font(shown), 1)
     with replace_file(path) as partial:
         partial.write_text(page, encoding="utf-8")
+    return left_out
 
 
 def _strands(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -49,18 +69,23 @@ def _strands(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]
     strands: dict[str, list[dict[str, Any]]] = {}
     for claim in claims.values():
         claim["passed"] = all(row["passed"] for row in claim["rows"])
+        tried = [row for row in claim["rows"] if not row.get("skipped")]
+        claim["skipped"] = len(tried) < len(claim["rows"]) and all(row["passed"] for row in tried)
         claim["seconds"] = sum(row["seconds"] for row in claim["rows"])
         strands.setdefault(claim["strand"], []).append(claim)
     return strands
 
 
-def _figures(folder: Path, scripts: Mapping[str, Path]) -> list[dict[str, Any]]:
-    found = []
-    for manifest in sorted(folder.glob("*.json")):
-        image = manifest.with_suffix(".png")
-        if manifest.stem.endswith("-smoke") or not image.exists():
+def _figures(folder: Path, scripts: Mapping[str, Path]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The figures, and why others of the folder are none."""
+    found, left_out = [], []
+    for name in sorted({file.stem for pattern in ("*.json", "*.png") for file in folder.glob(pattern)}):
+        manifest, image = folder / f"{name}.json", folder / f"{name}.png"
+        try:
+            record = _manifest(manifest, image)
+        except ValueError as error:
+            left_out.append(str(error))
             continue
-        record = json.loads(manifest.read_text())
         name = record.get("analysis", manifest.stem)
         found.append(
             {
@@ -71,4 +96,20 @@ def _figures(folder: Path, scripts: Mapping[str, Path]) -> list[dict[str, Any]]:
                 "stale": staleness(record, scripts.get(name)),
             }
         )
-    return found
+    return found, left_out
+
+
+def _manifest(path: Path, image: Path) -> dict[str, Any]:
+    """The manifest of a figure; raises `ValueError` for what is no figure of the report."""
+    if path.stem.endswith("-smoke"):
+        raise ValueError(f"{image} (of a smoke run)")
+    for file in (path, image):
+        if not file.exists():
+            raise ValueError(f"{path.with_suffix('')} (there is no {file.name})")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{image} (its manifest {path.name} is no JSON: {error})") from error
+    if not (isinstance(record, dict) and isinstance(record.get("sources", {}), dict)):
+        raise ValueError(f"{image} (its manifest {path.name} is not one)")
+    return record

@@ -1,18 +1,21 @@
 """The training loop and the probes inside it."""
 
+from attnlab.runs import DamagedFileError
 from attnlab.training.batches import minibatches
 from attnlab.training.loop import Progress, Trajectory, train
 from attnlab.training.probe import Probe, TrainingState, probe
-from attnlab.training.records import DivergenceError, Records, load_records
+from attnlab.training.records import DivergenceError, Records, load_params, load_records
 from attnlab.training.report import show_progress
 
 __all__ = [
+    "DamagedFileError",
     "DivergenceError",
     "Probe",
     "Progress",
     "Records",
     "TrainingState",
     "Trajectory",
+    "load_params",
     "load_records",
     "minibatches",
     "probe",

@@ -1,16 +1,18 @@
 """A training run on disk: what was measured, appended part by part, and the newest state, replaced whole.
 
 The state is written after the part it belongs to, and names how many parts it stands behind: a run that is killed
-between the two repeats the last interval.
+between the two repeats the last interval. What is measured at the end stands in a file of its own, which a run that
+goes on leaves behind. Every file holds the run's identity and a digest of what is in it.
 """
 
 import hashlib
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from attnlab.runs import replace_file
+from attnlab.runs import DamagedFileError, read_archive, write_archive
 from attnlab.types import PyTree
 
 SEPARATOR = "//"
@@ -55,31 +57,98 @@ def fingerprint(tree: PyTree) -> str:
     return digest.hexdigest()
 
 
-def _part(directory: Path, number: int) -> Path:
-    return directory / f"part_{number:06d}.npz"
+STATE = "state.npz"
+END = "end.npz"
 
 
-def _state(directory: Path) -> Path:
-    return directory / "state.npz"
+def _part(number: int) -> str:
+    return f"part_{number:06d}.npz"
 
 
-def saved_parts(directory: Path) -> list[dict[str, np.ndarray]]:
-    """The records of all parts of the run in `directory`: arrays by the path of their leaf, joined by `SEPARATOR`.
+class Saved(NamedTuple):
+    """One file: the identity of its run, how many parts there were when it was written, and arrays by name."""
+
+    identity: str
+    parts: int
+    arrays: dict[str, np.ndarray]
+
+
+def _read(path: Path) -> Saved:
+    arrays = read_archive(path)
+    if not {"identity", "parts"} <= arrays.keys():
+        raise DamagedFileError(path, "is no file of a run: it holds no identity")
+    return Saved(str(arrays.pop("identity")), int(arrays.pop("parts")), arrays)
+
+
+def _read_part(directory: Path, number: int, identity: str) -> dict[str, np.ndarray]:
+    found = _read(directory / _part(number))
+    if (found.identity, found.parts) != (identity, number + 1):
+        raise DamagedFileError(directory / _part(number), "belongs to another run than the files around it")
+    return found.arrays
+
+
+def _read_end(directory: Path, state: Saved) -> dict[str, np.ndarray] | None:
+    """What was measured at the end, if the run stands there."""
+    if not (directory / END).exists():
+        return None
+    found = _read(directory / END)
+    return found.arrays if (found.identity, found.parts) == (state.identity, state.parts) else None
+
+
+def saved_parts(directory: Path) -> tuple[list[dict[str, np.ndarray]], DamagedFileError | None]:
+    """The records of all parts of the run in `directory`, arrays by the path of their leaf joined by `SEPARATOR`, up
+    to the first file that is damaged, and what is wrong with that.
 
     Raises `FileNotFoundError` where nothing was saved.
     """
-    path = _state(directory)
-    if not path.exists():
+    if not (directory / STATE).exists() and not (directory / _part(1)).exists():
         raise FileNotFoundError(
             f"{directory} holds no saved run; expected the directory that was given to train, after its first part."
         )
-    with np.load(path, allow_pickle=False) as archive:
-        count = int(archive["parts"])
-    parts = []
-    for number in range(count):
-        with np.load(_part(directory, number), allow_pickle=False) as archive:
-            parts.append({name.split(":", 1)[1]: archive[name] for name in archive.files if ":" in name})
-    return parts
+    parts: list[dict[str, np.ndarray]] = []
+    try:
+        state = _read(directory / STATE)
+    except DamagedFileError as error:
+        return _parts_without_state(directory), error
+    try:
+        for number in range(state.parts):
+            parts.append(_by_path(_read_part(directory, number, state.identity)))
+        end = _read_end(directory, state)
+    except DamagedFileError as error:
+        return parts, error
+    return parts if end is None else [*parts, _by_path(end)], None
+
+
+def _parts_without_state(directory: Path) -> list[dict[str, np.ndarray]]:
+    """The parts from the first on that are of one run."""
+    parts: list[dict[str, np.ndarray]] = []
+    try:
+        identity = _read(directory / _part(0)).identity
+        while True:
+            parts.append(_by_path(_read_part(directory, len(parts), identity)))
+    except DamagedFileError:
+        return parts
+
+
+def _by_path(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name.split(":", 1)[1]: array for name, array in arrays.items()}
+
+
+def saved_state(directory: Path) -> dict[str, np.ndarray]:
+    """The leaves of the newest state by their path. Raises `FileNotFoundError` where nothing was saved."""
+    if not (directory / STATE).exists():
+        raise FileNotFoundError(
+            f"{directory} holds no saved run; expected the directory that was given to train, after its first part."
+        )
+    return _by_path(_read(directory / STATE).arrays)
+
+
+class Restored(NamedTuple):
+    """A run as it was saved; `end` is what was measured at its end, None if it has not come to one."""
+
+    parts: list[PyTree]
+    end: PyTree | None
+    state: PyTree
 
 
 class Checkpoint:
@@ -90,32 +159,39 @@ class Checkpoint:
 
     def exists(self) -> bool:
         """Whether anything was saved."""
-        return _state(self.directory).exists()
+        return (self.directory / STATE).exists()
 
     def save(self, number: int, records: PyTree, state: PyTree) -> None:
         """Append the records of part `number`, then replace the state."""
-        for path, tree in ((_part(self.directory, number), records), (_state(self.directory), state)):
-            with replace_file(path) as partial:
-                named = _named_arrays(tree)
-                np.savez(partial, allow_pickle=False, identity=self.identity, parts=number + 1, **named)
+        self._write(_part(number), number + 1, records)
+        self._write(STATE, number + 1, state)
 
-    def restore(self, records: PyTree, state: PyTree) -> tuple[list[PyTree], PyTree] | None:
-        """The records of all parts and the state, shaped like the templates; None where nothing was saved.
+    def save_end(self, parts: int, records: PyTree) -> None:
+        """Add what was measured behind the last of so many parts."""
+        self._write(END, parts, records)
 
-        Raises `ValueError` if the directory holds a run of another identity.
+    def restore(self, records: PyTree, state: PyTree) -> Restored | None:
+        """What was saved, shaped like the templates; None where nothing was.
+
+        Raises `ValueError` if the directory holds a run of another identity, `DamagedFileError` for a file that is
+        not as it was written.
         """
         if not self.exists():
             return None
-        count, arrays = self._read(_state(self.directory))
-        parts = [_like(records, self._read(_part(self.directory, number))[1]) for number in range(count)]
-        return parts, _like(state, arrays)
+        found = _read(self.directory / STATE)
+        if found.identity != self.identity:
+            raise ValueError(
+                f"{self.directory} holds another run (other data, parameters, key, model, optimizer or probes, down to "
+                "their options, or another version of JAX); expected one of the same to resume. Name another "
+                "directory, or delete this one."
+            )
+        parts = [_read_part(self.directory, number, self.identity) for number in range(found.parts)]
+        end = _read_end(self.directory, found)
+        return Restored(
+            [_like(records, list(part.values())) for part in parts],
+            None if end is None else _like(records, list(end.values())),
+            _like(state, list(found.arrays.values())),
+        )
 
-    def _read(self, path: Path) -> tuple[int, list[np.ndarray]]:
-        with np.load(path, allow_pickle=False) as archive:
-            if str(archive["identity"]) != self.identity:
-                raise ValueError(
-                    f"{self.directory} holds another run (other data, parameters, key, step counts, model, "
-                    "optimizer or probes, down to their options, or another version of JAX); "
-                    "expected one of the same to resume. Name another directory, or delete this one."
-                )
-            return int(archive["parts"]), [archive[name] for name in archive.files if ":" in name]
+    def _write(self, name: str, parts: int, tree: PyTree) -> None:
+        write_archive(self.directory / name, {"identity": self.identity, "parts": parts, **_named_arrays(tree)})

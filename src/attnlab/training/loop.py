@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,12 +13,13 @@ import numpy as np
 import optax
 from jaxtyping import Array, ArrayLike, Bool
 
-from attnlab.checks import check_finite, check_intervals, check_leading_axis
+from attnlab.checks import check_arrays, check_finite, check_intervals, check_leading_axis
 from attnlab.objective import Objective, check_loss, check_objective
-from attnlab.training.checkpoint import Checkpoint, fingerprint
-from attnlab.training.optimizer import check_optimizer, member_values, start_optimizer, update
+from attnlab.runs import DamagedFileError, owned_directory
+from attnlab.training.checkpoint import Checkpoint, Restored, fingerprint
+from attnlab.training.optimizer import check_optimizer, check_state, member_values, set_values, start_optimizer, update
 from attnlab.training.probe import Probe, TrainingState, by_name, check_probes, measure, median_of_finite, start_probes
-from attnlab.training.records import Records, check_no_divergence, concatenate
+from attnlab.training.records import Records, check_no_divergence, concatenate, load_records
 from attnlab.types import Params, PRNGKey, PyTree
 
 Resample = Callable[[PRNGKey, Objective], Objective]
@@ -77,6 +79,7 @@ def train(
     resample: Resample | None = None,
     hyperparameters: Mapping[str, ArrayLike] | None = None,
     own_risks: bool = False,
+    start: TrainingState | None = None,
     directory: Path | str | None = None,
     report: Callable[[Progress], Any] | None = None,
 ) -> Trajectory:
@@ -93,10 +96,10 @@ def train(
 
     Args:
         risk: the objective; full batch unless `resample` is given.
-        params: where to start.
+        params: where to start; not looked at where `start` is given.
         optimizer: any optax gradient transformation; one that takes extra arguments is given the step's loss as
-            `value`, its gradient as `grad` and its objective as `value_fn`.
-        key: for `resample` and the probes.
+            `value`, its gradient as `grad`, its objective as `value_fn` and that one's gradient as `grad_fn`.
+        key: for `resample` and the probes; not looked at where `start` is given.
         steps: number of steps, a multiple of `every`.
         every: the probes are taken before step 0, `every`, 2 `every`, ..., and after the last: steps / every + 1 times.
         probes: by name.
@@ -105,28 +108,44 @@ def train(
             the state of an optimizer that was wrapped in `optax.inject_hyperparams`.
         own_risks: every member has its own data: all leaves of `risk` have the ensemble's leading axis too (build it
             with `jax.vmap`, or stack objectives leaf by leaf).
+        start: the state that a run ended in (`Trajectory.state`), to take `steps` further steps from: with its
+            parameters, its optimizer's state, its key, its count of steps, and what its probes remember, the numbers
+            are those of one longer run. Probes that it does not know start there.
         directory: where to save; a run that was killed resumes there, and gives the same numbers on the same machine.
-            It loses at most one of the `PARTS` parts. A run that differs in anything, or another version of JAX, is
-            another run. `load_records` reads what it measured so far.
+            It loses at most one of the `PARTS` parts. With more `steps` than it has taken, a finished run goes on. A
+            run that differs in anything else, or another version of JAX, is another run. One run at a time writes
+            there. `load_records` reads what it measured so far, `load_params` where it stands.
         report: called between the parts.
 
     Raises `ValueError` for steps that `every` does not divide, a loss that is not finite at the start, an unknown
-    hyperparameter, leaves without an ensemble's axis or a directory of another run, `TypeError` for a probe whose
+    hyperparameter, leaves without an ensemble's axis, a `start` of another optimizer, a directory of another run or of
+    one that has taken more steps; `DamagedFileError` (a `ValueError`, with the `records` before the damage) for a file
+    there that is not as it was written, `BlockingIOError` while another run writes there, `TypeError` for a probe whose
     memory changes structure, `DivergenceError` when the loss or the parameters are no longer finite: what was saved
     until then stays.
     """
     check_intervals(steps, every)
     steps, every = int(steps), int(every)  # 1e4 is a whole number too
+    if start is not None:
+        params, key = _started(start)
     members = _members(key)
     if own_risks and members is None:
         raise ValueError("own_risks is for ensembles; expected keys of shape (m,), and got one key. Split it.")
     plan = _Plan(optimizer, by_name(probes or {}), every, resample, members, own_risks)
-    start = _first_state(risk, params, key, plan, hyperparameters or {})
-    checkpoint = None
-    if directory is not None:
-        checkpoint = Checkpoint(Path(directory), f"{_identity(risk, start, plan)}/{steps}")
-    parts, state = _run_parts(risk, start, plan, steps, checkpoint, report)
+    with nullcontext() if directory is None else owned_directory(Path(directory)):
+        first = _first_state(risk, params, key, plan, hyperparameters or {}, start)
+        checkpoint = None if directory is None else Checkpoint(Path(directory), _identity(risk, first, plan))
+        parts, state = _run_parts(risk, first, plan, steps, checkpoint, report)
     return Trajectory(concatenate(parts), state)
+
+
+def _started(start: Any) -> tuple[Params, PRNGKey]:
+    if not isinstance(start, TrainingState):
+        raise TypeError(
+            f"start is a {type(start).__name__}; expected the state that a run ended in, train(...).state. Parameters "
+            "alone are given as params."
+        )
+    return start.params, start.key
 
 
 def _members(key: PRNGKey) -> int | None:
@@ -142,7 +161,12 @@ def _members(key: PRNGKey) -> int | None:
 
 
 def _first_state(
-    risk: Objective, params: Params, key: PRNGKey, plan: _Plan, hyperparameters: Mapping[str, ArrayLike]
+    risk: Objective,
+    params: Params,
+    key: PRNGKey,
+    plan: _Plan,
+    hyperparameters: Mapping[str, ArrayLike],
+    start: TrainingState | None,
 ) -> TrainingState:
     """The state before the first step, all but the memory of the probes; checks all that can be checked by then."""
     _check_functions(risk, plan)
@@ -158,9 +182,19 @@ def _first_state(
     def build(params: Params, key: PRNGKey, values: dict[str, Array]) -> TrainingState:
         return TrainingState(jnp.array(0), params, start_optimizer(plan.optimizer, params, values), key, {})
 
+    def go_on(state: TrainingState, values: dict[str, Array]) -> TrainingState:
+        return state._replace(optimizer_state=set_values(state.optimizer_state, values))
+
     values = member_values(hyperparameters, plan.members)
-    build = build if plan.members is None else jax.vmap(build)
-    state = build(jax.tree.map(jnp.asarray, params), key, values)
+    each = (lambda function: function) if plan.members is None else jax.vmap
+    params = jax.tree.map(jnp.asarray, params)
+    if start is None:
+        state = each(build)(params, key, values)
+    else:
+        fresh = jax.eval_shape(each(build), params, key, {})
+        check_state("start", start.optimizer_state, fresh.optimizer_state)
+        kept = {name: start.memory[name] for name, _ in plan.probes if name in start.memory}
+        state = each(go_on)(start._replace(params=params, memory=kept), values)
     one_risk, one_state = _one_risk(risk, plan), _one_member(state, plan)
     check_probes(one_risk, one_state, plan.probes)
     _check_resample(one_risk, one_state.key, plan.resample)
@@ -174,12 +208,18 @@ def _loss(risk: Objective, params: Params) -> Array:
 
 def _check_functions(risk: Any, plan: _Plan) -> None:
     """What a user may pass in place of an objective or an optimizer."""
+    if not callable(risk):
+        raise TypeError(
+            f"risk is a {type(risk).__name__}; expected an Objective. Build it with "
+            "attnlab.objective.objective(predict, loss, inputs, targets)."
+        )
     if any(callable(leaf) for leaf in jax.tree.leaves(risk)):
         raise TypeError(
             f"risk is a {type(risk).__name__} that holds a function; expected an Objective, whose leaves are arrays. "
             "Build it with attnlab.objective.objective(predict, loss, inputs, targets), or give a function of the "
             "parameters alone as jax.tree_util.Partial(function)."
         )
+    check_arrays("risk", risk)
     check_optimizer(plan.optimizer)
     for name, function in (("optimizer", plan.optimizer), ("resample", plan.resample), *plan.probes):
         try:
@@ -192,7 +232,10 @@ def _check_functions(risk: Any, plan: _Plan) -> None:
 
 
 def _check_resample(risk: Objective, key: PRNGKey, resample: Resample | None) -> None:
-    drawn = risk if resample is None else jax.eval_shape(resample, key, risk)
+    try:
+        drawn = risk if resample is None else jax.eval_shape(resample, key, risk)
+    except TypeError as error:
+        raise TypeError(f"resample failed: {error}; expected a function resample(key, risk) -> risk.") from error
     if not callable(drawn):
         raise TypeError(
             f"resample returned a {type(drawn).__name__}; expected an Objective on other data. "
@@ -218,8 +261,9 @@ def _step_of(state: TrainingState) -> Array:
 
 
 def _identity(risk: Objective, state: TrainingState, plan: _Plan) -> str:
-    """A digest of all that decides a run's numbers, up to the number of steps: its arrays, and its program, which holds
-    what is no array: the model, the loss, the optimizer with its schedule, `every`, and the probes with their options.
+    """A digest of all that decides a run's numbers, but for the number of steps: its arrays, and its program, which
+    holds what is no array: the model, the loss, the optimizer with its schedule, `every`, and the probes with their
+    options.
     """
     started = jax.eval_shape(lambda risk, state: _start_probes(risk, state, plan), risk, state)
     programs = _start_probes.lower(risk, state, plan), _advance.lower(risk, started, plan, 1)
@@ -228,14 +272,16 @@ def _identity(risk: Objective, state: TrainingState, plan: _Plan) -> str:
     return f"{fingerprint((risk, state))}/{hashlib.sha256(text.encode()).hexdigest()}"
 
 
-def _restore(
-    risk: Objective, state: TrainingState, plan: _Plan, checkpoint: Checkpoint | None
-) -> tuple[list[Records], TrainingState] | None:
+def _restore(risk: Objective, state: TrainingState, plan: _Plan, checkpoint: Checkpoint | None) -> Restored | None:
     if checkpoint is None:
         return None
     state = jax.eval_shape(lambda risk, state: _start_probes(risk, state, plan), risk, state)
     records = jax.eval_shape(lambda risk, state: _advance(risk, state, plan, 1)[1], risk, state)
-    return checkpoint.restore(records, state)
+    try:
+        return checkpoint.restore(records, state)
+    except DamagedFileError:
+        load_records(checkpoint.directory)  # raises the same, with what can be read
+        raise
 
 
 def _run_parts(
@@ -248,23 +294,36 @@ def _run_parts(
 ) -> tuple[list[Records], TrainingState]:
     intervals = steps // plan.every
     size = -(-intervals // PARTS)
-    sizes = [min(size, intervals - done) for done in range(0, intervals, size)]
-    parts, state = _restore(risk, state, plan, checkpoint) or ([], _start_probes(risk, state, plan))
-    for number in range(len(parts), len(sizes)):
-        state, records, finite = _advance(risk, state, plan, sizes[number])
+    last = int(_step_of(state)) + steps
+    restored = _restore(risk, state, plan, checkpoint) or Restored([], None, _start_probes(risk, state, plan))
+    parts, state = [*restored.parts], restored.state
+    left = (last - int(_step_of(state))) // plan.every
+    _check_left(left, last, state, checkpoint)
+    while left:
+        state, records, finite = _advance(risk, state, plan, min(size, left))
+        left -= len(records.steps)
         parts.append(records)
         check_no_divergence(parts, finite, plan.members, checkpoint)
         if checkpoint is not None:
-            checkpoint.save(number, records, state)
+            checkpoint.save(len(parts) - 1, records, state)
         if report is not None:
             newest = jax.tree.map(lambda leaf: np.asarray(leaf[-1]), records.values)
             loss = float(median_of_finite(records.losses[-1:].ravel()))
-            report(Progress(int(_step_of(state)), steps, loss, newest, plan.members))
-    if len(parts) == len(sizes):
-        parts.append(Records(_step_of(state)[None], _measure_last(risk, state, plan), parts[0].losses[:0]))
+            report(Progress(int(_step_of(state)), last, loss, newest, plan.members))
+    end = restored.end if len(parts) == len(restored.parts) else None
+    if end is None:
+        end = Records(_step_of(state)[None], _measure_last(risk, state, plan), parts[0].losses[:0])
         if checkpoint is not None:
-            checkpoint.save(len(sizes), parts[-1], state)
-    return parts, state
+            checkpoint.save_end(len(parts), end)
+    return [*parts, end], state
+
+
+def _check_left(left: int, last: int, state: TrainingState, checkpoint: Checkpoint | None) -> None:
+    if left < 0 and checkpoint is not None:
+        raise ValueError(
+            f"steps would end at step {last}, and the run in {checkpoint.directory} has gone on to step "
+            f"{int(_step_of(state))}; expected as many steps at least. load_records reads the first of them."
+        )
 
 
 @jax.jit(static_argnames=("plan", "intervals"))

@@ -1,5 +1,6 @@
 """The optimizer inside the training loop: any of optax, with the hyperparameters that a run sets in its state."""
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike
 
+from attnlab.checks import check_arrays
 from attnlab.types import Params, Scalar
 
 
@@ -26,6 +28,10 @@ def member_values(hyperparameters: Mapping[str, ArrayLike], members: int | None)
 
     Raises `ValueError` for any other shape than a scalar or (members,).
     """
+    if not isinstance(hyperparameters, Mapping):
+        raise TypeError(f"hyperparameters is a {type(hyperparameters).__name__}; expected a dict of numbers by name.")
+    for name, value in hyperparameters.items():
+        check_arrays(f"hyperparameter '{name}'", value)
     values = {name: jnp.asarray(value) for name, value in hyperparameters.items()}
     expected = "a scalar, or keys of shape (m,) to train m members" if members is None else f"() or ({members},)"
     for name, value in values.items():
@@ -42,7 +48,11 @@ def start_optimizer(
     Raises `ValueError` for one that the state does not hold, that follows a schedule, or that it holds as an integer
     while the value is none.
     """
-    state = _standard_promotion(optimizer.init)(params)
+    return set_values(_standard_promotion(optimizer.init)(params), values)
+
+
+def set_values(state: optax.OptState, values: Mapping[str, Array]) -> optax.OptState:
+    """The state with the hyperparameters of these names replaced; errors as of `start_optimizer`."""
     for name, value in values.items():
         dtype = _held_dtype(state, name)
         if jnp.issubdtype(value.dtype, jnp.floating) and not jnp.issubdtype(dtype, jnp.floating):
@@ -52,6 +62,20 @@ def start_optimizer(
             )
         state = optax.tree.set(state, _entry_of("hyperparams"), **{name: value.astype(dtype)})
     return state
+
+
+def check_state(name: str, state: optax.OptState, expected: optax.OptState) -> None:
+    """Raise `ValueError` if the optimizer state of a run that goes on is not like that of its optimizer."""
+    found, wanted = (
+        [(jax.tree_util.keystr(path), jnp.shape(leaf)) for path, leaf in jax.tree.leaves_with_path(tree)]
+        for tree in (state, expected)
+    )
+    if found != wanted:
+        differing = [path for path, _ in sorted(set(found) ^ set(wanted))]
+        raise ValueError(
+            f"{name} holds the state of another optimizer, which differs at {', '.join(differing[:4])}; expected that "
+            "of the optimizer that is given. Go on with the same one, or start anew from its params."
+        )
 
 
 def _held_dtype(state: optax.OptState, name: str) -> Any:
@@ -85,9 +109,19 @@ def update(
     risk: Callable[[Params], Scalar],
 ) -> tuple[Params, optax.OptState]:
     """The optimizer's updates and its state after a step. It is told the loss, for a step set by it
-    (`optax.polyak_sgd`), and the risk, for a line search (`optax.lbfgs`)."""
+    (`optax.polyak_sgd`), the risk, for a line search (`optax.lbfgs`), and the risk's gradient (`optax.contrib.sam`)."""
     step = _standard_promotion(optax.with_extra_args_support(optimizer).update)
-    return step(gradient, state, params, value=loss, grad=gradient, value_fn=risk)
+    told = {"value": loss, "grad": gradient, "value_fn": risk, "grad_fn": lambda at, *_: jax.grad(risk)(at)}
+    while True:
+        try:
+            return step(gradient, state, params, **told)
+        except TypeError as error:  # an optimizer, maybe one within another, that takes some of these alone
+            refused = _REFUSED.search(str(error))
+            if refused is None or told.pop(refused[1], None) is None:
+                raise
+
+
+_REFUSED = re.compile(r"unexpected keyword argument '(\w+)'")
 
 
 def _standard_promotion(function: Callable) -> Callable:

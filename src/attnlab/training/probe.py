@@ -1,6 +1,7 @@
 """What is measured during training: a probe is a small pure function taken inside the training scan."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
+from attnlab.checks import check_arrays
 from attnlab.objective import Objective
 from attnlab.trees import leaf_names
 from attnlab.types import Params, PRNGKey, PyTree
@@ -73,10 +75,12 @@ def by_name(probes: Mapping[str, Probe]) -> NamedProbes:
 
 
 def start_probes(risk: Objective, state: TrainingState, probes: NamedProbes) -> TrainingState:
-    """The state with what every probe remembers at the start."""
+    """The state with what every probe remembers at the start, or still does of an earlier run."""
     memory = {}
     for number, (name, each) in enumerate(probes):
-        memory[name] = each.start(risk, state, _probe_key(state, number))
+        kept = name in state.memory
+        with _naming(name):
+            memory[name] = state.memory[name] if kept else each.start(risk, state, _probe_key(state, number))
     return state._replace(memory=memory)
 
 
@@ -84,14 +88,27 @@ def measure(risk: Objective, state: TrainingState, probes: NamedProbes) -> tuple
     """What every probe measures, and what it remembers from now on, by name."""
     values, memory = {}, {}
     for number, (name, each) in enumerate(probes):
-        measured = each.measure(risk, state, state.memory[name], _probe_key(state, number))
+        with _naming(name):
+            measured = each.measure(risk, state, state.memory[name], _probe_key(state, number))
         if not (isinstance(measured, tuple) and len(measured) == 2):
             raise TypeError(
                 f"probe '{name}' returned a {type(measured).__name__}; expected the pair (values, memory). "
                 "A plain function of (risk, params) becomes a probe by attnlab.training.probe."
             )
+        check_arrays(f"probe '{name}' returned a value, which", measured[0])
         values[name], memory[name] = measured
     return values, memory
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Says which probe it was that raised an error."""
+    try:
+        yield
+    except Exception as error:
+        kind = next((kind for kind in (ValueError, TypeError) if isinstance(error, kind)), RuntimeError)
+        what = str(error) if type(error) is kind else f"{type(error).__name__}: {error}"
+        raise kind(f"probe '{name}': {what}") from error
 
 
 def _probe_key(state: TrainingState, number: int) -> PRNGKey:

@@ -9,7 +9,8 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from attnlab.training.checkpoint import SEPARATOR, Checkpoint, saved_parts
+from attnlab.runs import DamagedFileError
+from attnlab.training.checkpoint import SEPARATOR, Checkpoint, saved_parts, saved_state
 from attnlab.training.probe import summary
 from attnlab.types import PyTree
 
@@ -44,11 +45,38 @@ def load_records(directory: Path | str) -> Records:
     """What a run with this `directory` has saved so far, whether it finished, diverged, was killed or still runs.
 
     NumPy arrays, read without the model or the probes: a named tuple that a probe returned comes back as a dict by
-    field, a tuple as a dict by position ("0", "1", ...). Raises `FileNotFoundError` where nothing was saved.
+    field, a tuple as a dict by position ("0", "1", ...). Raises `FileNotFoundError` where nothing was saved, and
+    `DamagedFileError`, which holds the `records` before the damage, for a file that is not as it was written.
     """
-    parts = [unflatten_dict(part, sep=SEPARATOR) for part in saved_parts(Path(directory))]
-    whole = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+    parts, damage = saved_parts(Path(directory))
+    records = _join(parts) if parts else None
+    if damage is None:
+        assert records is not None
+        return records
+    count = 0 if records is None else len(records.losses)
+    raise DamagedFileError(
+        damage.path,
+        damage.problem,
+        records,
+        f"The records of the {count} steps before it are in this error's records. Delete {directory} to run anew.",
+    ) from damage
+
+
+def _join(parts: list[dict[str, np.ndarray]]) -> Records:
+    nested = [unflatten_dict(part, sep=SEPARATOR) for part in parts]
+    whole = jax.tree.map(lambda *leaves: np.concatenate(leaves), *nested)
     return Records(whole["steps"], whole.get("values", {}), whole["losses"])
+
+
+def load_params(directory: Path | str) -> PyTree:
+    """The newest parameters that a run with this `directory` has saved, read without the model: NumPy arrays in nested
+    dicts, named as `load_records` names what probes returned. Errors as of `load_records`."""
+    found = saved_state(Path(directory))
+    prefix = f"params{SEPARATOR}"
+    if "params" in found:  # a single array
+        return found["params"]
+    held = {name.removeprefix(prefix): leaf for name, leaf in found.items() if name.startswith(prefix)}
+    return unflatten_dict(held, sep=SEPARATOR)
 
 
 def check_no_divergence(
@@ -60,6 +88,7 @@ def check_no_divergence(
     records = concatenate(parts)
     losses = np.asarray(records.losses)
     first = int(np.argmin([*_any_finite(losses), False]))
+    step = int(records.steps[0]) + first
     before = losses[first - 1 : first]
     last = f"; the last finite loss was {before[np.isfinite(before)].min():.6g}" if first else ""
     remedy = (
@@ -69,18 +98,18 @@ def check_no_divergence(
         else "Look at the objective where the run starts."
     )
     raise DivergenceError(
-        f"{_what_diverged(losses, first, members)}{last}{_last_finite_probes(records, members)}. {remedy} "
+        f"{_what_diverged(losses, first, step, members)}{last}{_last_finite_probes(records, members)}. {remedy} "
         f"Measurements until then are in this error's records{_where_saved(checkpoint)}.",
         records,
     )
 
 
-def _what_diverged(losses: np.ndarray, first: int, members: int | None) -> str:
+def _what_diverged(losses: np.ndarray, first: int, step: int, members: int | None) -> str:
     if members is None and first < len(losses) and np.isinf(losses[first]):
-        return f"the loss at step {first} is {losses[first]}"
+        return f"the loss at step {step} is {losses[first]}"
     what = "the loss or a parameter" if first < len(losses) else "a parameter"
     who = "" if members is None else f" in any of the {members} members"
-    return f"{what} at step {first} is not finite{who}"
+    return f"{what} at step {step} is not finite{who}"
 
 
 def _where_saved(checkpoint: Checkpoint | None) -> str:
