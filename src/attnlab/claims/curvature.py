@@ -146,13 +146,13 @@ def temperature_scales_the_blocks(key: PRNGKey) -> Comparison:
         before = attention_hessian(config, params, inputs, targets).norms()["full"]
         predicted += [factor**power * before[pair] for pair, power in powers.items()]
         same_attention = {**params, divided: params[divided] / factor}
-        written = partial(_written_out, inputs, targets, factor * config.score_scale)
+        written = partial(written_out, inputs, targets, factor * config.score_scale)
         after = jax.jit(jax.hessian(written))(same_attention)
         measured += [jnp.linalg.norm(after[row][column]) for row, column in powers]
     return Comparison(jnp.stack(predicted), jnp.stack(measured))
 
 
-def _written_out(inputs: Array, targets: Array, scale: float, params: dict[str, Array]) -> Array:
+def written_out(inputs: Array, targets: Array, scale: float, params: dict[str, Array]) -> Array:
     """Mean squared error of softmax attention with scores `scale` X W_QK X^T."""
     product = params["query_key"] if "query_key" in params else params["query"] @ params["key"].T
     weights = jnp.exp(scale * inputs @ product @ inputs.T)
@@ -328,20 +328,26 @@ def cross_entropy_curvature_at_zero_is_half_the_square_loss(key: PRNGKey) -> Com
 
 
 @claim(
-    statement=r"\text{float32 error of the closed form} \le \text{float32 error of autodiff, for tokens } X + 30",
-    source="derived here: moments are centred before they are squared",
-    tolerance=0.0,
-    because="an inequality between two errors against float64",
-    relation="at most",
+    statement=r"\text{tokens } X + 30:\ \text{the relative float32 error of } H[Q,Q] \text{ is } 10^{-5.35} \text{ in closed form, and }"
+    r" 10^{-2.15} \text{ by autodiff}",
+    source="derived here: moments are centred before they are squared; the sizes are measured",
+    tolerance=0.3,
+    because="means of log10 over 24 layers, which scatter by 0.08 and 0.11; query weights of a hundredth keep the attention "
+    "soft, and the block from vanishing. Autodiff is the control",
 )
 def centred_moments_beat_autodiff_in_float32(key: PRNGKey) -> Comparison:
     """Errors in the query block, whose entries lose all digits to an offset of the tokens when moments are not centred."""
+    errors = [_single_precision_errors(each) for each in jax.random.split(key, 24)]
+    return Comparison([-5.35, -2.15], np.log10(errors).mean(axis=0), scale=1)
+
+
+def _single_precision_errors(key: PRNGKey) -> list[float]:
+    """Of the closed form and of autodiff, relative to the float64 block."""
     params, inputs, targets = instance(key, SOFTMAX)
-    offset = inputs + 30.0
+    params, offset = {**params, "query": params["query"] / 100}, inputs + 30.0
     exact = attention_hessian(SOFTMAX, params, offset, targets).block("query", "query").dense()
     single = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (params, offset, targets))
     risk = objective(from_linen(SelfAttention(SOFTMAX)), square_loss, *single[1:])
     ours = attention_hessian(SOFTMAX, *single).block("query", "query").dense()
     autodiff = hessian(risk, single[0], block="query", check=False).dense()
-    errors = [np.linalg.norm(np.asarray(found, float) - exact) for found in (autodiff, ours)]
-    return Comparison(errors[0], errors[1], scale=np.linalg.norm(exact))
+    return [float(np.linalg.norm(np.asarray(each, float) - exact) / np.linalg.norm(exact)) for each in (ours, autodiff)]
