@@ -328,17 +328,17 @@ def cross_entropy_curvature_at_zero_is_half_the_square_loss(key: PRNGKey) -> Com
 
 
 @claim(
-    statement=r"\text{tokens } X + 30:\ \text{the relative float32 error of } H[Q,Q] \text{ is } 10^{-5.35} \text{ in closed form, and }"
-    r" 10^{-2.15} \text{ by autodiff}",
+    statement=r"\text{tokens } X + 30:\ \text{the relative float32 error of } H[Q,Q] \text{ is } 10^{-5.44} \text{ in closed form, and }"
+    r" 10^{-2.12} \text{ by autodiff}",
     source="derived here: moments are centred before they are squared; the sizes are measured",
     tolerance=0.3,
-    because="means of log10 over 24 layers, which scatter by 0.08 and 0.11; query weights of a hundredth keep the attention "
+    because="means of log10 over 24 layers, which scatter by 0.1 on seeds 0 to 9; query weights of a hundredth keep the attention "
     "soft, and the block from vanishing. Autodiff is the control",
 )
 def centred_moments_beat_autodiff_in_float32(key: PRNGKey) -> Comparison:
     """Errors in the query block, whose entries lose all digits to an offset of the tokens when moments are not centred."""
     errors = [_single_precision_errors(each) for each in jax.random.split(key, 24)]
-    return Comparison([-5.35, -2.15], np.log10(errors).mean(axis=0), scale=1)
+    return Comparison([-5.44, -2.12], np.log10(errors).mean(axis=0), scale=1)
 
 
 def _single_precision_errors(key: PRNGKey) -> list[float]:

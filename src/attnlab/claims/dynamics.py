@@ -161,7 +161,8 @@ def attention_entropy_is_above_its_spectral_bound(key: PRNGKey) -> Comparison:
         bound, attained = _attaining_row(basis, count)
         bounds.append(-bound)
         found.append(-attained)
-    return Comparison(*(jnp.concatenate([part.ravel() for part in parts]) for parts in (bounds, found)), scale=1)
+    predicted, measured = (jnp.concatenate([part.ravel() for part in parts]) for parts in (bounds, found))
+    return Comparison(predicted, measured, scale=1)
 
 
 @claim(
