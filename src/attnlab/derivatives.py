@@ -99,6 +99,8 @@ def choose_route(build: Callable[..., Any], *arguments: PyTree) -> Route:
         jax.eval_shape(partial(build, REVERSE), *arguments)
         return REVERSE
     except Exception as error:
+        if not any(word in reason for word in ("custom_vjp", "JVP", "ifferentia", "transpos")):
+            raise  # nothing to do with derivatives
         raise TypeError(
             f"the model or the loss has no second derivative: forward over reverse fails ({reason}), and so does "
             f"reverse over reverse ({_first_line(error)}). Expected differentiable operations, in the backward pass of "

@@ -30,27 +30,43 @@ NIGHTLY = {
 """Claims that compile for 10 seconds and more."""
 
 
-# Seeds 2 and 3 take twice as long again: they run nightly, and by `attnlab verify --seeds 1 2 3`.
-@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 3))])
+# The seeds beyond the first take twice as long again: they run nightly, and by `attnlab verify --seeds 0 1 ... 9`.
+@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (0, *range(2, 10)))])
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in NIGHTLY else name for name in load_claims()]
 )
-def test_claim_holds_and_fails_on_a_shifted_measurement(name, seed):
+def test_claim_holds_and_fails_under_plausible_errors(name, seed):
     checked = claim_by_name(name)
     comparison = checked.compare(jax.random.key(seed))
     verdict = with_comparison(checked, comparison).verify(seed)
     assert verdict.passed, f"predicted {verdict.predicted}, measured {verdict.measured}, error {verdict.error:.3g}"
-    shift = (-1 if checked.relation == "at least" else 1) * noticeable(checked, comparison)
-    wrong = comparison._replace(measured=np.asarray(comparison.predicted, float) + shift)
-    assert not with_comparison(checked, wrong).verify(seed).passed
+    wrong = mutations(checked, comparison)
+    survived = {error for error in wrong if with_comparison(checked, wrong[error]).verify(seed).passed}
+    allowed = {"factor 1", "factor -1"} if name in LOOSE else set()
+    assert survived <= allowed, f"passes under {survived}: predicted {verdict.predicted}, measured {verdict.measured}"
+
+
+def mutations(checked, comparison):
+    """The comparison under plausible errors of its measurement: a factor of 2 either way, a shift either way from what
+    is predicted; where the relation is one-sided, the one way only that makes it worse. Twice the measurement is half
+    the bound."""
+    predicted, measured = (np.asarray(numbers, float) for numbers in comparison[:2])
+    errors = {}
+    for side in {"equal": (-1, 1), "at most": (1,), "at least": (-1,)}[checked.relation]:
+        errors[f"shift {side}"] = predicted + side * noticeable(checked, comparison)
+        # What is zero to rounding has no factor.
+        if np.any(predicted != 0) or checked.relation != "equal":
+            errors[f"factor {side}"] = np.where(side * measured > 0, 2 * measured, measured / 2)
+    return {error: comparison._replace(measured=wrong) for error, wrong in errors.items()}
 
 
 def noticeable(checked, comparison):
-    """An error that any tolerance must be too tight for: half of what is predicted, six standard errors, two of the
-    units that a claim sets itself."""
+    """A shift that any tolerance must be too tight for: half of what is predicted; six standard errors; 1 where the
+    scale is, which is what an exponent may be wrong by; two of the units that a claim sets itself."""
     if comparison.scale is None:
         return 0.5 * np.max(np.abs(comparison.predicted))
-    return (6 if "standard error" in checked.because else 2) * np.asarray(comparison.scale)
+    units = 6 if "standard error" in checked.because else 1 if checked.tolerance < 1 else 2
+    return units * np.asarray(comparison.scale, float)
 
 
 def with_comparison(checked, comparison):

@@ -145,10 +145,8 @@ def test_one_directory_serves_every_damping(tmp_path, monkeypatch):
         seen: list[Progress] = []
         for damping in (3.0, 4.0):
             found = run(damping=damping, report=seen.append)
-            error = found.standard_error + found.bound
-            assert (
-                abs(found.value - exact(damping)) <= 8 * error
-            )  # four probes give Student's t with 3 degrees of freedom
+            # Four probes give Student's t with 3 degrees of freedom.
+            assert abs(found.value - exact(damping)) <= 8 * found.error
             if damping == 3.0:
                 assert seen[0].products > 26  # what was done is not done again
                 seen.clear()

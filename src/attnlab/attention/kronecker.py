@@ -261,7 +261,12 @@ def _exponent(array: Array) -> Int[Array, ""]:
 
 def times_power(number: Float[Array, "..."], exponent: Int[Array, ""]) -> Float[Array, "..."]:
     """2^exponent times a number, where zero stays zero whatever the exponent."""
-    return jnp.where(number == 0, number, jnp.ldexp(number, exponent))
+    # Two factors, as one of them alone may be out of range; products by numbers, as `ldexp` of an array takes its time.
+    limit = 2 * (int(jnp.finfo(number.dtype).maxexp) - 2)
+    exponent = jnp.clip(exponent, -limit, limit)
+    half = exponent // 2
+    first, second = (jnp.ldexp(jnp.ones((), number.dtype), power) for power in (half, exponent - half))
+    return number * first * second
 
 
 def _divided(term: Term, exponents: list[Array], common: Array) -> Term:

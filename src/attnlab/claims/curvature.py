@@ -6,6 +6,7 @@ autodiff.
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -129,10 +130,12 @@ def uniform_attention_over_centred_tokens_has_no_value_curvature(key: PRNGKey) -
     r"\ W_{QK} \to W_{QK} / c:\ H[V,QK] \to c,\ H[QK,QK] \to c^2",
     source=f"{PAPER}, equation 4, where every query or key index of a block brings one factor of the scale; derived here",
     tolerance=1e-10,
-    because="an identity: the attention matrix is the same",
+    because="an identity: the attention matrix is the same. The sharper layer's blocks are by autodiff, the other's in "
+    "closed form; to rounding, 1e-13 on seeds 0 to 9",
 )
 def temperature_scales_the_blocks(key: PRNGKey) -> Comparison:
-    """Blocks at scale 1, and at scale c with the key weights, or the merged query-key weights, divided by c."""
+    """Norms of the blocks at scale 1 in closed form; at scale c, with the key weights or the merged query-key weights
+    divided by c, from the Hessian by autodiff of a layer written out here."""
     factor, predicted, measured = 3.0, [], []
     merged_powers = {VV: 0, ("value", "query_key"): 1, ("query_key", "query_key"): 2}
     for config, divided, powers in (
@@ -140,13 +143,21 @@ def temperature_scales_the_blocks(key: PRNGKey) -> Comparison:
         (replace(SOFTMAX, merged=True), "query_key", merged_powers),
     ):
         params, inputs, targets = instance(key, config)
-        sharper = replace(config, scale=factor * config.score_scale)
-        same_attention = {**params, divided: params[divided] / factor}
         before = attention_hessian(config, params, inputs, targets).norms()["full"]
-        after = attention_hessian(sharper, same_attention, inputs, targets).norms()["full"]
         predicted += [factor**power * before[pair] for pair, power in powers.items()]
-        measured += [after[pair] for pair in powers]
+        same_attention = {**params, divided: params[divided] / factor}
+        written = partial(written_out, inputs, targets, factor * config.score_scale)
+        after = jax.jit(jax.hessian(written))(same_attention)
+        measured += [jnp.linalg.norm(after[row][column]) for row, column in powers]
     return Comparison(jnp.stack(predicted), jnp.stack(measured))
+
+
+def written_out(inputs: Array, targets: Array, scale: float, params: dict[str, Array]) -> Array:
+    """Mean squared error of softmax attention with scores `scale` X W_QK X^T."""
+    product = params["query_key"] if "query_key" in params else params["query"] @ params["key"].T
+    weights = jnp.exp(scale * inputs @ product @ inputs.T)
+    outputs = weights / jnp.sum(weights, axis=1, keepdims=True) @ inputs @ params["value"]
+    return jnp.mean((outputs - targets) ** 2)
 
 
 class ThroughProduct(NamedTuple):
@@ -239,18 +250,20 @@ def a_merged_matrix_has_no_paired_eigenvalues(key: PRNGKey) -> Comparison:
 
 
 @claim(
-    statement=r"\mathrm{rank}(J^\top U J) \le 2kd - k^2 \text{ for } k < d",
+    statement=r"\mathrm{rank}\,J = 2kd - k^2 \text{ for } k < d,\ \text{ and } \mathrm{rank}(J^\top U J) = \mathrm{rank}\,J"
+    r"\text{ where } U \text{ has full rank } d^2;\ \text{ the whole Hessian is beyond it}",
     source="dimension of the matrices of rank k; derived here",
     tolerance=0.0,
-    because="a count of eigenvalues above 1e-9 of the largest",
-    relation="at most",
+    because="counts of eigenvalues above 1e-9 of the largest; 21 on seeds 0 to 9, of 30 parameters and 25 entries of "
+    "the product. The control, the Hessian with its second term, has rank 30",
 )
 def curvature_through_the_product_is_rank_deficient(key: PRNGKey) -> Comparison:
-    """Rank of the curvature that passes through the product W_Q W_K^T."""
-    chained = jax.jit(query_key_remainder)(key).chained
-    eigenvalues = np.abs(np.linalg.eigvalsh(chained))
+    """Ranks of the curvature that passes through the product W_Q W_K^T, of that in the product, and of the whole."""
+    found = jax.jit(query_key_remainder)(key)
     width = SOFTMAX.key_dim
-    return Comparison(2 * width * WIDTH - width**2, np.sum(eigenvalues > 1e-9 * eigenvalues.max()), scale=1)
+    matrices = found.chained, found.inner, found.chained + found.remainder
+    ranks = [np.linalg.matrix_rank(matrix, rtol=1e-9, hermitian=True) for matrix in matrices]
+    return Comparison([2 * width * WIDTH - width**2, WIDTH**2, 2 * width * WIDTH], ranks, scale=1)
 
 
 @claim(
@@ -315,20 +328,26 @@ def cross_entropy_curvature_at_zero_is_half_the_square_loss(key: PRNGKey) -> Com
 
 
 @claim(
-    statement=r"\text{float32 error of the closed form} \le \text{float32 error of autodiff, for tokens } X + 30",
-    source="derived here: moments are centred before they are squared",
-    tolerance=0.0,
-    because="an inequality between two errors against float64",
-    relation="at most",
+    statement=r"\text{tokens } X + 30:\ \text{the relative float32 error of } H[Q,Q] \text{ is } 10^{-5.44} \text{ in closed form, and }"
+    r" 10^{-2.12} \text{ by autodiff}",
+    source="derived here: moments are centred before they are squared; the sizes are measured",
+    tolerance=0.3,
+    because="means of log10 over 24 layers, which scatter by 0.1 on seeds 0 to 9; query weights of a hundredth keep the attention "
+    "soft, and the block from vanishing. Autodiff is the control",
 )
 def centred_moments_beat_autodiff_in_float32(key: PRNGKey) -> Comparison:
     """Errors in the query block, whose entries lose all digits to an offset of the tokens when moments are not centred."""
+    errors = [_single_precision_errors(each) for each in jax.random.split(key, 24)]
+    return Comparison([-5.44, -2.12], np.log10(errors).mean(axis=0), scale=1)
+
+
+def _single_precision_errors(key: PRNGKey) -> list[float]:
+    """Of the closed form and of autodiff, relative to the float64 block."""
     params, inputs, targets = instance(key, SOFTMAX)
-    offset = inputs + 30.0
+    params, offset = {**params, "query": params["query"] / 100}, inputs + 30.0
     exact = attention_hessian(SOFTMAX, params, offset, targets).block("query", "query").dense()
     single = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (params, offset, targets))
     risk = objective(from_linen(SelfAttention(SOFTMAX)), square_loss, *single[1:])
     ours = attention_hessian(SOFTMAX, *single).block("query", "query").dense()
     autodiff = hessian(risk, single[0], block="query", check=False).dense()
-    errors = [np.linalg.norm(np.asarray(found, float) - exact) for found in (autodiff, ours)]
-    return Comparison(errors[0], errors[1], scale=np.linalg.norm(exact))
+    return [float(np.linalg.norm(np.asarray(each, float) - exact) / np.linalg.norm(exact)) for each in (ours, autodiff)]

@@ -3,6 +3,7 @@
 from functools import partial
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -29,11 +30,18 @@ EDGE = "Cohen, Kaur, Li, Kolter, Talwalkar, arXiv 2103.00065"
 
 def settled_ratio(risk: Objective, params: Params, name: str, rate: float, steps: int, key: PRNGKey) -> float:
     """Mean of sharpness over threshold in the second half of a run."""
+    ratio, _ = _edge_run(risk, params, name, rate, steps, key)
+    return float(ratio[len(ratio) // 2 :].mean())
+
+
+def _edge_run(
+    risk: Objective, params: Params, name: str, rate: float, steps: int, key: PRNGKey
+) -> tuple[np.ndarray, Params]:
+    """Sharpness over threshold every 50 steps of a run, and where it ends."""
     optimizer = stable_optimizer(name, rate)
     probes = {"edge": stability(optimizer)}
-    records = train(risk, params, optimizer.transformation, key, steps=steps, every=50, probes=probes).records
-    ratio = np.asarray(records.values["edge"]["ratio"])
-    return float(ratio[len(ratio) // 2 :].mean())
+    run = train(risk, params, optimizer.transformation, key, steps=steps, every=50, probes=probes)
+    return np.asarray(run.records.values["edge"]["ratio"]), run.params
 
 
 @claim(
@@ -51,12 +59,19 @@ def gradient_descent_settles_at_the_edge(key: PRNGKey) -> Comparison:
     statement=r"\lambda_1(H) < 2 / \eta \text{ where the loss is fitted before the edge is reached}",
     source="derived here: the negative control of the edge of stability",
     tolerance=0.0,
-    because="one-sided: 0.95 of the edge is well below where training at the edge settles",
+    because="one-sided: over seeds 0 to 9 the mean ratio was 0.32 to 0.59. Twice its own dense eigenvalue by autodiff, the control, "
+    "would be at the edge and is held from both sides, to 1 %",
     relation="at most",
 )
 def an_easy_regression_stays_below_the_edge(key: PRNGKey) -> Comparison:
-    """The same measurement on a regression with an attention teacher, at the same rate, 0.1."""
-    return Comparison(0.95, settled_ratio(*easy_regression(key), "gd", 0.1, 2000, key))
+    """The same measurement on a regression with an attention teacher, at the same rate, 0.1; and the last ratio over
+    that of the largest eigenvalue of the dense Hessian at the end, from above and from below."""
+    risk, params = easy_regression(key)
+    records, end = _edge_run(risk, params, "gd", 0.1, 2000, key)
+    flat, unravel = jax.flatten_util.ravel_pytree(end)
+    dense = jax.jit(jax.hessian(lambda vector: risk(unravel(vector))))(flat)
+    relative = records[-1] / (0.1 / 2 * np.linalg.eigvalsh(dense)[-1])
+    return Comparison([0.95, 1.01, -0.99], [records[len(records) // 2 :].mean(), relative, -relative], scale=1)
 
 
 @claim(
@@ -124,11 +139,12 @@ def _flow_distances(risk: Objective, path: Params, start: int, key: PRNGKey) -> 
     r"\beta = e^{-\sigma\sqrt{T/(T-1)}},\ \sigma = \tau \|W_K W_Q^\top\| \|X\|^2",
     source="Zhai et al., arXiv 2303.06296, theorem 3.1",
     tolerance=1e-12,
-    because="an inequality: only rounding may go beyond it",
+    because="an inequality: only rounding may go beyond it. The control is a layer that attains the bound, turned round: "
+    "there a bound any higher or lower fails",
     relation="at least",
 )
 def attention_entropy_is_above_its_spectral_bound(key: PRNGKey) -> Comparison:
-    """Every row of every head of a random layer, at several scales of the tokens."""
+    """Every row of every head of a random layer, at several scales of the tokens; and the attaining rows, negated."""
     module = SelfAttention(AttentionConfig(key_dim=3, value_dim=3, heads=2, causal=True))
     bounds, found = [], []
     for scale in (0.1, 1.0, 5.0):
@@ -140,7 +156,13 @@ def attention_entropy_is_above_its_spectral_bound(key: PRNGKey) -> Comparison:
         )
         bounds.append(entropy_bound(call))
         found.append(entropy(weights))
-    return Comparison(jnp.stack(bounds), jnp.stack(found), scale=1)
+    basis = jnp.linalg.qr(jax.random.normal(key, (4, 4)))[0]
+    for count in (2, 5):
+        bound, attained = _attaining_row(basis, count)
+        bounds.append(-bound)
+        found.append(-attained)
+    predicted, measured = (jnp.concatenate([part.ravel() for part in parts]) for parts in (bounds, found))
+    return Comparison(predicted, measured, scale=1)
 
 
 @claim(

@@ -39,16 +39,16 @@ def fitted_risks(key: PRNGKey) -> Float[Array, " 3"]:
 
 
 @claim(
-    statement=r"\text{the risk of a preconditioner fitted to } n \text{ prompts peaks at } n = d^2 \text{, the number of its entries}",
+    statement=r"\text{the risk of a preconditioner fitted to } n \text{ prompts peaks at } n = d^2 \text{, the number of its entries:}"
+    r"\ 16 \text{ times that at } d^2/4 \text{ and } 40 \text{ times that at } 4 d^2 \quad (d = 4,\ N = 16)",
     source="double descent of least squares at the interpolation threshold; for prompts, derived here",
-    tolerance=0.0,
-    because="medians over 40 fits: at the peak at least four times those at d^2 / 4 and 4 d^2",
-    relation="at least",
+    tolerance=0.3,
+    because="log2 of ratios of medians over 2,000 fits; on seeds 0 to 9 15.2 to 18.5 and 35.8 to 45.4",
 )
 def prompts_as_many_as_entries_are_the_worst(key: PRNGKey) -> Comparison:
     """Median risk at n = d^2 over those at a quarter and four times as many prompts."""
-    few, peak, many = np.median(fitted_risks(jax.random.split(key, 40)), axis=0)
-    return Comparison([4.0, 4.0], [peak / few, peak / many], scale=1)
+    few, peak, many = np.median(fitted_risks(jax.random.split(key, 2000)), axis=0)
+    return Comparison(np.log2([16.0, 40.0]), np.log2([peak / few, peak / many]), scale=1)
 
 
 THOUGHT_DIMENSION, THOUGHT_WIDTH, THOUGHT_LENGTH = 4, 3, 24
@@ -68,18 +68,18 @@ def thought_errors(prompt: Prompt, steps: Float[Array, "N w"], needed: Array) ->
 
 @claim(
     statement=r"y = v^\top \mathrm{relu}(W x): \text{ regression step by step is exact once every step was seen active } d"
-    r" \text{ times, and off by } 10^{-3.5} \text{ one example earlier}",
+    r" \text{ times, and off by } 10^{-3.9} \text{ one example earlier}",
     source="chain of thought as filtering and composition is that of Li et al., arXiv 2305.18869; the threshold derived here",
-    tolerance=1.5,
-    because="decades of the median squared error over 300 prompts; after the threshold it is rounding",
+    tolerance=0.25,
+    because="decades of the median squared error over 5,000 prompts, which scatters by 0.08 on seeds 0 to 9; after the threshold it is rounding",
 )
 def chain_of_thought_is_exact_from_one_example_to_the_next(key: PRNGKey) -> Comparison:
     """log10 of median squared errors on both sides of the threshold; labels have variance 1; d = 4, three steps."""
-    prompts, steps = composition_prompts(key, THOUGHT_DIMENSION, THOUGHT_WIDTH, THOUGHT_LENGTH, 300)
+    prompts, steps = composition_prompts(key, THOUGHT_DIMENSION, THOUGHT_WIDTH, THOUGHT_LENGTH, 5000)
     steps = steps[:, :-1]
     needed = jax.vmap(lambda s: examples_needed(s, THOUGHT_DIMENSION))(steps)
     errors = np.asarray(thought_errors(prompts, steps, needed))[np.asarray(needed) <= THOUGHT_LENGTH]
-    return Comparison([-3.5, -31.0], np.log10(np.median(errors, axis=0)), scale=1)
+    return Comparison([-3.92, -30.95], np.log10(np.median(errors, axis=0)), scale=1)
 
 
 @claim(

@@ -166,22 +166,27 @@ def averages_of_fewer_tokens_lose_curvature_as_they_lose_output(key: PRNGKey) ->
 @claim(
     statement=r"\text{the attention of jax.nn takes its softmax in 32 bits of 64-bit inputs: errors of } 10^{-7}",
     source="measured here against 80-bit arithmetic; the cast to float32 is in JAX's own implementation of it",
-    tolerance=1.0,
-    because="log base 10 of the relative error: rounding of 32 bits is 6e-8; ours, of 64 bits, counts as 0 below 1e-14",
+    tolerance=0.15,
+    because="log base 10 of the relative error, mean over 8 heads: -7.09 within 0.07 on seeds 0 to 9, as rounding of 32 bits "
+    "is 6e-8; ours, the control, of 64 bits, counts as 0 below 1e-15",
 )
 def the_library_attention_is_exact_to_single_precision(key: PRNGKey) -> Comparison:
     """Outputs of the library's and of our attention on 12 tokens in 64 bits."""
+    errors = np.array([_library_and_own_error(each) for each in jax.random.split(key, 8)])
+    return Comparison([-7.09, 0.0], [np.log10(errors[:, 0]).mean(), float(errors[:, 1].max() > 1e-15)], scale=1)
+
+
+def _library_and_own_error(key: PRNGKey) -> list[float]:
     queries, keys, values = head_inputs(key, value_dim=4)
     q, k, v = (np.asarray(x, np.longdouble) for x in (queries, keys, values))
     masses = np.exp(q @ k.T)
     wanted = masses @ v / masses.sum(axis=1, keepdims=True)
     with jax.numpy_dtype_promotion("standard"):  # it mixes 64 and 32 bits, which strict promotion refuses
         library = jax.nn.dot_product_attention(*(x[None, :, None] for x in (queries, keys, values)), scale=1.0)
-    theirs, ours = (
+    return [
         float(np.linalg.norm(np.asarray(outputs, np.longdouble) - wanted) / np.linalg.norm(wanted))
         for outputs in (library[0, :, 0], exact()(queries, keys, values))
-    )
-    return Comparison([-7.0, 0.0], [np.log10(theirs), 1e15 * ours / 10], scale=1)
+    ]
 
 
 @claim(

@@ -171,9 +171,10 @@ def hessian(risk: Risk, params: Params, *, block: Block | None = None, check: bo
     - examples: the outputs of a part of the batch are those of the whole, and the loss is the mean over parts
       (`CurvatureWarning`: single sequences, sums and contrastive losses fail it).
 
-    Of a `BatchedObjective` the first batch is tested, coupled examples raise `ValueError`, and so does a batch that
-    reads differently the second time. `verify(risk, params, key)` tests more, at the point it is given; every Lanczos
-    run tests the symmetry on its way.
+    Of a `BatchedObjective` the first batch is tested, but every batch is read a second time and compared, and its
+    examples are: coupled ones raise `ValueError`, and so does a batch that reads differently. Whatever `check` is, a
+    loss that is not finite and labels that are no class raise `ValueError`, where values can be looked at.
+    `verify(risk, params, key)` tests more, at the point it is given; every Lanczos run tests the symmetry on its way.
     """
     return _build(_hessian, risk, params, block, check)
 

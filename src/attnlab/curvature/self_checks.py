@@ -95,7 +95,7 @@ def direction(params: Params, random: np.random.Generator) -> Vector:
 
 def check_risk(risk: Risk, params: Params) -> None:
     """Raise `VerificationError` if the risk evaluates differently when it is traced again, and warn where the examples
-    of an objective in memory are coupled; in batches (where it looks at the first) that raises `ValueError`.
+    of an objective in memory are coupled; in batches that raises `ValueError`.
 
     Compiles the outputs of the batch and of a part of it, and no derivative.
     """

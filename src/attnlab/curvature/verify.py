@@ -41,8 +41,9 @@ def verify(risk: Risk, params: Params, key: PRNGKey, *, examples: bool = True) -
       the difference sees the jumps of the derivative between its two points, which autodiff does not);
     - `symmetry`: <u, H v> = <v, H u> for random u and v.
 
-    Costs a few evaluations, gradients and products. Of a `BatchedObjective` the first batch is looked at, and whether
-    it reads the same twice. Raises `VerificationError`, which lists every check that failed.
+    Costs a few evaluations, gradients and products. Of a `BatchedObjective` the first batch is looked at; of all of
+    them, whether they read the same twice and are means over their examples. Raises `VerificationError`, which lists
+    every check that failed.
     """
     check_objective(risk, params)
     if isinstance(risk, BatchedObjective):
