@@ -117,11 +117,12 @@ def update(
             return step(gradient, state, params, **told)
         except TypeError as error:  # an optimizer, maybe one within another, that takes some of these alone
             refused = _REFUSED.search(str(error))
-            if refused is None or told.pop(refused[1], None) is None:
+            if refused is None or told.pop(refused["name"], None) is None:
                 raise
 
 
-_REFUSED = re.compile(r"unexpected keyword argument '(\w+)'")
+_REFUSED = re.compile(r"(unexpected keyword argument |not consumed by `value_fn`: \[)'(?P<name>\w+)'")
+"""How Python refuses an argument, and how optax's line searches do, which hand on what they do not take."""
 
 
 def _standard_promotion(function: Callable) -> Callable:
