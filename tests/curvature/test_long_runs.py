@@ -222,9 +222,19 @@ class Fails:
         return poison * jnp.mean((outputs - targets) ** 2)
 
 
+class FailsTwice:
+    """A square loss that is finite, but not its derivatives, for batches whose first target is large: a root at 0."""
+
+    def __call__(self, outputs, targets):
+        distance = jnp.sum((outputs - jax.lax.stop_gradient(outputs)) ** 2)
+        return jnp.mean((outputs - targets) ** 2) + jnp.sqrt(distance + jnp.where(targets[0] > 100.0, 0.0, 1.0))
+
+
 def test_a_bad_batch_is_named():
     batches = [(np.ones((4, 3)), np.zeros(4)), (np.ones((4, 3)), np.full(4, 1e3)), (np.ones((2, 3)), np.zeros(2))]
-    risk = batched(lambda params, x: jnp.tanh(x @ params), Fails(), batches)
+    with pytest.raises(ValueError, match="batch 1: the loss is nan at these parameters"):
+        hessian(batched(lambda params, x: jnp.tanh(x @ params), Fails(), batches), jnp.ones(3))
+    risk = batched(lambda params, x: jnp.tanh(x @ params), FailsTwice(), batches)
     with pytest.raises(NonFiniteProductError, match="step 0 of probe 0; the first batch that gives one is batch 1"):
         spectral_density(hessian(risk, jnp.ones(3)), jax.random.key(1), probes=1, steps=2)
 
