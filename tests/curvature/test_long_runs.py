@@ -236,7 +236,7 @@ def test_a_bad_batch_is_named():
         hessian(batched(lambda params, x: jnp.tanh(x @ params), Fails(), batches), jnp.ones(3))
     risk = batched(lambda params, x: jnp.tanh(x @ params), FailsTwice(), batches)
     with pytest.raises(NonFiniteProductError, match="step 0 of probe 0; the first batch that gives one is batch 1"):
-        spectral_density(hessian(risk, jnp.ones(3)), jax.random.key(1), probes=1, steps=2)
+        spectral_density(hessian(risk, jnp.ones(3), check=False), jax.random.key(1), probes=1, steps=2)
 
 
 def late_nan(matrix, vector):
