@@ -38,8 +38,9 @@ ADAM_PROBES = {"adam": stability(ADAM), "plain": top_eigenvalues()}
     statement=r"\lambda_1(P^{-1/2} H P^{-1/2}) \to \frac{2 + 2\beta_1}{(1 - \beta_1)\eta} \text{ under Adam},"
     r"\text{ while } \tfrac{\eta}{2}\lambda_1(H) \ll 1",
     source="Cohen et al., arXiv 2207.14484, section 3",
-    tolerance=0.1,
-    because="ADAMSCATTER; the plain one, of the edge of gradient descent at this rate, is the negative control",
+    tolerance=0.08,
+    because="means over 200 steps: 0.96 to 0.98 on seeds 0 to 3; the plain sharpness, the negative control, at 0.06 to 0.12 of "
+    "the edge of gradient descent at this rate, has a tolerance of 0.2",
 )
 def adam_settles_at_its_own_edge(key: PRNGKey) -> Comparison:
     """Means over the second half of 400 steps on 16 digits, over the edge of Adam and over that of gradient descent."""
@@ -48,7 +49,7 @@ def adam_settles_at_its_own_edge(key: PRNGKey) -> Comparison:
     values = run.records.values
     own = np.asarray(values["adam"]["ratio"])[20:].mean()
     plain = np.asarray(values["plain"]["values"])[20:, -1].mean() * RATE / 2
-    return Comparison(np.array([1.0, 0.0]), np.array([own, plain]))
+    return Comparison(np.array([1.0, 0.0]), np.array([own, plain]), scale=np.array([1.0, 2.5]))
 
 
 @claim(
@@ -119,8 +120,9 @@ def warmup_survives_a_sharp_start(key: PRNGKey) -> Comparison:
 @claim(
     statement=r"\tfrac{\eta}{2} \lambda_1(H): 12 \to 1 \text{ behind a warm-up}",
     source="Gilmer et al., arXiv 2110.04369; Kalra, Barkeshli, arXiv 2406.09405",
-    tolerance=0.2,
-    because="the sharpness swings above the edge by some 10 %; it starts, the negative control, at twelve times the edge",
+    tolerance=0.12,
+    because="the sharpness swings above the edge: means over the last 200 steps of 1.06 and 1.08 on seeds 0 and 1; it "
+    "starts, the negative control, at twelve times the edge, relative to which that is measured",
 )
 def warmup_ends_at_the_edge(key: PRNGKey) -> Comparison:
     """The same blocks over 400 steps, the first 80 of them of warm-up: before, and a mean over the last 200."""

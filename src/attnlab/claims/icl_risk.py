@@ -56,7 +56,7 @@ STANDARD_ERRORS = 4.5
 ADAM = optax.adam(optax.cosine_decay_schedule(0.02, 1500))  # one object, so that seeds share a compiled loop
 NEWTON = jax.jit(stationary_point)
 SAMPLED = f"{STANDARD_ERRORS} standard errors of the mean over sampled prompts; a Gaussian exceeds them once in 150,000"
-POOLED = SAMPLED + ". Half a million of them: 4.5 standard errors are 1 % of a risk"
+POOLED = SAMPLED + ". Half a million of them: 4.5 standard errors are 1 to 2 % of a risk"
 
 
 def random_covariance(key: PRNGKey) -> Float[Array, "d d"]:

@@ -153,7 +153,8 @@ def recall_errors_form_a_ladder(key: PRNGKey) -> Comparison:
     source="Cabannes, Dohmatob, Bietti, arXiv 2310.02984 (thresholded storage; the constant d / 8 is chosen here); "
     "the sum, and the chance of a right guess: derived here",
     tolerance=5.0,
-    because="in standard errors over ten draws, per mills of the error and less; no crosstalk confuses what is stored",
+    because="in standard errors over ten draws, a thousandth of the error and less but for the draws, at d = 64, where crosstalk "
+    "confuses an item that is stored",
 )
 def associative_memory_scales_with_dimension(key: PRNGKey, size: int = 1) -> Comparison:
     """Error at d = 64 ... 512, alpha = 2, 200 classes, 4,000 items, against Hurwitz zeta functions.
