@@ -183,7 +183,7 @@ def queries_overtake_values_at_a_finite_scale(key: PRNGKey) -> Comparison:
     softmax, linear = (_queries_and_values(config, params, inputs, targets, scales) for config in (SOFTMAX, LINEAR))
     (coarse,), (none,) = crossings(*softmax, scales), crossings(*linear, scales)
     place = int(np.searchsorted(scales, coarse))
-    fine = np.geomspace(*scales[place - 1 : place + 1], 12)
+    fine = np.geomspace(scales[place - 1], scales[place], 12)
     (crossing,) = crossings(*_queries_and_values(SOFTMAX, params, inputs, targets, fine), fine)
 
     @jax.jit
