@@ -1,4 +1,4 @@
-"""Every claim on three seeds, and what makes a claim fail."""
+"""Every claim on one seed, nightly on ten, and what makes a claim fail."""
 
 import dataclasses
 import subprocess
@@ -28,6 +28,25 @@ NIGHTLY = {
     "wasserstein-of-logarithms-tells-kinds-of-attention-apart",
 }
 """Claims that compile for 10 seconds and more."""
+
+
+LOOSE = {
+    "attention-fits-as-many-labels-as-its-jacobian-has-rank": "1e-6 and 1e-3 stand for fitted and not fitted",
+    "factors-converge-to-the-nuclear-solution": "a limit: the share left falls with the steps",
+    "graph-svm-splits-attention-into-finite-and-diverging": "a limit: what is left falls with the steps",
+    "joint-training-finds-both-margins": "a limit: what is left falls with the steps",
+    "joint-training-relaxes-what-does-not-support": "a limit: what is left falls with the steps",
+    "mirror-descent-converges-to-its-own-norm": "a limit: the share left falls with the steps",
+    "next-token-excess-falls-exponentially": "measured in logarithms, near zero: a shift of 1 fails",
+    "next-token-prediction-finds-log-odds-and-margin": "a limit: what is left falls with the steps",
+    "regularization-path-of-factors-leads-to-the-nuclear-solution": "a limit: what is left falls with the radius",
+    "several-selected-tokens-have-a-finite-part": "a limit: what is left falls with the steps",
+    "softmax-blocks-are-heterogeneous": "a ratio of 20 to 140 by the start, against 10",
+    "spectrograms-ignore-phase": "1 % and 50 % stand for hardly and much",
+    "surrogate-kernels-lose-more-curvature-than-output": "a ratio of 1.4 to 1e6, against 1",
+}
+"""One-sided claims that a factor of 2 in the measurement does not fail, and why: their bounds are that far away. They
+are held by the shift alone."""
 
 
 # The seeds beyond the first take twice as long again: they run nightly, and by `attnlab verify --seeds 0 1 ... 9`.
@@ -72,8 +91,9 @@ def with_comparison(checked, comparison):
     return dataclasses.replace(checked, compare=lambda key: comparison)
 
 
-def test_nightly_claims_exist():
-    assert set(load_claims()) >= NIGHTLY
+def test_nightly_and_loose_claims_exist():
+    assert set(load_claims()) >= NIGHTLY | set(LOOSE)
+    assert all(claim_by_name(name).relation != "equal" for name in LOOSE)
 
 
 @pytest.mark.parametrize("name", load_claims())
