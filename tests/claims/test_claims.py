@@ -61,7 +61,8 @@ def test_claim_holds_and_fails_under_plausible_errors(name, seed):
     assert verdict.passed, f"predicted {verdict.predicted}, measured {verdict.measured}, error {verdict.error:.3g}"
     wrong = mutations(checked, comparison)
     survived = {error for error in wrong if with_comparison(checked, wrong[error]).verify(seed).passed}
-    assert not survived, f"passes under {survived}: predicted {verdict.predicted}, measured {verdict.measured}"
+    allowed = {"factor 1", "factor -1"} if name in LOOSE else set()
+    assert survived <= allowed, f"passes under {survived}: predicted {verdict.predicted}, measured {verdict.measured}"
 
 
 def mutations(checked, comparison):
