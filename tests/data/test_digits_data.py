@@ -135,5 +135,5 @@ def test_bad_call(options, message):
 
 def test_without_scikit_learn_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ModuleNotFoundError, match=r'pip install "attnlab\[real\]"'):
+    with pytest.raises(ModuleNotFoundError, match="which is not installed; run pip install scikit-learn"):
         digits(jax.random.key(0), 5)
