@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 from scipy.special import stdtrit
 
@@ -44,6 +46,10 @@ class Estimate:
     def __getitem__(self, place: int) -> PyTree:
         """`estimate[0]` is the value, `estimate[1]` the error."""
         return (self.value, self.error)[place]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Value and error side by side, as results are saved: an array (2,) for a number."""
+        return np.asarray([np.asarray(self.value), np.asarray(self.error)], dtype=dtype)
 
     def interval(self, level: float = 0.95) -> tuple[PyTree, PyTree]:
         """Lower and upper end of the interval that covers with probability `level`, by Student's t with samples - 1
