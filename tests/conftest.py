@@ -8,9 +8,12 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llv
 import jax
 import pytest
 
+from attnlab.compiled import keep_compiled_programs
+
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+keep_compiled_programs()
 
 
 @pytest.fixture(autouse=True, scope="module")
