@@ -58,7 +58,7 @@ def compute(config: Config, progress: Progress) -> Arrays:
 
     from attnlab.curvature import hessian
     from attnlab.icl.training import FreshPrompts, stack_training
-    from attnlab.training import probe, show_progress, train
+    from attnlab.training import Session, probe, show_progress, train
 
     def spreads(risk, params):
         diagonal = jnp.abs(jnp.diagonal(hessian(risk, params).dense()))
@@ -85,8 +85,10 @@ def compute(config: Config, progress: Progress) -> Arrays:
                 resample=FreshPrompts(config.dimension, config.length, config.batch),
                 probes={"spreads": probe(spreads)} if layers > 1 else None,
                 own_risks=True,
-                directory=config.scratch() / f"{name}-{layers}",
-                report=show_progress(progress, f"{name}, depth {layers}"),
+                session=Session(
+                    directory=config.scratch() / f"{name}-{layers}",
+                    report=show_progress(progress, f"{name}, depth {layers}"),
+                ),
             ).records
             arrays[f"{name}/{layers}/loss"] = window_medians(np.asarray(records.losses), config.every)
             if layers > 1:

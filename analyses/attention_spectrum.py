@@ -51,7 +51,7 @@ def compute(config: Config, progress: Progress) -> Arrays:
     import jax
     import optax
 
-    from attnlab.training import train
+    from attnlab.training import Session, train
 
     keys = jax.random.split(jax.random.key(config.seed), 4)
     layer, risk, params = problem(config, keys[0], keys[1])
@@ -61,7 +61,13 @@ def compute(config: Config, progress: Progress) -> Arrays:
         progress.update(task, completed=now.step, status=f"loss {now.loss:.4g}")
 
     trained = train(
-        risk, params, optax.adam(config.learning_rate), keys[2], steps=config.steps, every=20, report=report
+        risk,
+        params,
+        optax.adam(config.learning_rate),
+        keys[2],
+        steps=config.steps,
+        every=20,
+        session=Session(report=report),
     )
     arrays = {"losses": np.asarray(trained.records.losses)}
     task = progress.add_task("curvature", total=len(STAGES) * len(PARTS), status="")

@@ -45,18 +45,30 @@ def compute(config: Config, progress: Progress) -> Arrays:
     from attnlab.dynamics.flows import central_flow, gradient_flow, smoothed
     from attnlab.dynamics.problems import digits_attention
     from attnlab.dynamics.sharpness import Tracking, top_eigenvalues
-    from attnlab.training import probe, show_progress, train
+    from attnlab.training import Session, probe, show_progress, train
     from attnlab.trees import ravel
 
     key, rate = jax.random.key(config.seed), config.learning_rate
     risk, params = digits_attention(key, key, config.images)
     optimizer = optax.sgd(rate)
     reached = train(
-        risk, params, optimizer, key, steps=config.after, every=config.after, report=show_progress(progress, "before")
+        risk,
+        params,
+        optimizer,
+        key,
+        steps=config.after,
+        every=config.after,
+        session=Session(report=show_progress(progress, "before")),
     ).params
     probes = {"point": probe(lambda risk, params: params), "top": top_eigenvalues(Tracking(config.count))}
     iterates = train(
-        risk, reached, optimizer, key, steps=config.steps + 2, probes=probes, report=show_progress(progress, "descent")
+        risk,
+        reached,
+        optimizer,
+        key,
+        steps=config.steps + 2,
+        probes=probes,
+        session=Session(report=show_progress(progress, "descent")),
     ).records
     smooth = jax.tree.map(lambda w: w[:: config.every], smoothed(iterates.values["point"]))
     start = jax.tree.map(lambda w: w[0], smooth)

@@ -65,7 +65,7 @@ def compute(config: Config, progress: Progress) -> Arrays:
 
     from attnlab.dynamics.frequency import frequency_groups, group_losses, group_prediction
     from attnlab.dynamics.problems import next_word_prediction
-    from attnlab.training import minibatches, show_progress, train
+    from attnlab.training import Session, minibatches, show_progress, train
 
     def start(key):
         return next_word_prediction(key, config.sequences, config.length)
@@ -95,7 +95,7 @@ def compute(config: Config, progress: Progress) -> Arrays:
                 resample=minibatches(config.batch),
                 hyperparameters={"learning_rate": jnp.repeat(jnp.array(config.rates), config.seeds)},
                 probes={"groups": group_losses(its_groups, config.groups)},
-                report=show_progress(progress, f"{task}, {name}"),
+                session=Session(report=show_progress(progress, f"{task}, {name}")),
             ).records
             losses = np.asarray(records.values["groups"]["loss"])
             arrays[f"{task}, {name}"] = losses.reshape(-1, len(config.rates), config.seeds, config.groups)

@@ -43,7 +43,7 @@ def compute(config: Config, progress: Progress) -> Arrays:
     import jax
     import optax
 
-    from attnlab.training import probe, show_progress, train
+    from attnlab.training import Session, probe, show_progress, train
 
     arrays = {}
     for number, name in enumerate(TASKS):
@@ -57,8 +57,7 @@ def compute(config: Config, progress: Progress) -> Arrays:
             steps=config.steps,
             every=config.every,
             probes={"layer": probe(measure)},
-            report=show_progress(progress, name),
-            directory=config.scratch() / name,
+            session=Session(report=show_progress(progress, name), directory=config.scratch() / name),
         ).records
         arrays |= {f"{name}/{key}": np.asarray(value) for key, value in records.values["layer"].items()}
         arrays |= {f"{name}/losses": np.asarray(records.losses), "steps": np.asarray(records.steps)}

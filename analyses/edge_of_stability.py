@@ -62,7 +62,7 @@ def compute(config: Config, progress: Progress) -> Arrays:
     from attnlab.dynamics.problems import digits_attention, easy_regression
     from attnlab.dynamics.sharpness import stability, top_eigenvalues
     from attnlab.dynamics.stability import stable_optimizer
-    from attnlab.training import DivergenceError, show_progress, train
+    from attnlab.training import DivergenceError, Session, show_progress, train
 
     check_names("run", config.runs, RUNS)
     key, arrays = jax.random.key(config.seed), {}
@@ -83,8 +83,7 @@ def compute(config: Config, progress: Progress) -> Arrays:
                 steps=steps // config.shorten,
                 every=config.every,
                 probes=probes,
-                directory=config.scratch() / name,
-                report=show_progress(progress, name),
+                session=Session(directory=config.scratch() / name, report=show_progress(progress, name)),
             ).records
         except DivergenceError as error:
             records = error.records

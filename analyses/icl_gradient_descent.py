@@ -57,7 +57,7 @@ def compute(config: Config, progress: Progress) -> Arrays:
     from attnlab.icl.optima import optimal_preconditioner, optimal_risk
     from attnlab.icl.population import population_objective
     from attnlab.icl.tasks import linear_regression, sample_prompts
-    from attnlab.training import probe, train
+    from attnlab.training import Session, probe, train
 
     problem = linear_regression(jnp.eye(config.dimension) / 12, inputs="uniform")
     exact = population_objective(problem, config.length, "layer")
@@ -89,7 +89,9 @@ def compute(config: Config, progress: Progress) -> Arrays:
             every=config.every,
             resample=resample,
             probes={"risk": probe(lambda _, layer: exact(layer) / 2), "compare": probe(compare)},
-            report=lambda now, task=task: progress.update(task, completed=now.step, status=f"loss {now.loss:.5g}"),
+            session=Session(
+                report=lambda now, task=task: progress.update(task, completed=now.step, status=f"loss {now.loss:.5g}")
+            ),
         )
         arrays |= {
             f"{name}/risk": np.asarray(trained.records.values["risk"]),

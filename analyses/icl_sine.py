@@ -154,7 +154,7 @@ def fitted(config: Config, progress: Progress, name: str, model, starts, key, te
         every=config.every,
         resample=draw,
         probes=probes,
-        report=lambda now: progress.update(task, completed=now.step, status=f"loss {now.loss:.5g}"),
+        session=Session(report=lambda now: progress.update(task, completed=now.step, status=f"loss {now.loss:.5g}")),
     )
 
 

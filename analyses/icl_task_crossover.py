@@ -105,7 +105,7 @@ def train_models(keys, tasks, model, config: Config, progress: Progress):
     from attnlab.icl.models import init_transformer, transformer_predict
     from attnlab.icl.tasks import sample_prompts
     from attnlab.objective import objective
-    from attnlab.training import show_progress, train
+    from attnlab.training import Session, show_progress, train
 
     def draw(key, tasks):
         return sample_prompts(key, problem_of(tasks, config), config.length, config.batch)
@@ -133,7 +133,9 @@ def train_models(keys, tasks, model, config: Config, progress: Progress):
     schedule = optax.warmup_cosine_decay_schedule(0, config.learning_rate, config.steps // 20, config.steps)
     options = {"steps": config.steps, "every": max(config.steps // 50, 1), "resample": resample, "own_risks": True}
     report = show_progress(progress, "training")
-    trained = train(risks, starts, optax.adam(schedule), keys, report=report, directory=config.scratch(), **options)
+    trained = train(
+        risks, starts, optax.adam(schedule), keys, session=Session(report=report, directory=config.scratch()), **options
+    )
     return starts, trained.params, trained.records.losses
 
 

@@ -46,7 +46,7 @@ def compute(config: Config, progress: Progress) -> Arrays:
     import jax.numpy as jnp
 
     from attnlab.margin import attention_matrix, attention_risk, normalized_descent, rescaled, selected_probability
-    from attnlab.training import probe, train
+    from attnlab.training import Session, probe, train
 
     images, labels = draw(config)
     tokens, queries = sequences(images, config.patch)
@@ -64,7 +64,7 @@ def compute(config: Config, progress: Progress) -> Arrays:
         steps=config.steps,
         every=config.every,
         probes={"matrix": probe(lambda risk, params: attention_matrix(params))},
-        report=lambda now: progress.update(task, completed=now.step),
+        session=Session(report=lambda now: progress.update(task, completed=now.step)),
     )
     path = np.asarray(trained.records.values["matrix"])
     scores = np.einsum("ntd,rde,ne->rnt", tokens, path, queries)

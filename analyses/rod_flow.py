@@ -46,7 +46,7 @@ def compute(config: Config, progress: Progress) -> Arrays:
 
     from attnlab.dynamics.problems import digits_attention
     from attnlab.dynamics.rods import AdamRule, rod_between, rod_flow
-    from attnlab.training import Probe, show_progress, train
+    from attnlab.training import Probe, Session, show_progress, train
     from attnlab.trees import ravel
 
     key = jax.random.key(config.seed)
@@ -60,7 +60,7 @@ def compute(config: Config, progress: Progress) -> Arrays:
         key,
         steps=config.after + config.steps + 2,
         probes={"states": states},
-        report=show_progress(progress, "Adam"),
+        session=Session(report=show_progress(progress, "Adam")),
     ).records.values["states"]
     late = jax.tree.map(lambda leaf: leaf[config.after : config.after + config.steps + 2], path)
     points, _, losses = late

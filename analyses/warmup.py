@@ -50,7 +50,7 @@ def compute(config: Config, progress: Progress) -> Arrays:
     from attnlab.dynamics.problems import digits_transformer
     from attnlab.dynamics.sharpness import stability
     from attnlab.dynamics.stability import stable_optimizer
-    from attnlab.training import DivergenceError, show_progress, train
+    from attnlab.training import DivergenceError, Session, show_progress, train
 
     check_names("run", config.runs, RUNS)
     key, arrays = jax.random.key(config.seed), {}
@@ -65,7 +65,9 @@ def compute(config: Config, progress: Progress) -> Arrays:
         options = {"steps": config.steps, "every": config.every, "probes": probes}
         try:
             report = show_progress(progress, name)
-            records = train(risk, params, optimizer.transformation, key, report=report, **options).records
+            records = train(
+                risk, params, optimizer.transformation, key, session=Session(report=report), **options
+            ).records
         except DivergenceError as error:
             records = error.records
         arrays |= {

@@ -39,6 +39,7 @@ from peers.client import peer_versions, peers_of
 from attnlab.attention import attention_hessian
 from attnlab.curvature import block_densities, eigenpairs, ggn, hessian, spectral_density
 from attnlab.models.attention import AttentionConfig
+from attnlab.runs.session import Session
 from attnlab.trees import dimension, leaf_names
 
 SIZES = {"attention": (10, 64), "gpt": (1, 32)}  # probes, steps of a density
@@ -149,11 +150,11 @@ def compare_memory(table, risk, params, peer, steps):
 
 def our_megabytes(risk, params, steps):
     """What a density takes on top of weights and data: saved activations, and the compiled loop's temporaries."""
-    from attnlab.curvature.density import _projections
+    from attnlab.curvature.density import _in_one_program
 
     operator = hessian(risk, params)
     keys = jax.random.split(jax.random.key(0), (1, 1))
-    memory = _projections.lower(operator, keys, steps, None).compile().memory_analysis()
+    memory = _in_one_program.lower(operator, keys, steps, None).compile().memory_analysis()
     saved = sum(leaf.nbytes for leaf in jax.tree.leaves(operator.linear))
     return (saved + memory.temp_size_in_bytes) / 2**20
 
@@ -236,7 +237,7 @@ def long_run_cost(table, case, rounds):
             where = Path(folder) / str(next(number))
             reports: list = []
             return spectral_density(
-                operator, key, probes=probes, steps=steps, directory=where, report=reports.append
+                operator, key, probes=probes, steps=steps, session=Session(directory=where, report=reports.append)
             ).nodes
 
         times = alternate(

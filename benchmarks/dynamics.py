@@ -28,9 +28,8 @@ from rich.table import Table
 
 from attnlab.curvature.operators import hessian
 from attnlab.data.digits import digits
-from attnlab.dynamics.krylov import fastest_batching
 from attnlab.dynamics.problems import digits_attention
-from attnlab.dynamics.sharpness import Tracking, top_eigenvalues
+from attnlab.dynamics.sharpness import Tracking, fastest_batching, top_eigenvalues
 from attnlab.losses import square_loss
 from attnlab.models.adapters import from_linen
 from attnlab.models.attention import AttentionConfig

@@ -7,14 +7,13 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from attnlab.attention import attention_hessian
-from attnlab.curvature.batches import batched
 from attnlab.curvature.operators import FISHERS, PARTS, empirical_fisher, fisher, ggn, hessian
 from attnlab.dynamics.frequency import group_losses
 from attnlab.dynamics.gradients import gradient_noise
 from attnlab.losses import LOSSES, cross_entropy, square_loss
 from attnlab.models.adapters import from_linen
 from attnlab.models.attention import AttentionConfig, SelfAttention
-from attnlab.objective import objective
+from attnlab.objective import batched, objective
 from attnlab.training import minibatches, train
 from compare import assert_close
 

@@ -7,13 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnlab.curvature.batches import batched
 from attnlab.curvature.operators import FISHERS, PARTS, hessian
 from attnlab.curvature.spectrum import eigenpairs, spectral_density
 from attnlab.losses import cross_entropy, square_loss
 from attnlab.models.adapters import from_linen
 from attnlab.models.networks import MLP, MLPConfig
-from attnlab.objective import objective
+from attnlab.objective import batched, objective
 from compare import assert_close
 
 OPERATORS = {**PARTS, **FISHERS}

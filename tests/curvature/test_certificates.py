@@ -17,7 +17,7 @@ from attnlab.curvature import (
     xtrace,
 )
 from attnlab.curvature.operators import Operator
-from attnlab.curvature.restarts import MISSED
+from attnlab.krylov.restarts import MISSED
 from compare import assert_close
 
 

@@ -19,7 +19,7 @@ from attnlab.curvature.estimators import (
     squared_frobenius_norm,
     trace,
 )
-from attnlab.curvature.long_runs import NonFiniteProductError
+from attnlab.curvature.guards import NonFiniteProductError
 from attnlab.curvature.operators import Operator, ggn, hessian
 from attnlab.curvature.spectrum import spectral_density
 from attnlab.losses import square_loss

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from attnlab.curvature.lanczos import gauss_quadrature, tridiagonalize
-from attnlab.curvature.restarts import plan_restarts, thick_restart
+from attnlab.krylov.lanczos import gauss_quadrature, tridiagonalize
+from attnlab.krylov.restarts import thick_restart
+from attnlab.krylov.ritz import plan_restarts
 from compare import assert_close
 
 

@@ -1,6 +1,7 @@
 """Long runs: resumed to the bit, reported, refused before they start, and stopped where they go wrong."""
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -10,8 +11,7 @@ import pytest
 from jax.tree_util import Partial
 
 from attnlab.curvature import density as density_module
-from attnlab.curvature import long_runs
-from attnlab.curvature.batches import batched
+from attnlab.curvature import guards
 from attnlab.curvature.blocks import block_densities, per_block
 from attnlab.curvature.estimators import (
     condition_number,
@@ -21,11 +21,15 @@ from attnlab.curvature.estimators import (
     squared_frobenius_norm,
     trace,
 )
-from attnlab.curvature.long_runs import NonFiniteProductError, Progress, print_progress
+from attnlab.curvature.guards import NonFiniteProductError
 from attnlab.curvature.operators import Operator, ggn, hessian
 from attnlab.curvature.spectrum import eigenpairs, spectral_density
 from attnlab.losses import square_loss
-from attnlab.objective import objective
+from attnlab.objective import batched, objective
+from attnlab.runs import progress as progress_module
+from attnlab.runs import session as session_module
+from attnlab.runs.progress import Progress, print_progress
+from attnlab.runs.session import Session
 from compare import assert_close
 
 DIMENSION = 600
@@ -58,27 +62,28 @@ def kill_after(calls):
 
 
 RUNS = {
-    "density": (partial(spectral_density, probes=4, steps=40), 5),
-    "density_together": (partial(spectral_density, probes=4, steps=40, together=2), 2),
-    "eigenpairs": (partial(eigenpairs, count=3, which="both"), 3),
+    "density": (partial(spectral_density, probes=4, steps=40), Session(), 5),
+    "density_together": (partial(spectral_density, probes=4, steps=40), Session(together=2), 2),
+    "eigenpairs": (partial(eigenpairs, count=3, which="both"), Session(), 3),
 }
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_killed_run_resumes_to_the_bit(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(long_runs, "SAVE_SECONDS", 0.0)
-    run, calls = RUNS[name]
+    monkeypatch.setattr(session_module, "SAVE_SECONDS", 0.0)
+    run, session, calls = RUNS[name]
     key, matrix = jax.random.key(1), operator()
-    untouched = run(matrix, key, directory=tmp_path / "untouched")
+    untouched = run(matrix, key, session=replace(session, directory=tmp_path / "untouched"))
+    killed = replace(session, directory=tmp_path / "killed")
     with pytest.raises(Killed):
-        run(matrix, key, directory=tmp_path / "killed", report=kill_after(calls))
+        run(matrix, key, session=replace(killed, report=kill_after(calls)))
     seen: list[Progress] = []
-    resumed = run(matrix, key, directory=tmp_path / "killed", report=seen.append)
+    resumed = run(matrix, key, session=replace(killed, report=seen.append))
     for a, b in zip(jax.tree.leaves(resumed), jax.tree.leaves(untouched), strict=True):
         np.testing.assert_array_equal(a, b)
     assert seen[0].products > 16  # what was done is not done again
     finished: list[Progress] = []
-    again = run(matrix, key, directory=tmp_path / "killed", report=finished.append)
+    again = run(matrix, key, session=replace(killed, report=finished.append))
     assert not finished
     for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(untouched), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -90,7 +95,7 @@ def test_a_killed_run_resumes_to_the_bit(name, tmp_path, monkeypatch):
     assert "versions" in record
     assert (record["resumed"], other["resumed"]) == (True, False)
     with pytest.raises(ValueError, match="holds another run"):
-        run(matrix, jax.random.key(2), directory=tmp_path / "killed")
+        run(matrix, jax.random.key(2), session=killed)
 
 
 def some_blocks():
@@ -105,14 +110,15 @@ def some_blocks():
 
 
 def test_densities_of_blocks_resume_at_the_block_that_was_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr(long_runs, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(session_module, "SAVE_SECONDS", 0.0)
     run = partial(block_densities, *some_blocks(), jax.random.key(1), blocks=["in", "out/w"], probes=2)
-    untouched = run(directory=tmp_path / "untouched")
+    untouched = run(session=Session(directory=tmp_path / "untouched"))
     with pytest.raises(Killed):
-        run(directory=tmp_path / "killed", report=kill_after(5))  # the first of four reports on the second block
+        # The first of four reports on the second block.
+        run(session=Session(directory=tmp_path / "killed", report=kill_after(5)))
     assert {path.name for path in (tmp_path / "killed").iterdir()} == {"in", "out%2Fw"}
     seen: list[Progress] = []
-    resumed = run(directory=tmp_path / "killed", report=seen.append)
+    resumed = run(session=Session(directory=tmp_path / "killed", report=seen.append))
     assert [(progress.part, progress.products) for progress in seen] == [("out/w (2 of 2)", n) for n in (20, 36, 40)]
     assert list(resumed) == ["in", "out/w"]
     for a, b in zip(jax.tree.leaves(resumed), jax.tree.leaves(untouched), strict=True):
@@ -131,7 +137,7 @@ def test_blocks_before_a_failure_are_kept():
 
 
 def test_one_directory_serves_every_damping(tmp_path, monkeypatch):
-    monkeypatch.setattr(long_runs, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(session_module, "SAVE_SECONDS", 0.0)
     matrix, key = operator(), jax.random.key(1)
     values = 2 * np.linspace(-1, 1, DIMENSION) ** 9
     runs = {
@@ -139,12 +145,12 @@ def test_one_directory_serves_every_damping(tmp_path, monkeypatch):
         "condition": (condition_number, lambda d: (2 + d) / (d - 2)),
     }
     for name, (estimate, exact) in runs.items():
-        run = partial(estimate, matrix, key, directory=tmp_path / name)
+        run, session = partial(estimate, matrix, key), Session(directory=tmp_path / name)
         with pytest.raises(Killed):
-            run(damping=3.0, report=kill_after(2))
+            run(damping=3.0, session=replace(session, report=kill_after(2)))
         seen: list[Progress] = []
         for damping in (3.0, 4.0):
-            found = run(damping=damping, report=seen.append)
+            found = run(damping=damping, session=replace(session, report=seen.append))
             # Four probes give Student's t with 3 degrees of freedom.
             assert abs(found.value - exact(damping)) <= 8 * found.error
             if damping == 3.0:
@@ -169,30 +175,31 @@ def test_a_directory_belongs_to_one_operator(tmp_path):
         (2 * hessian(risk, params), 2 * hessian(other, params)),
     ]
     for number, (first, second) in enumerate(pairs):
-        run(first, directory=tmp_path / str(number))
+        run(first, session=Session(directory=tmp_path / str(number)))
         with pytest.raises(ValueError, match="holds another run"):
-            run(second, directory=tmp_path / str(number))
+            run(second, session=Session(directory=tmp_path / str(number)))
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_long_runs_give_the_numbers_of_short_ones(name, key, tmp_path):
-    run, _ = RUNS[name]
+    run, session, _ = RUNS[name]
     matrix = operator()
-    short, long = run(matrix, key), run(matrix, key, directory=tmp_path / "run")
+    short = run(matrix, key, session=session)
+    long = run(matrix, key, session=replace(session, directory=tmp_path / "run"))
     first = jax.tree.leaves(short)[0]
     assert_close(jax.tree.leaves(long)[0], first, 1e-8)
 
 
 def test_progress_counts_products_and_foresees_the_end(capsys):
     seen: list[Progress] = []
-    spectral_density(operator(), jax.random.key(1), probes=2, steps=40, report=seen.append)
+    spectral_density(operator(), jax.random.key(1), probes=2, steps=40, session=Session(report=seen.append))
     assert [progress.products for progress in seen] == [16, 32, 40, 56, 72, 80]
     assert all(progress.total == 80 for progress in seen)
     assert seen[-1].left == 0
     print_progress(seen[-1])
     assert capsys.readouterr().err.endswith("80 of 80 products in 0 s, 0 s left\n")
     seen.clear()
-    pairs = eigenpairs(operator(), jax.random.key(1), 2, report=seen.append)
+    pairs = eigenpairs(operator(), jax.random.key(1), 2, session=Session(report=seen.append))
     assert seen[-1].products == pairs.products
     assert seen[-1].residual <= 1.5e-8
     assert seen[0].left is None  # no fall of the residual yet, which is what foresees the end
@@ -205,8 +212,8 @@ def test_progress_counts_products_and_foresees_the_end(capsys):
 def test_the_end_of_an_iteration_is_foreseen_from_its_residual(monkeypatch):
     seen: list[Progress] = []
     times = iter([0.0, 1.0, 2.0, 4.0])
-    monkeypatch.setattr(long_runs.time, "monotonic", lambda: next(times))
-    clock = long_runs.Clock(seen.append, 0, tolerance=1e-6)
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(times))
+    clock = progress_module.Clock(seen.append, 0, tolerance=1e-6)
     for products, residual in ((10, 1e-2), (20, 1e-1), (40, 1e-3)):
         clock.tell(products, residual)
     # Two orders of magnitude in 20 products: the three that are left take 30 more, at 40 products in 4 seconds.
@@ -249,7 +256,7 @@ def test_a_failure_in_the_first_probe_is_named_alike_by_both_paths(tmp_path):
     matrix = jnp.diag(jnp.r_[100.0, jnp.linspace(-1, 1, DIMENSION - 1)])
     failing = Operator(Partial(late_nan, matrix), jnp.zeros(DIMENSION))
     messages = []
-    for options in ({}, {"directory": tmp_path / "run"}):
+    for options in ({}, {"session": Session(directory=tmp_path / "run")}):
         with pytest.raises(NonFiniteProductError, match=r"at step \d+ of probe 0") as caught:
             spectral_density(failing, jax.random.key(1), probes=2, steps=20, **options)
         messages.append(str(caught.value).split(".")[0])
@@ -269,7 +276,7 @@ def test_pairs_before_a_failure_are_kept(long, tmp_path):
         return matrix @ vector * jax.pure_callback(factor, jax.ShapeDtypeStruct((), vector.dtype), vector)
 
     failing = Operator(Partial(product, *matrix.linear.args), matrix.point)
-    options = {"directory": tmp_path / "run"} if long else {}
+    options = {"session": Session(directory=tmp_path / "run")} if long else {}
     with pytest.raises(NonFiniteProductError, match=r"within \d+ products") as caught:
         eigenpairs(failing, jax.random.key(1), 2, **options)
     pairs = caught.value.partial
@@ -281,7 +288,9 @@ def test_pairs_before_a_failure_are_kept(long, tmp_path):
 
 def test_finished_probes_come_with_the_error(monkeypatch, tmp_path):
     matrix = operator()
-    reference = spectral_density(matrix, jax.random.key(1), probes=2, steps=20, directory=tmp_path / "reference")
+    reference = spectral_density(
+        matrix, jax.random.key(1), probes=2, steps=20, session=Session(directory=tmp_path / "reference")
+    )
     real, calls = density_module._advance_jitted, []
 
     def advance(*args):
@@ -294,7 +303,7 @@ def test_finished_probes_come_with_the_error(monkeypatch, tmp_path):
     monkeypatch.setattr(density_module, "_advance_jitted", advance)
     keys = jax.random.key(1)
     with pytest.raises(NonFiniteProductError, match="at step 16 of probe 1") as caught:
-        spectral_density(matrix, keys, probes=2, steps=20, directory=tmp_path / "run")
+        spectral_density(matrix, keys, probes=2, steps=20, session=Session(directory=tmp_path / "run"))
     np.testing.assert_array_equal(caught.value.partial.nodes, reference.nodes[:1])
     np.testing.assert_array_equal(caught.value.partial.weights, reference.weights[:1])
 
@@ -305,7 +314,7 @@ def test_operators_that_are_not_symmetric_are_refused(run, long, tmp_path):
     matrix = np.random.default_rng(0).standard_normal((DIMENSION, DIMENSION)) / DIMENSION**0.5
     tilted = np.diag(np.linspace(-1, 1, DIMENSION)) + 0.02 * (matrix - matrix.T)
     crooked = Operator(Partial(dense_product, jnp.asarray(tilted)), jnp.zeros(DIMENSION))
-    options = {"directory": tmp_path / "run"} if long else {}
+    options = {"session": Session(directory=tmp_path / "run")} if long else {}
     with pytest.raises(ValueError, match="the operator is not symmetric"):
         run(crooked, jax.random.key(1), **options)
 
@@ -333,8 +342,8 @@ def test_an_operator_with_noise_is_refused():
 
 
 def test_computations_that_do_not_fit_are_refused_before_they_start(monkeypatch):
-    monkeypatch.setattr(long_runs, "_available_bytes", lambda: 100_000)
+    monkeypatch.setattr(guards, "_available_bytes", lambda: 100_000)
     with pytest.raises(MemoryError, match=r"a basis of 41 vectors of 600 numbers.*Ask for fewer eigenpairs"):
         eigenpairs(operator(), jax.random.key(1), 10)
     with pytest.raises(MemoryError, match=r"10 probes of 600 numbers at once.*Run fewer together"):
-        spectral_density(operator(), jax.random.key(1), together=10)
+        spectral_density(operator(), jax.random.key(1), session=Session(together=10))

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 
 from attnlab.attention.downstream import downstream_derivatives
-from attnlab.curvature.batches import batched
 from attnlab.curvature.operators import FISHERS, PARTS, hessian
 from attnlab.derivatives import FORWARD, REVERSE
 from attnlab.losses import square_loss
-from attnlab.objective import objective
+from attnlab.objective import batched, objective
 from compare import assert_close
 
 

@@ -11,13 +11,14 @@ from jax.tree_util import Partial
 
 from attnlab.curvature import density
 from attnlab.curvature.estimators import condition_number
-from attnlab.curvature.long_runs import NonFiniteProductError
+from attnlab.curvature.guards import NonFiniteProductError
 from attnlab.curvature.operators import Operator, empirical_fisher, ggn, hessian
 from attnlab.curvature.spectrum import eigenpairs, spectral_density
 from attnlab.losses import square_loss
 from attnlab.models.adapters import from_linen
 from attnlab.models.attention import AttentionConfig, SelfAttention
 from attnlab.objective import objective
+from attnlab.runs.session import Session
 from attnlab.statistics import standard_error
 from cases import CASES
 from compare import assert_close
@@ -131,10 +132,10 @@ def test_one_probe_bounds_nothing():
 def test_a_second_point_compiles_nothing(key):
     risk, params = CASES["softmax/square"](key)
     spectral_density(hessian(risk, params), key, probes=2, steps=5)
-    compiled = density._projections._cache_size()
+    compiled = density._in_one_program._cache_size()
     moved = jax.tree.map(lambda leaf: 2.0 * leaf, params)
     spectral_density(hessian(risk, moved), key, probes=2, steps=5)
-    assert density._projections._cache_size() == compiled
+    assert density._in_one_program._cache_size() == compiled
 
 
 class TestBadInput:
@@ -166,7 +167,7 @@ class TestBadInput:
 
     def test_probes_that_do_not_run_together_evenly(self, key):
         with pytest.raises(ValueError, match="together is 3; expected a divisor of probes, which is 10"):
-            spectral_density(ggn(*CASES["softmax/square"](key)), key, steps=3, together=3)
+            spectral_density(ggn(*CASES["softmax/square"](key)), key, steps=3, session=Session(together=3))
 
 
 def test_a_space_that_is_exhausted_but_for_rounding(key):

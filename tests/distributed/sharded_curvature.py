@@ -59,6 +59,7 @@ def curvature(devices: int, spread: int) -> dict:
     from attnlab.models.adapters import from_linen
     from attnlab.models.attention import AttentionConfig, SelfAttention
     from attnlab.objective import objective
+    from attnlab.runs.session import Session
 
     mesh = jax.make_mesh((devices // spread, spread), ("data", "probes"), axis_types=(AxisType.Auto,) * 2)
     by_data, by_probes = (NamedSharding(mesh, PartitionSpec(axis)) for axis in ("data", "probes"))
@@ -71,9 +72,11 @@ def curvature(devices: int, spread: int) -> dict:
     risk = objective(from_linen(module), square_loss, inputs, targets)
     operator, key = hessian(risk, params), jax.random.key(1)
     assert inputs.sharding.num_devices == devices
-    density = spectral_density(operator, key, probes=4, steps=10, together=4, sharding=by_probes)
+    density = spectral_density(operator, key, probes=4, steps=10, session=Session(together=4, sharding=by_probes))
     seen: list = []
-    long = spectral_density(operator, key, probes=2, steps=18, together=2, sharding=by_probes, report=seen.append)
+    long = spectral_density(
+        operator, key, probes=2, steps=18, session=Session(together=2, sharding=by_probes, report=seen.append)
+    )
     fisher, part = empirical_fisher(risk, params), functional(risk, params)
     found = {
         "nodes": density.nodes,

@@ -11,9 +11,16 @@ from jax.flatten_util import ravel_pytree
 
 import oracles
 from attnlab.curvature.operators import hessian
-from attnlab.dynamics.krylov import Course, cold_top_pairs, fastest_batching, followed_top_pairs, warm_top_pairs
-from attnlab.dynamics.sharpness import Tracking, block_norms, block_sharpness, stability, top_eigenvalues
+from attnlab.dynamics.sharpness import (
+    Tracking,
+    block_norms,
+    block_sharpness,
+    fastest_batching,
+    stability,
+    top_eigenvalues,
+)
 from attnlab.dynamics.stability import RULES, preconditioner_after_step, stable_optimizer
+from attnlab.krylov.tracking import Course, cold_top_pairs, followed_top_pairs, warm_top_pairs
 from attnlab.objective import objective
 from attnlab.training import probe, train
 from attnlab.trees import block_slices, leaf_names, ravel

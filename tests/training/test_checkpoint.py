@@ -9,8 +9,9 @@ from jax.tree_util import Partial
 
 from attnlab.losses import square_loss
 from attnlab.objective import objective
+from attnlab.runs.checkpoint import fingerprint
+from attnlab.runs.session import Session
 from attnlab.training import Records, load_records, probe, train
-from attnlab.training.checkpoint import fingerprint
 
 
 def scaled(scale, params, inputs):
@@ -38,10 +39,10 @@ def test_every_kind_of_leaf_resumes_with_equal_bits(tmp_path):
             raise Killed
 
     with pytest.raises(Killed):
-        train(*start, **options, directory=tmp_path, report=kill)
+        train(*start, **options, session=Session(directory=tmp_path, report=kill))
     assert_same(load_records(tmp_path), first(whole.records, 4))
-    resumed = train(*start, **options, directory=tmp_path)
-    for again in (resumed, train(*start, **options, directory=tmp_path)):
+    resumed = train(*start, **options, session=Session(directory=tmp_path))
+    for again in (resumed, train(*start, **options, session=Session(directory=tmp_path))):
         assert fingerprint((again.records, again.state)) == fingerprint((whole.records, whole.state))
     assert_same(load_records(tmp_path), whole.records)
 

@@ -15,8 +15,9 @@ from attnlab.curvature.operators import Operator
 from attnlab.losses import square_loss
 from attnlab.objective import objective
 from attnlab.runs import owned_directory
+from attnlab.runs.checkpoint import fingerprint
+from attnlab.runs.session import Session
 from attnlab.training import DamagedFileError, load_params, load_records, minibatches, probe, train
-from attnlab.training.checkpoint import fingerprint
 
 INPUTS = jnp.linspace(-1.0, 1.0, 24).reshape(8, 3)
 RISK = objective(lambda params, inputs: inputs @ params["layer"]["w"], square_loss, INPUTS, INPUTS[:, :1] ** 2)
@@ -36,7 +37,7 @@ PROBES = {"norm": probe(lambda risk, params: jnp.abs(params["layer"]["w"]).sum()
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
-    return folder, run(8, directory=folder)
+    return folder, run(8, session=Session(directory=folder))
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ def test_damage_is_named_and_what_comes_before_it_can_be_read(copy, finished, na
         np.testing.assert_array_equal(caught.value.records.steps, np.arange(0, steps, 2))
     if (name, how) != ("state.npz", "missing"):  # without a state there is nothing to resume
         with pytest.raises(DamagedFileError, match=name):
-            run(8, directory=copy)
+            run(8, session=Session(directory=copy))
 
 
 @pytest.mark.parametrize("name", ["part_000001.npz", "state.npz", "end.npz"])
@@ -90,7 +91,7 @@ def test_every_byte_counts(copy, name):
 
 
 def test_parts_of_another_run_are_not_joined(copy, tmp_path):
-    run(8, optax.adam(0.1), directory=tmp_path / "other")
+    run(8, optax.adam(0.1), session=Session(directory=tmp_path / "other"))
     shutil.copy(tmp_path / "other" / "part_000001.npz", copy)
     with pytest.raises(DamagedFileError, match=r"part_000001\.npz belongs to another run") as caught:
         load_records(copy)
@@ -102,10 +103,10 @@ def test_a_second_live_run_is_refused(tmp_path):
 
     def report(progress):
         with pytest.raises(BlockingIOError, match=str(tmp_path)) as caught:
-            run(8, optax.adam(0.1), directory=tmp_path)
+            run(8, optax.adam(0.1), session=Session(directory=tmp_path))
         refused.append(caught)
 
-    whole = run(8, directory=tmp_path, report=report)
+    whole = run(8, session=Session(directory=tmp_path, report=report))
     assert len(refused) == 4
     np.testing.assert_array_equal(load_records(tmp_path).losses, whole.records.losses)
 
@@ -121,11 +122,11 @@ def test_the_lock_of_a_killed_process_is_gone(tmp_path):
 def test_a_density_has_its_directory_for_itself(tmp_path):
     matrix = Operator(jax.tree_util.Partial(lambda m, v: m @ v, jnp.diag(jnp.arange(1.0, 9.0))), jnp.zeros(8))
     with owned_directory(tmp_path), pytest.raises(BlockingIOError, match="belongs to a run"):
-        spectral_density(matrix, jax.random.key(0), probes=2, steps=4, directory=tmp_path)
-    spectral_density(matrix, jax.random.key(0), probes=2, steps=4, directory=tmp_path)
+        spectral_density(matrix, jax.random.key(0), probes=2, steps=4, session=Session(directory=tmp_path))
+    spectral_density(matrix, jax.random.key(0), probes=2, steps=4, session=Session(directory=tmp_path))
     damage(tmp_path / "state.npz", "truncated")
     with pytest.raises(DamagedFileError, match=r"state\.npz is damaged"):
-        spectral_density(matrix, jax.random.key(0), probes=2, steps=4, directory=tmp_path)
+        spectral_density(matrix, jax.random.key(0), probes=2, steps=4, session=Session(directory=tmp_path))
 
 
 def assert_same_run(found, whole):
@@ -137,18 +138,18 @@ def assert_same_run(found, whole):
 
 def test_more_steps_in_a_directory_are_one_longer_run(copy):
     whole = run(14)
-    assert_same_run(run(14, directory=copy), whole)
-    again = run(14, directory=copy)
+    assert_same_run(run(14, session=Session(directory=copy)), whole)
+    again = run(14, session=Session(directory=copy))
     assert_same_run(again, whole)
     np.testing.assert_array_equal(load_records(copy).losses, again.records.losses)
     np.testing.assert_array_equal(load_params(copy)["layer"]["w"], again.params["layer"]["w"])
     with pytest.raises(ValueError, match="has gone on to step 14"):
-        run(8, directory=copy)
+        run(8, session=Session(directory=copy))
 
 
 def test_a_state_goes_on(finished, tmp_path):
     whole, start = run(14), finished[1].state
-    for options in ({}, {"directory": tmp_path}, {"directory": tmp_path}):
+    for options in ({}, {"session": Session(directory=tmp_path)}, {"session": Session(directory=tmp_path)}):
         further = run(6, key=5, start=start, **options)  # the state's own key counts
         np.testing.assert_allclose(further.records.losses, whole.records.losses[8:], rtol=1e-12)
         np.testing.assert_array_equal(further.records.steps, [8, 10, 12, 14])
@@ -175,8 +176,8 @@ def test_a_file_is_no_directory(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(NotADirectoryError, match="expected a directory"):
-            run(8, directory=path)
+            run(8, session=Session(directory=path))
 
 
 def test_states_of_equal_runs_are_equal(finished, copy):
-    assert fingerprint(run(8, directory=copy).state) == fingerprint(finished[1].state)
+    assert fingerprint(run(8, session=Session(directory=copy)).state) == fingerprint(finished[1].state)

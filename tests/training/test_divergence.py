@@ -8,6 +8,7 @@ import pytest
 
 from attnlab.losses import square_loss
 from attnlab.objective import objective
+from attnlab.runs.session import Session
 from attnlab.training import DivergenceError, load_records, probe, train
 
 KEY = jax.random.key(0)
@@ -19,7 +20,7 @@ def linear():
 
 def test_the_error_names_the_step_and_what_was_saved(tmp_path):
     probes = {"sizes": probe(lambda risk, params: jnp.sort(jnp.abs(params)))}
-    options = {"steps": 100, "every": 2, "probes": probes, "directory": tmp_path}
+    options = {"steps": 100, "every": 2, "probes": probes, "session": Session(directory=tmp_path)}
     said = r"step 55 is inf; the last finite loss was .*; the last finite probes, at step 54: sizes \d.*Lower"
     with pytest.raises(DivergenceError, match=said) as error:
         train(linear(), jnp.ones(3), optax.sgd(1e3), KEY, **options)
@@ -32,7 +33,15 @@ def test_the_error_names_the_step_and_what_was_saved(tmp_path):
 
 def test_where_nothing_was_saved_nothing_is_promised(tmp_path):
     with pytest.raises(DivergenceError, match=r"in this error's records\.$"):
-        train(linear(), jnp.ones(3), optax.sgd(1e300), KEY, steps=1000, every=1000, directory=tmp_path / "run")
+        train(
+            linear(),
+            jnp.ones(3),
+            optax.sgd(1e300),
+            KEY,
+            steps=1000,
+            every=1000,
+            session=Session(directory=tmp_path / "run"),
+        )
     with pytest.raises(FileNotFoundError, match="run holds no saved run; expected the directory that was given"):
         load_records(tmp_path / "run")
 

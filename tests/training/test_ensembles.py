@@ -10,6 +10,7 @@ from rich.progress import Progress, TextColumn
 
 from attnlab.losses import square_loss
 from attnlab.objective import objective
+from attnlab.runs.session import Session
 from attnlab.training import DivergenceError, Probe, minibatches, probe, show_progress, train
 from attnlab.training.probe import summary
 from attnlab.trees import ravel
@@ -63,8 +64,8 @@ def test_an_ensemble_resumes_with_equal_bits(tmp_path, key):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(risk, points, optax.adam(1e-2), keys, **options, directory=tmp_path, report=kill)
-    resumed = train(risk, points, optax.adam(1e-2), keys, **options, directory=tmp_path)
+        train(risk, points, optax.adam(1e-2), keys, **options, session=Session(directory=tmp_path, report=kill))
+    resumed = train(risk, points, optax.adam(1e-2), keys, **options, session=Session(directory=tmp_path))
     for found, expected in zip(jax.tree.leaves(resumed.params), jax.tree.leaves(whole.params), strict=True):
         np.testing.assert_array_equal(found, expected)
     np.testing.assert_array_equal(resumed.records.losses, whole.records.losses)
@@ -77,7 +78,7 @@ def test_members_with_their_own_data_train_as_alone(key, tmp_path):
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *risks)
     options = {"steps": 4, "probes": {"risk": probe(lambda risk, params: risk(params))}}
     polyak = optax.polyak_sgd(max_learning_rate=0.1)  # it needs the loss
-    together = train(stacked, points, polyak, keys, own_risks=True, directory=tmp_path, **options)
+    together = train(stacked, points, polyak, keys, own_risks=True, session=Session(directory=tmp_path), **options)
     for i, risk in enumerate(risks):
         point = jax.tree.map(lambda leaf, i=i: leaf[i], points)
         alone = train(risk, point, polyak, keys[i], **options)
@@ -101,7 +102,7 @@ def sweep(rates, report=None):
     optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=0.1)
     keys = jax.random.split(jax.random.key(0), len(rates))
     rates = jnp.array(rates)
-    options = {"steps": 200, "hyperparameters": {"learning_rate": rates}, "report": report}
+    options = {"steps": 200, "hyperparameters": {"learning_rate": rates}, "session": Session(report=report)}
     return train(quadratic(), jnp.ones((len(rates), 3)), optimizer, keys, **options)
 
 
@@ -149,7 +150,7 @@ def test_the_bar_shows_loss_and_probes():
             steps=4,
             every=2,
             probes={"size": probe(lambda risk, params: params @ params)},
-            report=show_progress(bar, "training"),
+            session=Session(report=show_progress(bar, "training")),
         )
         (task,) = bar.tasks
     assert (task.completed, task.total) == (4, 4)
@@ -168,7 +169,15 @@ def test_the_bar_shows_the_highest_eigenvalue():
     for key, point, shown in ((alone, points[0], "3"), (together, points[1], "8")):
         with Progress(TextColumn("{task.fields[status]}"), console=Console(quiet=True)) as bar:
             report = show_progress(bar, "training")
-            train(quadratic(), point, optax.sgd(0.1), key, steps=1, probes={"edge": probe(edge)}, report=report)
+            train(
+                quadratic(),
+                point,
+                optax.sgd(0.1),
+                key,
+                steps=1,
+                probes={"edge": probe(edge)},
+                session=Session(report=report),
+            )
             assert bar.tasks[0].fields["status"].endswith(f" edge/values {shown}")
     diverged = {"top": np.array([[1.0, 2.0], [np.inf, np.nan], [3.0, 5.0]]), "loss": np.array([1.0, np.nan, 2.0])}
     assert summary(diverged, 3) == "loss 1.5 top 3.5"

@@ -7,10 +7,11 @@ import optax
 import pytest
 
 import oracles
-from attnlab import runs
 from attnlab.dynamics.sharpness import Tracking, top_eigenvalues
 from attnlab.losses import square_loss
 from attnlab.objective import objective
+from attnlab.runs import files
+from attnlab.runs.session import Session
 from attnlab.training import Probe, probe, train
 from attnlab.training.loop import _first_state, _identity, _Plan
 from attnlab.trees import ravel
@@ -121,7 +122,9 @@ def test_a_killed_run_resumes_with_equal_bits(tmp_path, key, killed_after):
             raise Killed
 
     with pytest.raises(Killed):
-        train(risk, params, OPTIMIZERS["adam"], key, **options, directory=tmp_path / "run", report=kill)
+        train(
+            risk, params, OPTIMIZERS["adam"], key, **options, session=Session(directory=tmp_path / "run", report=kill)
+        )
     (tmp_path / "run" / "part_000777.npz").write_bytes(b"left over")
     resumed_at = []
     resumed = train(
@@ -130,8 +133,7 @@ def test_a_killed_run_resumes_with_equal_bits(tmp_path, key, killed_after):
         OPTIMIZERS["adam"],
         key,
         **options,
-        directory=tmp_path / "run",
-        report=lambda progress: resumed_at.append(progress.step),
+        session=Session(directory=tmp_path / "run", report=lambda progress: resumed_at.append(progress.step)),
     )
     assert resumed_at[0] == reports[-1].step + reports[0].step
     assert_equal_bits(resumed, whole)
@@ -148,7 +150,7 @@ def test_a_run_killed_between_its_records_and_its_state_repeats_a_part(tmp_path,
     risk, params = CASES["softmax/square"](key)
     options = {"steps": 120, "every": 2, "probes": PROBES, "resample": minibatch}
     whole = train(risk, params, OPTIMIZERS["adam"], key, **options)
-    written, replace_file = [], runs.replace_file
+    written, replace_file = [], files.replace_file
 
     def killing(path):
         written.append(path.name)
@@ -156,12 +158,14 @@ def test_a_run_killed_between_its_records_and_its_state_repeats_a_part(tmp_path,
             raise Killed
         return replace_file(path)
 
-    monkeypatch.setattr(runs, "replace_file", killing)
+    monkeypatch.setattr(files, "replace_file", killing)
     with pytest.raises(Killed):
-        train(risk, params, OPTIMIZERS["adam"], key, **options, directory=tmp_path)
+        train(risk, params, OPTIMIZERS["adam"], key, **options, session=Session(directory=tmp_path))
     assert (tmp_path / "part_000002.npz").exists()
     monkeypatch.undo()
-    assert_equal_bits(train(risk, params, OPTIMIZERS["adam"], key, **options, directory=tmp_path), whole)
+    assert_equal_bits(
+        train(risk, params, OPTIMIZERS["adam"], key, **options, session=Session(directory=tmp_path)), whole
+    )
 
 
 def test_progress_reports_loss_and_probes(key):
@@ -175,7 +179,7 @@ def test_progress_reports_loss_and_probes(key):
         steps=4,
         every=2,
         probes={"loss": probe(lambda r, p: r(p))},
-        report=seen.append,
+        session=Session(report=seen.append),
     )
     assert [progress.step for progress in seen] == [2, 4]
     assert seen[0].values["loss"] == pytest.approx(float(risk(params)))
@@ -212,10 +216,10 @@ class TestBadInput:
             "constants of a probe": {"probes": weigh(2.0)},
             "name of a probe": {"probes": {"highest": weigh(1.0)["top"]}},
         }
-        train(risk, params, key=key, **run, directory=tmp_path)
+        train(risk, params, key=key, **run, session=Session(directory=tmp_path))
         for change in changes.values():
             with pytest.raises(ValueError, match="holds another run"):
-                train(risk, params, key=key, **(run | change), directory=tmp_path)
+                train(risk, params, key=key, **(run | change), session=Session(directory=tmp_path))
         identities = {
             _identity(risk, _first_state(risk, params, key, plan, {}, None), plan)
             for plan in (_Plan(run["optimizer"], tuple(probes.items()), 2, None, None, False) for probes in tracked)

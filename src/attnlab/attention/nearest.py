@@ -1,6 +1,5 @@
 """The nearest Kronecker product to a block, matrix-free (Van Loan and Pitsianis 1993)."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import jax
@@ -8,9 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from attnlab.attention.kronecker import KroneckerSum, Pairing, brought_to_scale, times_power
-
-_KRYLOV_STEPS = 24
-_RESTARTS = 50
+from attnlab.krylov.leading import leading_eigenvector, positive
 
 
 @jax.tree_util.register_dataclass
@@ -57,64 +54,14 @@ def nearest_kronecker(
     vector, residual = leading_eigenvector(gram, start, tolerance)
 
     unit = to_left(vector.reshape(size.shape))
-    unit = unit / _positive(jnp.linalg.norm(unit.ravel()))
+    unit = unit / positive(jnp.linalg.norm(unit.ravel()))
     # For a unit a the best right factor is R^T a, and ||R - a (R^T a)^T||^2 = ||R||^2 - ||R^T a||^2: exact for any a.
     other = to_right(unit)
     scale, norm = jnp.linalg.norm(other.ravel()), block.norm()
-    error = jnp.where(norm > 0, jnp.sqrt(jnp.maximum(1 - (scale / _positive(norm)) ** 2, 0)), 0)
+    error = jnp.where(norm > 0, jnp.sqrt(jnp.maximum(1 - (scale / positive(norm)) ** 2, 0)), 0)
     # Half of the exponent for each factor; where it is odd, the root of two keeps their norms alike.
     odd = jnp.where(exponent % 2, 2**0.5, 1).astype(size.dtype)
     left = block.merged(times_power(odd * unit * jnp.sqrt(scale), exponent // 2), 0, pairing)
-    right = block.merged(times_power(odd * other / _positive(jnp.sqrt(scale)), exponent // 2), 1, pairing)
+    right = block.merged(times_power(odd * other / positive(jnp.sqrt(scale)), exponent // 2), 1, pairing)
     sign = jnp.where(jnp.trace(left) < 0, -1, 1).astype(left.dtype)
     return NearestKronecker(sign * left, sign * right, error, residual, pairing)
-
-
-def leading_eigenvector(
-    apply: Callable[[Array], Array], start: Float[Array, " n"], tolerance: float
-) -> tuple[Float[Array, " n"], Float[Array, ""]]:
-    """Leading eigenvector of a positive semidefinite map, and its relative residual: a restarted Krylov iteration."""
-    steps = min(_KRYLOV_STEPS, start.size)
-
-    def unfinished(state: tuple[Array, Array, Array]) -> Array:
-        _, residual, count = state
-        return (residual > tolerance) & (count < _RESTARTS)
-
-    def restart(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        vector, residual = _krylov_step(apply, state[0], steps)
-        return vector, residual, state[2] + 1
-
-    start = start / jnp.linalg.norm(start)
-    infinite = jnp.asarray(jnp.inf, start.dtype)
-    vector, residual, _ = jax.lax.while_loop(unfinished, restart, (start, infinite, jnp.asarray(0)))
-    return vector, residual
-
-
-def _krylov_step(apply: Callable[[Array], Array], start: Array, steps: int) -> tuple[Array, Array]:
-    """Rayleigh-Ritz on the Krylov space of `start`, with full reorthogonalization."""
-
-    def extend(carry: tuple[Array, Array], k: Array) -> tuple[tuple[Array, Array], Array]:
-        basis, vector = carry
-        basis = basis.at[k].set(vector)
-        image = apply(vector)
-        rest = image
-        for _ in range(2):
-            rest = rest - basis.T @ (basis @ rest)
-        length = jnp.linalg.norm(rest)
-        # an exhausted space: the remaining basis vectors are zero and add zero eigenvalues
-        alive = length > 100 * jnp.finfo(start.dtype).eps * jnp.linalg.norm(image)
-        return (basis, jnp.where(alive, rest / _positive(length), 0)), image
-
-    empty = jnp.zeros((steps, start.size), start.dtype)
-    (basis, _), images = jax.lax.scan(extend, (empty, start), jnp.arange(steps))
-    projected = basis @ images.T
-    values, vectors = jnp.linalg.eigh((projected + projected.T) / 2)
-    coefficients = vectors[:, -1]
-    vector = basis.T @ coefficients
-    residual = jnp.linalg.norm(images.T @ coefficients - values[-1] * vector) / _positive(values[-1])
-    return vector / _positive(jnp.linalg.norm(vector)), residual
-
-
-def _positive(x: Array) -> Array:
-    """`x`, or 1 where it is not above 0: for divisions whose numerator is then zero too."""
-    return jnp.where(x > 0, x, 1)

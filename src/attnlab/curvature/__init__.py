@@ -1,6 +1,5 @@
 """Curvature of any objective, without forming the matrix: it knows no model."""
 
-from attnlab.curvature.batches import BatchedObjective, batched
 from attnlab.curvature.blocks import block_densities, per_block
 from attnlab.curvature.density import SpectralDensity, spectral_density
 from attnlab.curvature.estimators import (
@@ -12,7 +11,7 @@ from attnlab.curvature.estimators import (
     squared_frobenius_norm,
     trace,
 )
-from attnlab.curvature.long_runs import NonFiniteProductError, Progress, print_progress
+from attnlab.curvature.guards import NonFiniteProductError
 from attnlab.curvature.operators import Operator, empirical_fisher, fisher, functional, ggn, hessian, restrict
 from attnlab.curvature.self_checks import CurvatureWarning, VerificationError
 from attnlab.curvature.spectrum import Eigenpairs, eigenpairs
@@ -25,6 +24,9 @@ from attnlab.curvature.transforms import (
 )
 from attnlab.curvature.verify import verify
 from attnlab.curvature.xtrace import xtrace
+from attnlab.objective import BatchedObjective, batched
+from attnlab.runs.progress import Progress, print_progress
+from attnlab.runs.session import Session
 from attnlab.statistics import Estimate
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "NonFiniteProductError",
     "Operator",
     "Progress",
+    "Session",
     "SpectralDensity",
     "VerificationError",
     "adam_preconditioner",

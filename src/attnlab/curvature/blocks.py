@@ -2,17 +2,14 @@
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import replace
-from pathlib import Path
 from typing import TypeVar
-from urllib.parse import quote
-
-from jax.sharding import Sharding
 
 from attnlab.checks import check_key, check_whole
 from attnlab.curvature.density import SpectralDensity, spectral_density
-from attnlab.curvature.long_runs import NonFiniteProductError, Progress, Report
-from attnlab.curvature.operators import Block, Operator, Risk, hessian
+from attnlab.curvature.guards import NonFiniteProductError
+from attnlab.curvature.operators import Block, Operator, hessian
+from attnlab.objective import Risk
+from attnlab.runs.session import AT_ONCE, Session
 from attnlab.trees import leaf_names
 from attnlab.types import Params, PRNGKey
 
@@ -47,16 +44,13 @@ def block_densities(
     blocks: Iterable[Block] | None = None,
     probes: int = 10,
     steps: int | None = None,
-    together: int = 1,
-    sharding: Sharding | None = None,
-    directory: Path | None = None,
-    report: Report | None = None,
+    session: Session = AT_ONCE,
 ) -> dict[str, SpectralDensity]:
     """The spectral density of every diagonal block (see `per_block` and `spectral_density`), all with the same probes.
 
-    A block with fewer than `steps` parameters (by default 64) takes as many steps as it has parameters. With a
-    `directory` each block has a folder in it, with `/` and the like in its name written as in a URL: a run that was
-    killed does no finished block again. The `report` is told the block as `Progress.part`.
+    A block with fewer than `steps` parameters (by default 64) takes as many steps as it has parameters. In the
+    directory of the session each block has a folder, with `/` and the like in its name written as in a URL: a run that
+    was killed does no finished block again. The report is told the block as `Progress.part`.
     """
     check_key(key)
     if steps is not None:
@@ -70,10 +64,7 @@ def block_densities(
             key,
             probes=probes,
             steps=None if steps is None else min(steps, block.dimension),
-            together=together,
-            sharding=sharding,
-            directory=None if directory is None else Path(directory) / quote(name, safe=""),
-            report=None if report is None else _of_part(report, f"{name} ({numbers[name]} of {len(named)})"),
+            session=session.part(name, f"{name} ({numbers[name]} of {len(named)})"),
         )
 
     return _measure_each(measure, risk, params, operator, named)
@@ -99,10 +90,3 @@ def _measure_each(
         except NonFiniteProductError as error:
             raise NonFiniteProductError(f"block {name}: {error}", found) from error
     return found
-
-
-def _of_part(report: Report, part: str) -> Report:
-    def tell(progress: Progress) -> None:
-        report(replace(progress, part=part))
-
-    return tell

@@ -1,8 +1,7 @@
 """The spectral density of an operator by stochastic Lanczos quadrature, with its error."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -12,21 +11,18 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Float
 
 from attnlab.checks import check_range, check_whole, is_concrete
-from attnlab.curvature.lanczos import Recurrence, Tridiagonal, advance, begin, finish, gauss_quadrature
-from attnlab.curvature.long_runs import (
-    Clock,
-    Report,
-    begin_session,
+from attnlab.curvature.guards import (
     check_memory,
     check_operator_and_key,
     check_symmetric,
+    identity_of,
     non_finite,
-    open_checkpoint,
-    owning_directory,
     saved_bytes,
-    write_result,
 )
 from attnlab.curvature.operators import Operator
+from attnlab.krylov.lanczos import Recurrence, Tridiagonal, advance, begin, finish, gauss_quadrature
+from attnlab.runs.progress import Clock
+from attnlab.runs.session import AT_ONCE, Session, fold
 from attnlab.statistics import Estimate, estimate, standard_error
 from attnlab.trees import power_of_two
 from attnlab.types import PRNGKey
@@ -91,10 +87,7 @@ def spectral_density(
     *,
     probes: int = 10,
     steps: int | None = None,
-    together: int = 1,
-    sharding: Sharding | None = None,
-    directory: Path | None = None,
-    report: Report | None = None,
+    session: Session = AT_ONCE,
 ) -> SpectralDensity:
     """The spectral density by stochastic Lanczos quadrature with Rademacher probes: probes x steps products.
 
@@ -108,64 +101,45 @@ def spectral_density(
         key: of the probes.
         probes: how many random start vectors.
         steps: Lanczos steps of each: nodes of its Gauss rule; by default 64, or as many as the operator has rows.
-        together: how many probes run at once, a divisor of `probes`. Memory grows with it, and on a CPU it gains
-            nothing; it keeps accelerators busy.
-        sharding: how an array (together, n) of probes is spread over devices, such as
-            `NamedSharding(mesh, PartitionSpec("probes"))`. With a `directory`, over those of one process.
-        directory: where to save, every second at most, after a multiple of 16 steps; a run that was killed resumes
-            there and gives the same numbers on the same machine. With several processes, a directory for each. At the
-            end it holds `result.npz` and `manifest.json`.
-        report: called every 16 steps with a `Progress`; `print_progress` is one.
+        session: where to save, every second at most, after a multiple of 16 steps, what to call every 16 steps with a
+            `Progress` (`print_progress` is one), how many probes run `together`, a divisor of `probes`, and their
+            `sharding` over devices. With several processes, a directory for each. At the end it holds `result.npz`
+            (nodes, weights) and `manifest.json`. Without directory and report it is one compiled program.
 
     Raises `ValueError` for numbers that do not fit, an operator that is not symmetric or a directory of another
     computation; `NonFiniteProductError`, which says at which step and has the density of the finished probes as its
     `partial`; `MemoryError` before the start, if the probes do not fit.
     """
-    options = {"together": together, "sharding": sharding, "directory": directory, "report": report}
-    return quadrature(project(operator, key, probes=probes, steps=steps, **options))  # type: ignore[arg-type]
+    return quadrature(project(operator, key, probes=probes, steps=steps, session=session))
 
 
-@owning_directory
 def project(
-    operator: Operator,
-    key: PRNGKey,
-    *,
-    probes: int,
-    steps: int | None = None,
-    together: int = 1,
-    sharding: Sharding | None = None,
-    directory: Path | None = None,
-    report: Report | None = None,
+    operator: Operator, key: PRNGKey, *, probes: int, steps: int | None = None, session: Session = AT_ONCE
 ) -> Tridiagonal:
     """The projections, stacked over probes, that `spectral_density` is made of; arguments, files and errors are its
     own."""
-    session = begin_session(directory)
     check_operator_and_key(operator, key)
     steps = min(STEPS, operator.dimension) if steps is None else steps
-    check_whole(probes=probes, together=together, steps=steps)
+    check_whole(probes=probes, together=session.together, steps=steps)
     check_range("steps", steps, 1, operator.dimension, "A Krylov space has no more dimensions than the operator.")
-    if probes % together:
+    _check_session(session, probes)
+    _check_probes_fit(operator, session.together)
+    keys = jax.random.split(key, (probes // session.together, session.together))
+    if session.in_chunks:
+        return _in_chunks(operator, keys, steps, session)
+    return _checked(operator, _in_one_program(operator, keys, steps, session.sharding))
+
+
+def _check_session(session: Session, probes: int) -> None:
+    if probes % session.together:
         raise ValueError(
-            f"together is {together}; expected a divisor of probes, which is {probes}. Change one of them."
+            f"together is {session.together}; expected a divisor of probes, which is {probes}. Change one of them."
         )
-    _check_probes_fit(operator, together)
-    if directory is not None and sharding is not None and not sharding.is_fully_addressable:
+    if session.directory is not None and session.sharding is not None and not session.sharding.is_fully_addressable:
         raise ValueError(
-            f"sharding spreads the probes over several processes: {sharding}; expected one process, whose directory "
-            "holds the state of all its probes. Spread the data over the processes, or give no directory."
+            f"sharding spreads the probes over several processes: {session.sharding}; expected one process, whose "
+            "directory holds the state of all its probes. Spread the data over the processes, or give no directory."
         )
-    keys = jax.random.split(key, (probes // together, together))
-    if directory is None and report is None:
-        projections = _projections(operator, keys, steps, sharding)
-    else:
-        projections = _long_projections(operator, keys, steps, sharding, directory, report)
-    if is_concrete(projections):
-        _check(operator, projections)
-    if directory is not None:
-        found = quadrature(projections)
-        choices = {"computation": "spectral density", "dimension": operator.dimension, "probes": probes, "steps": steps}
-        write_result(directory, choices, session, nodes=found.nodes, weights=found.weights)
-    return projections
 
 
 def _check_probes_fit(operator: Operator, together: int) -> None:
@@ -183,13 +157,17 @@ def quadrature(projections: Tridiagonal) -> SpectralDensity:
     return SpectralDensity(*jax.vmap(gauss_quadrature)(projections))
 
 
-def _check(operator: Operator, projections: Tridiagonal) -> None:
+def _checked(operator: Operator, projections: Tridiagonal) -> Tridiagonal:
+    """The projections, unless they can be looked at and are not those of a finite and symmetric operator."""
+    if not is_concrete(projections):
+        return projections
     finite = np.isfinite(np.asarray(projections.diagonal))
     if not finite.all():
         probe, step = np.argwhere(~finite)[0]
         done = quadrature(jax.tree.map(lambda leaf: leaf[:probe], projections)) if probe else None
         raise non_finite(operator, f"at step {step} of probe {probe}", done)
     check_symmetric(projections.asymmetry, operator.epsilon)
+    return projections
 
 
 def _begin(operator: Operator, keys: Array, sharding: Sharding | None) -> Recurrence:
@@ -222,7 +200,7 @@ def _advance(
 
 
 @jax.jit(static_argnames=("steps", "sharding"))
-def _projections(operator: Operator, keys: Array, steps: int, sharding: Sharding | None) -> Tridiagonal:
+def _in_one_program(operator: Operator, keys: Array, steps: int, sharding: Sharding | None) -> Tridiagonal:
     def group(keys: Array) -> Tridiagonal:
         state, entries = _advance(operator, _begin(operator, keys, sharding), steps, sharding)
         return jax.vmap(finish)(*entries, state.asymmetry, state.scale)
@@ -238,66 +216,76 @@ _begin_jitted = jax.jit(_begin, static_argnames=("sharding",))
 _advance_jitted = jax.jit(_advance, static_argnames=("steps", "sharding"))
 
 
-def _long_projections(
-    operator: Operator,
-    keys: Array,
-    steps: int,
-    sharding: Sharding | None,
-    directory: Path | None,
-    report: Report | None,
-) -> Tridiagonal:
-    """The same recurrences, one jitted call a chunk of steps, with their state on disk in between."""
-    groups, together = keys.shape
-    sizes = [min(CHUNK, steps - done) for done in range(0, steps, CHUNK)]
-    checkpoint = open_checkpoint(directory, operator, keys, steps)
-    run = _fresh(operator, keys, steps, sharding)
-    if checkpoint is not None:
-        run = checkpoint.restore(run)
-    clock = Clock(report, _products(run, keys, steps), keys.size * steps)
-    for number in range(int(run.chunks), groups * len(sizes)):
-        group, chunk = divmod(number, len(sizes))
-        if chunk == 0:
-            run = run._replace(state=_begin_jitted(operator, keys[group], sharding))
-        state, entries = _advance_jitted(operator, run.state, sizes[chunk], sharding)
-        run = _add_chunk(run, state, entries, number, group, sum(sizes[:chunk]))
-        if not np.isfinite(np.asarray(state.norm)).all():
-            first = sum(sizes[:chunk]) + int(np.argwhere(~np.isfinite(np.asarray(entries.norms)))[:, 1].min())
-            done = quadrature(_projections_of(run, group)) if group else None
-            raise non_finite(operator, f"at step {first} of probe {group * together}", done)
-        if checkpoint is not None:
-            checkpoint.save(run, last=number + 1 == groups * len(sizes))
-        clock.tell(_products(run, keys, steps))
-    return _projections_of(run, groups)
-
-
 class _Run(NamedTuple):
     """A density under way: how many chunks are done, all entries so far, how the groups ended, the current state."""
 
-    chunks: np.ndarray
+    chunks: Array
     entries: _Entries  # (groups, together, steps)
-    asymmetry: np.ndarray  # (groups, together)
-    scale: np.ndarray
+    asymmetry: Array  # (groups, together)
+    scale: Array
     state: Recurrence
 
 
-def _fresh(operator: Operator, keys: Array, steps: int, sharding: Sharding | None) -> _Run:
-    state = _begin_jitted(operator, keys[0], sharding)
-    shape, dtype = (*keys.shape, steps), state.norm.dtype
-    entries = _Entries(np.zeros(shape, dtype), np.zeros(shape, dtype))
-    return _Run(np.array(0), entries, np.zeros(keys.shape, dtype), np.zeros(keys.shape, dtype), state)
+def _in_chunks(operator: Operator, keys: Array, steps: int, session: Session) -> Tridiagonal:
+    """The same recurrences, a call for every chunk of steps; a group of probes begins with its first one."""
+    groups, together = keys.shape
+    firsts = range(0, steps, CHUNK)
+
+    def start() -> _Run:
+        state = _begin_jitted(operator, keys[0], session.sharding)
+        empty, none = np.zeros((*keys.shape, steps), state.norm.dtype), np.zeros(keys.shape, state.norm.dtype)
+        return _Run(np.array(0), _Entries(empty, empty), none, none, state)  # type: ignore[arg-type]
+
+    def chunks(run: _Run) -> tuple[int, int] | None:
+        group, chunk = divmod(int(run.chunks), len(firsts))
+        return None if group == groups else (group, firsts[chunk])
+
+    def step(run: _Run, chunk: tuple[int, int]) -> tuple[_Run, None]:
+        group, first = chunk
+        state = run.state if first else _begin_jitted(operator, keys[group], session.sharding)
+        state, entries = _advance_jitted(operator, state, min(CHUNK, steps - first), session.sharding)
+        run = _with_chunk(run, state, entries, group, first)
+        if not np.isfinite(np.asarray(state.norm)).all():
+            place = first + int(np.argwhere(~np.isfinite(np.asarray(entries.norms)))[:, 1].min())
+            done = quadrature(_projections_of(run, group)) if group else None
+            raise non_finite(operator, f"at step {place} of probe {group * together}", done)
+        return run, None
+
+    def products(run: _Run) -> int:
+        group, chunk = divmod(int(run.chunks), len(firsts))
+        return together * (group * steps + min(chunk * CHUNK, steps))
+
+    def watch(run: _Run) -> Callable[[_Run], None]:
+        assert session.report is not None
+        clock = Clock(session.report, products(run), keys.size * steps)
+        return lambda run: clock.tell(products(run))
+
+    with session.open(lambda: identity_of(operator, keys, steps)) as stretch:
+        run = fold(step, start, chunks, stretch, watch=watch)
+        projections = _checked(operator, _projections_of(run, groups))
+        choices = {"computation": "spectral density", "dimension": operator.dimension}
+        choices |= {"probes": keys.size, "steps": steps}
+        if session.directory is not None:
+            stretch.write_result(choices, **asdict(quadrature(projections)))
+    return projections
 
 
-def _add_chunk(run: _Run, state: Recurrence, entries: _Entries, number: int, group: int, first: int) -> _Run:
-    for whole, new in zip(run.entries, entries, strict=True):
-        whole[group, :, first : first + new.shape[1]] = new
-    run.asymmetry[group], run.scale[group] = state.asymmetry, state.scale
-    return run._replace(chunks=np.array(number + 1), state=state)
+def _with_chunk(run: _Run, state: Recurrence, entries: _Entries, group: int, first: int) -> _Run:
+    def put(whole: Any, place: Any, new: Array) -> Any:
+        changed = np.array(whole)
+        changed[place] = new
+        return changed
 
-
-def _products(run: _Run, keys: Array, steps: int) -> int:
-    per_group = -(-steps // CHUNK)
-    group, chunk = divmod(int(run.chunks), per_group)
-    return keys.shape[1] * (group * steps + min(chunk * CHUNK, steps))
+    steps = (group, slice(None), slice(first, first + entries.norms.shape[1]))
+    return _Run(
+        chunks=run.chunks + 1,
+        entries=_Entries(
+            put(run.entries.diagonal, steps, entries.diagonal), put(run.entries.norms, steps, entries.norms)
+        ),
+        asymmetry=put(run.asymmetry, group, state.asymmetry),
+        scale=put(run.scale, group, state.scale),
+        state=state,
+    )
 
 
 def _projections_of(run: _Run, groups: int) -> Tridiagonal:

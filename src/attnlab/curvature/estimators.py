@@ -4,28 +4,21 @@ log-determinant, condition number; and solutions of linear systems."""
 import math
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from jax.sharding import Sharding
 from jaxtyping import Array, Float
 
 from attnlab.checks import check_number, check_same_structure, check_whole, is_concrete
 from attnlab.curvature.density import SpectralDensity, project, quadrature
-from attnlab.curvature.lanczos import Recurrence, Tridiagonal, advance, begin, relative_asymmetry, with_node
-from attnlab.curvature.long_runs import (
-    Report,
-    check_operator,
-    check_operator_and_key,
-    check_symmetric,
-    non_finite,
-)
+from attnlab.curvature.guards import check_operator, check_operator_and_key, check_symmetric, non_finite
 from attnlab.curvature.operators import Operator
 from attnlab.curvature.spectrum import eigenpairs
+from attnlab.krylov.lanczos import Recurrence, Tridiagonal, advance, begin, relative_asymmetry, with_node
+from attnlab.runs.session import AT_ONCE, Session
 from attnlab.statistics import Estimate, estimate
 from attnlab.trees import length, power_of_two
 from attnlab.types import Params, PRNGKey, PyTree
@@ -193,10 +186,7 @@ def log_determinant(
     damping: float,
     probes: int = 10,
     steps: int | None = None,
-    together: int = 1,
-    sharding: Sharding | None = None,
-    directory: Path | None = None,
-    report: Report | None = None,
+    session: Session = AT_ONCE,
 ) -> Estimate:
     """log det(A + damping I) and its error, by stochastic Lanczos quadrature (Ubaru, Chen, Saad 2017).
 
@@ -207,13 +197,12 @@ def log_determinant(
     Ritz value, and the bracket an estimate. Where the Krylov spaces are exhausted, as those of a matrix of low rank,
     both rules are exact. An eigenvalue within rounding errors of zero counts as zero.
 
-    All arguments but the damping are those of `spectral_density`, whose products these are: the `directory` of one
+    All arguments but the damping are those of `spectral_density`, whose products these are: the directory of one
     serves the other, and every other damping, at no further product. Raises `ValueError` where A + damping I is not
     positive definite; otherwise as `spectral_density`.
     """
     check_number("damping", damping, -math.inf, math.inf, "It is added to every eigenvalue.")
-    options = {"together": together, "sharding": sharding, "directory": directory, "report": report}
-    projections = project(operator, key, probes=probes, steps=steps, **options)  # type: ignore[arg-type]
+    projections = project(operator, key, probes=probes, steps=steps, session=session)
     found, half = _log_determinant(projections, jnp.asarray(damping, projections.diagonal.dtype))
     if is_concrete(found) and not np.isfinite(found.value):
         raise ValueError(
@@ -251,8 +240,7 @@ def condition_number(
     *,
     damping: float = 0.0,
     tolerance: float | None = None,
-    directory: Path | None = None,
-    report: Report | None = None,
+    session: Session = AT_ONCE,
 ) -> Estimate:
     """(lambda_max + damping) / (lambda_min + damping), and a `bound` on its error from the eigenpairs' residuals; it
     has no standard error.
@@ -260,11 +248,11 @@ def condition_number(
     The bound supposes that the iteration did not miss the extreme eigenvalues, which it does with a probability of at
     most 0.001.
     Raises `ValueError` where A + damping I is not positive definite to within that bound, so that the damping does not
-    determine the number; otherwise as `eigenpairs`, whose `tolerance`, `directory` and `report` it takes: the directory
-    serves every damping.
+    determine the number; otherwise as `eigenpairs`, whose `tolerance` and `session` it takes: a directory serves every
+    damping.
     """
     check_number("damping", damping, -math.inf, math.inf, "It is added to every eigenvalue.")
-    pairs = eigenpairs(operator, key, which="both", tolerance=tolerance, directory=directory, report=report)
+    pairs = eigenpairs(operator, key, which="both", tolerance=tolerance, session=session)
     low, high = pairs.values + damping
     low_error, high_error = pairs.residuals
     if is_concrete(low) and not low > low_error:

@@ -22,10 +22,18 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from attnlab.checks import check_same_structure, is_concrete
-from attnlab.curvature.batches import BatchedObjective
-from attnlab.curvature.self_checks import Risk, check_operator, check_risk, once
+from attnlab.curvature.self_checks import check_operator, check_risk, once
 from attnlab.derivatives import FORWARD, Jacobian, Route, choose_route, hessian_product, jacobian
-from attnlab.objective import Objective, check_loss, check_objective, known_loss, predict_from_block
+from attnlab.objective import (
+    BatchedObjective,
+    Objective,
+    Risk,
+    check_loss,
+    check_objective,
+    example_losses,
+    known_loss,
+    predict_from_block,
+)
 from attnlab.trees import Selection, block_slices, dimension, power_of_two, select, zeros_like
 from attnlab.types import Params, PyTree
 
@@ -311,43 +319,6 @@ def _empirical_fisher(risk: Objective, params: Params, route: Route) -> Lineariz
     losses, jacobian_of_losses = jacobian(lambda params: example_losses(risk, risk.outputs(params))[0], params, route)
     _, shares = example_losses(risk, risk.outputs(params))
     return Linearized(jnp.vdot(shares, losses), None, Partial(_apply_gram, jacobian_of_losses, shares))
-
-
-def example_losses(risk: Objective, outputs: PyTree) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
-    """The loss of every example alone, and its share in the risk, which is their weighted mean.
-
-    An example of which no position counts has the loss 0 and the share 0. Raises `ValueError` where the first axes of
-    inputs, outputs and targets differ.
-    """
-    lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves((risk.inputs, outputs, *risk.answers))}
-    if len(lengths) != 1 or () in lengths:
-        raise ValueError(
-            f"inputs, outputs and targets have first axes {sorted(lengths)}; expected one number of examples in all. "
-            "Give every array a leading axis of examples."
-        )
-    # The first axis is that of the examples, and the second one of batches of a single one. Weights may be None.
-    data, one_each = jax.tree.map(lambda leaf: leaf[:, None], ((risk.targets, risk.weights), outputs))
-    totals = jax.vmap(lambda answers: _answering(risk, answers).total())(data)
-    losses = jax.vmap(lambda answers, *rest: _loss_or_zero(_answering(risk, answers), *rest))(data, one_each, totals)
-    shares = totals / jnp.sum(totals)
-    return losses, shares.astype(losses.dtype)
-
-
-def _answering(risk: Objective, answers: tuple[PyTree, PyTree]) -> Objective:
-    targets, weights = answers
-    return replace(risk, targets=targets, weights=weights)
-
-
-def _loss_or_zero(risk: Objective, outputs: PyTree, total: Array) -> Array:
-    """The loss; zero where nothing counts: a mean over nothing is 0 / 0, and its derivative so even behind `where`."""
-    counts, loss = total > 0, known_loss(risk.loss)
-    if loss is not None and (risk.weights is not None or loss.ignored is not None):
-        summed, weight = loss.total_loss(outputs, *risk.answers)
-        return summed / jnp.where(counts, weight, 1)
-    if risk.weights is None:
-        return risk.score(outputs)
-    safe = jnp.where(counts, risk.weights, jnp.ones_like(risk.weights))
-    return jnp.where(counts, replace(risk, weights=safe).score(outputs), 0)
 
 
 def _apply_gram(outer: Jacobian, shares: Array, vector: Params) -> Params:

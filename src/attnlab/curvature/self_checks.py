@@ -13,16 +13,14 @@ from jax.experimental import multihost_utils
 from jax.extend.core import ClosedJaxpr
 from jax.tree_util import Partial
 
-from attnlab.curvature.batches import BatchedObjective
 from attnlab.curvature.independence import check_batches, check_examples
-from attnlab.objective import Objective
+from attnlab.objective import BatchedObjective, Objective, Risk
 from attnlab.trees import leaf_sizes
 from attnlab.types import Params, PyTree
 
 Vector = np.ndarray
 """A flat vector of parameters on the host, in 64 bits: arithmetic on it compiles nothing."""
 
-Risk = Objective | BatchedObjective
 Linearize = Callable[[Objective, Params], Partial]
 
 ASYMMETRIC = "<u, Hv> and <v, Hu> differ: a derivative rule is wrong (custom_vjp, custom_jvp)."

@@ -2,8 +2,8 @@
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import jax
@@ -13,30 +13,26 @@ from jaxtyping import Array, Float
 
 from attnlab.checks import check_integer, check_number, check_range, is_concrete, unknown_name
 from attnlab.curvature.density import SpectralDensity, spectral_density
-from attnlab.curvature.long_runs import (
-    Clock,
-    Report,
-    begin_session,
+from attnlab.curvature.guards import (
     check_memory,
     check_operator_and_key,
     check_symmetric,
+    identity_of,
     non_finite,
-    open_checkpoint,
-    owning_directory,
-    write_result,
 )
 from attnlab.curvature.operators import Operator
-from attnlab.curvature.restarts import (
+from attnlab.krylov.restarts import (
     MISSED,
     Restarted,
-    RestartPlan,
     RitzPairs,
     first_state,
-    plan_restarts,
     restart_cycle,
     thick_restart,
     wanted_pairs,
 )
+from attnlab.krylov.ritz import RestartPlan, plan_restarts
+from attnlab.runs.progress import Clock
+from attnlab.runs.session import AT_ONCE, Session, fold
 from attnlab.trees import power_of_two
 from attnlab.types import Params, PRNGKey
 
@@ -78,8 +74,7 @@ def eigenpairs(
     *,
     which: Literal["low", "high", "both"] = "high",
     tolerance: float | None = None,
-    directory: Path | None = None,
-    report: Report | None = None,
+    session: Session = AT_ONCE,
 ) -> Eigenpairs:
     """The `count` algebraically lowest or highest eigenpairs, or that many at both ends.
 
@@ -95,10 +90,9 @@ def eigenpairs(
         which: end of the spectrum.
         tolerance: of the residuals relative to the largest eigenvalue in modulus; by default the square root of the
             machine epsilon.
-        directory: where to save the basis, every second at most, after a cycle of some products; a run that was killed
-            resumes there and gives the same numbers on the same machine. At the end it holds
-            `result.npz` (values, flat vectors, residuals) and `manifest.json`.
-        report: called every some products with a `Progress`; `print_progress` is one.
+        session: where to save the basis, every second at most, after a cycle of some products, and what to call every
+            some products with a `Progress`; `print_progress` is one. At the end the directory holds `result.npz`
+            (values, flat vectors, residuals) and `manifest.json`. Without both it is one compiled program.
 
     Warns where the tolerance was not reached, as the residuals then say, or no certificate. Raises `ValueError` for a
     count that does not fit the dimension, a negative tolerance, an operator that is not symmetric, or a directory of
@@ -106,6 +100,7 @@ def eigenpairs(
     `MemoryError` before the start, if the basis does not fit.
     """
     check_operator_and_key(operator, key)
+    session.check_one_by_one("eigenpairs")
     check_integer(count=count)
     if which not in ("low", "high", "both"):
         raise unknown_name("end of the spectrum", which, ("low", "high", "both"))
@@ -124,10 +119,10 @@ def eigenpairs(
             2 * (plan.size + 1) * operator.dimension * operator.flat_dtype.itemsize,
             "Ask for fewer eigenpairs.",
         )
-        if directory is None and report is None:
-            pairs = _lanczos_eigenpairs(operator, key, tolerance, plan)
+        if session.in_chunks:
+            pairs = _in_cycles(operator, key, tolerance, plan, session)
         else:
-            pairs = _long_eigenpairs(operator, key, tolerance, plan, directory, report)
+            pairs = _in_one_program(operator, key, tolerance, plan)
     if is_concrete(pairs):
         _check(operator, pairs, tolerance)
     return _like_point(operator, pairs)
@@ -185,7 +180,7 @@ def _start(operator: Operator, key: PRNGKey) -> Float[Array, " n"]:
 
 
 @jax.jit(static_argnames=("plan",))
-def _lanczos_eigenpairs(operator: Operator, key: PRNGKey, tolerance: float, plan: RestartPlan) -> RitzPairs:
+def _in_one_program(operator: Operator, key: PRNGKey, tolerance: float, plan: RestartPlan) -> RitzPairs:
     start_key, key = jax.random.split(key)
     return thick_restart(operator.flat_mv, _start(operator, start_key), plan, tolerance, key)
 
@@ -195,36 +190,39 @@ def _cycle(operator: Operator, state: Restarted, key: PRNGKey, tolerance: float,
     return restart_cycle(operator.flat_mv, state, plan, tolerance, key)
 
 
-@owning_directory
-def _long_eigenpairs(
-    operator: Operator,
-    key: PRNGKey,
-    tolerance: float,
-    plan: RestartPlan,
-    directory: Path | None,
-    report: Report | None,
-) -> RitzPairs:
-    """The same iteration, one jitted call a cycle, with its state on disk in between."""
-    session = begin_session(directory)
-    checkpoint = open_checkpoint(directory, operator, key, tolerance, plan)
-    start_key, key = jax.random.split(key)
-    state = first_state(_start(operator, start_key), plan)
-    if checkpoint is not None:
-        state = checkpoint.restore(state)
-    clock, told = Clock(report, int(state.products), tolerance=tolerance), int(state.products)
-    while not state.done and state.cycle < plan.cycles:
-        number, state = int(state.cycle), _cycle(operator, state, key, tolerance, plan)
+def _in_cycles(operator: Operator, key: PRNGKey, tolerance: float, plan: RestartPlan, session: Session) -> RitzPairs:
+    """The same iteration, a call for every cycle."""
+    start_key, cycle_key = jax.random.split(key)
+
+    def start() -> Restarted:
+        return first_state(_start(operator, start_key), plan)
+
+    def cycles(state: Restarted) -> int | None:
+        return None if state.done or state.cycle >= plan.cycles else int(state.cycle)
+
+    def step(state: Restarted, number: int) -> tuple[Restarted, None]:
+        state = _cycle(operator, state, cycle_key, tolerance, plan)
         if not np.isfinite(state.scale):
             partial = _before_failure(operator, wanted_pairs(state, plan))
             raise non_finite(operator, f"in cycle {number}, within {state.products} products", partial)
-        if checkpoint is not None:
-            checkpoint.save(state, last=bool(state.done))
-        if state.done or int(state.products) - told >= REPORT_EVERY:
-            told, residual = int(state.products), float(jnp.max(state.residuals) / state.scale)
-            clock.tell(told, residual, foreseeable=bool(state.done) or not int(state.locked))
-    pairs = wanted_pairs(state, plan)
-    choices = {"computation": "eigenpairs", "dimension": operator.dimension, "low": plan.low, "high": plan.high}
-    choices |= {"tolerance": tolerance, "products": int(pairs.products), "missed": float(pairs.missed)}
-    numbers = {"values": pairs.values, "vectors": pairs.vectors, "residuals": pairs.residuals}
-    write_result(directory, choices, session, **numbers)
+        return state, None
+
+    def watch(state: Restarted) -> Callable[[Restarted], None]:
+        assert session.report is not None
+        told = int(state.products)
+        clock = Clock(session.report, told, tolerance=tolerance)
+
+        def tell(state: Restarted) -> None:
+            nonlocal told
+            if state.done or int(state.products) - told >= REPORT_EVERY:
+                told, residual = int(state.products), float(jnp.max(state.residuals) / state.scale)
+                clock.tell(told, residual, foreseeable=bool(state.done) or not int(state.locked))
+
+        return tell
+
+    with session.open(lambda: identity_of(operator, key, tolerance, plan)) as stretch:
+        pairs = wanted_pairs(fold(step, start, cycles, stretch, watch=watch), plan)
+        choices = {"computation": "eigenpairs", "dimension": operator.dimension, "low": plan.low, "high": plan.high}
+        choices |= {"tolerance": tolerance, "products": int(pairs.products), "missed": float(pairs.missed)}
+        stretch.write_result(choices, values=pairs.values, vectors=pairs.vectors, residuals=pairs.residuals)
     return pairs

@@ -4,14 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnlab.curvature.batches import BatchedObjective
 from attnlab.curvature.independence import check_batches, check_examples
 from attnlab.curvature.operators import hessian
 from attnlab.curvature.self_checks import (
     ASYMMETRIC,
     DISAGREE,
     NOT_DERIVATIVE,
-    Risk,
     Vector,
     VerificationError,
     asymmetry,
@@ -24,7 +22,7 @@ from attnlab.curvature.self_checks import (
     slope_error,
     unflat,
 )
-from attnlab.objective import Objective, check_objective
+from attnlab.objective import BatchedObjective, Objective, Risk, check_objective
 from attnlab.types import Params, PRNGKey
 
 __all__ = ["VerificationError", "verify"]

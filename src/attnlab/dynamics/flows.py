@@ -15,8 +15,8 @@ from attnlab.checks import check_finite, check_intervals, check_positive, check_
 from attnlab.curvature.operators import hessian
 from attnlab.curvature.transforms import precondition
 from attnlab.dynamics.complementarity import basis, solve_complementarity
-from attnlab.dynamics.krylov import TopPairs, cold_top_pairs, warm_top_pairs
 from attnlab.dynamics.stability import check_hyperparameters
+from attnlab.krylov.tracking import TopPairs, cold_top_pairs, warm_top_pairs
 from attnlab.objective import Objective, check_objective
 from attnlab.trees import ravel
 from attnlab.types import Params, PRNGKey, PyTree

@@ -2,6 +2,8 @@
 threshold, and of diagonal blocks; all warm-started, with residuals."""
 
 import math
+import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +15,8 @@ from jaxtyping import Array, Float
 from attnlab.checks import check_number, check_range, check_whole
 from attnlab.curvature.operators import Block, Operator, flat_dtype, hessian
 from attnlab.curvature.transforms import precondition
-from attnlab.dynamics.krylov import Course, cold_top_pairs, followed_top_pairs
 from attnlab.dynamics.stability import RULES, StableOptimizer, preconditioner_after_step
+from attnlab.krylov.tracking import Course, cold_top_pairs, followed_top_pairs
 from attnlab.objective import Objective
 from attnlab.statistics import estimate
 from attnlab.training.probe import Probe, TrainingState
@@ -38,7 +40,7 @@ class Tracking:
             where it is exceeded, further products follow. The estimate is cautious: at 0.01 some 95 % of the errors are
             below 0.005.
         rounds: at most so many times k further products a measurement.
-        batched: take the k products of a block at once, see `krylov.fastest_batching`.
+        batched: take the k products of a block at once, see `fastest_batching`.
     """
 
     count: int = 2
@@ -202,3 +204,25 @@ def block_norms(samples: int = 10) -> Probe:
         return {"squared": found.value, "error": found.standard_error}, memory
 
     return Probe(measure)
+
+
+def fastest_batching(operator: Operator, count: int = 2, repeats: int = 5) -> bool:
+    """Whether `count` products are faster at once than one after another, by a timing of both (medians).
+
+    Small models gain from batches; large ones on a CPU, bound by memory, do not. Both give the same up to rounding. A
+    timing does not repeat: a run that must resume, or be made again bit by bit, writes its choice down instead.
+    """
+    vectors = jnp.ones((count, operator.dimension), operator.flat_dtype)
+    one_by_one = jax.jit(lambda operator, vectors: jnp.stack([operator.flat_mv(vector) for vector in vectors]))
+    at_once = jax.jit(lambda operator, vectors: jax.vmap(operator.flat_mv)(vectors))
+    return _seconds(at_once, operator, vectors, repeats) < _seconds(one_by_one, operator, vectors, repeats)
+
+
+def _seconds(function: Callable, operator: Operator, vectors: Array, repeats: int) -> float:
+    jax.block_until_ready(function(operator, vectors))
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        jax.block_until_ready(function(operator, vectors))
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)

@@ -1,6 +1,7 @@
 """The training loop and the probes inside it."""
 
 from attnlab.runs import DamagedFileError
+from attnlab.runs.session import Session
 from attnlab.training.batches import minibatches
 from attnlab.training.loop import Progress, Trajectory, train
 from attnlab.training.probe import Probe, TrainingState, probe
@@ -13,6 +14,7 @@ __all__ = [
     "Probe",
     "Progress",
     "Records",
+    "Session",
     "TrainingState",
     "Trajectory",
     "load_params",

@@ -2,9 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -15,8 +13,9 @@ from jaxtyping import Array, ArrayLike, Bool
 
 from attnlab.checks import check_arrays, check_finite, check_intervals, check_leading_axis
 from attnlab.objective import Objective, check_loss, check_objective
-from attnlab.runs import DamagedFileError, owned_directory
-from attnlab.training.checkpoint import Checkpoint, Restored, fingerprint
+from attnlab.runs import DamagedFileError
+from attnlab.runs.checkpoint import Checkpoint, fingerprint
+from attnlab.runs.session import AT_ONCE, OpenSession, Session, fold
 from attnlab.training.optimizer import check_optimizer, check_state, member_values, set_values, start_optimizer, update
 from attnlab.training.probe import Probe, TrainingState, by_name, check_probes, measure, median_of_finite, start_probes
 from attnlab.training.records import Records, check_no_divergence, concatenate, load_records
@@ -80,8 +79,7 @@ def train(
     hyperparameters: Mapping[str, ArrayLike] | None = None,
     own_risks: bool = False,
     start: TrainingState | None = None,
-    directory: Path | str | None = None,
-    report: Callable[[Progress], Any] | None = None,
+    session: Session = AT_ONCE,
 ) -> Trajectory:
     """Minimise `risk` from `params` for `steps` steps of an optax optimizer, measuring `probes` on the way.
 
@@ -111,11 +109,10 @@ def train(
         start: the state that a run ended in (`Trajectory.state`), to take `steps` further steps from: with its
             parameters, its optimizer's state, its key, its count of steps, and what its probes remember, the numbers
             are those of one longer run. Probes that it does not know start there.
-        directory: where to save; a run that was killed resumes there, and gives the same numbers on the same machine.
-            It loses at most one of the `PARTS` parts. With more `steps` than it has taken, a finished run goes on. A
-            run that differs in anything else, or another version of JAX, is another run. One run at a time writes
-            there. `load_records` reads what it measured so far, `load_params` where it stands.
-        report: called between the parts.
+        session: where to save, and what to call between the parts with a `Progress`. A run that was killed loses at
+            most one of the `PARTS` parts. With more `steps` than it has taken, a finished run goes on. A run that
+            differs in anything else, or another version of JAX, is another run. `load_records` reads what it measured
+            so far, `load_params` where it stands.
 
     Raises `ValueError` for steps that `every` does not divide, a loss that is not finite at the start, an unknown
     hyperparameter, leaves without an ensemble's axis, a `start` of another optimizer, a directory of another run or of
@@ -132,10 +129,10 @@ def train(
     if own_risks and members is None:
         raise ValueError("own_risks is for ensembles; expected keys of shape (m,), and got one key. Split it.")
     plan = _Plan(optimizer, by_name(probes or {}), every, resample, members, own_risks)
-    with nullcontext() if directory is None else owned_directory(Path(directory)):
-        first = _first_state(risk, params, key, plan, hyperparameters or {}, start)
-        checkpoint = None if directory is None else Checkpoint(Path(directory), _identity(risk, first, plan))
-        parts, state = _run_parts(risk, first, plan, steps, checkpoint, report)
+    session.check_one_by_one("train")
+    first = _first_state(risk, params, key, plan, hyperparameters or {}, start)
+    with session.open(lambda: _identity(risk, first, plan)) as stretch:
+        parts, state = _run_parts(risk, first, plan, steps, stretch)
     return Trajectory(concatenate(parts), state)
 
 
@@ -272,50 +269,44 @@ def _identity(risk: Objective, state: TrainingState, plan: _Plan) -> str:
     return f"{fingerprint((risk, state))}/{hashlib.sha256(text.encode()).hexdigest()}"
 
 
-def _restore(risk: Objective, state: TrainingState, plan: _Plan, checkpoint: Checkpoint | None) -> Restored | None:
-    if checkpoint is None:
-        return None
-    state = jax.eval_shape(lambda risk, state: _start_probes(risk, state, plan), risk, state)
-    records = jax.eval_shape(lambda risk, state: _advance(risk, state, plan, 1)[1], risk, state)
-    try:
-        return checkpoint.restore(records, state)
-    except DamagedFileError:
-        load_records(checkpoint.directory)  # raises the same, with what can be read
-        raise
-
-
 def _run_parts(
-    risk: Objective,
-    state: TrainingState,
-    plan: _Plan,
-    steps: int,
-    checkpoint: Checkpoint | None,
-    report: Callable[[Progress], Any] | None,
+    risk: Objective, first: TrainingState, plan: _Plan, steps: int, session: OpenSession
 ) -> tuple[list[Records], TrainingState]:
-    intervals = steps // plan.every
-    size = -(-intervals // PARTS)
-    last = int(_step_of(state)) + steps
-    restored = _restore(risk, state, plan, checkpoint) or Restored([], None, _start_probes(risk, state, plan))
-    parts, state = [*restored.parts], restored.state
-    left = (last - int(_step_of(state))) // plan.every
-    _check_left(left, last, state, checkpoint)
-    while left:
-        state, records, finite = _advance(risk, state, plan, min(size, left))
-        left -= len(records.steps)
-        parts.append(records)
-        check_no_divergence(parts, finite, plan.members, checkpoint)
-        if checkpoint is not None:
-            checkpoint.save(len(parts) - 1, records, state)
-        if report is not None:
-            newest = jax.tree.map(lambda leaf: np.asarray(leaf[-1]), records.values)
-            loss = float(median_of_finite(records.losses[-1:].ravel()))
-            report(Progress(int(_step_of(state)), last, loss, newest, plan.members))
-    end = restored.end if len(parts) == len(restored.parts) else None
-    if end is None:
-        end = Records(_step_of(state)[None], _measure_last(risk, state, plan), parts[0].losses[:0])
-        if checkpoint is not None:
-            checkpoint.save_end(len(parts), end)
-    return [*parts, end], state
+    size = -(-(steps // plan.every) // PARTS)
+    last = int(_step_of(first)) + steps
+
+    def chunks(state: TrainingState) -> int | None:
+        left = (last - int(_step_of(state))) // plan.every
+        _check_left(left, last, state, session.checkpoint)
+        return min(size, left) or None
+
+    def step(state: TrainingState, intervals: int) -> tuple[TrainingState, Records]:
+        state, records, finite = _advance(risk, state, plan, intervals)
+        check_no_divergence([*session.parts, records], finite, plan.members, session.checkpoint)
+        return state, records
+
+    def part(state: TrainingState) -> Records:
+        return _advance(risk, state, plan, 1)[1]
+
+    def watch(_: TrainingState) -> Callable[[TrainingState], Any]:
+        report = session.session.report
+        assert report is not None
+        return lambda state: report(_progress(state, session.parts[-1], last, plan.members))
+
+    try:
+        state = fold(step, lambda: _start_probes(risk, first, plan), chunks, session, part=part, watch=watch)
+    except DamagedFileError as error:
+        load_records(error.path.parent)  # raises the same, with what can be read
+        raise
+    records = session.parts[0].losses[:0]
+    end = session.at_end(lambda: Records(_step_of(state)[None], _measure_last(risk, state, plan), records))
+    return [*session.parts, end], state
+
+
+def _progress(state: TrainingState, records: Records, last: int, members: int | None) -> Progress:
+    newest = jax.tree.map(lambda leaf: np.asarray(leaf[-1]), records.values)
+    loss = float(median_of_finite(records.losses[-1:].ravel()))
+    return Progress(int(_step_of(state)), last, loss, newest, members)
 
 
 def _check_left(left: int, last: int, state: TrainingState, checkpoint: Checkpoint | None) -> None:

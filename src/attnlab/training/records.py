@@ -10,7 +10,7 @@ from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from attnlab.runs import DamagedFileError
-from attnlab.training.checkpoint import SEPARATOR, Checkpoint, saved_parts, saved_state
+from attnlab.runs.checkpoint import SEPARATOR, Checkpoint, saved_parts, saved_state
 from attnlab.training.probe import summary
 from attnlab.types import PyTree
 

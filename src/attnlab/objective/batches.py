@@ -16,7 +16,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from attnlab.checks import check_finite, check_not_empty
-from attnlab.objective import Objective, as_partial, objective
+from attnlab.objective.in_memory import Objective, as_partial, objective
 from attnlab.types import LossFunction, Params, Predict, PyTree
 
 Batch = tuple[PyTree, PyTree] | tuple[PyTree, PyTree, PyTree] | Mapping[str, PyTree]
@@ -163,7 +163,7 @@ class BatchedObjective:
     w_b is the share of batch b in the weights of the positions that count (in their number, without weights and ignored
     labels), so that with a loss that averages over these the risk is that of all data at once, however unequal the
     batches. For a loss that is not of `attnlab.losses`, positions are the entries of the targets. Takes the place of an
-    `Objective` in every operator of `curvature`. Build it with `batched(...)`.
+    `Objective` in training and in every operator of `curvature`. Build it with `batched(...)`.
     """
 
     predict: Partial
@@ -196,6 +196,10 @@ class BatchedObjective:
     def shape(self) -> Objective:
         """The objective of the first batch, shapes alone."""
         return Objective(self.predict, self.loss, *self.feed.groups[0].shapes)
+
+
+Risk = Objective | BatchedObjective
+"""What training and curvature take: an objective in memory, or one in batches."""
 
 
 def _weighted_sum(

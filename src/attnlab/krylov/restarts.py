@@ -30,7 +30,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attnlab.curvature.lanczos import Extension, FlatProduct, KrylovBasis, extend, orthogonalize, relative_asymmetry
+from attnlab.krylov.lanczos import Extension, FlatProduct, KrylovBasis, extend, relative_asymmetry
+from attnlab.krylov.ritz import (
+    RestartPlan,
+    Ritz,
+    begun_anew,
+    compressed,
+    inwards,
+    kept_places,
+    locked_basis,
+    ritz_of,
+)
 from attnlab.trees import length
 from attnlab.types import PRNGKey
 
@@ -42,55 +52,6 @@ LOSS = 0.1
 
 EXHAUSTED_SHARE = 0.1
 """Of that probability, the share of spaces that are exhausted before they say enough; see `_evidence`."""
-
-
-class RestartPlan(NamedTuple):
-    """Sizes of a thick-restart iteration: wanted pairs at the `low` and `high` end, basis `size`, how many Ritz vectors
-    are kept at a restart (`keep_low`, `keep_high`, the wanted among them), after how many products convergence is
-    looked at (`stride`), and the bound on cycles of that many products."""
-
-    low: int
-    high: int
-    size: int
-    keep_low: int
-    keep_high: int
-    stride: int
-    cycles: int
-
-    @property
-    def wanted(self) -> int:
-        """How many pairs are wanted in all."""
-        return self.low + self.high
-
-    @property
-    def kept(self) -> int:
-        """How many vectors a restart keeps."""
-        return self.keep_low + self.keep_high
-
-    @property
-    def neighbours(self) -> int:
-        """How many Ritz vectors next to the wanted ones may be deflated at each end."""
-        return max(0, (self.kept - self.wanted) // (2 * self.ends))
-
-    @property
-    def ends(self) -> int:
-        """At how many ends of the spectrum pairs are wanted."""
-        return (self.low > 0) + (self.high > 0)
-
-    @property
-    def single(self) -> bool:
-        """Whether one pair is wanted at an end, of which no copy can be missing."""
-        return max(self.low, self.high) == 1
-
-
-def plan_restarts(low: int, high: int, dimension: int, cycles: int = 1000) -> RestartPlan:
-    """Sizes for `low` + `high` wanted pairs: a basis of twice the wanted plus twenty, of which a restart keeps the
-    wanted and two thirds of the rest (Wu & Simon 2000, thick-restart Lanczos)."""
-    wanted = low + high
-    size = min(2 * wanted + 20, dimension)
-    extra = 2 * (size - wanted) // 3
-    extra_low = extra * low // wanted
-    return RestartPlan(low, high, size, low + extra_low, high + extra - extra_low, 4, cycles)
 
 
 class RitzPairs(NamedTuple):
@@ -176,17 +137,6 @@ def first_state(start: Float[Array, " n"], plan: RestartPlan) -> Restarted:
     return Restarted(basis, zero, unknown, rotation, unknown, none, none, none, zero, nowhere, draw, no, zero, zero)
 
 
-class _Ritz(NamedTuple):
-    """Ritz values (m) and vectors (m, m) of the basis vectors that are `active` (filled and not locked), and places of
-    the others, which `hold` marks; `ascending` and `descending` order them with those last."""
-
-    values: Array
-    vectors: Array
-    hold: Array
-    ascending: Array
-    descending: Array
-
-
 def restart_cycle(
     product: FlatProduct, state: Restarted, plan: RestartPlan, tolerance: float | Array, key: PRNGKey
 ) -> Restarted:
@@ -199,7 +149,7 @@ def restart_cycle(
     key, looking = jax.random.fold_in(key, state.cycle), state.locked > 0
     stop = jnp.minimum(jnp.maximum(state.start, plan.wanted) + plan.stride, plan.size)
     grown = extend(product, state.basis, state.start, stop, key)
-    filled, ritz = grown.filled, _ritz(grown.basis, grown.filled, state.locked)
+    filled, ritz = grown.filled, ritz_of(grown.basis, grown.filled, state.locked)
     finite = jnp.isfinite(grown.norm) & jnp.all(jnp.isfinite(ritz.values))
     known = ~looking & finite & (filled >= plan.wanted)
 
@@ -225,7 +175,7 @@ def restart_cycle(
     anew = beyond & (state.locked > plan.wanted)
     restart = (filled == plan.size) & finite & ~done & ~lock & ~anew
 
-    kept = _kept(ritz, state.locked, plan)
+    kept = kept_places(ritz, state.locked, plan)
     dropped = ~ritz.hold & ~jnp.zeros(plan.size, bool).at[kept].set(True)
     growth = draw.growth + jnp.where(restart, _sum_of_logarithms(gaps, dropped), 0)
     draw = draw._replace(growth=jnp.where(beyond, -jnp.inf, growth))
@@ -233,9 +183,9 @@ def restart_cycle(
     count, within = _neighbours(thresholds, ritz, couplings, state.draw, plan)
 
     basis = grown.basis
-    basis = jax.lax.cond(restart, lambda b: _compress(b, ritz, kept, filled, state.locked, plan), lambda b: b, basis)
-    basis = jax.lax.cond(lock, lambda b: _lock(b, ritz, picked, count, key, plan), lambda b: b, basis)
-    basis = jax.lax.cond(anew, lambda b: _start_anew(b, ritz, outside, plan), lambda b: b, basis)
+    basis = jax.lax.cond(restart, lambda b: compressed(b, ritz, kept, filled, state.locked, plan), lambda b: b, basis)
+    basis = jax.lax.cond(lock, lambda b: locked_basis(b, ritz, picked, count, key, plan), lambda b: b, basis)
+    basis = jax.lax.cond(anew, lambda b: begun_anew(b, ritz, outside, plan), lambda b: b, basis)
     first = jnp.where(lock, count, jnp.where(restart, plan.kept, jnp.where(anew, plan.wanted, filled)))
     return Restarted(
         basis=basis,
@@ -268,20 +218,7 @@ def wanted_pairs(state: Restarted, plan: RestartPlan) -> RitzPairs:
     return RitzPairs(values, vectors, residuals, state.scale, asymmetry, state.products, missed)
 
 
-def _ritz(basis: KrylovBasis, filled: Array, locked: Array) -> _Ritz:
-    places = jnp.arange(basis.projected.shape[0])
-    active = (places >= locked) & (places < filled)
-    projected = jnp.where(active[:, None] & active[None, :], basis.projected, 0)
-    unit = length(projected)
-    unit = jnp.where(unit > 0, unit, 1)
-    # The others count as eigenvectors of a value above all.
-    projected = projected / unit + jnp.diag(jnp.where(active, 0, 2).astype(projected.dtype))
-    values, vectors = jnp.linalg.eigh(projected, UPLO="U", symmetrize_input=False)
-    descending = (jnp.sum(active) - 1 - places) % places.size
-    return _Ritz(unit * values, vectors, values > 1.5, places, descending)
-
-
-def _thresholds(values: Array, limit: Array, ritz: _Ritz, plan: RestartPlan) -> Array:
+def _thresholds(values: Array, limit: Array, ritz: Ritz, plan: RestartPlan) -> Array:
     """Beyond which no eigenvalue may be missing, at the low and the high end (infinite where none is wanted)."""
     limits = jnp.finfo(limit.dtype)
     largest = jnp.max(jnp.abs(jnp.where(ritz.hold, 0, ritz.values)))
@@ -296,12 +233,12 @@ def _gaps(thresholds: Array, values: Array) -> Array:
     return jnp.stack([values - thresholds[0], thresholds[1] - values])
 
 
-def _neighbours(thresholds: Array, ritz: _Ritz, couplings: Array, draw: Draw, plan: RestartPlan) -> tuple[Array, Array]:
+def _neighbours(thresholds: Array, ritz: Ritz, couplings: Array, draw: Draw, plan: RestartPlan) -> tuple[Array, Array]:
     """How many vectors a lock deflates, the wanted ones among them, and the thresholds within the given ones that this
     leaves."""
     most = plan.neighbours + 1
     asked = [end for end, count in enumerate((plan.low, plan.high)) if count]
-    places = [order[count : count + most] for order, count in _inwards(ritz, plan)]
+    places = [order[count : count + most] for order, count in inwards(ritz, plan)]
     # (ends, ends, most): the share of the Ritz vectors next to one end in the loss at another.
     gaps = jnp.stack([_gaps(thresholds, ritz.values[place])[jnp.array(asked)] for place in places], axis=1)
     shares = jnp.stack([couplings[place] for place in places])[None] ** 2 / jnp.where(gaps > 0, gaps, 1)
@@ -316,17 +253,6 @@ def _neighbours(thresholds: Array, ritz: _Ritz, couplings: Array, draw: Draw, pl
     best = jnp.where(jnp.any(usable), jnp.argmax(jnp.where(usable, score, -jnp.inf)), 0)
     moved = jnp.zeros(2, lost.dtype).at[jnp.array(asked)].set(lost[:, best])
     return plan.wanted + plan.ends * best, thresholds + moved * jnp.array([1, -1], lost.dtype)
-
-
-def _inwards(ritz: _Ritz, plan: RestartPlan) -> list[tuple[Array, int]]:
-    """At each end that is asked for the Ritz vectors from there inwards, and how many of them are wanted."""
-    return [(order, count) for order, count in ((ritz.ascending, plan.low), (ritz.descending, plan.high)) if count]
-
-
-def _outermost(ritz: _Ritz, skip: Array | int, plan: RestartPlan) -> Array:
-    """Positions of the Ritz vectors from the ends inwards, those of two ends in turn, but for the first at each."""
-    orders = [jnp.roll(order, -jnp.asarray(count) * skip) for order, count in _inwards(ritz, plan)]
-    return jnp.stack(orders, axis=1).reshape(-1)[: plan.size]
 
 
 def _sum_of_logarithms(gaps: Array, these: Array) -> Array:
@@ -367,53 +293,3 @@ def _evidence(
 
 def _next_draw(draw: Draw) -> Draw:
     return Draw(draw.number + 1, jnp.zeros_like(draw.growth), jnp.full_like(draw.best, -jnp.inf), draw.halvings * 0)
-
-
-def _kept(ritz: _Ritz, locked: Array, plan: RestartPlan) -> Array:
-    """Positions of the Ritz vectors that a restart keeps: the wanted and others next to them; while vectors are locked,
-    others alone, behind them (their own places are filled with one that is kept anyway)."""
-    wanted = jnp.concatenate([order[:count] for order, count in _inwards(ritz, plan)])
-    free = jnp.concatenate([wanted, _outermost(ritz, 1, plan)])[: plan.kept]
-    behind = _outermost(ritz, 0, plan)[jnp.maximum(jnp.arange(plan.kept) - locked, 0)]
-    return jnp.where(locked > 0, behind, free)
-
-
-def _compress(
-    basis: KrylovBasis, ritz: _Ritz, kept: Array, filled: Array, locked: Array, plan: RestartPlan
-) -> KrylovBasis:
-    """Keep what is locked, the Ritz vectors `kept` behind it, and the next direction; all behind is zero again."""
-    size, count = plan.size, plan.kept
-    fixed = jnp.arange(count) < locked
-    rotation = jnp.where(fixed, jnp.eye(size, count, dtype=ritz.vectors.dtype), ritz.vectors[:, kept])
-    values = jnp.where(fixed, jnp.diagonal(basis.projected)[:count], ritz.values[kept])
-    vectors = jnp.zeros_like(basis.vectors).at[:count].set(rotation.T @ basis.vectors[:size])
-    vectors = vectors.at[count].set(basis.vectors[filled])
-    return KrylovBasis(vectors, _diagonal(values, size))
-
-
-def _diagonal(values: Array, size: int) -> Array:
-    return jnp.diag(jnp.zeros(size, values.dtype).at[: values.size].set(values))
-
-
-def _lock(basis: KrylovBasis, ritz: _Ritz, picked: Array, count: Array, key: PRNGKey, plan: RestartPlan) -> KrylovBasis:
-    """Keep the wanted Ritz vectors and those next to them, `count` in all, and continue from a random direction that is
-    orthogonal to them."""
-    places = jnp.concatenate([picked, _outermost(ritz, 1, plan)])[: plan.wanted + plan.ends * plan.neighbours]
-    there = jnp.arange(places.size) < count
-    rotation = jnp.where(there, ritz.vectors[:, places], 0)
-    locked = jnp.zeros_like(basis.vectors).at[: places.size].set(rotation.T @ basis.vectors[: plan.size])
-    random = jax.random.normal(key, locked.shape[1:], locked.dtype)
-    direction = orthogonalize(orthogonalize(random, locked)[0], locked)[0]
-    values = jnp.where(there, ritz.values[places], 0)
-    return KrylovBasis(locked.at[count].set(direction / length(direction)), _diagonal(values, plan.size))
-
-
-def _start_anew(basis: KrylovBasis, ritz: _Ritz, outside: Array, plan: RestartPlan) -> KrylovBasis:
-    """Keep the wanted, and continue from the sum of the Ritz vectors beyond the thresholds: the residuals of what else
-    was deflated are lost, and with them the relation that later restarts would need."""
-    size, wanted = plan.size, plan.wanted
-    kept = jnp.zeros_like(basis.vectors).at[:wanted].set(basis.vectors[:wanted])
-    direction = (ritz.vectors @ outside.astype(ritz.vectors.dtype)) @ basis.vectors[:size]
-    direction = orthogonalize(direction, kept)[0]
-    projected = _diagonal(jnp.diagonal(basis.projected)[:wanted], size)
-    return KrylovBasis(kept.at[wanted].set(direction / length(direction)), projected)

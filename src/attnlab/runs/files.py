@@ -1,19 +1,13 @@
-"""Results with provenance: arrays and a manifest that says how they came about, written whole or not at all."""
+"""Files of results and of runs, written whole or not at all, and directories that one run at a time writes to."""
 
-import ast
 import hashlib
 import io
 import json
 import os
-import platform
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,106 +17,6 @@ try:
     import fcntl
 except ModuleNotFoundError:  # no POSIX: nothing tells a live run from a killed one there
     fcntl = None  # type: ignore[assignment]
-
-PACKAGES = ("attnlab", "jax", "jaxlib", "flax", "optax", "numpy", "scipy", "scikit-learn", "matplotlib")
-
-
-def manifest(config: Any, seconds: float | None = None, script: Path | None = None) -> dict[str, Any]:
-    """What a reader needs to make the result again: the config, the command, versions, git state, device and dtype.
-
-    `config` is a dataclass or a mapping of JSON values (paths become strings); `seconds` is the wall time that this
-    session took. With a `script`, also the digests of all code that it imports, by which a reader sees whether that
-    changed since.
-    """
-    fields = asdict(config) if is_dataclass(config) and not isinstance(config, type) else dict(config)
-    return {
-        "config": {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()},
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "seconds": None if seconds is None else round(seconds, 1),
-        "versions": {"python": platform.python_version(), **_versions()},
-        **_git_state(),
-        **_jax_state(),
-        **({} if script is None else {"sources": source_digests(script)}),
-    }
-
-
-FRAME = ("analysis", "cli", "checks", "compiled", "report", "runs", "types", "verification")
-"""Modules that no number depends on."""
-
-
-def source_digests(script: Path) -> dict[str, str]:
-    """The start of the SHA-256 of a script and of every module of attnlab that it imports, directly or not, by path.
-
-    Paths are relative to the folder that holds the package, or to the script's folder's parent; found by reading the
-    imports, without running anything.
-    """
-    files = {f"{script.parent.name.lstrip('_')}/{script.name}": script} | _imported(script)
-    return {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in sorted(files.items())}
-
-
-def _imported(script: Path) -> dict[str, Path]:
-    root, waiting = Path(__file__).parents[1], [script]
-    found: dict[str, Path] = {}
-    while waiting:
-        for module in _imports_of(waiting.pop()):
-            parts = module.split(".")
-            for length in range(1, len(parts) + 1):  # a module, and the packages around it
-                path = _file_of(root.joinpath(*parts[:length]))
-                name = "" if path is None else path.relative_to(root).as_posix()
-                if path is not None and name not in found and name.split("/")[1].removesuffix(".py") not in FRAME:
-                    found[name] = path
-                    waiting.append(path)
-    return found
-
-
-def _imports_of(path: Path) -> Iterator[str]:
-    """Names of the modules of attnlab that a file imports anywhere, with the names it takes from them."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "attnlab":
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "attnlab")
-
-
-def _file_of(path: Path) -> Path | None:
-    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def _git_state() -> dict[str, Any]:
-    """Commit and dirty flag of the checkout that the code runs from; both None outside one. Figures, which runs make
-    and do not read, leave it clean."""
-
-    def git(*words: str) -> str:
-        here = Path(__file__).parent
-        return subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        changes = git("status", "--porcelain", "--", ":/", ":(top,exclude)figures")
-        return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": bool(changes)}
-    except (OSError, subprocess.CalledProcessError):
-        return {"git_commit": None, "git_dirty": None}
-
-
-def _jax_state() -> dict[str, Any]:
-    import jax
-    import jax.numpy as jnp
-
-    device = jax.devices()[0]
-    return {
-        "device": f"{device.platform}: {device.device_kind}",
-        "device_count": jax.device_count(),
-        "dtype": jnp.zeros(()).dtype.name,
-    }
 
 
 @contextmanager

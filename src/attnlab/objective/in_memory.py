@@ -1,4 +1,4 @@
-"""The objective: what a model predicts, how that is scored, and on which data. All that curvature ever sees."""
+"""The objective: what a model predicts, how that is scored, and on which data, all of it in memory."""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
+from jaxtyping import Float
 
 from attnlab.checks import check_finite, check_floating, check_not_empty, is_concrete
 from attnlab.losses import LOSSES, Loss, check_weights
@@ -143,6 +144,43 @@ def check_loss(value: Any) -> None:
             f"the loss is {np.asarray(value)} at these parameters; expected a finite number. Look at the outputs of "
             "the model there: an overflow, the logarithm of zero, or data that do not fit."
         )
+
+
+def example_losses(risk: Objective, outputs: PyTree) -> tuple[Float[jax.Array, " N"], Float[jax.Array, " N"]]:
+    """The loss of every example alone, and its share in the risk, which is their weighted mean.
+
+    An example of which no position counts has the loss 0 and the share 0. Raises `ValueError` where the first axes of
+    inputs, outputs and targets differ.
+    """
+    lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves((risk.inputs, outputs, *risk.answers))}
+    if len(lengths) != 1 or () in lengths:
+        raise ValueError(
+            f"inputs, outputs and targets have first axes {sorted(lengths)}; expected one number of examples in all. "
+            "Give every array a leading axis of examples."
+        )
+    # The first axis is that of the examples, and the second one of batches of a single one. Weights may be None.
+    data, one_each = jax.tree.map(lambda leaf: leaf[:, None], ((risk.targets, risk.weights), outputs))
+    totals = jax.vmap(lambda answers: _answering(risk, answers).total())(data)
+    losses = jax.vmap(lambda answers, *rest: _loss_or_zero(_answering(risk, answers), *rest))(data, one_each, totals)
+    shares = totals / jnp.sum(totals)
+    return losses, shares.astype(losses.dtype)
+
+
+def _answering(risk: Objective, answers: tuple[PyTree, PyTree]) -> Objective:
+    targets, weights = answers
+    return replace(risk, targets=targets, weights=weights)
+
+
+def _loss_or_zero(risk: Objective, outputs: PyTree, total: jax.Array) -> jax.Array:
+    """The loss; zero where nothing counts: a mean over nothing is 0 / 0, and its derivative so even behind `where`."""
+    counts, loss = total > 0, known_loss(risk.loss)
+    if loss is not None and (risk.weights is not None or loss.ignored is not None):
+        summed, weight = loss.total_loss(outputs, *risk.answers)
+        return summed / jnp.where(counts, weight, 1)
+    if risk.weights is None:
+        return risk.score(outputs)
+    safe = jnp.where(counts, risk.weights, jnp.ones_like(risk.weights))
+    return jnp.where(counts, replace(risk, weights=safe).score(outputs), 0)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A training run on disk: what was measured, appended part by part, and the newest state, replaced whole.
+"""A run on disk: what was measured, appended part by part, and the newest state, replaced whole.
 
 The state is written after the part it belongs to, and names how many parts it stands behind: a run that is killed
 between the two repeats the last interval. What is measured at the end stands in a file of its own, which a run that
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from attnlab.runs import DamagedFileError, read_archive, write_archive
+from attnlab.runs.files import DamagedFileError, read_archive, write_archive
 from attnlab.types import PyTree
 
 SEPARATOR = "//"

@@ -1,7 +1,5 @@
 """Extreme eigenpairs of an operator that moves slowly: block Krylov from the last ones, with computed residuals."""
 
-import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -10,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attnlab.curvature.lanczos import FlatProduct
-from attnlab.curvature.operators import Operator
-from attnlab.curvature.restarts import plan_restarts, thick_restart
+from attnlab.krylov.lanczos import FlatProduct
+from attnlab.krylov.restarts import thick_restart
+from attnlab.krylov.ritz import plan_restarts
 from attnlab.trees import length, power_of_two
 from attnlab.types import PRNGKey
 
@@ -87,7 +85,7 @@ def followed_top_pairs(
 
     `linearise` returns the product. It is called again for the rounds: most measurements need none, and to keep the
     saved values of a linearisation for them costs more than to make them anew. `batched` takes the k products of a
-    block at once (`fastest_batching` tells whether that pays). Pure; for jitted code.
+    block at once (`dynamics.sharpness.fastest_batching` tells whether that pays). Pure; for jitted code.
     """
     product, start, (count, dimension) = linearise(), course.ahead, course.ahead.shape
     images = jax.vmap(product)(start) if batched else jnp.stack([product(vector) for vector in start])
@@ -194,25 +192,3 @@ def cold_top_pairs(product: FlatProduct, dimension: int, count: int, key: PRNGKe
     start = jax.random.normal(start_key, (dimension,), dtype)
     pairs = thick_restart(product, start, plan_restarts(0, count, dimension), COLD_TOLERANCE, key)
     return TopPairs(pairs.sound_values(), pairs.vectors, pairs.residuals)
-
-
-def fastest_batching(operator: Operator, count: int = 2, repeats: int = 5) -> bool:
-    """Whether `count` products are faster at once than one after another, by a timing of both (medians).
-
-    Small models gain from batches; large ones on a CPU, bound by memory, do not. Both give the same up to rounding. A
-    timing does not repeat: a run that must resume, or be made again bit by bit, writes its choice down instead.
-    """
-    vectors = jnp.ones((count, operator.dimension), operator.flat_dtype)
-    one_by_one = jax.jit(lambda operator, vectors: jnp.stack([operator.flat_mv(vector) for vector in vectors]))
-    at_once = jax.jit(lambda operator, vectors: jax.vmap(operator.flat_mv)(vectors))
-    return _seconds(at_once, operator, vectors, repeats) < _seconds(one_by_one, operator, vectors, repeats)
-
-
-def _seconds(function: Callable, operator: Operator, vectors: Array, repeats: int) -> float:
-    jax.block_until_ready(function(operator, vectors))
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        jax.block_until_ready(function(operator, vectors))
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)

@@ -1,0 +1,27 @@
+"""The objective: what a model predicts, how that is scored, and on which data. All that curvature ever sees."""
+
+from attnlab.objective.batches import BatchedObjective, Risk, batched
+from attnlab.objective.in_memory import (
+    Objective,
+    as_partial,
+    check_loss,
+    check_objective,
+    example_losses,
+    known_loss,
+    objective,
+    predict_from_block,
+)
+
+__all__ = [
+    "BatchedObjective",
+    "Objective",
+    "Risk",
+    "as_partial",
+    "batched",
+    "check_loss",
+    "check_objective",
+    "example_losses",
+    "known_loss",
+    "objective",
+    "predict_from_block",
+]

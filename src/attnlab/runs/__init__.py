@@ -1,0 +1,35 @@
+"""Results and runs on disk: provenance, files, checkpoints, and the session that a long computation runs in.
+
+`runs.checkpoint` and `runs.session` import JAX, the rest does not.
+"""
+
+from attnlab.runs.files import (
+    DamagedFileError,
+    check_writable,
+    load_arrays,
+    owned_directory,
+    read_archive,
+    replace_directory,
+    replace_file,
+    save_result,
+    stored_arrays,
+    write_archive,
+    write_json,
+)
+from attnlab.runs.provenance import manifest, source_digests
+
+__all__ = [
+    "DamagedFileError",
+    "check_writable",
+    "load_arrays",
+    "manifest",
+    "owned_directory",
+    "read_archive",
+    "replace_directory",
+    "replace_file",
+    "save_result",
+    "source_digests",
+    "stored_arrays",
+    "write_archive",
+    "write_json",
+]
