@@ -12,12 +12,11 @@ from jaxtyping import Array, Float
 
 from attnlab.checks import check_range, check_whole, is_concrete
 from attnlab.curvature.guards import (
-    check_memory,
     check_operator_and_key,
+    check_probes_fit,
     check_symmetric,
     identity_of,
     non_finite,
-    saved_bytes,
 )
 from attnlab.curvature.operators import Operator
 from attnlab.krylov.lanczos import Recurrence, Tridiagonal, advance, begin, finish, gauss_quadrature
@@ -123,7 +122,7 @@ def project(
     check_whole(probes=probes, together=session.together, steps=steps)
     check_range("steps", steps, 1, operator.dimension, "A Krylov space has no more dimensions than the operator.")
     _check_session(session, probes)
-    _check_probes_fit(operator, session.together)
+    check_probes_fit(operator, session.together)
     keys = jax.random.split(key, (probes // session.together, session.together))
     if session.in_chunks:
         return _in_chunks(operator, keys, steps, session)
@@ -140,15 +139,6 @@ def _check_session(session: Session, probes: int) -> None:
             f"sharding spreads the probes over several processes: {session.sharding}; expected one process, whose "
             "directory holds the state of all its probes. Spread the data over the processes, or give no directory."
         )
-
-
-def _check_probes_fit(operator: Operator, together: int) -> None:
-    vectors = 4 * operator.dimension * operator.flat_dtype.itemsize
-    check_memory(
-        f"{together} probes of {operator.dimension} numbers at once",
-        together * vectors + (together - 1) * saved_bytes(operator),
-        "Run fewer together.",
-    )
 
 
 @jax.jit

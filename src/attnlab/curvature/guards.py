@@ -120,6 +120,10 @@ def _available_bytes() -> int | None:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def saved_bytes(operator: Operator) -> int:
-    """Bytes of what the operator's linearisation saved: about what one product keeps in flight."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(operator.linear))
+def check_probes_fit(operator: Operator, together: int) -> None:
+    """Raise `MemoryError` if as many probes do not fit at once, each with what a product keeps in flight: about what
+    the operator's linearisation saved."""
+    dimension = operator.dimension
+    saved = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(operator.linear))
+    needed = together * 4 * dimension * operator.flat_dtype.itemsize + (together - 1) * saved
+    check_memory(f"{together} probes of {dimension} numbers at once", needed, "Run fewer together.")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from attnlab.checks import check_positive, check_range
-from attnlab.objective import Objective
+from attnlab.objective import BatchedObjective, Objective
 from attnlab.types import PRNGKey
 
 
@@ -18,6 +18,11 @@ class _Minibatches:
     size: int
 
     def __call__(self, key: PRNGKey, risk: Objective) -> Objective:
+        if isinstance(risk, BatchedObjective):
+            raise TypeError(
+                "risk is a BatchedObjective, whose rows are not in memory; expected an Objective. Leave minibatches "
+                "out: each step then reads all batches."
+            )
         count = jax.tree.leaves(risk.inputs)[0].shape[0]
         check_range("size", self.size, 1, count, f"There are {count} examples.")
         rows = _distinct_rows(key, count, self.size)

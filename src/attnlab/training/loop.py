@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, ArrayLike, Bool
 
 from attnlab.checks import check_arrays, check_finite, check_intervals, check_leading_axis
-from attnlab.objective import Objective, check_loss, check_objective
+from attnlab.objective import BatchedObjective, Risk, check_loss, check_objective
 from attnlab.runs import DamagedFileError
 from attnlab.runs.checkpoint import Checkpoint, fingerprint
 from attnlab.runs.session import AT_ONCE, OpenSession, Session, fold
@@ -21,7 +21,7 @@ from attnlab.training.probe import Probe, TrainingState, by_name, check_probes, 
 from attnlab.training.records import Records, check_no_divergence, concatenate, load_records
 from attnlab.types import Params, PRNGKey, PyTree
 
-Resample = Callable[[PRNGKey, Objective], Objective]
+Resample = Callable[[PRNGKey, Any], Risk]
 """`resample(key, risk) -> risk` draws the objective of one step: a minibatch, or fresh data. Pure, one shape."""
 
 PARTS = 50
@@ -67,7 +67,7 @@ class _Plan:
 
 
 def train(
-    risk: Objective,
+    risk: Risk,
     params: Params,
     optimizer: optax.GradientTransformation,
     key: PRNGKey,
@@ -93,7 +93,8 @@ def train(
     A member that diverges carries its NaN, and the others go on.
 
     Args:
-        risk: the objective; full batch unless `resample` is given.
+        risk: the objective; full batch unless `resample` is given. Of a `batched` one every step reads all batches, one
+            at a time, so that memory is that of the largest.
         params: where to start; not looked at where `start` is given.
         optimizer: any optax gradient transformation; one that takes extra arguments is given the step's loss as
             `value`, its gradient as `grad`, its objective as `value_fn` and that one's gradient as `grad_fn`.
@@ -158,7 +159,7 @@ def _members(key: PRNGKey) -> int | None:
 
 
 def _first_state(
-    risk: Objective,
+    risk: Risk,
     params: Params,
     key: PRNGKey,
     plan: _Plan,
@@ -170,6 +171,8 @@ def _first_state(
     check_finite("params", params)
     if plan.members is not None:
         check_leading_axis("params", params, plan.members, "Stack one point a key.")
+    if isinstance(risk, BatchedObjective):
+        _check_batches(risk, plan)
     if plan.own_risks:
         check_leading_axis("risk", risk, plan.members or 0, "Stack one objective a key.")
     check_objective(_one_risk(risk, plan), _one_member(params, plan))
@@ -198,8 +201,17 @@ def _first_state(
     return state
 
 
+def _check_batches(risk: BatchedObjective, plan: _Plan) -> None:
+    if plan.own_risks:
+        raise ValueError(
+            "own_risks is for data in memory, and risk is a BatchedObjective, which has no axis of members; expected "
+            "one Objective with a leading axis. Train the members one by one."
+        )
+    risk.feed.check_again()
+
+
 @jax.jit
-def _loss(risk: Objective, params: Params) -> Array:
+def _loss(risk: Risk, params: Params) -> Array:
     return risk(params)
 
 
@@ -228,7 +240,7 @@ def _check_functions(risk: Any, plan: _Plan) -> None:
             ) from None
 
 
-def _check_resample(risk: Objective, key: PRNGKey, resample: Resample | None) -> None:
+def _check_resample(risk: Risk, key: PRNGKey, resample: Resample | None) -> None:
     try:
         drawn = risk if resample is None else jax.eval_shape(resample, key, risk)
     except TypeError as error:
@@ -244,7 +256,7 @@ def _one_member(tree: PyTree, plan: _Plan) -> PyTree:
     return tree if plan.members is None else jax.tree.map(lambda leaf: jnp.asarray(leaf)[0], tree)
 
 
-def _one_risk(risk: Objective, plan: _Plan) -> Objective:
+def _one_risk(risk: Risk, plan: _Plan) -> Risk:
     return _one_member(risk, plan) if plan.own_risks else risk
 
 
@@ -257,20 +269,21 @@ def _step_of(state: TrainingState) -> Array:
     return jnp.ravel(state.step)[0]  # all members stand at one step
 
 
-def _identity(risk: Objective, state: TrainingState, plan: _Plan) -> str:
-    """A digest of all that decides a run's numbers, but for the number of steps: its arrays, and its program, which
-    holds what is no array: the model, the loss, the optimizer with its schedule, `every`, and the probes with their
-    options.
+def _identity(risk: Risk, state: TrainingState, plan: _Plan) -> str:
+    """A digest of all that decides a run's numbers, but for the number of steps: its arrays and batches, and its
+    program, which holds what is no array: the model, the loss, the optimizer with its schedule, `every`, and the probes
+    with their options.
     """
     started = jax.eval_shape(lambda risk, state: _start_probes(risk, state, plan), risk, state)
     programs = _start_probes.lower(risk, state, plan), _advance.lower(risk, started, plan, 1)
     names = ",".join(name for name, _ in plan.probes)
-    text = "\n".join([names, *(program.as_text() for program in programs)])
+    batches = risk.feed.digests if isinstance(risk, BatchedObjective) else ()
+    text = "\n".join([names, *batches, *(program.as_text() for program in programs)])
     return f"{fingerprint((risk, state))}/{hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def _run_parts(
-    risk: Objective, first: TrainingState, plan: _Plan, steps: int, session: OpenSession
+    risk: Risk, first: TrainingState, plan: _Plan, steps: int, session: OpenSession
 ) -> tuple[list[Records], TrainingState]:
     size = -(-(steps // plan.every) // PARTS)
     last = int(_step_of(first)) + steps
@@ -319,7 +332,7 @@ def _check_left(left: int, last: int, state: TrainingState, checkpoint: Checkpoi
 
 @jax.jit(static_argnames=("plan", "intervals"))
 def _advance(
-    risk: Objective, state: TrainingState, plan: _Plan, intervals: int
+    risk: Risk, state: TrainingState, plan: _Plan, intervals: int
 ) -> tuple[TrainingState, Records, Bool[Array, "..."]]:
     """`intervals` times: measure, then `plan.every` steps; and whether the parameters are finite after the last."""
     advance = _each_member(lambda risk, state: _advance_one(risk, state, plan, intervals), plan, out_axes=(0, 1))
@@ -329,7 +342,7 @@ def _advance(
     return state, records._replace(steps=records.steps[:, 0]), jax.vmap(_all_finite)(state.params)
 
 
-def _advance_one(risk: Objective, state: TrainingState, plan: _Plan, intervals: int) -> tuple[TrainingState, Records]:
+def _advance_one(risk: Risk, state: TrainingState, plan: _Plan, intervals: int) -> tuple[TrainingState, Records]:
     def interval(state: TrainingState, _: None) -> tuple[TrainingState, tuple[Array, PyTree, Array]]:
         values, memory = measure(risk, state, plan.probes)
         measured_at = state.step
@@ -342,7 +355,7 @@ def _advance_one(risk: Objective, state: TrainingState, plan: _Plan, intervals: 
     return state, Records(steps, values, losses.reshape(-1))
 
 
-def _step(risk: Objective, state: TrainingState, plan: _Plan) -> tuple[TrainingState, Array]:
+def _step(risk: Risk, state: TrainingState, plan: _Plan) -> tuple[TrainingState, Array]:
     """One step of the optimizer, and the loss before it."""
     batch = risk
     if plan.resample is not None:
@@ -360,11 +373,11 @@ def _all_finite(params: Params) -> Bool[Array, ""]:
 
 
 @jax.jit(static_argnames=("plan",))
-def _measure_last(risk: Objective, state: TrainingState, plan: _Plan) -> dict[str, PyTree]:
+def _measure_last(risk: Risk, state: TrainingState, plan: _Plan) -> dict[str, PyTree]:
     values = _each_member(lambda risk, state: measure(risk, state, plan.probes)[0], plan)(risk, state)
     return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], values)
 
 
 @jax.jit(static_argnames=("plan",))
-def _start_probes(risk: Objective, state: TrainingState, plan: _Plan) -> TrainingState:
+def _start_probes(risk: Risk, state: TrainingState, plan: _Plan) -> TrainingState:
     return _each_member(lambda risk, state: start_probes(risk, state, plan.probes), plan)(risk, state)

@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array
 
 from attnlab.checks import check_arrays
-from attnlab.objective import Objective
+from attnlab.objective import Risk
 from attnlab.trees import leaf_names
 from attnlab.types import Params, PRNGKey, PyTree
 
@@ -37,16 +37,18 @@ class Probe:
         measure: `measure(risk, state, memory, key) -> (values, memory)`, pure; `values` is a pytree of arrays whose
             shapes do not depend on the data, `memory` has one structure throughout.
         start: `start(risk, state, key) -> memory`, once before the first step; the memory in `state` is still empty.
+
+    `risk` is what is trained, an `Objective` or a `BatchedObjective`; many probes measure the first kind alone.
     """
 
-    measure: Callable[[Objective, TrainingState, Any, PRNGKey], tuple[PyTree, Any]]
-    start: Callable[[Objective, TrainingState, PRNGKey], Any] = lambda risk, state, key: ()
+    measure: Callable[[Any, TrainingState, Any, PRNGKey], tuple[PyTree, Any]]
+    start: Callable[[Any, TrainingState, PRNGKey], Any] = lambda risk, state, key: ()
 
 
 NamedProbes = tuple[tuple[str, Probe], ...]
 
 
-def probe(function: Callable[[Objective, Params], PyTree]) -> Probe:
+def probe(function: Callable[[Any, Params], PyTree]) -> Probe:
     """The probe that measures `function(risk, params) -> pytree of arrays` and remembers nothing."""
     return Probe(_WithoutMemory(function))
 
@@ -55,9 +57,9 @@ def probe(function: Callable[[Objective, Params], PyTree]) -> Probe:
 class _WithoutMemory:
     """Hashed by the function, so that probes of one function share one compiled loop."""
 
-    function: Callable[[Objective, Params], PyTree]
+    function: Callable[[Any, Params], PyTree]
 
-    def __call__(self, risk: Objective, state: TrainingState, memory: Any, key: PRNGKey) -> tuple[PyTree, Any]:
+    def __call__(self, risk: Risk, state: TrainingState, memory: Any, key: PRNGKey) -> tuple[PyTree, Any]:
         return self.function(risk, state.params), memory
 
 
@@ -74,7 +76,7 @@ def by_name(probes: Mapping[str, Probe]) -> NamedProbes:
     return tuple(sorted(probes.items(), key=lambda item: item[0]))
 
 
-def start_probes(risk: Objective, state: TrainingState, probes: NamedProbes) -> TrainingState:
+def start_probes(risk: Risk, state: TrainingState, probes: NamedProbes) -> TrainingState:
     """The state with what every probe remembers at the start, or still does of an earlier run."""
     memory = {}
     for number, (name, each) in enumerate(probes):
@@ -84,7 +86,7 @@ def start_probes(risk: Objective, state: TrainingState, probes: NamedProbes) -> 
     return state._replace(memory=memory)
 
 
-def measure(risk: Objective, state: TrainingState, probes: NamedProbes) -> tuple[dict[str, PyTree], dict[str, Any]]:
+def measure(risk: Risk, state: TrainingState, probes: NamedProbes) -> tuple[dict[str, PyTree], dict[str, Any]]:
     """What every probe measures, and what it remembers from now on, by name."""
     values, memory = {}, {}
     for number, (name, each) in enumerate(probes):
@@ -116,7 +118,7 @@ def _probe_key(state: TrainingState, number: int) -> PRNGKey:
     return jax.random.fold_in(jax.random.fold_in(state.key, 2 * state.step + 1), number)
 
 
-def check_probes(risk: Objective, state: TrainingState, probes: NamedProbes) -> None:
+def check_probes(risk: Risk, state: TrainingState, probes: NamedProbes) -> None:
     """Raise `TypeError` for a probe whose memory changes structure, or that measures nothing."""
     state = jax.eval_shape(lambda risk, state: start_probes(risk, state, probes), risk, state)
     values, memory = jax.eval_shape(lambda risk, state: measure(risk, state, probes), risk, state)
