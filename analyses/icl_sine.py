@@ -135,7 +135,7 @@ def fitted(config: Config, progress: Progress, name: str, model, starts, key, te
     from attnlab.icl.probes import predictions
     from attnlab.losses import square_loss
     from attnlab.objective import objective
-    from attnlab.training import train
+    from attnlab.training import Session, train
 
     def draw(key, risk):
         prompts = sines(key, config.length, config.batch)

@@ -64,7 +64,7 @@ def kill_after(calls):
 RUNS = {
     "density": (partial(spectral_density, probes=4, steps=40), Session(), 5),
     "density_together": (partial(spectral_density, probes=4, steps=40), Session(together=2), 2),
-    "eigenpairs": (partial(eigenpairs, count=3, which="both"), Session(), 3),
+    "eigenpairs": (partial(eigenpairs, count=2), Session(), 3),
 }
 
 
