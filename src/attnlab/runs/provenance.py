@@ -33,8 +33,14 @@ def manifest(config: Any, seconds: float | None = None, script: Path | None = No
     }
 
 
-FRAME = ("analysis", "cli", "checks", "compiled", "report", "runs", "types", "verification")
-"""Modules that no number depends on."""
+RUNS = ("runs/__init__", "runs/files", "runs/provenance")
+FRAME = ("analysis", "cli", "checks", "compiled", "report", "types", "verification", *RUNS)
+"""Modules and packages that no number depends on."""
+
+
+def _in_frame(name: str) -> bool:
+    module = name.partition("/")[2].removesuffix(".py")
+    return module in FRAME or module.partition("/")[0] in FRAME
 
 
 def source_digests(script: Path) -> dict[str, str]:
@@ -56,7 +62,7 @@ def _imported(script: Path) -> dict[str, Path]:
             for length in range(1, len(parts) + 1):  # a module, and the packages around it
                 path = _file_of(root.joinpath(*parts[:length]))
                 name = "" if path is None else path.relative_to(root).as_posix()
-                if path is not None and name not in found and name.split("/")[1].removesuffix(".py") not in FRAME:
+                if path is not None and name not in found and not _in_frame(name):
                     found[name] = path
                     waiting.append(path)
     return found
