@@ -44,6 +44,7 @@ def compute(config: Config, progress: Progress) -> Arrays:
 
     from attnlab.dynamics.flows import central_flow, gradient_flow, smoothed
     from attnlab.dynamics.problems import digits_attention
+    from attnlab.dynamics.rules import update_rule
     from attnlab.dynamics.sharpness import Tracking, top_eigenvalues
     from attnlab.training import Session, probe, show_progress, train
     from attnlab.trees import ravel
@@ -74,8 +75,8 @@ def compute(config: Config, progress: Progress) -> Arrays:
     start = jax.tree.map(lambda w: w[0], smooth)
 
     task = progress.add_task("flows", total=2, status="central")
-    options = {"learning_rate": rate, "steps": config.steps, "every": config.every, "count": config.count}
-    central = central_flow(risk, start, key, **options)
+    rule, options = update_rule("gd", rate), {"steps": config.steps, "every": config.every, "count": config.count}
+    central = central_flow(risk, start, rule, key, **options)
     progress.update(task, advance=1, status="gradient flow")
     times = jnp.asarray(rate * np.arange(0, config.steps + 1, config.every), dtype=float)
     flow = gradient_flow(risk, start, times, tolerance=1e-6)

@@ -60,8 +60,8 @@ def compute(config: Config, progress: Progress) -> Arrays:
 
     from attnlab.checks import check_names
     from attnlab.dynamics.problems import digits_attention, easy_regression
+    from attnlab.dynamics.rules import update_rule
     from attnlab.dynamics.sharpness import stability, top_eigenvalues
-    from attnlab.dynamics.stability import stable_optimizer
     from attnlab.training import DivergenceError, Session, show_progress, train
 
     check_names("run", config.runs, RUNS)
@@ -70,9 +70,9 @@ def compute(config: Config, progress: Progress) -> Arrays:
     for name in config.runs:
         optimizer_name, rate, steps, options = RUNS[name]
         risk, params = control if name.startswith("control") else digits
-        optimizer = stable_optimizer(optimizer_name, rate, **options)
+        optimizer = update_rule(optimizer_name, rate, **options)
         probes = {"edge": stability(optimizer)}
-        if optimizer.preconditioner is not None:
+        if optimizer.second_moment is not None:
             probes["raw"] = top_eigenvalues()
         try:
             records = train(

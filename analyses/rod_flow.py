@@ -45,18 +45,19 @@ def compute(config: Config, progress: Progress) -> Arrays:
     import optax
 
     from attnlab.dynamics.problems import digits_attention
-    from attnlab.dynamics.rods import AdamRule, rod_between, rod_flow
+    from attnlab.dynamics.rods import rod_between, rod_flow
+    from attnlab.dynamics.rules import update_rule
     from attnlab.training import Probe, Session, show_progress, train
     from attnlab.trees import ravel
 
     key = jax.random.key(config.seed)
     risk, params = digits_attention(key, key, config.images)
-    rule = AdamRule(config.learning_rate, b2=config.b2)
+    rule = update_rule("adam", config.learning_rate, b2=config.b2)
     states = Probe(lambda risk, state, memory, key: ((state.params, state.optimizer_state, risk(state.params)), memory))
     path = train(
         risk,
         params,
-        optax.adam(*rule),
+        optax.adam(config.learning_rate, b2=config.b2),
         key,
         steps=config.after + config.steps + 2,
         probes={"states": states},
@@ -66,7 +67,7 @@ def compute(config: Config, progress: Progress) -> Arrays:
     points, _, losses = late
     iterates = jax.vmap(ravel)(points)
     centres, halves = (iterates[:-1] + iterates[1:]) / 2, (iterates[:-1] - iterates[1:]) / 2
-    start = rod_between(*(jax.tree.map(lambda leaf, i=i: leaf[i], late[:2]) for i in (0, 1)))
+    start = rod_between(rule, *(jax.tree.map(lambda leaf, i=i: leaf[i], late[:2]) for i in (0, 1)))
 
     task = progress.add_task("flows", total=2, status="")
     arrays = {

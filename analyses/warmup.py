@@ -48,8 +48,8 @@ def compute(config: Config, progress: Progress) -> Arrays:
 
     from attnlab.checks import check_names
     from attnlab.dynamics.problems import digits_transformer
+    from attnlab.dynamics.rules import update_rule
     from attnlab.dynamics.sharpness import stability
-    from attnlab.dynamics.stability import stable_optimizer
     from attnlab.training import DivergenceError, Session, show_progress, train
 
     check_names("run", config.runs, RUNS)
@@ -60,7 +60,7 @@ def compute(config: Config, progress: Progress) -> Arrays:
         rate = config.excess * 2 / initial_sharpness(risk, params, key)
         schedule = optax.linear_schedule(0.0, rate, config.warmup) if warm else rate
         # a step of a warm-up counts from one: at rate zero there is no edge
-        optimizer = stable_optimizer("gd", (lambda count, rise=schedule: rise(count + 1)) if warm else schedule)
+        optimizer = update_rule("gd", (lambda count, rise=schedule: rise(count + 1)) if warm else schedule)
         probes = {"edge": stability(optimizer)}
         options = {"steps": config.steps, "every": config.every, "probes": probes}
         try:

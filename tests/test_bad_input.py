@@ -11,7 +11,7 @@ import pytest
 
 from attnlab.adaptation.lora import lora
 from attnlab.checks import check_finite, check_floating, check_positive, check_range
-from attnlab.dynamics.stability import stable_optimizer
+from attnlab.dynamics.rules import update_rule
 from attnlab.icl.identification import fit_family
 from attnlab.icl.tasks import isotropic, sample_prompts
 from attnlab.losses import square_loss
@@ -63,10 +63,10 @@ CASES = {
         "expected a typed key",
     ),
     "an option of optax": (
-        lambda: stable_optimizer("adam", 0.1, beta1=0.9),
+        lambda: update_rule("adam", 0.1, beta1=0.9),
         "no option of adam 'beta1'; expected one of: b1, b2, eps",
     ),
-    "a string for a rate": (lambda: stable_optimizer("gd", "0.1"), "learning_rate is '0.1', a str"),
+    "a string for a rate": (lambda: update_rule("gd", "0.1"), "learning_rate is '0.1', a str"),
     "a negative dimension": (lambda: isotropic(-1), "dimension is -1; expected a positive whole number"),
     "half a dimension": (lambda: isotropic(2.5), "dimension is 2.5; expected a positive whole number"),
     "a length as a string": (lambda: sample_prompts(KEY, isotropic(2), "6", 4), "length is '6', a str"),

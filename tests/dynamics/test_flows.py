@@ -10,6 +10,7 @@ import pytest
 import oracles
 from attnlab.dynamics.complementarity import basis, solve_complementarity
 from attnlab.dynamics.flows import central_flow, gradient_flow, hessian_gradients, smoothed
+from attnlab.dynamics.rules import RULES, RMSProp, update_rule
 from attnlab.objective import objective
 from attnlab.trees import ravel
 from cases import CASES
@@ -66,7 +67,7 @@ def test_complementarity_of_one_number(key):
 
 def below_the_edge(key, **options):
     curvature, start = jnp.array([0.2, 1.0, 3.0, 5.0]), jax.random.normal(key, (4,))
-    flow = central_flow(quadratic(curvature), start, key, learning_rate=0.05, steps=20, every=5, **options)
+    flow = central_flow(quadratic(curvature), start, update_rule("gd", 0.05), key, steps=20, every=5, **options)
     return curvature, start, flow
 
 
@@ -101,7 +102,13 @@ def test_the_edge_holds_with_the_variance_in_closed_form():
     """Curvature h = 1 + b^2 along a; db/dt = -eta (-c + s b) with s = <a^2>: at the edge b stands still, s = c / b."""
     rate = 0.5  # edge 4: b = sqrt 3
     flow = central_flow(
-        sharpening(0.1), jnp.array([0.0, 1.6]), jax.random.key(0), learning_rate=rate, steps=40, count=1, substeps=8
+        sharpening(0.1),
+        jnp.array([0.0, 1.6]),
+        update_rule("gd", rate),
+        jax.random.key(0),
+        steps=40,
+        count=1,
+        substeps=8,
     )
     assert abs(flow.sharpness[-1, 0] * rate / 2 - 1) <= 1e-6
     assert_close(flow.params[-1], [0.0, 3**0.5], 1e-6)
@@ -129,11 +136,10 @@ def test_rmsprop_central_flow_holds_its_edge():
     flow = central_flow(
         sharpening(0.1),
         jnp.array([0.0, 1.6, 3.0]),
+        update_rule("rmsprop", rate, b2=0.95),
         jax.random.key(0),
-        learning_rate=rate,
         steps=400,
         every=10,
-        b2=0.95,
         second_moment=jnp.array([0.0016, 0.01, 0.0]),
         count=1,
         substeps=8,
@@ -184,7 +190,10 @@ class TestDivergence:
         with pytest.raises(
             ArithmeticError, match=r"central flow is not finite at step 4; the last finite loss .* step 2"
         ):
-            central_flow(potential(falling), jnp.ones(2), key, learning_rate=0.1, steps=8, every=2, count=1)
+            central_flow(potential(falling), jnp.ones(2), update_rule("gd", 0.1), key, steps=8, every=2, count=1)
+
+
+GRADIENT_DESCENT, RMSPROP = update_rule("gd", 0.1), update_rule("rmsprop", 0.1, b2=0.9)
 
 
 class TestBadInput:
@@ -206,20 +215,24 @@ class TestBadInput:
             gradient_flow(quadratic(jnp.ones(2)), jnp.ones(2), jnp.array([0.0, 1.0]), tolerance=0.0)
 
     @pytest.mark.parametrize(
-        ("options", "message"),
+        ("rule", "options", "message"),
         [
-            ({"substeps": 1}, "substeps is 1; expected at least 2"),
-            ({"b2": 0.9}, "b2 and second_moment belong together"),
-            ({"every": 7}, "steps is 20; expected a multiple of every, which is 7"),
-            ({"learning_rate": -0.1}, "learning_rate is -0.1; expected a finite number above 0"),
-            ({"learning_rate": np.nan}, "learning_rate is nan"),
-            ({"eps": -1e-8}, "eps is -1e-08; expected a finite number of at least 0"),
-            ({"b2": 1.5, "second_moment": jnp.ones(2)}, "b2 is 1.5; expected a number above 0 and below 1"),
-            ({"b2": 0.9, "second_moment": jnp.ones(3)}, r"second_moment: .* has shape \(3,\); expected \(2,\)"),
-            ({"b2": 0.9, "second_moment": -jnp.ones(2)}, "second_moment has a negative entry"),
+            (GRADIENT_DESCENT, {"substeps": 1}, "substeps is 1; expected at least 2"),
+            (GRADIENT_DESCENT, {"every": 7}, "steps is 20; expected a multiple of every, which is 7"),
+            (GRADIENT_DESCENT, {"second_moment": jnp.ones(2)}, "second_moment is given and rule is gd"),
+            (RMSPROP, {}, "second_moment is missing and rule is rmsprop"),
+            (RMSPROP, {"second_moment": jnp.ones(3)}, r"second_moment: .* has shape \(3,\); expected \(2,\)"),
+            (RMSPROP, {"second_moment": -jnp.ones(2)}, "second_moment has a negative entry"),
+            (RMSProp(0.1, b2=0.0), {}, "b2 is 0; expected a number above 0"),
+            (RMSProp(0.1, eps_in_sqrt=True), {}, "eps_in_sqrt is True; the central flow is derived for"),
+            (update_rule("gd", optax.constant_schedule(0.1)), {}, "is a schedule; a flow expects a number"),
+            *(
+                (update_rule(name, 0.1), {}, f"rule is {name}, whose central flow is not known.* expected one of gd")
+                for name, row in RULES.items()
+                if not row.averaged
+            ),
         ],
     )
-    def test_options_that_do_not_fit(self, options, message, key):
-        options = {"every": 5, "learning_rate": 0.1, **options}
+    def test_options_that_do_not_fit(self, rule, options, message, key):
         with pytest.raises(ValueError, match=message):
-            central_flow(quadratic(jnp.ones(2)), jnp.ones(2), key, steps=20, **options)
+            central_flow(quadratic(jnp.ones(2)), jnp.ones(2), rule, key, steps=20, **{"every": 5, **options})

@@ -7,14 +7,14 @@ import optax
 import pytest
 
 from attnlab.dynamics.problems import digits_attention
-from attnlab.dynamics.rods import AdamRule, Rod, rod_between, rod_flow, rod_velocity
-from attnlab.dynamics.stability import stable_optimizer
+from attnlab.dynamics.rods import Rod, rod_between, rod_flow, rod_velocity
+from attnlab.dynamics.rules import RULES, Adam
 from attnlab.objective import objective
 from attnlab.trees import ravel
 from compare import assert_close
+from update_rules import rule_of
 
-RULE = AdamRule(0.05, 0.6, 0.98, 1e-3)
-OPTIMIZER = optax.adam(*RULE)
+RULE = Adam(0.05, 0.6, 0.98, 1e-3)
 CURVATURE = jnp.array([0.1, 0.5, 2.0])
 
 
@@ -25,7 +25,7 @@ def quartic():
     )
 
 
-def adam_path(risk, params, optimizer, steps):
+def iterates(risk, params, optimizer, steps):
     """Parameters and optimizer states at every step, before it."""
 
     def step(carry, _):
@@ -61,21 +61,24 @@ def test_an_euler_step_of_the_rod_is_two_steps_of_adam(key):
     assert_close(velocity.nu, 0.02 * ((squares[0] + squares[1]) / 2 - nu), 1e-12)
 
 
-def test_a_rod_without_length_moves_as_optax_does(key):
-    risk = quartic()
-    path = adam_path(risk, jax.random.normal(key, (3,)), OPTIMIZER, 6)
+@pytest.mark.parametrize("name", RULES)
+def test_a_rod_without_length_moves_as_optax_does(name, key):
+    """The drift of each rule is the step of optax, with the second moment that the step divides by."""
+    risk, rule = quartic(), rule_of(name, 0.05)
+    path = iterates(risk, jax.random.normal(key, (3,)), rule.transformation, 6)
     (w, state), (w_next, after) = at(path, 4), at(path, 5)
-    moment = optax.tree.get(state, "mu")
-    rod = Rod(jnp.stack([w, moment]), jnp.zeros((2, 3)), optax.tree.get(after, "nu"), jnp.array(5.0))
-    velocity = rod_velocity(risk, w, rod, RULE)
+    before, then = rule.moments(state, w), rule.moments(after, w_next)
+    rod = Rod(jnp.stack([w, before.first]), jnp.zeros((2, 3)), then.second, then.steps.astype(float))
+    velocity = rod_velocity(risk, w, rod, rule)
     assert_close(velocity.centre[0], w_next - w, 1e-10, np.abs(w).max())
-    assert_close(moment + velocity.centre[1], optax.tree.get(after, "mu"), 1e-12)
+    assert_close(before.first + velocity.centre[1], then.first, 1e-12)
     assert np.all(velocity.half == 0)
+    assert np.any(velocity.nu) == (rule.second_moment is not None)
 
 
 def test_a_rod_lies_between_two_iterates(key):
-    path = adam_path(quartic(), jax.random.normal(key, (3,)), OPTIMIZER, 6)
-    rod = rod_between(at(path, 3), at(path, 4))
+    path = iterates(quartic(), jax.random.normal(key, (3,)), RULE.transformation, 6)
+    rod = rod_between(RULE, at(path, 3), at(path, 4))
     assert_close(rod.centre[0] + rod.half[0], at(path, 3)[0], 1e-14)
     assert_close(rod.centre[1] - rod.half[1], optax.tree.get(at(path, 4)[1], "mu"), 1e-14)
     assert (float(rod.steps), rod.nu.shape) == (4.0, (3,))
@@ -84,8 +87,8 @@ def test_a_rod_lies_between_two_iterates(key):
 @pytest.mark.parametrize("excess", [0.9, 1.1])
 def test_a_rod_grows_beyond_the_edge_only(excess):
     """A quadratic whose preconditioned curvature is so many times the threshold; the second moment stands still."""
-    rule = AdamRule(0.05, 0.6, 1 - 1e-9)
-    threshold = float(stable_optimizer("adam", 0.05, b1=0.6).edge(0.05))
+    rule = Adam(0.05, 0.6, 1 - 1e-9)
+    threshold = float(rule.edge(0.05))
     curvature = excess * threshold * (1 - 0.6**50)
     risk = objective(lambda w, x: w, lambda out, _: 0.5 * curvature * out @ out, jnp.ones(1), jnp.ones(1))
     nu = jnp.ones(1) * -jnp.expm1(50 * jnp.log1p(-1e-9))  # the corrected one is 1
@@ -96,9 +99,9 @@ def test_a_rod_grows_beyond_the_edge_only(excess):
 
 def test_below_the_edge_the_flow_follows_adam(key):
     """Slow steps: the flow's error is of the order of one of them."""
-    rule = AdamRule(1e-3, 0.9, 0.99)
-    path = adam_path(quartic(), jax.random.normal(key, (3,)), optax.adam(*rule), 260)
-    flow = rod_flow(quartic(), jnp.ones(3), rod_between(at(path, 50), at(path, 51)), rule, steps=200, every=200)
+    rule = Adam(1e-3, 0.9, 0.99)
+    path = iterates(quartic(), jax.random.normal(key, (3,)), rule.transformation, 260)
+    flow = rod_flow(quartic(), jnp.ones(3), rod_between(rule, at(path, 50), at(path, 51)), rule, steps=200, every=200)
     mean = (at(path, 250)[0] + at(path, 251)[0]) / 2
     assert_close(flow.params[-1], mean, 2e-3, np.abs(at(path, 50)[0] - mean).max())
 
@@ -106,10 +109,10 @@ def test_below_the_edge_the_flow_follows_adam(key):
 @pytest.mark.slow
 def test_at_the_edge_adam_stays_with_the_rod_and_leaves_the_stable_flow(key):
     """Sixteen digits, 250 steps from step 300."""
-    rule = AdamRule(5e-3, 0.9, 0.99)
+    rule = Adam(5e-3, 0.9, 0.99)
     risk, params = digits_attention(key, key, 16)
-    path = adam_path(risk, params, optax.adam(*rule), 560)
-    rod = rod_between(at(path, 300), at(path, 301))
+    path = iterates(risk, params, rule.transformation, 560)
+    rod = rod_between(rule, at(path, 300), at(path, 301))
     mean = (ravel(at(path, 550)[0]) + ravel(at(path, 551)[0])) / 2
     starts = {"rod": rod, "stable": rod._replace(half=jnp.zeros_like(rod.half))}
     ends = {
@@ -127,7 +130,7 @@ def test_a_rod_flow_that_diverges_names_the_step():
     """Uphill without a bound, beyond the range of the numbers."""
     risk = objective(lambda w, x: w, lambda w, _: -jnp.sum(jnp.exp(w**2)), jnp.ones(1), jnp.ones(1))
     with pytest.raises(ArithmeticError, match=r"rod flow is not finite at step 20; the last finite loss .* at step 0"):
-        rod_flow(risk, jnp.ones(3), START, AdamRule(1.0), steps=20, every=20)
+        rod_flow(risk, jnp.ones(3), START, Adam(1.0), steps=20, every=20)
 
 
 class TestBadInput:
@@ -135,8 +138,12 @@ class TestBadInput:
         ("rule", "start", "every", "message"),
         [
             (RULE, START, 4, "steps is 10; expected a multiple of every, which is 4"),
-            (RULE._replace(b1=1.0), START, 5, "b1 is 1.0; expected a number of at least 0 and below 1"),
-            (RULE._replace(learning_rate=-0.1), START, 5, "learning_rate is -0.1; expected a finite number above 0"),
+            (
+                Adam(optax.constant_schedule(0.1)),
+                START,
+                5,
+                "rule adam is a schedule; a flow expects a number",
+            ),
             (
                 RULE,
                 START._replace(half=jnp.zeros((2, 4))),

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.flatten_util import ravel_pytree
 
 import oracles
 from attnlab.curvature.operators import hessian
+from attnlab.dynamics.rules import RULES, preconditioner_after_step, update_rule
 from attnlab.dynamics.sharpness import (
     Tracking,
     block_norms,
@@ -19,13 +19,13 @@ from attnlab.dynamics.sharpness import (
     stability,
     top_eigenvalues,
 )
-from attnlab.dynamics.stability import RULES, preconditioner_after_step, stable_optimizer
 from attnlab.krylov.tracking import Course, cold_top_pairs, followed_top_pairs, warm_top_pairs
 from attnlab.objective import objective
 from attnlab.training import probe, train
 from attnlab.trees import block_slices, leaf_names, ravel
 from cases import CASES
 from compare import assert_close
+from update_rules import rule_of
 
 
 def symmetric(eigenvalues, key):
@@ -209,102 +209,13 @@ def test_top_eigenvalues_along_training(key):
         check_pairs(jax.tree.map(lambda leaf, i=i: leaf[i], records.values["top"]), oracles.hessian(risk, point), 5e-3)
 
 
-# the linearised step of each optimizer
-
-
-OPTIONS = {
-    "gd": {},
-    "heavy_ball": {"momentum": 0.7},
-    "nesterov": {"momentum": 0.8},
-    "rmsprop": {"b2": 0.9},
-    "adam": {"b1": 0.6, "b2": 0.99},
-    "adamw": {"b1": 0.6, "b2": 0.99, "weight_decay": 0.3},
-}
-
-
-def step_map(optimizer, matrix, state):
-    """Jacobian of one step in (w, first moment), the second moment and the step count held."""
-    floats, unravel = ravel_pytree((jnp.zeros(matrix.shape[0]), momentum_of(state)))
-
-    def step(flat):
-        w, momentum = unravel(flat)
-        gradient = matrix @ w
-        with jax.numpy_dtype_promotion("standard"):
-            updates, after = optimizer.update(gradient, with_momentum(state, momentum), w)
-        return ravel_pytree((w + updates, momentum_of(after)))[0]
-
-    return jax.jacfwd(step)(floats)
-
-
-def momentum_of(state):
-    """The first moments in a state: `trace` of sgd, `mu` of Adam."""
-    return [leaf for name in ("trace", "mu") for _, leaf in optax.tree.get_all_with_path(state, name)]
-
-
-def with_momentum(state, momentum):
-    for name in ("trace", "mu"):
-        if optax.tree.get_all_with_path(state, name):
-            state = optax.tree.set(state, **{name: momentum[0]})
-    return state
-
-
-@pytest.mark.parametrize("name", RULES)
-def test_threshold_is_where_the_step_loses_stability(name, key):
-    """On a quadratic, with the second moment held, the spectral radius of the optax step crosses 1 at the threshold."""
-    rate, n = 0.05, 3
-    optimizer = stable_optimizer(name, rate, **OPTIONS[name])
-    keys = jax.random.split(key, 3)
-    raw = symmetric(np.array([0.3, 0.5, 1.0]), keys[0])
-    w = jax.random.normal(keys[1], (n,))
-    state = optimizer.transformation.init(w)
-    with jax.numpy_dtype_promotion("standard"):
-        for _ in range(4):
-            _, state = optimizer.transformation.update(raw @ w, state, w)
-    diagonal, threshold = preconditioner_after_step(optimizer, raw @ w, state, w)
-    root = jnp.ones(n) if diagonal is None else diagonal**0.5
-    for factor, stable in ((1 - 1e-6, True), (1 + 1e-6, False)):
-        matrix = raw * root[:, None] * root[None, :] * (factor * threshold)
-        radius = frozen_radius(optimizer, matrix, diagonal, name)
-        assert (radius < 1) == stable, radius
-
-
-def frozen_radius(optimizer, matrix, diagonal, name):
-    """Spectral radius of the step with the preconditioner held: that of optax itself where there is none, else the
-    matrix of the momentum rule written from its definition (its denominator is tested against optax below)."""
-    options, rate, n = OPTIONS[name], 0.05, matrix.shape[0]
-    identity, inverse = jnp.eye(n), jnp.diag(jnp.ones(n) if diagonal is None else 1 / diagonal)
-    if name in ("gd", "heavy_ball", "nesterov"):
-        step = step_map(optimizer.transformation, matrix, optimizer.transformation.init(jnp.zeros(n)))
-    elif name == "rmsprop":
-        step = identity - rate * inverse @ matrix
-    else:
-        b1, decay = options["b1"], options.get("weight_decay", 0.0)
-        moment = jnp.concatenate([(1 - b1) * matrix, b1 * identity], axis=1)
-        stay = jnp.concatenate([(1 - rate * decay) * identity, jnp.zeros((n, n))], axis=1)
-        step = jnp.concatenate([stay - rate * inverse @ moment, moment])
-    return np.abs(np.linalg.eigvals(step)).max()
-
-
-@pytest.mark.parametrize("name", ["rmsprop", "adam", "adamw"])
-def test_preconditioner_is_the_denominator_of_the_step(name, key):
-    """From zero moments the first update of optax is -rate * (1 - b1^1) gradient / P (and the weight decay)."""
-    optimizer, options = stable_optimizer(name, 0.05, **OPTIONS[name]), OPTIONS[name]
-    w, gradient = jax.random.normal(key, (2, 7))
-    state = optimizer.transformation.init(w)
-    with jax.numpy_dtype_promotion("standard"):
-        updates, _ = optimizer.transformation.update(gradient, state, w)
-    diagonal, _ = preconditioner_after_step(optimizer, gradient, state, w)
-    moment = (1 - options.get("b1", 0.0)) * gradient
-    assert_close(updates, -0.05 * (moment / diagonal + options.get("weight_decay", 0.0) * w), 1e-12)
-
-
 @pytest.mark.parametrize("name", RULES)
 def test_stability_probe_is_the_dense_preconditioned_sharpness(name, key):
     risk, params = CASES["softmax/square"](key)
-    optimizer = stable_optimizer(name, 0.01, **OPTIONS[name])
-    run = train(risk, params, optimizer.transformation, key, steps=9, every=3, probes={"edge": stability(optimizer)})
+    rule = rule_of(name, 0.01)
+    run = train(risk, params, rule.transformation, key, steps=9, every=3, probes={"edge": stability(rule)})
     diagonal, threshold = preconditioner_after_step(
-        optimizer, jax.grad(risk)(run.params), run.state.optimizer_state, run.params
+        rule, jax.grad(risk)(run.params), run.state.optimizer_state, run.params
     )
     root = jnp.ones(ravel(params).size) if diagonal is None else ravel(diagonal) ** 0.5
     dense = oracles.hessian(risk, run.params) / root[:, None] / root[None, :]
@@ -316,20 +227,20 @@ def test_stability_probe_is_the_dense_preconditioned_sharpness(name, key):
 
 def test_threshold_follows_a_schedule_and_an_ensemble(key):
     risk, params = CASES["softmax/square"](key)
-    optimizer = stable_optimizer("gd", optax.linear_schedule(0.01, 0.04, 3))
-    probes = {"edge": stability(optimizer)}
-    records = train(risk, params, optimizer.transformation, key, steps=3, probes=probes).records
+    rule = update_rule("gd", optax.linear_schedule(0.01, 0.04, 3))
+    probes = {"edge": stability(rule)}
+    records = train(risk, params, rule.transformation, key, steps=3, probes=probes).records
     assert_close(records.values["edge"]["threshold"], 2 / np.array([0.01, 0.02, 0.03, 0.04]), 1e-6)
-    optimizer = stable_optimizer("gd", 1.0)
+    rule = update_rule("gd", 1.0)
     points = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), params)
     rates = jnp.array([0.01, 0.02])
     records = train(
         risk,
         points,
-        optimizer.transformation,
+        rule.transformation,
         jax.random.split(key, 2),
         steps=1,
-        probes={"edge": stability(optimizer)},
+        probes={"edge": stability(rule)},
         hyperparameters={"learning_rate": rates},
     ).records
     assert_close(records.values["edge"]["threshold"], np.tile(2 / rates, (2, 1)), 1e-12)
@@ -358,7 +269,7 @@ def test_block_norms_cover_the_dense_ones(key):
 class TestBadInput:
     def test_optimizer_without_a_known_threshold(self):
         with pytest.raises(ValueError, match=r"no optimizer with a known stability threshold 'adma'.*mean 'adam'"):
-            stable_optimizer("adma", 0.1)
+            update_rule("adma", 0.1)
 
     def test_optimizer_that_only_optax_knows(self):
         with pytest.raises(TypeError, match=r"GradientTransformation.*, whose stability threshold is not known.*gd"):
@@ -367,7 +278,7 @@ class TestBadInput:
     def test_run_with_another_optimizer_than_the_probe(self, key):
         risk, params = CASES["softmax/square"](key)
         with pytest.raises(ValueError, match="is for 'adam', and the run trains with an optimizer of another state"):
-            train(risk, params, optax.sgd(0.1), key, steps=1, probes={"edge": stability(stable_optimizer("adam", 0.1))})
+            train(risk, params, optax.sgd(0.1), key, steps=1, probes={"edge": stability(update_rule("adam", 0.1))})
 
     def test_block_that_does_not_exist(self, key):
         risk, params = CASES["softmax/square"](key)
@@ -387,11 +298,9 @@ def test_quadratic_sharpness_to_1e_5(key):
     """Preconditioned sharpness of a diagonal quadratic, where it is known in closed form: max h_i / P_i."""
     curvature = jnp.linspace(0.1, 3.0, 40)
     risk = objective(lambda w, x: x * w, lambda outputs, _: 0.5 * outputs @ outputs, curvature**0.5, curvature)
-    optimizer = stable_optimizer("adam", 1e-3)
-    probes = {"edge": stability(optimizer, Tracking(accuracy=1e-6))}
+    rule = update_rule("adam", 1e-3)
+    probes = {"edge": stability(rule, Tracking(accuracy=1e-6))}
     w = jax.random.normal(key, (40,))
-    run = train(risk, w, optimizer.transformation, key, steps=20, every=5, probes=probes)
-    diagonal, _ = preconditioner_after_step(
-        optimizer, jax.grad(risk)(run.params), run.state.optimizer_state, run.params
-    )
+    run = train(risk, w, rule.transformation, key, steps=20, every=5, probes=probes)
+    diagonal, _ = preconditioner_after_step(rule, jax.grad(risk)(run.params), run.state.optimizer_state, run.params)
     assert_close(run.records.values["edge"]["values"][-1, -1], jnp.max(curvature / diagonal), 1e-5)

@@ -7,7 +7,8 @@ import optax
 import optax.contrib
 import pytest
 
-from attnlab.curvature import adam_preconditioner, hessian, precondition
+from attnlab.curvature import hessian, precondition
+from attnlab.dynamics.rules import Adam
 from attnlab.losses import square_loss
 from attnlab.objective import objective
 from attnlab.training import train
@@ -71,7 +72,7 @@ def moments(steps, moved, rates):
 def test_adam_of_several_groups_preconditions(optimizer, moved):
     run = train(RISK, PARAMS, optimizer, jax.random.key(0), steps=5)
     params, scales = moments(5, moved, {"head": 1e-1, "body": 1e-3})
-    preconditioner = adam_preconditioner(run.state.optimizer_state)
+    preconditioner = Adam(1e-3).preconditioner(run.state.optimizer_state)
     exact = {name: jnp.asarray(leaf) for name, leaf in params.items()}
     for name in moved:
         np.testing.assert_allclose(preconditioner[name], scales[name], rtol=1e-6)
@@ -88,6 +89,6 @@ def test_adam_of_several_groups_preconditions(optimizer, moved):
 def test_two_adams_of_one_parameter_are_refused():
     run = train(RISK, PARAMS, optax.chain(optax.adam(1e-2), optax.adam(1e-2)), jax.random.key(0), steps=1)
     with pytest.raises(ValueError, match="holds 2 parts that move body"):
-        adam_preconditioner(run.state.optimizer_state)
+        Adam(1e-3).preconditioner(run.state.optimizer_state)
     with pytest.raises(ValueError, match="holds no part of type ScaleByAdamState"):
-        adam_preconditioner(optax.sgd(0.1).init(PARAMS))
+        Adam(1e-3).preconditioner(optax.sgd(0.1).init(PARAMS))

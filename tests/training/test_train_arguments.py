@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from attnlab.dynamics.stability import stable_optimizer
+from attnlab.dynamics.rules import update_rule
 from attnlab.losses import square_loss
 from attnlab.objective import objective
 from attnlab.training import probe, train
@@ -58,7 +58,7 @@ REFUSED_TYPES = {
     "untyped key": ({"key": jax.random.PRNGKey(0)}, r"key is an array of uint32, shape \(2,\); expected a typed key"),
     "seed": ({"key": 0}, r"key is 0; expected a typed key, jax\.random\.key"),
     "constructor": ({"optimizer": optax.adam}, "optimizer is a function; expected an optax gradient transformation"),
-    "stable optimizer": ({"optimizer": stable_optimizer("gd", 0.1)}, r"is a StableOptimizer.*attribute transformation"),
+    "update rule": ({"optimizer": update_rule("gd", 0.1)}, r"is a GradientDescent.*attribute transformation"),
     "function as objective": ({"risk": lambda params: params @ params}, r"risk is a function.*objective\(predict"),
     "list of probes": ({"probes": [probe(Measure(1.0))]}, "probes is a list; expected a dict of probes by name"),
     "unhashable probe": ({"probes": {"risk": probe(Measure(1.0))}}, "'risk' cannot be hashed: .*a frozen dataclass"),

@@ -14,8 +14,8 @@ from attnlab.curvature import ggn
 from attnlab.dynamics.flows import central_flow, gradient_flow, smoothed
 from attnlab.dynamics.kernel import empirical_ntk
 from attnlab.dynamics.problems import digits_attention, easy_regression
+from attnlab.dynamics.rules import update_rule
 from attnlab.dynamics.sharpness import stability
-from attnlab.dynamics.stability import stable_optimizer
 from attnlab.dynamics.tokens import attention_calls, entropy, entropy_bound
 from attnlab.losses import square_loss
 from attnlab.models.adapters import from_linen
@@ -38,7 +38,7 @@ def _edge_run(
     risk: Objective, params: Params, name: str, rate: float, steps: int, key: PRNGKey
 ) -> tuple[np.ndarray, Params]:
     """Sharpness over threshold every 50 steps of a run, and where it ends."""
-    optimizer = stable_optimizer(name, rate)
+    optimizer = update_rule(name, rate)
     probes = {"edge": stability(optimizer)}
     run = train(risk, params, optimizer.transformation, key, steps=steps, every=50, probes=probes)
     return np.asarray(run.records.values["edge"]["ratio"]), run.params
@@ -84,7 +84,7 @@ def central_flow_holds_the_edge(key: PRNGKey) -> Comparison:
     """A quartic with progressive sharpening, a^2 (1 + b^2) / 2 - slope b, from a random start below the edge 4."""
     slope = 0.05 + 0.1 * jax.random.uniform(key)
     risk = objective(_sharpening_outputs, _total, slope[None], jnp.zeros(1))
-    flow = central_flow(risk, jnp.array([0.0, 1.65]), key, learning_rate=0.5, steps=40, count=1, substeps=8)
+    flow = central_flow(risk, jnp.array([0.0, 1.65]), update_rule("gd", 0.5), key, steps=40, count=1, substeps=8)
     settled = flow.params[-1, 1], flow.sharpness[-1, 0], flow.variance[-1, 0]
     # at the edge 1 + b^2 = 4, and b stands still where the oscillation's pull s b equals the slope
     return Comparison(np.array([3**0.5, 4.0, float(slope) / 3**0.5]), np.array(settled))
@@ -127,7 +127,7 @@ def _flow_distances(risk: Objective, path: Params, start: int, key: PRNGKey) -> 
     point = jax.tree.map(lambda w: w[start], path)
     times = FLOW_RATE * jnp.arange(0.0, FLOW_STEPS + 1, FLOW_EVERY)
     options = {"steps": FLOW_STEPS, "every": FLOW_EVERY, "count": 2, "substeps": 2}
-    central = central_flow(risk, point, key, learning_rate=FLOW_RATE, **options).params
+    central = central_flow(risk, point, update_rule("gd", FLOW_RATE), key, **options).params
     flows = central, gradient_flow(risk, point, times, tolerance=1e-6)
     compared = jax.tree.map(lambda w: w[start : start + FLOW_STEPS + 1 : FLOW_EVERY], path)
     flat = jax.vmap(ravel)(compared)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from attnlab.claims.registry import Comparison, claim
 from attnlab.dynamics.flows import central_flow, smoothed
 from attnlab.dynamics.problems import digits_attention
-from attnlab.dynamics.stability import StableOptimizer, preconditioner_after_step, stable_optimizer
+from attnlab.dynamics.rules import UpdateRule, preconditioner_after_step, update_rule
 from attnlab.objective import Objective
 from attnlab.trees import ravel
 from attnlab.types import Params, PRNGKey
@@ -45,18 +45,18 @@ def each_optimizer_loses_stability_at_its_own_threshold(key: PRNGKey) -> Compari
     """The step of optax itself, differentiated at the minimum of a random quadratic in three dimensions, with a random
     second moment: its derivative in the gradient vanishes there, so that P is held."""
     predicted = [[-1.0, -1.0, 1.0, sign] for sign in AT_TWO_OVER_RATE.values()]
-    measured = [_around_the_threshold(stable_optimizer(name, 0.05, **OPTIMIZERS[name]), key) for name in OPTIMIZERS]
+    measured = [_around_the_threshold(update_rule(name, 0.05, **OPTIMIZERS[name]), key) for name in OPTIMIZERS]
     return Comparison(np.array(predicted), np.array(measured), scale=1)
 
 
-def _around_the_threshold(optimizer: StableOptimizer, key: PRNGKey) -> list[float]:
+def _around_the_threshold(rule: UpdateRule, key: PRNGKey) -> list[float]:
     keys, minimum = jax.random.split(key, 2), jnp.zeros(3)
     root = jax.random.normal(keys[0], (3, 3))
-    state = optimizer.transformation.init(minimum)
+    state = rule.transformation.init(minimum)
     with jax.numpy_dtype_promotion("standard"):
         for gradient in jax.random.normal(keys[1], (2, 3)):
-            _, state = optimizer.transformation.update(gradient, state, minimum)
-    diagonal, threshold = preconditioner_after_step(optimizer, minimum, state, minimum)
+            _, state = rule.transformation.update(gradient, state, minimum)
+    diagonal, threshold = preconditioner_after_step(rule, minimum, state, minimum)
     scales = jnp.ones(3) if diagonal is None else diagonal
     highest = jnp.linalg.eigvalsh(root @ root.T / jnp.sqrt(jnp.outer(scales, scales)))[-1]
     name = next((name for name in ("trace", "mu") if optax.tree.get_all_with_path(state, name)), None)
@@ -68,7 +68,7 @@ def _around_the_threshold(optimizer: StableOptimizer, key: PRNGKey) -> list[floa
         before = state if name is None else optax.tree.set(state, **{name: point[1]})
         gradient = value / highest * root @ (root.T @ point[0])
         with jax.numpy_dtype_promotion("standard"):
-            updates, after = optimizer.transformation.update(gradient, before, point[0])
+            updates, after = rule.transformation.update(gradient, before, point[0])
         return jnp.stack([point[0] + updates, minimum if name is None else optax.tree.get(after, name)])
 
     edges = [factor * threshold for factor in FACTORS] + [1.05 * 2 / 0.05]
@@ -78,7 +78,8 @@ def _around_the_threshold(optimizer: StableOptimizer, key: PRNGKey) -> list[floa
 
 
 RATE, B2, STEPS = 3e-3, 0.95, 40
-RMSPROP = stable_optimizer("rmsprop", RATE, b2=B2).transformation
+RULE = update_rule("rmsprop", RATE, b2=B2)
+RMSPROP = RULE.transformation
 
 
 @claim(
@@ -119,9 +120,7 @@ def _distance_ratio(risk: Objective, params: Params, moment: Params, key: PRNGKe
     path = _rmsprop(risk, params, moment)
     smooth = smoothed(path)
     start, end = (jax.tree.map(itemgetter(step), smooth) for step in (0, STEPS))
-    central = central_flow(
-        risk, start[0], key, learning_rate=RATE, steps=STEPS, every=STEPS, b2=B2, second_moment=start[1], substeps=2
-    )
+    central = central_flow(risk, start[0], RULE, key, steps=STEPS, every=STEPS, second_moment=start[1], substeps=2)
     ends = jax.tree.map(itemgetter(-1), central.params), _stable_flow(risk, *start)
     distances = [jnp.linalg.norm(ravel(point) - ravel(end[0])) for point in ends]
     return float(distances[1] / distances[0])

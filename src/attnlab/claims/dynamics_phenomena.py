@@ -16,9 +16,9 @@ from attnlab.claims.registry import Comparison, claim
 from attnlab.curvature import eigenpairs, hessian
 from attnlab.dynamics.heterogeneity import jensen_shannon, log_wasserstein
 from attnlab.dynamics.problems import addition_attention, digits_attention, digits_transformer
-from attnlab.dynamics.rods import AdamRule, Rod, rod_velocity
+from attnlab.dynamics.rods import Rod, rod_velocity
+from attnlab.dynamics.rules import Adam, update_rule
 from attnlab.dynamics.sharpness import stability, top_eigenvalues
-from attnlab.dynamics.stability import stable_optimizer
 from attnlab.dynamics.tokens import rank_residual
 from attnlab.icl.training import FreshPrompts, stack_training
 from attnlab.models.adapters import from_linen
@@ -30,7 +30,7 @@ from attnlab.types import Params, PRNGKey
 
 # Built once: the training loop is compiled afresh for every new optimizer.
 RATE = 5e-3
-ADAM = stable_optimizer("adam", RATE, b2=0.95)
+ADAM = update_rule("adam", RATE, b2=0.95)
 ADAM_PROBES = {"adam": stability(ADAM), "plain": top_eigenvalues()}
 
 
@@ -63,12 +63,13 @@ def adam_settles_at_its_own_edge(key: PRNGKey) -> Comparison:
 def rods_of_adam_grow_beyond_its_edge_only(key: PRNGKey) -> Comparison:
     """Growth rates of a rod on a random quadratic in three dimensions, with a random second moment, at the edge and 5 %
     on either side: zero at the edge, and its sign on the sides."""
-    rule, keys = AdamRule(0.05, 0.6, 0.98), jax.random.split(key, 2)
+    rate, keys = 0.05, jax.random.split(key, 2)
+    rule = Adam(rate, 0.6, 0.98)
     root = jax.random.normal(keys[0], (3, 3))
     nu, steps = 0.5 + jax.random.uniform(keys[1], (3,)), jnp.array(9.0)
     diagonal = (1 - rule.b1**9) * (jnp.sqrt(nu / (1 - rule.b2**9)) + rule.eps)
     scaled = root @ root.T / jnp.sqrt(jnp.outer(diagonal, diagonal))
-    edge = (2 + 2 * rule.b1) / ((1 - rule.b1) * rule.learning_rate)
+    edge = (2 + 2 * rule.b1) / ((1 - rule.b1) * rate)
 
     @jax.jit
     def jacobian(excess: Array) -> Array:

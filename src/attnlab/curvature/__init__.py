@@ -15,13 +15,7 @@ from attnlab.curvature.guards import NonFiniteProductError
 from attnlab.curvature.operators import Operator, empirical_fisher, fisher, functional, ggn, hessian, restrict
 from attnlab.curvature.self_checks import CurvatureWarning, VerificationError
 from attnlab.curvature.spectrum import Eigenpairs, eigenpairs
-from attnlab.curvature.transforms import (
-    CrossBlock,
-    adam_preconditioner,
-    cross,
-    precondition,
-    rmsprop_preconditioner,
-)
+from attnlab.curvature.transforms import CrossBlock, cross, precondition
 from attnlab.curvature.verify import verify
 from attnlab.curvature.xtrace import xtrace
 from attnlab.objective import BatchedObjective, batched
@@ -41,7 +35,6 @@ __all__ = [
     "Session",
     "SpectralDensity",
     "VerificationError",
-    "adam_preconditioner",
     "batched",
     "block_densities",
     "condition_number",
@@ -59,7 +52,6 @@ __all__ = [
     "precondition",
     "print_progress",
     "restrict",
-    "rmsprop_preconditioner",
     "solve",
     "spectral_density",
     "squared_frobenius_norm",

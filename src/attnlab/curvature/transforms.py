@@ -2,11 +2,9 @@
 
 from collections import OrderedDict
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
@@ -22,17 +20,18 @@ def precondition(operator: Operator, preconditioner: Params) -> Operator:
 
     It is symmetric and has the eigenvalues of P^-1 A, which decide the stability of the optimizer (Cohen et al.,
     arXiv 2207.14484). `preconditioner` is a pytree like all parameters; for the operator of a block its part is taken.
-    Raises `ValueError` for another structure, an entry that is not finite and positive, or parameters that the
-    optimizer holds fixed.
+    Raises `ValueError` for another structure, an entry that is not finite and positive, or parameters without an entry,
+    as of an optimizer that holds them fixed.
     """
     leaves = dict(zip(leaf_names(preconditioner), jax.tree.leaves(preconditioner), strict=True))
     if isinstance(operator.point, OrderedDict) and set(operator.point) <= set(leaves):
         preconditioner = OrderedDict((name, leaves[name]) for name in operator.point)
-    fixed = [name for name in leaf_names(operator.point) if name not in leaves]
-    if fixed and _holds_fixed(preconditioner):
+    names = leaf_names(operator.point)
+    fixed = [name for name in names if name not in leaves]
+    if fixed and set(leaves) <= set(names):
         raise ValueError(
-            f"preconditioner has no entry for {', '.join(fixed)}, which the optimizer holds fixed; expected an "
-            "operator on the parameters that it moves. Build that of their block: hessian(risk, params, block=...)."
+            f"preconditioner has no entry for {', '.join(fixed)}, as of parameters which the optimizer holds fixed; "
+            "expected an operator on those that it moves. Build that of their block: hessian(risk, params, block=...)."
         )
     check_same_structure("preconditioner", preconditioner, operator.point)
     check_finite("preconditioner", preconditioner)
@@ -42,84 +41,11 @@ def precondition(operator: Operator, preconditioner: Params) -> Operator:
     return replace(operator, linear=Partial(_preconditioned, factors, operator.linear))
 
 
-def _is_masked(node: PyTree) -> bool:
-    return isinstance(node, optax.MaskedNode)
-
-
-def _holds_fixed(preconditioner: Params) -> bool:
-    return any(map(_is_masked, jax.tree.leaves(preconditioner, is_leaf=_is_masked)))
-
-
 def _preconditioned(factors: Params, linear: Partial, vector: Params) -> Params:
     def scale(tree: Params) -> Params:
         return jax.tree.map(jnp.multiply, factors, tree)
 
     return scale(linear(scale(vector)))
-
-
-def adam_preconditioner(
-    state: optax.OptState, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, eps_root: float = 0.0
-) -> Params:
-    """P of Adam or AdamW from its optax state after a step: P = (1 - b1^t) (sqrt(nu / (1 - b2^t) + eps_root) + eps).
-
-    Adam moves by -learning_rate m / P, with m the plain moving average of the gradients (m's own bias correction is the
-    factor 1 - b1^t). The hyperparameters, which the state does not hold, are named and preset as in `optax.adam`.
-
-    Of an optimizer of several groups (`optax.partition`) each group's own state counts; a group with hyperparameters of
-    its own has its P from its `inner_states[label]`. Parameters that no Adam moves have no entry: take the operator of
-    the block that is moved. Raises `ValueError` where `state` holds no Adam state, one before the first step, or two of
-    one parameter.
-    """
-
-    def preconditioner(adam: optax.ScaleByAdamState) -> Params:
-        if is_concrete(adam.count) and int(adam.count) == 0:
-            raise ValueError("the Adam state has taken no step; expected at least one: before it, P is zero.")
-
-        def entry(nu: Array) -> Array:
-            count = adam.count.astype(nu.dtype)
-            corrected = nu / (1 - jnp.asarray(b2, nu.dtype) ** count)
-            return (1 - jnp.asarray(b1, nu.dtype) ** count) * (jnp.sqrt(corrected + eps_root) + eps)
-
-        return jax.tree.map(entry, adam.nu)
-
-    return _of_groups([preconditioner(adam) for adam in _find(state, optax.ScaleByAdamState)])
-
-
-def rmsprop_preconditioner(state: optax.OptState, *, eps: float = 1e-8, eps_in_sqrt: bool = True) -> Params:
-    """P of RMSProp from its optax state after a step: sqrt(nu + eps), or sqrt(nu) + eps unless `eps_in_sqrt`.
-
-    The hyperparameters are named and preset as in `optax.rmsprop`, without `bias_correction`. Raises `ValueError` where
-    `state` holds no RMSProp state. Several groups as of `adam_preconditioner`.
-    """
-    nu = _of_groups([part.nu for part in _find(state, optax.ScaleByRmsState)])
-    return jax.tree.map(lambda leaf: jnp.sqrt(leaf + eps) if eps_in_sqrt else jnp.sqrt(leaf) + eps, nu)
-
-
-def _find(state: optax.OptState, kind: type) -> list[Any]:
-    """The parts of a composed optax state that are of this `kind`: one, or one for each group of parameters."""
-    parts = [part for part in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kind)) if isinstance(part, kind)]
-    if not parts:
-        raise ValueError(
-            f"the optimizer state holds no part of type {kind.__name__}; expected one, or one for each group of "
-            "parameters. Pass the state that optimizer.update returned."
-        )
-    return parts
-
-
-def _of_groups(parts: list[Params]) -> Params:
-    """One tree from those of several groups, each of which masks the parameters of the others."""
-
-    def join(path: tuple, *entries: PyTree) -> PyTree:
-        held = [entry for entry in entries if not _is_masked(entry)]
-        if len(held) > 1:
-            where = jax.tree_util.keystr(path, simple=True, separator="/")
-            raise ValueError(
-                f"the optimizer state holds {len(held)} parts that move {where}; expected one for each parameter. Pass "
-                "the part that is meant."
-            )
-        return held[0] if held else entries[0]
-
-    return jax.tree.map_with_path(join, *parts, is_leaf=_is_masked)
 
 
 @jax.tree_util.register_dataclass

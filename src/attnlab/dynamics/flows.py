@@ -1,6 +1,6 @@
 """Continuous-time limits of training: gradient flow, and the central flow through the edge of stability."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from attnlab.checks import check_finite, check_intervals, check_positive, check_
 from attnlab.curvature.operators import hessian
 from attnlab.curvature.transforms import precondition
 from attnlab.dynamics.complementarity import basis, solve_complementarity
-from attnlab.dynamics.stability import check_hyperparameters
+from attnlab.dynamics.rules import RULES, UpdateRule, constant_rate
 from attnlab.krylov.tracking import TopPairs, cold_top_pairs, warm_top_pairs
 from attnlab.objective import Objective, check_objective
 from attnlab.trees import ravel
@@ -138,30 +138,19 @@ class CentralFlow(NamedTuple):
     residual: Float[Array, " r"]
 
 
-class _Rule(NamedTuple):
-    """Static numbers of a flow: step size, decay of the second moment (None for gradient descent), eps, substep."""
-
-    learning_rate: float
-    b2: float | None
-    eps: float
-    substeps: int
-
-
 def central_flow(
     risk: Objective,
     params: Params,
+    rule: UpdateRule,
     key: PRNGKey,
     *,
-    learning_rate: float,
     steps: int,
     every: int = 1,
-    b2: float | None = None,
-    eps: float = 1e-8,
     second_moment: Params | None = None,
     count: int = 2,
     substeps: int = 4,
 ) -> CentralFlow:
-    """The flow that gradient descent (or, with `b2`, RMSProp) follows on average, through the edge of stability.
+    """The flow that gradient descent or RMSProp follows on average, through the edge of stability.
 
     Cohen, Damian, Talwalkar, Kolter, Lee (arXiv 2410.24206). At the edge the optimizer oscillates along the highest
     eigenvectors U of P^-1 H with covariance Sigma = U X U^T, which acts on the mean through the third derivative:
@@ -176,18 +165,16 @@ def central_flow(
     Args:
         risk: the objective, full batch.
         params: where to start.
+        rule: of gradient descent or RMSProp (`rules.update_rule`), with a number for its learning rate eta.
         key: for the first eigenvectors.
-        learning_rate: eta.
         steps: optimizer steps to follow, a multiple of `every`.
         every: record the flow so often.
-        b2: decay of RMSProp's second moment; None is gradient descent.
-        eps: of RMSProp, outside the square root.
-        second_moment: nu to start from, after the step as `optax.scale_by_rms` holds it; needed with `b2`.
+        second_moment: nu of RMSProp to start from, after the step as its state holds it (`rule.moments`).
         count: how many eigenvalues k may reach the edge; the lowest recorded should stay below it.
         substeps: at least 2: a whole Euler step would itself oscillate at the edge.
 
-    Raises `ValueError` for steps that `every` does not divide, fewer than two substeps, a learning rate, b2 or eps out
-    of range, or a second moment that is missing, negative or of another structure; `ArithmeticError` where the flow
+    Raises `ValueError` for steps that `every` does not divide, fewer than two substeps, a rule whose central flow is
+    not known, or a second moment that is missing, negative or of another structure; `ArithmeticError` where the flow
     leaves the finite numbers.
     """
     check_intervals(steps, every)
@@ -195,47 +182,74 @@ def central_flow(
     check_objective(risk, params)
     if substeps < 2:
         raise ValueError(f"substeps is {substeps}; expected at least 2, for a stable integration at the edge.")
-    if (b2 is None) != (second_moment is None):
-        raise ValueError("b2 and second_moment belong together; expected both (RMSProp) or neither (gradient descent).")
-    check_hyperparameters(learning_rate=learning_rate, eps=eps)
-    if b2 is not None:
-        _check_second_moment(b2, second_moment, params)
+    _check_averaged(rule)
+    _check_second_moment(rule, second_moment, params)
     moment = jax.tree.map(jnp.ones_like, params) if second_moment is None else second_moment
-    flow = _central_flow(risk, params, moment, key, _Rule(learning_rate, b2, eps, substeps), count, steps, every)
+    flow = _central_flow(risk, params, moment, key, rule, count, steps, every, substeps)
     check_finite_flow("central flow", risk, flow.params, flow, range(0, steps + 1, every), "step")
     return flow
 
 
-def _check_second_moment(b2: float, second_moment: Params | None, params: Params) -> None:
-    if not 0 < b2 < 1:
-        raise ValueError(f"b2 is {b2}; expected a number above 0 and below 1: its flow has the rate (1 - b2) / b2.")
+def _check_averaged(rule: UpdateRule) -> None:
+    if not rule.averaged:
+        known = ", ".join(name for name, row in RULES.items() if row.averaged)
+        raise ValueError(
+            f"rule is {rule.name}, whose central flow is not known, as of no rule with momentum or decay; expected one "
+            f"of {known}. Follow Adam by rods.rod_flow."
+        )
+    constant_rate(rule)
+    if getattr(rule, "eps_in_sqrt", False):
+        raise ValueError("eps_in_sqrt is True; the central flow is derived for P = sqrt(nu) + eps: expected False.")
+    if rule.second_decay == 0:
+        raise ValueError("b2 is 0; expected a number above 0: the central flow has the rate (1 - b2) / b2.")
+
+
+def _check_second_moment(rule: UpdateRule, second_moment: Params | None, params: Params) -> None:
+    if (rule.second_moment is None) != (second_moment is None):
+        given = "given" if second_moment is not None else "missing"
+        raise ValueError(
+            f"second_moment is {given} and rule is {rule.name}; expected one with rmsprop, where the flow starts from "
+            "it, and none with gd."
+        )
+    if second_moment is None:
+        return
     check_same_structure("second_moment", second_moment, params)
     check_finite("second_moment", second_moment)
     if is_concrete(second_moment) and lowest(second_moment) < 0:
         raise ValueError("second_moment has a negative entry; expected the mean square of gradients.")
 
 
-@partial(jax.jit, static_argnames=("rule", "count", "steps", "every"))
+@partial(jax.jit, static_argnames=("rule", "count", "steps", "every", "substeps"))
 def _central_flow(
-    risk: Objective, params: Params, moment: Params, key: PRNGKey, rule: _Rule, count: int, steps: int, every: int
+    risk: Objective,
+    params: Params,
+    moment: Params,
+    key: PRNGKey,
+    rule: UpdateRule,
+    count: int,
+    steps: int,
+    every: int,
+    substeps: int,
 ) -> CentralFlow:
-    operator = precondition(hessian(risk, params), _preconditioner(rule, moment))
+    operator = precondition(hessian(risk, params), rule.denominator(moment, jnp.array(0)))
     pairs = cold_top_pairs(operator.flat_mv, operator.dimension, count, key, ravel(params).dtype)
     # twice more, to the accuracy that a warm start has everywhere else
     state = FlowState(params, moment, warm_top_pairs(operator.flat_mv, pairs.vectors, 2).vectors)
 
-    return _follow(risk, state, rule, every * rule.substeps, steps // every)
+    return _follow(partial(_substep, risk, rule, 1 / substeps), state, every * substeps, steps // every)
 
 
-def _follow(risk: Objective, state: FlowState, rule: _Rule, substeps: int, intervals: int) -> CentralFlow:
+def _follow(
+    substep: Callable[[FlowState], tuple[FlowState, CentralFlow]], state: FlowState, substeps: int, intervals: int
+) -> CentralFlow:
     """Intervals of so many substeps, and one substep more, which measures the end: so the edge, by far the most of the
     program, is compiled once."""
-    shape = jax.eval_shape(partial(_substep, rule=rule), risk, state)[1]
+    shape = jax.eval_shape(substep, state)[1]
 
     def interval(state: FlowState, length: Array) -> tuple[FlowState, tuple[CentralFlow, Array]]:
         def body(number: Array, carry: tuple) -> tuple:
             state, first, worst = carry
-            state, now = _substep(risk, state, rule)
+            state, now = substep(state)
             first = jax.tree.map(lambda old, new: jnp.where(number == 0, new, old), first, now)
             return state, first, jnp.maximum(worst, now.residual)
 
@@ -261,9 +275,9 @@ class _Edge(NamedTuple):
     residual: Float[Array, ""]
 
 
-def _edge(risk: Objective, state: FlowState, rule: _Rule) -> _Edge:
-    eta, duration = rule.learning_rate, 1 / rule.substeps
-    preconditioner = _preconditioner(rule, state.second_moment)
+def _edge(risk: Objective, rule: UpdateRule, duration: float, state: FlowState) -> _Edge:
+    eta = constant_rate(rule)
+    preconditioner = rule.denominator(state.second_moment, jnp.array(0))
     operator = precondition(hessian(risk, state.params), preconditioner)
     pairs = warm_top_pairs(operator.flat_mv, state.vectors)
     diagonal, moment = ravel(preconditioner), ravel(state.second_moment)
@@ -274,8 +288,8 @@ def _edge(risk: Objective, state: FlowState, rule: _Rule) -> _Edge:
     offset = slopes @ (gradient / diagonal)
     strength = slopes @ (slopes / diagonal[None, :]).T / 2
     matrices = jnp.asarray(basis(pairs.values.size), gradient.dtype)
-    if rule.b2 is not None:
-        speed = (1 - rule.b2) / rule.b2
+    if rule.second_decay is not None:
+        speed = (1 - rule.second_decay) / rule.second_decay
         squares = jnp.einsum("aij,ip,jp->ap", matrices, directions, directions)
         # 2/eta dP/dt = (1/eta) nu^-1/2 dnu/dt; at the edge H U = 2/eta P U: diag(H Sigma H) = (4/eta^2) P^2 diag(Sigma)
         # where nu is zero so are all gradients until now, and P stands still
@@ -283,26 +297,27 @@ def _edge(risk: Objective, state: FlowState, rule: _Rule) -> _Edge:
         offset = offset + squares @ (weights * (gradient**2 - moment))
         strength = strength + 4 / eta**2 * (squares * (weights * diagonal**2)[None, :]) @ squares.T
     # at the end of the substep: (2/eta - values) + duration eta (A + B[X]) >= 0
-    room = jnp.einsum("aii,i->a", matrices, 2 / eta - pairs.values)
+    room = jnp.einsum("aii,i->a", matrices, rule.edge(eta) - pairs.values)
     solution = solve_complementarity(offset + room / (eta * duration), strength)
     return _Edge(gradient, diagonal, moment, pairs, directions, slopes, solution.matrix, solution.residual)
 
 
-def _substep(risk: Objective, state: FlowState, rule: _Rule) -> tuple[FlowState, CentralFlow]:
+def _substep(risk: Objective, rule: UpdateRule, duration: float, state: FlowState) -> tuple[FlowState, CentralFlow]:
     """One Euler step, and what there is to record where it starts."""
-    eta, duration = rule.learning_rate, 1 / rule.substeps
-    edge = _edge(risk, state, rule)
+    eta = constant_rate(rule)
+    edge = _edge(risk, rule, duration, state)
     unravel = ravel_pytree(state.params)[1]
     matrices = jnp.asarray(basis(edge.pairs.values.size), edge.gradient.dtype)
     push = jnp.einsum("aij,ij->a", matrices, edge.matrix) @ edge.slopes / 2
-    velocity = -eta * (edge.gradient + push) / edge.diagonal
+    point, none = ravel(state.params), jnp.zeros_like(push)
+    velocity, _ = rule.drift(eta, point, none, edge.gradient + push, edge.diagonal)
     moment = edge.moment
-    if rule.b2 is not None:
+    if rule.second_decay is not None:
         spread = jnp.einsum("ip,ij,jp->p", edge.directions, edge.matrix, edge.directions)  # diag(Sigma)
         target = edge.gradient**2 + 4 / eta**2 * edge.diagonal**2 * spread
-        # exact over the substep for a constant target
-        moment = target + (moment - target) * jnp.exp(jnp.asarray(-duration * (1 - rule.b2) / rule.b2, moment.dtype))
-    params = unravel(ravel(state.params) + duration * velocity)
+        b2 = rule.second_decay  # exact over the substep for a constant target
+        moment = target + (moment - target) * jnp.exp(jnp.asarray(-duration * (1 - b2) / b2, moment.dtype))
+    params = unravel(point + duration * velocity)
     return FlowState(params, unravel(moment), edge.pairs.vectors), _record(risk, state, edge)
 
 
@@ -312,9 +327,3 @@ def _record(risk: Objective, state: FlowState, edge: _Edge) -> CentralFlow:
     return CentralFlow(
         state.params, state.second_moment, loss, loss + oscillation, edge.pairs.values, variance, edge.residual
     )
-
-
-def _preconditioner(rule: _Rule, moment: Params) -> Params:
-    if rule.b2 is None:
-        return moment  # ones
-    return jax.tree.map(lambda nu: jnp.sqrt(nu) + rule.eps, moment)

@@ -1,7 +1,7 @@
-"""Rod flow: Adam at the edge of stability in continuous time, two consecutive iterates as the two ends of a rod.
+"""Rod flow: an optimizer at the edge of stability in continuous time, two consecutive iterates as two ends of a rod.
 
 Regis, Chewi (arXiv 2602.01480; for Adam 2605.06821), in the form derived here. Let z = (w, m), parameters and first
-moment, and z' = z + G(z) a step of Adam with its denominator P held:
+moment, and z' = z + G(z) a step with its denominator P held (`UpdateRule.drift`), of Adam
 
     G(z) = (-eta / P (b1 m + (1 - b1) grad L(w)), (1 - b1) (grad L(w) - m)).
 
@@ -14,8 +14,8 @@ Both sides depend on d up to its sign only, so that D = (-1)^t d moves as slowly
 
     dc/dt = (G(c + D) + G(c - D)) / 2,      dD/dt = -2 D - (G(c + D) - G(c - D)) / 2,
 
-whose Euler step of length 1 is Adam itself. D grows where the Jacobian of a step, 1 + dG, has an eigenvalue below -1:
-beyond the edge of Adam, (2 + 2 b1) / ((1 - b1) eta). The second moment sees both ends,
+whose Euler step of length 1 is the optimizer itself. D grows where the Jacobian of a step, 1 + dG, has an eigenvalue
+below -1: beyond the edge, of Adam (2 + 2 b1) / ((1 - b1) eta). The second moment, where there is one, sees both ends,
 dnu/dt = (1 - b2) (mean of both grad L^2 - nu). With D = 0 it is the stable flow, blind to the edge.
 """
 
@@ -29,31 +29,22 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from attnlab.checks import check_finite, check_intervals, check_positive
-from attnlab.curvature.transforms import adam_preconditioner
 from attnlab.dynamics.flows import check_finite_flow
-from attnlab.dynamics.stability import check_hyperparameters
+from attnlab.dynamics.rules import UpdateRule, constant_rate
 from attnlab.objective import Objective, check_objective
 from attnlab.trees import ravel
 from attnlab.types import Params
 
 
 class Rod(NamedTuple):
-    """Two consecutive states of Adam, flat: `centre` and `half` difference (2, n) of parameters and first moment, the
-    second moment `nu` (n,) after a step from the first, and the number of `steps` by then."""
+    """Two consecutive states of an optimizer, flat: `centre` and `half` difference (2, n) of parameters and first
+    moment, the second moment `nu` (n,) after a step from the first, and the number of `steps` by then (as
+    `rules.Moments`)."""
 
     centre: Float[Array, "2 n"]
     half: Float[Array, "2 n"]
     nu: Float[Array, " n"]
     steps: Float[Array, ""]
-
-
-class AdamRule(NamedTuple):
-    """The numbers of Adam, named and preset as in `optax.adam`."""
-
-    learning_rate: float
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
 
 
 class RodFlow(NamedTuple):
@@ -70,32 +61,32 @@ class RodFlow(NamedTuple):
     loss: Float[Array, " r"]
 
 
-def rod_between(first: tuple[Params, optax.OptState], second: tuple[Params, optax.OptState]) -> Rod:
-    """The rod of two consecutive points of a run of `optax.adam`, each with its optimizer state."""
-    ends = [jnp.stack([ravel(params), ravel(optax.tree.get(state, "mu"))]) for params, state in (first, second)]
-    nu = ravel(optax.tree.get(second[1], "nu"))
-    count = jnp.asarray(optax.tree.get(second[1], "count"), nu.dtype)
-    return Rod((ends[0] + ends[1]) / 2, (ends[0] - ends[1]) / 2, nu, count)
+def rod_between(rule: UpdateRule, first: tuple[Params, optax.OptState], second: tuple[Params, optax.OptState]) -> Rod:
+    """The rod of two consecutive points of a run, each with its optimizer state, in which the moments of `rule` may be
+    anywhere (`UpdateRule.moments`, whose errors it raises)."""
+    moments = [rule.moments(state, params) for params, state in (first, second)]
+    ends = [jnp.stack([ravel(pair[0]), ravel(held.first)]) for pair, held in zip((first, second), moments, strict=True)]
+    nu = ravel(moments[1].second)
+    return Rod((ends[0] + ends[1]) / 2, (ends[0] - ends[1]) / 2, nu, jnp.asarray(moments[1].steps, nu.dtype))
 
 
-def rod_velocity(risk: Objective, like: Params, rod: Rod, rule: AdamRule) -> Rod:
-    """The time derivative of a rod, per step of Adam; `like` gives the structure of the parameters. Pure."""
+def rod_velocity(risk: Objective, like: Params, rod: Rod, rule: UpdateRule) -> Rod:
+    """The time derivative of a rod, per step of the optimizer; `like` gives the structure of the parameters. Pure."""
     unravel = ravel_pytree(like)[1]
     ends = (rod.centre + rod.half, rod.centre - rod.half)
     gradients = [ravel(jax.grad(risk)(unravel(end[0]))) for end in ends]
-    state = optax.ScaleByAdamState(rod.steps, mu=(), nu=rod.nu)
-    denominator = adam_preconditioner(state, b1=rule.b1, b2=rule.b2, eps=rule.eps)
+    rate, denominator = constant_rate(rule), rule.denominator(rod.nu, rod.steps)
 
     def step(end: Float[Array, "2 n"], gradient: Float[Array, " n"]) -> Float[Array, "2 n"]:
-        moment = rule.b1 * end[1] + (1 - rule.b1) * gradient
-        return jnp.stack([-rule.learning_rate * moment / denominator, moment - end[1]])
+        return jnp.stack(rule.drift(rate, end[0], end[1], gradient, denominator))
 
     ahead, behind = (step(end, gradient) for end, gradient in zip(ends, gradients, strict=True))
     square = (gradients[0] ** 2 + gradients[1] ** 2) / 2
+    decay = 1.0 if rule.second_decay is None else rule.second_decay
     return Rod(
         (ahead + behind) / 2,
         -2 * rod.half - (ahead - behind) / 2,
-        (1 - rule.b2) * (square - rod.nu),
+        (1 - decay) * (square - rod.nu),
         jnp.ones_like(rod.steps),
     )
 
@@ -104,29 +95,29 @@ def rod_flow(
     risk: Objective,
     like: Params,
     start: Rod,
-    rule: AdamRule,
+    rule: UpdateRule,
     *,
     steps: int,
     every: int = 1,
     substeps: int = 4,
 ) -> RodFlow:
-    """The rod flow of Adam from `start` (`rod_between`), for the time of `steps` steps, by Runge-Kutta of fourth order.
+    """The rod flow from `start` (`rod_between`), for the time of `steps` steps, by Runge-Kutta of fourth order.
 
     Args:
         risk: the objective, full batch.
         like: parameters, for their structure.
         start: the rod; with `half` zero the flow is the stable one.
-        rule: Adam's numbers; the learning rate is constant.
+        rule: the optimizer (`rules.update_rule`), with a number for its learning rate.
         steps: a multiple of `every`.
         every: record the flow so often.
-        substeps: Runge-Kutta steps, of eight gradients each, in the time of one of Adam.
+        substeps: Runge-Kutta steps, of eight gradients each, in the time of one of the optimizer.
 
-    Raises `ValueError` for steps that `every` does not divide, numbers of Adam out of range, or a start that is not
-    finite or of another size than `like`; `ArithmeticError` where the flow leaves the finite numbers.
+    Raises `ValueError` for steps that `every` does not divide, a learning rate that is a schedule, or a start that is
+    not finite or of another size than `like`; `ArithmeticError` where the flow leaves the finite numbers.
     """
     check_intervals(steps, every)
     check_positive(substeps=substeps)
-    check_hyperparameters(**rule._asdict())
+    constant_rate(rule)
     check_objective(risk, like)
     _check_start(start, ravel(like).size)
     flow = _rod_flow(risk, like, start, rule, steps, every, substeps)
@@ -146,7 +137,7 @@ def _check_start(start: Rod, size: int) -> None:
 
 @partial(jax.jit, static_argnames=("rule", "steps", "every", "substeps"))
 def _rod_flow(
-    risk: Objective, like: Params, start: Rod, rule: AdamRule, steps: int, every: int, substeps: int
+    risk: Objective, like: Params, start: Rod, rule: UpdateRule, steps: int, every: int, substeps: int
 ) -> RodFlow:
     unravel = ravel_pytree(like)[1]
 

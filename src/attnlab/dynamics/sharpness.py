@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from attnlab.checks import check_number, check_range, check_whole
 from attnlab.curvature.operators import Block, Operator, flat_dtype, hessian
 from attnlab.curvature.transforms import precondition
-from attnlab.dynamics.stability import RULES, StableOptimizer, preconditioner_after_step
+from attnlab.dynamics.rules import RULES, UpdateRule, preconditioner_after_step
 from attnlab.krylov.tracking import Course, cold_top_pairs, followed_top_pairs
 from attnlab.objective import Objective
 from attnlab.statistics import estimate
@@ -104,12 +104,12 @@ class _Hessian:
 
 @dataclass(frozen=True)
 class _Preconditioned:
-    optimizer: StableOptimizer
+    rule: UpdateRule
 
     def __call__(self, risk: Objective, state: TrainingState) -> tuple[Callable[[], Operator], Values]:
         self._check_trained_with(state)
         gradient = jax.grad(risk)(state.params)
-        diagonal, threshold = preconditioner_after_step(self.optimizer, gradient, state.optimizer_state, state.params)
+        diagonal, threshold = preconditioner_after_step(self.rule, gradient, state.optimizer_state, state.params)
 
         def linearise() -> Operator:
             operator = hessian(risk, state.params)
@@ -119,11 +119,11 @@ class _Preconditioned:
 
     def _check_trained_with(self, state: TrainingState) -> None:
         with jax.numpy_dtype_promotion("standard"):
-            own = jax.eval_shape(self.optimizer.transformation.init, state.params)
+            own = jax.eval_shape(self.rule.transformation.init, state.params)
         if str(jax.tree.structure(own)) != str(jax.tree.structure(state.optimizer_state)):
             raise ValueError(
-                f"the probe stability is for '{self.optimizer.name}', and the run trains with an optimizer of another "
-                "state; expected the same. Train with the transformation of the probe's optimizer."
+                f"the probe stability is for '{self.rule.name}', and the run trains with an optimizer of another "
+                "state; expected the same. Train with the transformation of the probe's rule."
             )
 
 
@@ -132,23 +132,23 @@ def top_eigenvalues(tracking: Tracking = Tracking()) -> Probe:
     return _tracked(_Hessian(), tracking)
 
 
-def stability(optimizer: StableOptimizer, tracking: Tracking = Tracking()) -> Probe:
-    """Probe: the highest eigenvalues of P^-1/2 H P^-1/2 (`values`, `residuals`), the optimizer's `threshold`, and
+def stability(rule: UpdateRule, tracking: Tracking = Tracking()) -> Probe:
+    """Probe: the highest eigenvalues of P^-1/2 H P^-1/2 (`values`, `residuals`), the rule's `threshold`, and
     `ratio`, the highest over the threshold: 1 at the edge of stability.
 
-    The run must train with `optimizer.transformation`. P and the threshold are those of the step from this point with
+    The run must train with `rule.transformation`. P and the threshold are those of the step from this point with
     the gradient over all examples, also where the run trains on batches, at the cost of that gradient. Raises
-    `TypeError` for an optimizer that `stable_optimizer` did not build, whose threshold is not known, and before
+    `TypeError` for an optimizer that is no `UpdateRule`, whose threshold is not known, and before
     training starts `ValueError` where the run's optimizer has a state of another structure. Another one with a state of
     the same structure cannot be told: not `heavy_ball` from `nesterov`, nor one b1 or b2 from another; only the
     learning rate is read from the run.
     """
-    if not isinstance(optimizer, StableOptimizer):
+    if not isinstance(rule, UpdateRule):
         raise TypeError(
-            f"optimizer is a {type(optimizer).__name__}, whose stability threshold is not known; expected one of "
-            f"{', '.join(RULES)} as stable_optimizer(name, learning_rate) builds it."
+            f"rule is a {type(rule).__name__}, whose stability threshold is not known; expected one of "
+            f"{', '.join(RULES)} as update_rule(name, learning_rate) builds it."
         )
-    return _tracked(_Preconditioned(optimizer), tracking)
+    return _tracked(_Preconditioned(rule), tracking)
 
 
 def block_sharpness(blocks: tuple[Block, ...] | None = None, tracking: Tracking = Tracking()) -> Probe:

@@ -28,7 +28,7 @@ PARTS = 50
 """Into how many jitted calls a run is cut: between two of them it reports and saves."""
 
 
-class Progress(NamedTuple):
+class TrainingProgress(NamedTuple):
     """What a progress report sees: steps done, steps in all, the newest loss, the newest values of each probe.
 
     Of an ensemble of `members` (else None): the median loss of those that have not diverged, and the values of all.
@@ -110,10 +110,10 @@ def train(
         start: the state that a run ended in (`Trajectory.state`), to take `steps` further steps from: with its
             parameters, its optimizer's state, its key, its count of steps, and what its probes remember, the numbers
             are those of one longer run. Probes that it does not know start there.
-        session: where to save, and what to call between the parts with a `Progress`. A run that was killed loses at
-            most one of the `PARTS` parts. With more `steps` than it has taken, a finished run goes on. A run that
-            differs in anything else, or another version of JAX, is another run. `load_records` reads what it measured
-            so far, `load_params` where it stands.
+        session: where to save, and what to call between the parts with a `TrainingProgress`. A run that was killed
+            loses at most one of the `PARTS` parts. With more `steps` than it has taken, a finished run goes on. A run
+            that differs in anything else, or another version of JAX, is another run. `load_records` reads what it
+            measured so far, `load_params` where it stands.
 
     Raises `ValueError` for steps that `every` does not divide, a loss that is not finite at the start, an unknown
     hyperparameter, leaves without an ensemble's axis, a `start` of another optimizer, a directory of another run or of
@@ -316,10 +316,10 @@ def _run_parts(
     return [*session.parts, end], state
 
 
-def _progress(state: TrainingState, records: Records, last: int, members: int | None) -> Progress:
+def _progress(state: TrainingState, records: Records, last: int, members: int | None) -> TrainingProgress:
     newest = jax.tree.map(lambda leaf: np.asarray(leaf[-1]), records.values)
     loss = float(median_of_finite(records.losses[-1:].ravel()))
-    return Progress(int(_step_of(state)), last, loss, newest, members)
+    return TrainingProgress(int(_step_of(state)), last, loss, newest, members)
 
 
 def _check_left(left: int, last: int, state: TrainingState, checkpoint: Checkpoint | None) -> None:

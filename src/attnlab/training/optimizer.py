@@ -19,7 +19,7 @@ def check_optimizer(optimizer: Any) -> None:
         what = "function" if callable(optimizer) else type(optimizer).__name__
         raise TypeError(
             f"optimizer is a {what}; expected an optax gradient transformation, such as optax.adam(1e-3). Of a "
-            "stable_optimizer that is its attribute transformation."
+            "rule of attnlab.dynamics that is its attribute transformation."
         )
 
 
