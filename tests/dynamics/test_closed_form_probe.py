@@ -25,7 +25,7 @@ from compare import assert_close
 LAYER = AttentionConfig(key_dim=2, value_dim=3, causal=True)
 
 
-def layer_case(key, loss):
+def problem(key, loss):
     module, tokens = SelfAttention(LAYER), jax.random.normal(key, (2, 4, 3))
     targets = jax.random.normal(key, (2, 4, 3)) if loss is square_loss else jnp.arange(8).reshape(2, 4) % 3
     return objective(from_linen(module), loss, tokens, targets), module.init(key, tokens)["params"]
@@ -33,7 +33,7 @@ def layer_case(key, loss):
 
 @pytest.mark.parametrize("loss", [square_loss, cross_entropy])
 def test_blocks_are_those_of_autodiff_along_training(loss, key):
-    risk, params = layer_case(key, loss)
+    risk, params = problem(key, loss)
     run = train(risk, params, optax.sgd(0.5), key, steps=2, every=2, probes={"blocks": attention_blocks(LAYER)})
     values = jax.tree.map(lambda leaf: leaf[-1], run.records.values["blocks"])
     check_norms(values, oracles.hessian(risk, run.params), oracles.ggn(risk, run.params), block_slices(run.params))
@@ -62,7 +62,7 @@ def check_moments(found, config, params, tokens):
     assert_close(found["second"], np.mean(second), 1e-10)
 
 
-def network_case(read):
+def network_problem(read):
     """A network of two pre-norm blocks whose loss reads all positions or some, and the probe of its last layer."""
     key = jax.random.key(1)
     blocks = TransformerConfig(replace(LAYER, value_dim=2, output_dim=4), layers=2, mlp_width=5, final_norm=True)
@@ -88,7 +88,7 @@ def check_network_values(values, module, risk, params):
 
 
 def test_blocks_of_a_layer_in_a_network_are_those_of_autodiff():
-    module, risk, params, blocks = network_case((1, 3))
+    module, risk, params, blocks = network_problem((1, 3))
     state = TrainingState(jnp.array(0), params, (), jax.random.key(0), {})
     values, _ = jax.jit(blocks.measure)(risk, state, (), state.key)
     check_network_values(values, module, risk, params)
@@ -97,14 +97,14 @@ def test_blocks_of_a_layer_in_a_network_are_those_of_autodiff():
 @pytest.mark.slow
 @pytest.mark.parametrize("read", [None, (1, 3)])
 def test_blocks_of_a_layer_in_a_network_along_training(read):
-    module, risk, params, blocks = network_case(read)
+    module, risk, params, blocks = network_problem(read)
     run = train(risk, params, optax.sgd(0.5), jax.random.key(0), steps=2, every=2, probes={"blocks": blocks})
     values = jax.tree.map(lambda leaf: leaf[-1], run.records.values["blocks"])
     check_network_values(values, module, risk, run.params)
 
 
 def test_a_layer_that_is_not_there_is_refused_before_training(key):
-    risk, params = layer_case(key, square_loss)
+    risk, params = problem(key, square_loss)
     probes = {"blocks": attention_blocks_in(SelfAttention(LAYER), "layer_7/attention")}
     with pytest.raises(
         ValueError, match="path is 'layer_7/attention'; the model called such an attention layer 0 times"
@@ -131,7 +131,7 @@ def same_layer(params, inputs):
 )
 def test_a_model_that_is_not_the_bare_layer_is_refused(predict, config, bare):
     """Before training starts: all values are tracers."""
-    risk, params = layer_case(jax.random.key(1), square_loss)
+    risk, params = problem(jax.random.key(1), square_loss)
     risk, state = replace(risk, predict=jax.tree_util.Partial(predict)), TrainingState(0, params, (), None, {})
     measure = jax.vmap(attention_blocks(config).measure, in_axes=(0, None, None, None))
     run = jax.tree.map(lambda leaf: leaf[None], risk), state, (), None
@@ -140,14 +140,14 @@ def test_a_model_that_is_not_the_bare_layer_is_refused(predict, config, bare):
 
 
 def test_a_network_that_reads_other_positions_is_refused():
-    module, risk, params, _ = network_case((1, 3))
+    module, risk, params, _ = network_problem((1, 3))
     state = TrainingState(0, params, (), None, {})
     with pytest.raises(ValueError, match="does not predict what module does at positions"):
         jax.eval_shape(attention_blocks_in(module, LAST, positions=(1, 2)).measure, risk, state, (), None)
 
 
 def test_other_losses_are_refused(key):
-    risk, params = layer_case(key, square_loss)
+    risk, params = problem(key, square_loss)
     other = objective(
         risk.predict, lambda outputs, targets: square_loss(outputs, targets) / 2, risk.inputs, risk.targets
     )

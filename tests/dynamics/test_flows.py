@@ -29,7 +29,7 @@ def test_gradient_flow_of_a_quadratic_decays_exponentially(key):
     assert_close(path, start[None, :] * jnp.exp(-times[:, None] * curvature[None, :]), 1e-7)
 
 
-@pytest.mark.parametrize("case", ["softmax/square", "mlp/cross_entropy"])
+@pytest.mark.parametrize("case", ["softmax/square", pytest.param("mlp/cross_entropy", marks=pytest.mark.slow)])
 def test_third_derivatives_are_those_of_finite_differences(case, key):
     risk, params = CASES[case](key)
     flat = ravel(params)

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.tree_util import Partial
 
 import oracles
-from attnlab.curvature.operators import hessian
+from attnlab.curvature.operators import Operator
 from attnlab.dynamics.rules import RULES, preconditioner_after_step, update_rule
 from attnlab.dynamics.sharpness import (
     Tracking,
@@ -21,7 +22,7 @@ from attnlab.dynamics.sharpness import (
 )
 from attnlab.krylov.tracking import Course, cold_top_pairs, followed_top_pairs, warm_top_pairs
 from attnlab.objective import objective
-from attnlab.training import probe, train
+from attnlab.training import Probe, TrainingState, probe, train
 from attnlab.trees import block_slices, leaf_names, ravel
 from cases import CASES
 from compare import assert_close
@@ -43,11 +44,14 @@ def warm(matrix, start):
 
 
 @jax.jit(static_argnames=("certified", "batched"))
+def follow_on(matrix, course, accuracy, certified=1, batched=False):
+    """The pairs after one measurement, and the course from there: one program a shape, for all tests."""
+    options = {"accuracy": accuracy, "certified": certified, "batched": batched, "rounds": 30}
+    return followed_top_pairs(lambda: lambda vector: matrix @ vector, course, jax.random.key(0), **options)
+
+
 def follow(matrix, start, accuracy, certified=1, batched=False):
-    product = lambda vector: matrix @ vector  # noqa: E731
-    course = Course(start, start)
-    options = {"accuracy": accuracy, "certified": certified, "batched": batched}
-    return followed_top_pairs(lambda: product, course, jax.random.key(0), **options)[0]
+    return follow_on(matrix, Course(start, start), accuracy, certified, batched)[0]
 
 
 def check_certificates(pairs, matrix):
@@ -69,8 +73,10 @@ def test_one_round_after_a_small_move_is_accurate_and_certified(key):
     assert check_certificates(warm(moved, cold.vectors), moved).max() <= 1e-5
 
 
-@pytest.mark.parametrize("batched", [False, True])
-@pytest.mark.parametrize("certified", [1, 2])
+@pytest.mark.parametrize(
+    ("certified", "batched"),
+    [(1, False), (2, True), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, True), (2, False)))],
+)
 @pytest.mark.parametrize("accuracy", [1e-2, 1e-4])
 @pytest.mark.parametrize("move", [1e-2, 0.5])
 def test_followed_pairs_are_as_accurate_as_asked_and_certified(move, accuracy, certified, batched, key):
@@ -90,32 +96,24 @@ def test_a_good_start_costs_one_product_a_pair_and_a_bad_one_more(key):
 
     _, vectors = np.linalg.eigh(matrix)
     start = {"good": jnp.asarray(vectors[:, -2:].T), "bad": jnp.asarray(np.linalg.qr(vectors[:, :2] + 0.1)[0].T)}
+    measured = jax.jit(lambda v: followed_top_pairs(lambda: product, Course(v, v), key, accuracy=1e-12)[0])
     for name, counts in (("good", [2]), ("bad", range(4, 23, 2))):
         calls.clear()
-        jax.block_until_ready(
-            jax.jit(lambda v: followed_top_pairs(lambda: product, Course(v, v), key, accuracy=1e-12)[0])(start[name])
-        )
+        jax.block_until_ready(measured(start[name]))
         jax.effects_barrier()
         assert len(calls) in counts
 
 
 @pytest.mark.parametrize("speed", [0.02, -0.1])
-def test_the_course_leads_a_turning_eigenvector(speed, key):
+def test_the_course_leads_a_turning_eigenvector(speed):
     """Two eigenvectors that turn steadily: at no more than one product a pair, the error falls far below what the last
     vectors would give, (3 - 2) sin^2(angle turned)."""
-    base, turn = jnp.asarray(np.r_[np.linspace(-0.5, 0.5, 36), [0.6, 1.5, 2.0, 3.0]]), abs(speed)
-    mixed = jax.scipy.linalg.expm(speed * jnp.zeros((40, 40)).at[39, 36].set(1).at[36, 39].set(-1))
-
-    @jax.jit
-    def step(course, power):
-        frame = jnp.linalg.matrix_power(mixed, power)
-        matrix = (frame * base[None, :]) @ frame.T
-        return followed_top_pairs(lambda: lambda v: matrix @ v, course, key, accuracy=1.0)
-
-    course = Course(jnp.eye(40)[-2:], jnp.eye(40)[-2:])
+    base, course = np.r_[np.linspace(-0.5, 0.5, 36), [0.6, 1.5, 2.0, 3.0]], Course(jnp.eye(40)[-2:], jnp.eye(40)[-2:])
     for power in range(8):
-        pairs, course = step.__wrapped__(course, power)
-    assert 0 <= 3.0 - pairs.values[-1] <= 0.05 * 2.4 * np.sin(turn) ** 2
+        frame, (sine, cosine) = np.eye(40), (np.sin(speed * power), np.cos(speed * power))
+        frame[np.ix_([36, 39], [36, 39])] = [[cosine, -sine], [sine, cosine]]
+        pairs, course = follow_on(jnp.asarray((frame * base) @ frame.T), course, 1.0)
+    assert 0 <= 3.0 - pairs.values[-1] <= 0.05 * 2.4 * np.sin(speed) ** 2
     assert_close(course.ahead @ course.ahead.T, np.eye(2), 1e-12)
 
 
@@ -146,11 +144,10 @@ def test_an_eigenvalue_that_rises_from_outside_of_the_pairs_is_found(key):
 
 
 def test_tracking_recovers_from_an_operator_that_is_not_finite(key):
-    matrix, options = symmetric(SPECTRUM, key), {"accuracy": 0.01, "rounds": 30}
-    start = jnp.eye(120)[:2]
-    bad, course = followed_top_pairs(lambda: lambda v: v * jnp.nan, Course(start, start), key, **options)
+    matrix, start = symmetric(SPECTRUM, key), jnp.eye(120)[:2]
+    bad, course = follow_on(jnp.nan * matrix, Course(start, start), 0.01)
     assert np.all(np.isnan(bad.values))
-    good, course = followed_top_pairs(lambda: lambda v: matrix @ v, course, key, **options)
+    good, course = follow_on(matrix, course, 0.01)
     assert np.all(np.isfinite(course.last))
     assert_close(good.values[-1], 6.0, 0.01)
 
@@ -184,7 +181,7 @@ def test_exactly_converged_pairs_of_a_diagonal_matrix_stay_so():
 
 def test_the_faster_batching_gives_the_same_pairs(key):
     """Whichever the timing prefers: both are the products of the matrix."""
-    operator = hessian(*CASES["mlp/square"](key))
+    operator = Operator(Partial(jnp.matmul, symmetric(SPECTRUM, key)), jnp.zeros(120))
     vectors = jax.random.normal(key, (2, operator.dimension))
     one_by_one = jnp.stack([operator.flat_mv(vector) for vector in vectors])
     at_once = jax.vmap(operator.flat_mv)(vectors)
@@ -200,6 +197,13 @@ def check_pairs(measured, matrix, tolerance):
     assert abs(values[-1] / exact[-1] - 1) <= tolerance
 
 
+def measured(probe, risk, params, key):
+    """What a probe records at the start of a run."""
+    state = TrainingState(jnp.array(0), params, (), key, {})
+    memory = jax.jit(probe.start)(risk, state, key)
+    return jax.jit(probe.measure)(risk, state, memory, key)[0]
+
+
 def test_top_eigenvalues_along_training(key):
     risk, params = CASES["mlp/cross_entropy"](key)
     probes = {"top": top_eigenvalues(), "point": probe(lambda risk, params: params)}
@@ -209,7 +213,9 @@ def test_top_eigenvalues_along_training(key):
         check_pairs(jax.tree.map(lambda leaf, i=i: leaf[i], records.values["top"]), oracles.hessian(risk, point), 5e-3)
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize(
+    "name", [name if name == "adam" else pytest.param(name, marks=pytest.mark.slow) for name in RULES]
+)
 def test_stability_probe_is_the_dense_preconditioned_sharpness(name, key):
     risk, params = CASES["softmax/square"](key)
     rule = rule_of(name, 0.01)
@@ -227,10 +233,14 @@ def test_stability_probe_is_the_dense_preconditioned_sharpness(name, key):
 
 def test_threshold_follows_a_schedule_and_an_ensemble(key):
     risk, params = CASES["softmax/square"](key)
-    rule = update_rule("gd", optax.linear_schedule(0.01, 0.04, 3))
-    probes = {"edge": stability(rule)}
-    records = train(risk, params, rule.transformation, key, steps=3, probes=probes).records
-    assert_close(records.values["edge"]["threshold"], 2 / np.array([0.01, 0.02, 0.03, 0.04]), 1e-6)
+    scheduled = update_rule("gd", optax.linear_schedule(0.01, 0.04, 3))
+
+    def measure(risk, state, memory, key):
+        after = preconditioner_after_step(scheduled, state.params, state.optimizer_state, state.params)
+        return after[1], memory
+
+    records = train(risk, params, scheduled.transformation, key, steps=3, probes={"edge": Probe(measure)}).records
+    assert_close(records.values["edge"], 2 / np.array([0.01, 0.02, 0.03, 0.04]), 1e-6)
     rule = update_rule("gd", 1.0)
     points = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), params)
     rates = jnp.array([0.01, 0.02])
@@ -248,17 +258,17 @@ def test_threshold_follows_a_schedule_and_an_ensemble(key):
 
 def test_block_sharpness_is_that_of_the_diagonal_blocks(key):
     risk, params = CASES["mlp/square"](key)
-    blocks = ("layer_0", "layer_1_bias", re.compile("layer_[12]"))
-    run = train(risk, params, optax.sgd(0.01), key, steps=2, every=2, probes={"blocks": block_sharpness(blocks)})
-    for name, block in zip(("layer_0", "layer_1_bias", "layer_[12]"), blocks, strict=True):
-        dense = hessian(risk, run.params, block=block).dense()
-        check_pairs(jax.tree.map(lambda leaf: leaf[-1], run.records.values["blocks"][name]), dense, 1e-2)
+    blocks = ("layer_1_bias", re.compile("layer_[12]"))
+    values, dense = measured(block_sharpness(blocks), risk, params, key), oracles.hessian(risk, params)
+    for name, block in zip(("layer_1_bias", "layer_[12]"), blocks, strict=True):
+        rows = np.r_[tuple(rows for leaf, rows in block_slices(params).items() if re.search(block, leaf))]
+        check_pairs(values[name], dense[np.ix_(rows, rows)], 1e-2)
 
 
 def test_block_norms_cover_the_dense_ones(key):
     risk, params = CASES["softmax/square"](key)
-    measured = train(risk, params, optax.sgd(0.0), key, steps=1, probes={"norms": block_norms(400)}).records.values
-    squared, error = measured["norms"]["squared"][0], measured["norms"]["error"][0]
+    norms = measured(block_norms(400), risk, params, key)
+    squared, error = norms["squared"], norms["error"]
     dense, slices = oracles.hessian(risk, params), block_slices(params)
     exact = np.array([[np.sum(dense[slices[a], slices[b]] ** 2) for b in slices] for a in slices])
     assert tuple(slices) == leaf_names(params)
@@ -294,6 +304,7 @@ class TestBadInput:
             Tracking(certified=3)
 
 
+@pytest.mark.slow
 def test_quadratic_sharpness_to_1e_5(key):
     """Preconditioned sharpness of a diagonal quadratic, where it is known in closed form: max h_i / P_i."""
     curvature = jnp.linspace(0.1, 3.0, 40)
