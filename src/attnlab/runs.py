@@ -46,7 +46,7 @@ def manifest(config: Any, seconds: float | None = None, script: Path | None = No
     }
 
 
-FRAME = ("analysis", "cli", "checks", "compiled", "report", "runs", "types", "verification")
+FRAME = ("analysis", "cli", "checks", "compiled", "expectation", "report", "runs", "types", "verification")
 """Modules that no number depends on."""
 
 
