@@ -61,6 +61,7 @@ VARIANTS: list[dict[str, Any]] = [
     source=f"{PAPER}, theorem 3.2",
     tolerance=1e-12,
     because="zero to rounding, relative to the block of the Gauss-Newton matrix; measured as H - GGN by autodiff",
+    slow=True,
 )
 def functional_diagonal_blocks_vanish(key: PRNGKey) -> list[Expectation]:
     """Functional blocks over outer ones, by autodiff; those of softmax in queries and keys exceed a tenth."""
@@ -105,6 +106,7 @@ def softmax_makes_query_and_key_blocks_indefinite(key: PRNGKey) -> list[Expectat
     source=f"{PAPER}, section 4.3: the second and third central moments vanish",
     tolerance=1e-12,
     because="attention of logits a thousand times apart is one-hot to rounding",
+    slow=True,
 )
 def one_hot_attention_has_no_query_key_curvature(key: PRNGKey) -> Expectation:
     """All blocks of the query and key vanish under one-hot attention."""
@@ -139,6 +141,7 @@ def uniform_attention_over_centred_tokens_has_no_value_curvature(key: PRNGKey) -
     tolerance=1e-10,
     because="an identity: the attention matrix is the same. The sharper layer's blocks are by autodiff, the other's in "
     "closed form; to rounding, 1e-13 on seeds 0 to 9",
+    slow=True,
 )
 def temperature_scales_the_blocks(key: PRNGKey) -> Expectation:
     """Norms of the blocks at scale 1 in closed form; at scale c, with the key weights or the merged query-key weights
@@ -209,6 +212,7 @@ def query_key_remainder(key: PRNGKey) -> ThroughProduct:
     source=f"{PAPER}, section 3, and the chain rule; derived here",
     tolerance=1e-10,
     because="an identity in float64; U by autodiff in the merged matrix",
+    slow=True,
 )
 def separate_query_and_key_add_paired_eigenvalues(key: PRNGKey) -> Expectation:
     """What separate query and key matrices add to the curvature of their product."""
@@ -239,6 +243,7 @@ def the_curvature_in_the_product_is_indefinite(key: PRNGKey) -> list[Expectation
     source=f"{PAPER}, theorem 3.2; for one merged matrix derived here",
     tolerance=1e-10,
     because="an identity in float64; measured as H - GGN by autodiff",
+    slow=True,
 )
 def a_merged_matrix_has_no_paired_eigenvalues(key: PRNGKey) -> Expectation:
     """Functional curvature of a merged query-key matrix, over the norm of its Gauss-Newton block."""
@@ -311,6 +316,7 @@ def derivatives_of_attention_are_its_moments(key: PRNGKey) -> Expectation:
     source="derived here: each token's output is a sum of one term per head",
     tolerance=1e-12,
     because="zero to rounding, relative to the blocks within a head; H - GGN by autodiff",
+    slow=True,
 )
 def heads_are_coupled_by_the_outer_part_only(key: PRNGKey) -> list[Expectation]:
     """Curvature between two heads behind one output projection over that within a head: H_f, and H_o."""
@@ -361,6 +367,7 @@ def cross_entropy_curvature_at_zero_is_half_the_square_loss(key: PRNGKey) -> Exp
     source="derived here: moments are centred before they are squared; the sizes are measured",
     because="means of log10 over 24 layers: -5.44 and -2.12, which scatter by 0.1 on seeds 0 to 9; rounding differs between machines, "
     "so that they are bounded and not named. Query weights of a hundredth keep the attention soft, and the block from vanishing",
+    slow=True,
 )
 def centred_moments_beat_autodiff_in_float32(key: PRNGKey) -> list[Expectation]:
     """Errors in the query block, whose entries lose all digits to an offset of the tokens when moments are not centred."""

@@ -82,6 +82,7 @@ def softmax_functional_exponents(key: PRNGKey) -> Expectation:
     source=f"{PAPER}, section 4.2",
     tolerance=1e-9,
     because="the blocks are homogeneous in the tokens: rounding is all that is left",
+    slow=True,
 )
 def linear_outer_exponents(key: PRNGKey) -> Expectation:
     """Growth of the outer-product blocks of linear attention."""
@@ -115,6 +116,7 @@ def linear_functional_exponents(key: PRNGKey) -> Expectation:
     source=f"{PAPER}, section 4.2",
     tolerance=1e-8,
     because="the network is homogeneous of degree 3^D in the tokens",
+    slow=True,
 )
 def depth_of_linear_attention_cubes_the_exponent(key: PRNGKey) -> Expectation:
     """Growth of the Gauss-Newton blocks of query, key and value in a stack of linear-attention layers."""
@@ -202,6 +204,7 @@ def block_slopes(
     source=f"{PAPER}, section 4.1, where the orders are sigma^5 and sigma^2",
     tolerance=0.01,
     because="the logarithm of sigma_* between two of twelve scales a 24th of a decade apart, against the root of the ratio of the blocks by autodiff",
+    slow=True,
 )
 def queries_overtake_values_at_a_finite_scale(key: PRNGKey) -> list[Expectation]:
     """log sigma_* of softmax attention, the ratio of the blocks at the smallest scale, and the crossings of the control."""

@@ -50,6 +50,7 @@ def _edge_run(
     source=f"{EDGE}, section 3",
     tolerance=0.06,
     because="the sharpness oscillates above the edge; its mean lies 0 to 5 % over it, the more the larger the rate",
+    slow=True,
 )
 def gradient_descent_settles_at_the_edge(key: PRNGKey) -> Expectation:
     """Mean of sharpness over 2 / eta in the second half of 2,500 steps at rate 0.1."""
@@ -65,6 +66,7 @@ def gradient_descent_settles_at_the_edge(key: PRNGKey) -> Expectation:
     statement=r"\lambda_1(H) < 2 / \eta \text{ where the loss is fitted before the edge is reached}",
     source="derived here: the negative control of the edge of stability",
     because="over seeds 0 to 9 the mean ratio was 0.32 to 0.59",
+    slow=True,
 )
 def an_easy_regression_stays_below_the_edge(key: PRNGKey) -> list[Expectation]:
     """The same measurement on a regression with an attention teacher, at the same rate, 0.1; and the last ratio over
@@ -154,6 +156,7 @@ def _flow_distances(risk: Objective, path: Params, start: int, key: PRNGKey) -> 
     source="Zhai et al., arXiv 2303.06296, theorem 3.1",
     because="an inequality: only rounding may go beyond it. The control is a layer that attains the bound: there a bound "
     "any higher or lower fails",
+    slow=True,
 )
 def attention_entropy_is_above_its_spectral_bound(key: PRNGKey) -> list[Expectation]:
     """Every row of every head of a random layer, at several scales of the tokens; and the attaining rows."""
@@ -214,6 +217,7 @@ def _attaining_row(basis: Float[Array, "4 4"], count: int) -> tuple[Array, Array
     source="Jacot, Gabriel, Hongler, arXiv 1806.07572",
     tolerance=1e-10,
     because="J^T J and J J^T share their nonzero eigenvalues: rounding",
+    slow=True,
 )
 def tangent_kernel_and_gauss_newton_share_their_spectrum(key: PRNGKey) -> Expectation:
     """The five highest eigenvalues of both, on a random layer."""

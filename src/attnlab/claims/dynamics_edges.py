@@ -42,6 +42,7 @@ STABLE_BEYOND = {"heavy_ball", "adam", "adamw"}
     tolerance=1e-8,
     because="at the threshold the lowest eigenvalue of a step is -1 up to rounding; 0.1 % below and above it the sign of "
     "rho - 1 decides, and so it does 5 % above 2 / eta, the negative control, where some rules are stable and some not",
+    slow=True,
 )
 def each_optimizer_loses_stability_at_its_own_threshold(key: PRNGKey) -> list[Expectation]:
     """The step of optax itself, differentiated at the minimum of a random quadratic in three dimensions, with a random

@@ -42,6 +42,7 @@ ADAM_PROBES = {"adam": stability(ADAM), "plain": top_eigenvalues()}
     tolerance=0.08,
     because="means over 200 steps: 0.96 to 0.98 on seeds 0 to 3; the plain sharpness, the negative control, at 0.06 to 0.12 of "
     "the edge of gradient descent at this rate",
+    slow=True,
 )
 def adam_settles_at_its_own_edge(key: PRNGKey) -> list[Expectation]:
     """Means over the second half of 400 steps on 16 digits, over the edge of Adam and over that of gradient descent."""
@@ -185,6 +186,7 @@ ALIKE = (("linear", 0.2), ("pre-LN", 0.2), ("softmax", 1.0))
     tolerance=0.5,
     because="a factor of 3 in the geometric mean of four starts; softmax at sigma = 0.2, the negative control, is a factor "
     "of 20 and more away, as `softmax-blocks-are-heterogeneous` has it",
+    slow=True,
 )
 def blocks_are_alike_without_small_softmax_scores(key: PRNGKey) -> Expectation:
     """log10 of the ratio, on the same problem."""

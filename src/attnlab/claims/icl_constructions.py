@@ -57,6 +57,7 @@ def eigenvector_prompts(prompt: Prompt) -> tuple[Float[Array, " d"], Prompt]:
     source="von Oswald et al., arXiv 2212.07677, proposition 1",
     tolerance=1e-12,
     because=IDENTITY + "; the gradient by autodiff",
+    slow=True,
 )
 def one_layer_is_a_gradient_step(key: PRNGKey) -> Expectation:
     """One linear layer with three outputs against one step from W_0 on the prompt's least-squares loss."""
@@ -83,6 +84,7 @@ def one_layer_is_a_gradient_step(key: PRNGKey) -> Expectation:
     source="von Oswald et al., arXiv 2212.07677, of whose experiment on sine tasks this is the model",
     tolerance=1e-12,
     because=IDENTITY + "; the gradient by autodiff",
+    slow=True,
 )
 def attention_after_an_mlp_is_a_gradient_step_in_its_features(key: PRNGKey) -> Expectation:
     """A random MLP of two layers before the constructed layer, on one sine task."""
@@ -109,6 +111,7 @@ def attention_after_an_mlp_is_a_gradient_step_in_its_features(key: PRNGKey) -> E
     source="Ahn et al., arXiv 2306.00297; the scalar case is GD++ of von Oswald et al., arXiv 2212.07677; matrices derived here",
     tolerance=1e-12,
     because=IDENTITY + " of three layers",
+    slow=True,
 )
 def layers_that_transform_the_inputs_are_gd_plus_plus(key: PRNGKey) -> Expectation:
     """Three linear layers: matrices A_k, B_k on a random task, and scalars a_k, b_k per eigenvalue."""

@@ -21,6 +21,7 @@ from attnlab.types import PRNGKey
     source="the best preconditioner acts on the span of the training tasks alone; derived here",
     tolerance=1e-5,
     because="at N = 1e9; what is left of 1/N grows with the condition number of the tasks",
+    slow=True,
 )
 def one_layer_learns_the_span_of_its_tasks(key: PRNGKey) -> Expectation:
     """Exact risk on fresh tasks after optimal training on M = 1, 3, 5, 8 random tasks, d = 5."""
@@ -47,6 +48,7 @@ def fitted_risks(key: PRNGKey) -> Float[Array, " 3"]:
     source="double descent of least squares at the interpolation threshold; for prompts, derived here",
     tolerance=0.3,
     because="log2 of ratios of medians over 2,000 fits; on seeds 0 to 9 15.2 to 18.5 and 35.8 to 45.4",
+    slow=True,
 )
 def prompts_as_many_as_entries_are_the_worst(key: PRNGKey) -> Expectation:
     """Median risk at n = d^2 over those at a quarter and four times as many prompts."""
@@ -75,6 +77,7 @@ def thought_errors(prompt: Prompt, steps: Float[Array, "N w"], needed: Array) ->
     source="chain of thought as filtering and composition is that of Li et al., arXiv 2305.18869; the threshold derived here",
     tolerance=0.25,
     because="decades of the median squared error over 5,000 prompts, which scatters by 0.08 on seeds 0 to 9",
+    slow=True,
 )
 def chain_of_thought_is_exact_from_one_example_to_the_next(key: PRNGKey) -> list[Expectation]:
     """log10 of median squared errors on both sides of the threshold; labels have variance 1; d = 4, three steps."""
@@ -94,6 +97,7 @@ def chain_of_thought_is_exact_from_one_example_to_the_next(key: PRNGKey) -> list
     source="a step is active on half of the inputs; derived here for the filter of Li et al., arXiv 2305.18869",
     tolerance=STANDARD_ERRORS,
     because=SAMPLED,
+    slow=True,
 )
 def a_step_is_found_with_binomial_probability(key: PRNGKey) -> Expectation:
     """Share of 10,000 prompts of one step that 8, 10, 14 examples are enough for, d = 5."""

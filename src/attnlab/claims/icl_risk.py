@@ -109,6 +109,7 @@ def flattened(value: Array, gradient: dict[str, Array]) -> Float[Array, " 1+p"]:
     source="Isserlis' theorem, with fourth cumulants for inputs that are not Gaussian; derived here",
     tolerance=STANDARD_ERRORS,
     because=POOLED,
+    slow=True,
 )
 def population_risk_of_one_layer(key: PRNGKey) -> Expectation:
     """Risk and all entries of its gradient at a random layer: Gaussian and uniform inputs, Gaussian and finite tasks."""
@@ -138,6 +139,7 @@ def population_risk_of_one_layer(key: PRNGKey) -> Expectation:
     source="Zhang, Frei, Bartlett, arXiv 2306.09927, theorem 4.1, and Ahn et al., arXiv 2306.00297, theorem 1, for Omega = I",
     tolerance=1e-9,
     because="descent on the exact risk, ended by Newton's method: rounding in the Hessian's inverse",
+    slow=True,
 )
 def training_ends_at_the_preconditioner_of_theory(key: PRNGKey) -> Expectation:
     """The whole layer, trained from a small start without a swapped path, which gradient flow cannot leave."""
@@ -166,6 +168,7 @@ def training_ends_at_the_preconditioner_of_theory(key: PRNGKey) -> Expectation:
     source="Zhang, Frei, Bartlett, arXiv 2306.09927, and Ahn et al., arXiv 2306.00297; the spectral form is derived here",
     tolerance=STANDARD_ERRORS,
     because=POOLED,
+    slow=True,
 )
 def least_risk_of_one_layer(key: PRNGKey) -> Expectation:
     """Error of the best preconditioner on sampled prompts: a random problem, and d = N = 10 without noise (5.238)."""
@@ -192,6 +195,7 @@ def squared_errors(key: PRNGKey, problem: LinearRegression, train_length: int, t
     source="derived here for the setting of von Oswald et al., arXiv 2212.07677: d = N = 10 gives 0.20623 and 6.0606",
     tolerance=1e-4,
     because="Adam has come that close after 1,500 steps",
+    slow=True,
 )
 def published_recipe_reaches_the_optimum(key: PRNGKey) -> list[Expectation]:
     """32 seeds of a layer with separate W_Q, W_K, W_V and P, by the exact gradient: half the risk, and the step."""
@@ -222,6 +226,7 @@ def published_recipe(key: PRNGKey) -> tuple[LinearRegression, Layer, Trajectory]
     r" \text{ an untrained layer, and the trained one on shuffled labels, miss both by more than } 0.3",
     source="von Oswald et al., arXiv 2212.07677; nulls as Shen, Mishra, Khashabi, arXiv 2311.07772, ask for",
     because="bounds on means over 256 prompts; the step size is fitted to 128 of them and its error measured on the others",
+    slow=True,
 )
 def a_trained_layer_is_a_gradient_step_and_its_nulls_are_not(key: PRNGKey) -> list[Expectation]:
     """Held-out error of a fitted step, and one less the cosine to the best one; the same two misfits of both nulls."""
@@ -275,6 +280,7 @@ def least_adapted_risk(start: Float[Array, "2 d r"], old: Float[Array, "d d"], p
     source="by the theorem of Eckart and Young, derived here; the setting is that of Li, Rawat, Oymak, arXiv 2407.10005",
     tolerance=1e-6,
     because="alternating least squares on the two factors converges by the ratio of neighbouring singular values",
+    slow=True,
 )
 def low_rank_adaptation_loses_the_tail(key: PRNGKey) -> Expectation:
     """Rank one and two: factors fitted to the exact risk, each exactly in turn, by autodiff."""
@@ -292,6 +298,7 @@ def low_rank_adaptation_loses_the_tail(key: PRNGKey) -> Expectation:
     source="Li, Rawat, Oymak, arXiv 2407.10005, for tasks that drift within the prompt",
     tolerance=STANDARD_ERRORS,
     because=SAMPLED,
+    slow=True,
 )
 def state_space_layers_weigh_examples_and_attention_does_not(key: PRNGKey) -> Expectation:
     """Both layers on drifting tasks of a random rate of forgetting, d = 4, N = 8."""
@@ -319,6 +326,7 @@ def state_space_layers_weigh_examples_and_attention_does_not(key: PRNGKey) -> Ex
     source="the laws of Li, Rawat, Oymak, arXiv 2407.10005; moments at finite d and N derived here",
     tolerance=STANDARD_ERRORS,
     because=SAMPLED,
+    slow=True,
 )
 def retrieval_and_alignment_have_exact_risks(key: PRNGKey) -> Expectation:
     """Moments and risk of both laws at a random alignment, d = 4, N = 6."""
@@ -378,6 +386,7 @@ def _aligned_risk(dimension: int, length: int, alignment: float) -> float:
     source="Zhang, Frei, Bartlett, arXiv 2306.09927, section 4, in isotropic form",
     tolerance=STANDARD_ERRORS,
     because=SAMPLED,
+    slow=True,
 )
 def trained_at_one_length_tested_at_another(key: PRNGKey) -> Expectation:
     """Isotropic d = 4, trained for N = 12, on prompts of 5, 12 and 40 examples."""

@@ -47,6 +47,7 @@ INTEGRATED = "gradient flow on the exact risk, integrated at a relative accuracy
     source="orthogonal polynomials of the spectrum; the stack is that of Ahn et al., arXiv 2306.00297, with B = 0; derived here",
     tolerance=STANDARD_ERRORS,
     because=SAMPLED,
+    slow=True,
 )
 def depth_gives_orthogonal_polynomials(key: PRNGKey) -> Expectation:
     """Stacks of one to three layers with these steps on sampled prompts, d = 5, N = 20: 1.154, 0.361, 0.134."""
@@ -174,6 +175,7 @@ def sampled_plus_plus_risks(inputs: Array) -> Array:
     source="derived here, from the nodes of the Gauss rule for the spectrum",
     tolerance=STANDARD_ERRORS,
     because=SAMPLED + "; the share of the nodes above 5 is put aside on both sides",
+    slow=True,
 )
 def best_gd_plus_plus_on_sampled_prompts(key: PRNGKey) -> Expectation:
     """Mean over 50,000 contexts against the part of the exact risk that nodes below 5 carry."""
@@ -204,6 +206,7 @@ def gradient_flow(risk: Objective, start: Params, times: np.ndarray, method: str
     source="Zhang, Singh, Latham, Saxe, arXiv 2501.16265, here at finite N",
     tolerance=1e-7,
     because=INTEGRATED,
+    slow=True,
 )
 def merged_weights_grow_along_a_logistic_curve(key: PRNGKey) -> Expectation:
     """The whole layer with one query-key matrix from a balanced start of random size, isotropic d = 3."""
@@ -232,6 +235,7 @@ SPECTRUM = jnp.array([4.0, 2.0, 1.0, 0.5])
     source="Zhang, Singh, Latham, Saxe, arXiv 2501.16265, here in closed form",
     tolerance=1e-6,
     because=INTEGRATED + "; times relative to the longest",
+    slow=True,
 )
 def separate_keys_and_queries_learn_in_a_staircase(key: PRNGKey) -> Expectation:
     """When each of four aligned heads reaches its levels, for a start of random size; N = 31."""
@@ -259,6 +263,7 @@ def separate_keys_and_queries_learn_in_a_staircase(key: PRNGKey) -> Expectation:
     source="Zhang, Singh, Latham, Saxe, arXiv 2501.16265",
     tolerance=0.05,
     because="plateaus of a small but finite start, relative to the plateau: where the risk changes least between two steps",
+    slow=True,
 )
 def the_staircase_rests_at_the_best_low_ranks(key: PRNGKey) -> Expectation:
     """Gradient flow from a small random start of four heads; the slowest points of log risk, one between two steps."""
@@ -292,6 +297,7 @@ STAGE = optax.adam(optax.cosine_decay_schedule(0.05, 400))
     source="the curriculum is that of Garg et al., arXiv 2208.01066; the risks derived here",
     tolerance=1e-6,
     because="400 steps of Adam a stage on the exact risk, down to a rate of zero",
+    slow=True,
 )
 def a_curriculum_climbs_through_the_optimal_risks(key: PRNGKey) -> Expectation:
     """Exact risks at the ends of the stages, the preconditioner from a small random start; three random variances."""
@@ -328,6 +334,7 @@ def bad_minimum(problem: LinearRegression, length: int) -> StationaryPoint:
     source="derived here",
     tolerance=1e-5,
     because="risks to the digits given",
+    slow=True,
 )
 def anisotropy_makes_a_strict_bad_minimum(key: PRNGKey) -> list[Expectation]:
     """Risk at the swapped stationary point and at the optimum, in a random basis; strictness by its exact Hessian."""
@@ -354,6 +361,7 @@ def strict_minimum(point: StationaryPoint, symmetries: int) -> list[Expectation]
     source="derived here",
     tolerance=STANDARD_ERRORS,
     because=SAMPLED,
+    slow=True,
 )
 def the_bad_minimum_shows_on_sampled_prompts(key: PRNGKey) -> Expectation:
     """Squared errors and their gradient over prompts that know nothing of the closed form of the risk."""
@@ -371,6 +379,7 @@ def the_bad_minimum_shows_on_sampled_prompts(key: PRNGKey) -> Expectation:
     statement=r"\text{Adam from } \mathcal{N}(0, 0.1^2) \text{ weights ends at the optimum or at the bad minimum, and at each of them at times}",
     source="derived here",
     because="a count: of 32 starts, all end within 0.01 of either risk, and at least one at each",
+    slow=True,
 )
 def random_starts_find_the_bad_minimum(key: PRNGKey) -> list[Expectation]:
     """32 random starts of the whole layer on the exact risk: how many end at either, at the bad one, at the optimum."""

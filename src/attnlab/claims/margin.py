@@ -102,6 +102,7 @@ def cosine(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     source=f"{ATT_SVM}; Vasudeva, Deora, Thrampoulidis, arXiv 2402.05738, for the rate",
     tolerance=1e-3,
     because="the exponent is taken over a sixteenfold of the norm, where its correction has faded; median of 12 problems",
+    slow=True,
 )
 def normalized_descent_converges_to_the_frobenius_solution(key: PRNGKey) -> Expectation:
     """Slope of log(1 - cosine) in log norm, towards the solution of whichever tokens descent selects."""
@@ -160,6 +161,7 @@ def norm_of_descent_grows_logarithmically(key: PRNGKey) -> Expectation:
     statement=r"W_t = K_t Q_t^\top:\ \cos(W_t, W^{\mathrm{mm}}_*) \to 1, \text{ the solution of least nuclear norm, and not the Frobenius one}",
     source=f"{ATT_SVM}, for the regularization path; Sheen et al., arXiv 2403.08699, for gradient flow",
     because="after 3,200 steps from small factors: medians over 12 problems",
+    slow=True,
 )
 def factors_converge_to_the_nuclear_solution(key: PRNGKey) -> Expectation:
     """Distance to the nuclear solution relative to the distance to the Frobenius one."""
@@ -247,6 +249,7 @@ def possible(problem: MarginProblem) -> bool:
     source="Sheen et al., arXiv 2403.08699; the step: derived here",
     tolerance=1e-9,
     because="flow to t = 2 at a relative accuracy of 1e-12 a step: rounding, 1e-11 and less on seeds 0 to 9",
+    slow=True,
 )
 def factors_conserve_their_imbalance(key: PRNGKey) -> list[Expectation]:
     """Drift of K^T K - Q^T Q and of K^T K + Q^T Q along the flow, over the norm of the start; what 50 steps of descent
@@ -291,6 +294,7 @@ def _grams(factors: np.ndarray, sign: int) -> np.ndarray:
     r"D_\psi(W^{\mathrm{mm}}_p / \|W^{\mathrm{mm}}_p\|_p,\ W_t / \|W_t\|_p) \to 0, \text{ the solution of least } \ell_p \text{ norm}",
     source="Julistiono et al., arXiv 2410.14581",
     because="medians of 12 problems, after 1,500 and 6,000 steps",
+    slow=True,
 )
 def mirror_descent_converges_to_its_own_norm(key: PRNGKey) -> Expectation:
     """p = 1.75 and 3, against the solutions of p = 1.75, 2 and 3."""
@@ -372,6 +376,7 @@ def graph_case(key: PRNGKey) -> GraphCase:
     statement=r"W_t \approx W^{\mathrm{fin}} + \|W_t\| W^{\mathrm{svm}} / \|W^{\mathrm{svm}}\| \text{ on the token-priority graph}",
     source="Li et al., arXiv 2403.08081, by a descent that takes the two parts apart",
     because="limits: what is left of both falls with the steps",
+    slow=True,
 )
 def graph_svm_splits_attention_into_finite_and_diverging(key: PRNGKey) -> list[Expectation]:
     """Error of the finite part, and one less the cosine of the rest, after descent on the two parts apart."""

@@ -83,6 +83,7 @@ def path_ends(key: PRNGKey, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarr
     source=f"{ATT_SVM}, for the direction; the rates derived here: at radius R the loss is a soft minimum of width 1/R",
     tolerance=0.15,
     because="norms of 64 and 1,024 times that of the solution; the exponent's correction falls like one over the norm's logarithm, the slope's faster",
+    slow=True,
 )
 def regularization_path_leads_to_the_frobenius_solution(key: PRNGKey) -> list[Expectation]:
     """Exponent of the angle, and the slope of the log loss relative to its limit."""
@@ -99,6 +100,7 @@ def regularization_path_leads_to_the_frobenius_solution(key: PRNGKey) -> list[Ex
     r"\text{ the solution of least nuclear norm}",
     source=f"{ATT_SVM}, on the regularization path of (K, Q)",
     because="a limit: what is left falls with the radius; the Frobenius solution is the negative control",
+    slow=True,
 )
 def regularization_path_of_factors_leads_to_the_nuclear_solution(key: PRNGKey) -> list[Expectation]:
     """One less the cosine at the largest radius with either solution."""
@@ -113,6 +115,7 @@ def regularization_path_of_factors_leads_to_the_nuclear_solution(key: PRNGKey) -
     statement=r"W_t \approx W^{\mathrm{fin}} + R_t W^{\mathrm{dir}} / \|W^{\mathrm{dir}}\| \text{ with several selected tokens}",
     source=f"{ATT_SVM}, on selections of several tokens, by a descent that takes the two parts apart",
     because="limits: what is left of both falls with the steps",
+    slow=True,
 )
 def several_selected_tokens_have_a_finite_part(key: PRNGKey) -> list[Expectation]:
     """Cross-entropy to a distribution over two of five tokens in each of four sequences, in ten dimensions."""
@@ -158,6 +161,7 @@ def next_token_case(key: PRNGKey) -> NextTokenCase:
     statement=r"\text{cross-entropy of } W h_j:\ P_F W_t \to W^\star \text{ (the log-odds of the data)},\ W_t / \|W_t\| \to W^{\mathrm{mm}} \text{ off } F",
     source="Thrampoulidis, arXiv 2402.18551",
     because="limits: what is left of both falls with the steps",
+    slow=True,
 )
 def next_token_prediction_finds_log_odds_and_margin(key: PRNGKey) -> list[Expectation]:
     """After training."""
@@ -221,6 +225,7 @@ def missed(ends: tuple[np.ndarray, np.ndarray], found: JointMargin) -> np.ndarra
     statement=r"(p_t, v_t) \to (p^{\mathrm{mm}}, v^{\mathrm{mm}}) \text{ in direction, where every selected token supports } v^{\mathrm{mm}}",
     source=f"{JOINT}, on joint convergence",
     because="a limit: what is left falls with the steps, here at norms of about 250",
+    slow=True,
 )
 def joint_training_finds_both_margins(key: PRNGKey) -> list[Expectation]:
     """First tokens three times as long as the others: all support the classifier."""

@@ -59,6 +59,7 @@ def attention_risk(key: PRNGKey, config: AttentionConfig, count: int = 30) -> tu
     source="derived here: the chain rule to second order",
     tolerance=1e-12,
     because=ROUNDING,
+    slow=True,
 )
 def the_hessian_of_an_adapted_model_is_a_pullback(key: PRNGKey) -> Expectation:
     """LoRA on queries and keys of an attention layer, at random factors, against autodiff of the composed objective."""
@@ -77,6 +78,7 @@ def the_hessian_of_an_adapted_model_is_a_pullback(key: PRNGKey) -> Expectation:
     source=f"derived here for {HU}",
     tolerance=1e-12,
     because=ROUNDING,
+    slow=True,
 )
 def lora_starts_with_this_hessian(key: PRNGKey) -> Expectation:
     """The blocks from the Hessian and gradient of the query weights, against the dense pullback.
@@ -97,6 +99,7 @@ def lora_starts_with_this_hessian(key: PRNGKey) -> Expectation:
     source=f"derived here by inertia for {HU}: every start with a gradient is a strict saddle",
     tolerance=0.0,
     because="whole numbers; eigenvalues below 1e-10 of the largest count as zero",
+    slow=True,
 )
 def lora_starts_at_a_strict_saddle(key: PRNGKey, size: int = 1) -> Expectation:
     """Signs of the Hessian of a linear model adapted at rank 2, for gradients of rank 0 to 3."""
@@ -117,6 +120,7 @@ def lora_starts_at_a_strict_saddle(key: PRNGKey, size: int = 1) -> Expectation:
     source="derived here: parameters minus the rank of the Jacobian, the dimension of the gauge group GL(r)",
     tolerance=0.0,
     because="whole numbers; eigenvalues below 1e-10 of the largest count as zero",
+    slow=True,
 )
 def flat_directions_count_the_gauge_group(key: PRNGKey) -> Expectation:
     """Zero eigenvalues of the exact Hessian at minimisers of a LoRA'd linear map and of a head with projection."""
@@ -221,6 +225,7 @@ def wide_enough_lora_has_no_spurious_minima(key: PRNGKey, size: int = 1) -> Expe
     source="derived here for the contextual data of Oymak, Rawat, Soltanolkotabi, Thrampoulidis, arXiv 2306.03435",
     tolerance=4.5,
     because="in standard errors of an error rate over 20,000 sequences",
+    slow=True,
 )
 def prompt_attention_solves_what_pooling_cannot(key: PRNGKey, size: int = 1) -> Expectation:
     """One gradient step from zero on mean tokens, and softmax over a prompt along q*, in each of the three phases."""
@@ -256,6 +261,7 @@ def logistic_loss(outputs: Array, labels: Array) -> Array:
     source="derived here for the contextual data of Oymak, Rawat, Soltanolkotabi, Thrampoulidis, arXiv 2306.03435",
     tolerance=4.5,
     because="in standard errors of an error rate over 20,000 sequences that were not trained on",
+    slow=True,
 )
 def a_tuned_prompt_finds_the_relevant_tokens(key: PRNGKey) -> list[Expectation]:
     """300 steps on 400 sequences in each phase: errors of no prompt and of the tuned one, and where that points.
@@ -289,6 +295,7 @@ def a_tuned_prompt_finds_the_relevant_tokens(key: PRNGKey) -> list[Expectation]:
     source="derived here: softmax over a union is the mixture of softmaxes by their share of the mass",
     tolerance=1e-12,
     because=ROUNDING,
+    slow=True,
 )
 def a_prompt_mixes_into_the_attention(key: PRNGKey) -> Expectation:
     """A prompt-tuned attention layer against attention over the data and over the prompt alone, mixed by their masses."""
@@ -322,6 +329,7 @@ def federated_problem(key: PRNGKey, clients: int = 4) -> tuple[Objective, Params
     source="derived here for federated averaging (McMahan et al., arXiv 1602.05629)",
     tolerance=0.05,
     because="exponents over rates 3e-4 ... 3e-3, where the next order is a few tenths of a per cent",
+    slow=True,
 )
 def federated_drift_is_second_order_in_the_rate(key: PRNGKey) -> list[Expectation]:
     """Slopes of the drift and of what the formula leaves of it against the rate, after five local steps; none after one."""

@@ -58,6 +58,7 @@ def second_order(attention: Attention, queries: Array, keys: Array, values: Arra
     source="derived here; the tiles are of Rabe, Staats, arXiv 2112.05682",
     tolerance=1e-12,
     because=ROUNDING,
+    slow=True,
 )
 def tiled_attention_is_exact_to_second_order(key: PRNGKey, size: int = 1) -> Expectation:
     """24 tokens in tiles of 4 with scores of spread 10, against one softmax."""
@@ -71,6 +72,7 @@ def tiled_attention_is_exact_to_second_order(key: PRNGKey, size: int = 1) -> Exp
     statement=r"\text{temporary memory of a Hessian-vector product: } N^{1} \text{ in tiles, } N^{2} \text{ naively}",
     source="derived here: reverse mode keeps the inputs alone and makes each tile again",
     because="log-log slopes between N = 512 and 2048, where lower orders still count",
+    slow=True,
 )
 def tiled_attention_takes_memory_linear_in_tokens(key: PRNGKey) -> list[Expectation]:
     """Temporary bytes that the compiler reports for the two products."""
