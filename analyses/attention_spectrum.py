@@ -192,7 +192,7 @@ def top_decade(arrays: Arrays) -> float:
 def plot_grid(figure, axes, now: Arrays, title: str, top: float) -> None:
     from attnlab.plotting.matrices import block_grid
 
-    sizes = {block: len(now["eigenvalues"]["hessian"][block]) for block in BLOCKS}
+    sizes = {block: len(now["block eigenvalues"]["hessian"][block]) for block in BLOCKS}
     image = block_grid(axes, now["matrix"]["hessian"], sizes, (top - 6, top), BLOCKS)
     axes.set_title(f"Hessian blocks, {title}")
     figure.colorbar(image, ax=axes, label=r"$\log_{10}|\mathrm{entry}|$", shrink=0.85, extend="min")

@@ -87,9 +87,9 @@ def test_norms_of_both_layers_are_those_of_the_dense_hessian(weights, norm):
     exact = last_layer_norms(network, params, (tokens, targets))
     for letter, name in (("V", "value"), ("Q", "query")):
         dense = hessian(risk, params, block=f"layer_1/attention/{name}", check=False).dense()
-        assert_close(exact[f"full/{letter * 2}"], np.linalg.norm(dense))
+        assert_close(exact["full"][letter * 2], np.linalg.norm(dense))
         first = np.linalg.norm(hessian(risk, params, block=f"layer_0/attention/{name}", check=False).dense()) ** 2
-        estimate = first_layer_squares(network, params, (tokens, targets), key, probes=64)[f"full/{letter * 2}"]
+        estimate = first_layer_squares(network, params, (tokens, targets), key, probes=64)["full"][letter * 2]
         assert abs(estimate.value - first) <= 4 * estimate.standard_error
         assert estimate.standard_error < first
 
