@@ -148,7 +148,7 @@ def parts_folder(config: Config) -> Path:
 
 def network(config: Config, variant: str, depth: int):
     """The network of a variant; transformers in `config.precision`."""
-    from attnlab.attention.addition_networks import AdditionNetwork
+    from attnlab.risks.addition_networks import AdditionNetwork
 
     kind = VARIANTS[variant]
     dtype = config.precision if kind.weights == "softmax" else config.dtype
@@ -159,7 +159,7 @@ def measure(config: Config, seed: int, variant: str, depth: int) -> Arrays:
     """Norms of one model at every sigma, (points,), by place, part and pair of the block."""
     import jax
 
-    from attnlab.attention.addition_networks import last_layer_norms, linear_mlp_norms, with_embedding_scale
+    from attnlab.risks.addition_networks import last_layer_norms, linear_mlp_norms, with_embedding_scale
 
     key, scales = jax.random.key(seed), sigmas(config, variant)
     if variant == "mlp":
@@ -180,7 +180,7 @@ def measure(config: Config, seed: int, variant: str, depth: int) -> Arrays:
 
 def first_layer(config: Config, model, params, data, key) -> Arrays:
     """Norms of the first layer's value and query blocks, and their standard errors, from random probes."""
-    from attnlab.attention.addition_networks import first_layer_squares
+    from attnlab.risks.addition_networks import first_layer_squares
 
     norms: Arrays = {"first": {}, "first error": {}}
     for part, squares in first_layer_squares(model, params, data, key, probes=config.probes).items():
@@ -197,7 +197,7 @@ def precision_errors(config: Config) -> Arrays:
     """Largest relative error of the transformers' norms against float64 at depth 1, for three values of sigma."""
     import jax
 
-    from attnlab.attention.addition_networks import precision_error
+    from attnlab.risks.addition_networks import precision_error
 
     key, arrays = jax.random.key(config.seed), {}
     for variant in ("softmax", "pre_norm"):
@@ -215,7 +215,7 @@ def fit_range(variant: str) -> tuple[float, float]:
 
 def predicted(variant: str, depth: int, place: str, part: str, pair: str) -> float | None:
     """The predicted exponent of a block; None where there is none or the block is zero."""
-    from attnlab.attention.growth import network_exponent
+    from attnlab.risks.growth import network_exponent
 
     if variant == "mlp":
         return 2.0
@@ -230,7 +230,7 @@ def norms_of(arrays: Arrays, variant: str, depth: int, place: str, part: str) ->
 
 def crossover(arrays: Arrays, variant: str, depth: int, place: str, part: str) -> np.ndarray:
     """Sigma of every seed at which the query block first overtakes the value block; NaN where it never does."""
-    from attnlab.attention.growth import crossings
+    from attnlab.risks.growth import crossings
 
     norms = norms_of(arrays, variant, depth, "last" if depth == 1 else place, part)
     return crossings(norms["QQ"], norms["VV"], arrays[variant]["sigma"])
@@ -320,7 +320,7 @@ def finish(axes, title: str) -> None:
 
 def slopes(arrays: Arrays, config: Config):
     """(variant, depth, name, fitted, half-width, predicted) of every block with a prediction."""
-    from attnlab.attention.growth import fitted_exponent
+    from attnlab.risks.growth import fitted_exponent
 
     for variant in VARIANTS:
         scales, window = arrays[variant]["sigma"], fit_range(variant)
@@ -401,7 +401,7 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
 
 def summary(values: np.ndarray) -> str:
     """Mean and 95 % half-width of the logarithm over the seeds that cross."""
-    from attnlab.attention.growth import half_width
+    from attnlab.risks.growth import half_width
 
     logs = np.log(values[np.isfinite(values)])
     if len(logs) < 2:

@@ -42,7 +42,7 @@ def compute(config: Config, progress: Progress) -> Arrays:
     import jax.numpy as jnp
 
     from attnlab.curvature import hessian
-    from attnlab.dynamics.problems import addition_attention
+    from attnlab.risks.addition import addition_attention
 
     @jax.jit
     def spectra(risk, params):

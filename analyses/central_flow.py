@@ -42,8 +42,8 @@ def compute(config: Config, progress: Progress) -> Arrays:
     import optax
 
     from attnlab.dynamics.flows import central_flow, gradient_flow, smoothed
-    from attnlab.dynamics.problems import digits_attention
     from attnlab.dynamics.sharpness import Tracking, top_eigenvalues
+    from attnlab.risks.digits import digits_attention
     from attnlab.training import probe, show_progress, train
     from attnlab.trees import ravel
 

@@ -63,7 +63,7 @@ def compute(config: Config, progress: Progress) -> Arrays:
     import optax
 
     from attnlab.dynamics.frequency import frequency_groups, group_losses, group_prediction
-    from attnlab.dynamics.problems import next_word_prediction
+    from attnlab.risks.language import next_word_prediction
     from attnlab.training import minibatches, show_progress, train
 
     def start(key):

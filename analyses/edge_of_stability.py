@@ -58,9 +58,9 @@ def compute(config: Config, progress: Progress) -> Arrays:
     import jax
 
     from attnlab.checks import check_names
-    from attnlab.dynamics.problems import digits_attention, easy_regression
     from attnlab.dynamics.sharpness import stability, top_eigenvalues
     from attnlab.dynamics.stability import stable_optimizer
+    from attnlab.risks.digits import digits_attention, easy_regression
     from attnlab.training import DivergenceError, show_progress, train
 
     check_names("run", config.runs, RUNS)

@@ -43,8 +43,8 @@ def compute(config: Config, progress: Progress) -> Arrays:
     import jax.numpy as jnp
     import optax
 
-    from attnlab.dynamics.problems import digits_attention
     from attnlab.dynamics.rods import AdamRule, rod_between, rod_flow
+    from attnlab.risks.digits import digits_attention
     from attnlab.training import Probe, show_progress, train
     from attnlab.trees import ravel
 

@@ -123,7 +123,7 @@ def kernels(config: Config, key):
     from attnlab.curvature import ggn
     from attnlab.dynamics.kernel import empirical_ntk
     from attnlab.dynamics.krylov import cold_top_pairs
-    from attnlab.dynamics.problems import digits_attention
+    from attnlab.risks.digits import digits_attention
     from attnlab.training import probe, train
 
     risk, params = digits_attention(key, key, config.images)

@@ -46,9 +46,9 @@ def compute(config: Config, progress: Progress) -> Arrays:
     import optax
 
     from attnlab.checks import check_names
-    from attnlab.dynamics.problems import digits_transformer
     from attnlab.dynamics.sharpness import stability
     from attnlab.dynamics.stability import stable_optimizer
+    from attnlab.risks.digits import digits_transformer
     from attnlab.training import DivergenceError, show_progress, train
 
     check_names("run", config.runs, RUNS)

@@ -16,7 +16,6 @@ from jaxtyping import Array
 
 from attnlab.attention import attention_hessian
 from attnlab.attention.blocks import Part
-from attnlab.attention.growth import crossings
 from attnlab.claims.curvature import written_out
 from attnlab.claims.instances import KK, LINEAR, PAPER, QK, QQ, SOFTMAX, TOKENS, VK, VQ, VV, WIDTH, Pair, instance
 from attnlab.claims.registry import claim
@@ -28,6 +27,7 @@ from attnlab.models.attention import AttentionConfig
 from attnlab.models.networks import MLP, MLPConfig
 from attnlab.models.transformer import Transformer, TransformerConfig
 from attnlab.objective import objective
+from attnlab.risks.growth import crossings
 from attnlab.trees import block_slices
 from attnlab.types import Params, PRNGKey
 

@@ -13,7 +13,6 @@ from attnlab.claims.registry import claim
 from attnlab.curvature import ggn
 from attnlab.dynamics.flows import central_flow, gradient_flow, smoothed
 from attnlab.dynamics.kernel import empirical_ntk
-from attnlab.dynamics.problems import digits_attention, easy_regression
 from attnlab.dynamics.sharpness import stability
 from attnlab.dynamics.stability import stable_optimizer
 from attnlab.dynamics.tokens import attention_calls, entropy, entropy_bound
@@ -22,6 +21,7 @@ from attnlab.losses import square_loss
 from attnlab.models.adapters import from_linen
 from attnlab.models.attention import AttentionConfig, SelfAttention, attention_maps
 from attnlab.objective import Objective, objective
+from attnlab.risks.digits import digits_attention, easy_regression
 from attnlab.training import probe, train
 from attnlab.trees import ravel
 from attnlab.types import Params, PRNGKey

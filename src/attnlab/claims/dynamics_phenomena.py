@@ -15,7 +15,6 @@ from jaxtyping import Array
 from attnlab.claims.registry import claim
 from attnlab.curvature import eigenpairs, hessian
 from attnlab.dynamics.heterogeneity import jensen_shannon, log_wasserstein
-from attnlab.dynamics.problems import addition_attention, digits_attention, digits_transformer
 from attnlab.dynamics.rods import AdamRule, Rod, rod_velocity
 from attnlab.dynamics.sharpness import stability, top_eigenvalues
 from attnlab.dynamics.stability import stable_optimizer
@@ -26,6 +25,8 @@ from attnlab.models.adapters import from_linen
 from attnlab.models.attention import AttentionConfig
 from attnlab.models.transformer import Transformer, TransformerConfig
 from attnlab.objective import Objective, objective
+from attnlab.risks.addition import addition_attention
+from attnlab.risks.digits import digits_attention, digits_transformer
 from attnlab.training import DivergenceError, train
 from attnlab.types import Params, PRNGKey
 
