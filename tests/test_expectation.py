@@ -70,7 +70,7 @@ CASES = [
     (between("a", 1.2, 0.9, 1.1, source="s"), False, "1 ± 0.1"),
     (at_least("a", 5.0, 2.0), True, "≥ 2"),
     (at_most("a", 5.0, 4.0), False, "≤ 4"),
-    (at_most("a", 5.0, 4.0, 1.0), True, "≤ 4 ± 1"),
+    (at_most("a", np.float64(5.0), np.float64(4.0), np.float64(1.0)), True, "≤ 4 ± 1"),
     (equal("a", [1.0, 2.0], [1.0, 2.0], 0.1, unit="relative"), True, "1, 2 ± 0.1 of it"),
     (equal("a", np.ones(9), 1.0, 4.0, standard_error=0.1), True, "1 ± 4 standard errors"),
 ]

@@ -61,6 +61,8 @@ class Expectation:
                 f"'{self.what}' has the unit '{self.unit}' and the standard error {self.standard_error}; expected a "
                 "standard error with the unit of that name, and with no other."
             )
+        if self.tolerance is not None:
+            object.__setattr__(self, "tolerance", float(self.tolerance))
         if self.standard_error is not None:
             object.__setattr__(self, "standard_error", np.asarray(self.standard_error, float))
 
