@@ -15,6 +15,7 @@ ATTNLAB = Path(sys.executable).with_name("attnlab")
 
 
 LOOSE = {
+    "a-trained-layer-is-a-gradient-step-and-its-nulls-are-not": "1e-10 and 0.3 stand for a step and for none",
     "attention-fits-as-many-labels-as-its-jacobian-has-rank": "1e-6 and 1e-3 stand for fitted and not fitted",
     "factors-converge-to-the-nuclear-solution": "a limit: the share left falls with the steps",
     "graph-svm-splits-attention-into-finite-and-diverging": "a limit: what is left falls with the steps",
@@ -25,9 +26,11 @@ LOOSE = {
     "next-token-prediction-finds-log-odds-and-margin": "a limit: what is left falls with the steps",
     "regularization-path-of-factors-leads-to-the-nuclear-solution": "a limit: what is left falls with the radius",
     "several-selected-tokens-have-a-finite-part": "a limit: what is left falls with the steps",
+    "softmax-makes-query-and-key-blocks-indefinite": "signs: an eigenvalue is below zero, or it is not",
     "softmax-blocks-are-heterogeneous": "a ratio of 20 to 140 by the start, against 10",
     "spectrograms-ignore-phase": "1 % and 50 % stand for hardly and much",
     "surrogate-kernels-lose-more-curvature-than-output": "a ratio of 1.4 to 1e6, against 1",
+    "the-curvature-in-the-product-is-indefinite": "signs: eigenvalues on either side of zero",
 }
 """One-sided claims that a factor of 2 in the measurement does not fail, and why: their bounds are that far away. They
 are held by the shift alone."""
@@ -45,9 +48,10 @@ def test_claim_holds_and_fails_under_plausible_errors(name, seed):
     assert all(part.because for part in parts)
     for part in parts:
         assert not [wrong.record() for wrong in shifted(part) if wrong.passed]
+    named = [part for part in parts if part.relation == "equal"]
     if name in LOOSE:
-        assert all(part.relation != "equal" or not part.reference.any() for part in parts)
-    elif any(part.relation != "equal" or part.reference.any() for part in parts):
+        assert not any(part.reference.any() for part in named)
+    elif any(part.reference.any() for part in named) or not named:  # zero with its controls is held by the shifts
         for side in (-1, 1):
             assert not all(doubled(part, side).passed for part in parts), f"passes at twice of it, {side}"
 

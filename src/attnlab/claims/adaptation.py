@@ -142,6 +142,7 @@ def flat_directions_count_the_gauge_group(key: PRNGKey) -> Expectation:
     source="derived here: the conserved charge of the gauge W_Q R, W_K R^{-T}",
     tolerance=1e-12,
     because=ROUNDING + ", relative to the charge",
+    slow=True,
 )
 def gradient_flow_conserves_the_query_key_charge(key: PRNGKey) -> list[Expectation]:
     """The charge's rate of change, and its drift along 50 steps against the sum of the second-order terms."""
@@ -364,6 +365,7 @@ def _minus(left: Params, right: Params) -> Params:
     source=f"derived here for federated averaging of the factors of {HU}",
     tolerance=1e-12,
     because=ROUNDING,
+    slow=True,
 )
 def averaged_lora_factors_are_biased_by_their_covariance(key: PRNGKey) -> list[Expectation]:
     """Random factors of five clients, and the numbers sent for a 1024 x 1024 matrix at rank 4 (128 times fewer)."""

@@ -96,6 +96,7 @@ def tiled_attention_takes_memory_linear_in_tokens(key: PRNGKey) -> list[Expectat
     source="derived here: attention over a union of key sets",
     tolerance=1e-12,
     because=ROUNDING,
+    slow=True,
 )
 def merging_partial_attention_is_associative(key: PRNGKey) -> Expectation:
     """Three sets of keys merged in three orders, against one softmax."""
@@ -121,6 +122,7 @@ def merging_partial_attention_is_associative(key: PRNGKey) -> Expectation:
     source="Choromanski et al., arXiv 2009.14794; rederived here from the moments of e^(w . (x + y))",
     tolerance=5.0,
     because="in standard errors of the mean square over 400,000 draws",
+    slow=True,
 )
 def positive_random_features_have_this_variance(key: PRNGKey) -> Expectation:
     """Single features (m = 1) at a random pair with |x + y| near 1, in units of SM^2."""
@@ -159,6 +161,7 @@ def surrogate_kernels_lose_more_curvature_than_output(key: PRNGKey) -> Expectati
     source="derived here: a small change of the weights moves all their moments at first order; that the factor is near one is measured",
     tolerance=0.3,
     because="log base 10 of the ratio, mean over 4 random heads: within a factor of 2 of one; random features and Nystrom go beyond",
+    slow=True,
 )
 def averages_of_fewer_tokens_lose_curvature_as_they_lose_output(key: PRNGKey) -> Expectation:
     """Mean log ratio of relative errors of random heads (D = 6, d = 4, 16 tokens) that keep half of the tokens."""

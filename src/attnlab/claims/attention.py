@@ -67,6 +67,7 @@ def _second(query: Array, keys: Array, values: Array, scale: float) -> Array:
     source=f"derived here (the remedy, 1/sqrt(d): {VASWANI}, section 3.2.1)",
     tolerance=0.05,
     because="the next order is 3/(4 d) and (pi/sigma)^2/6 of the gap's curvature: below 2 %; 1 % Monte Carlo error",
+    slow=True,
 )
 def unscaled_attention_saturates_on_average_like_a_power(key: PRNGKey, size: int = 1) -> Expectation:
     """Mean trace of the softmax Jacobian of 8 tokens in d = 256 and 1024, over c_8 / sqrt(d)."""
@@ -81,6 +82,7 @@ def unscaled_attention_saturates_on_average_like_a_power(key: PRNGKey, size: int
     source="derived here: the typical gradient vanishes exponentially where its mean is a power of d",
     tolerance=4.0,
     because="in standard errors of the median of the gap, plus its fluctuating scale |q|",
+    slow=True,
 )
 def unscaled_attention_saturates_typically_like_an_exponential(key: PRNGKey, size: int = 1) -> Expectation:
     """-log(median / 2) / sqrt(d) for two tokens at d = 1024, against the median gap of two normal variables."""
@@ -96,6 +98,7 @@ def unscaled_attention_saturates_typically_like_an_exponential(key: PRNGKey, siz
     source="derived here: attention sees W / temperature",
     tolerance=1e-12,
     because=ROUNDING,
+    slow=True,
 )
 def temperature_rescales_the_hessian(key: PRNGKey) -> Expectation:
     """Autodiff Hessian of a merged query-key matrix at temperature 2.5 against temperature 1."""
@@ -115,6 +118,7 @@ def temperature_rescales_the_hessian(key: PRNGKey) -> Expectation:
     source="derived here for normal scores of the other tokens",
     tolerance=0.02,
     because="standard error of a mean weight 0.001 at n = 256 over 400 draws, bias (e - 1) / (8 n)",
+    slow=True,
 )
 def a_needle_needs_a_logarithmic_logit(key: PRNGKey) -> list[Expectation]:
     """Mean softmax weight of a needle placed among n scores N(0, 1), n = 256 ... 16384; with half that logit, below 0.1."""
@@ -175,6 +179,7 @@ def pure_attention_contracts_the_token_spread_cubically(key: PRNGKey) -> Expecta
     source="derived here from the cumulants: the mean token's share of each order cancels",
     tolerance=0.05,
     because=NEXT_ORDER,
+    slow=True,
 )
 def curvature_of_queries_and_keys_vanishes_with_the_token_spread(key: PRNGKey) -> Expectation:
     """Slopes of gradient and Hessian blocks of a merged layer against the spread of its tokens."""
@@ -197,6 +202,7 @@ def curvature_of_queries_and_keys_vanishes_with_the_token_spread(key: PRNGKey) -
     source="Xiong et al., arXiv 2002.04745",
     tolerance=0.08,
     because="the residual stream's variance is 1 + c L: at L = 8 ... 64 the constant still bends the slope a little",
+    slow=True,
 )
 def last_gradient_of_a_pre_norm_transformer_falls_with_depth(key: PRNGKey, size: int = 1) -> Expectation:
     """Root mean square over 64 initialisations of the last MLP's gradient, with a LayerNorm before the read-out."""

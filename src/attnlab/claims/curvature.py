@@ -124,6 +124,7 @@ def one_hot_attention_has_no_query_key_curvature(key: PRNGKey) -> Expectation:
     source=f"{PAPER}, section 4.3: the first moment vanishes",
     tolerance=1e-14,
     because="zero to rounding, relative to tr(X^T X)",
+    slow=True,
 )
 def uniform_attention_over_centred_tokens_has_no_value_curvature(key: PRNGKey) -> Expectation:
     """The value block vanishes where every first moment does."""
@@ -291,6 +292,7 @@ def curvature_through_the_product_is_rank_deficient(key: PRNGKey) -> Expectation
     source=f"{PAPER}, lemma on the derivatives of softmax attention; the cumulants of the attention distribution",
     tolerance=1e-10,
     because="an identity in float64, by autodiff",
+    slow=True,
 )
 def derivatives_of_attention_are_its_moments(key: PRNGKey) -> Expectation:
     """First and second derivative of a token's attention average in its logit direction."""
@@ -344,6 +346,7 @@ def heads_are_coupled_by_the_outer_part_only(key: PRNGKey) -> list[Expectation]:
     source="derived here",
     tolerance=1e-12,
     because="an identity in float64; both by autodiff of the losses",
+    slow=True,
 )
 def cross_entropy_curvature_at_zero_is_half_the_square_loss(key: PRNGKey) -> Expectation:
     """Curvature of the two losses in the outputs of one layer, at outputs zero."""

@@ -100,6 +100,7 @@ def linear_outer_exponents(key: PRNGKey) -> Expectation:
     source=f"{PAPER}, section 4.2",
     tolerance=1e-4,
     because="the residual F - Y has a part of order sigma^3 beside the targets: at sigma <= 0.01 it shifts a slope by 1e-5",
+    slow=True,
 )
 def linear_functional_exponents(key: PRNGKey) -> Expectation:
     """Growth of the functional blocks of linear attention."""
@@ -136,6 +137,7 @@ def depth_of_linear_attention_cubes_the_exponent(key: PRNGKey) -> Expectation:
     source="derived here: behind the layer its output enters cubically, so that H_f, residual times outputs, is not zero",
     tolerance=1e-5,
     because="H_o, and the outputs in the residual, are sigma^9 smaller: at sigma <= 0.1 they shift a slope by about 1e-6",
+    slow=True,
 )
 def earlier_linear_layers_grow_with_half_the_exponent(key: PRNGKey) -> Expectation:
     """Growth of the blocks of query, key and value of the whole Hessian and of H_o, in the first of two layers."""
@@ -161,6 +163,7 @@ def linear_stack_slopes(
     source=f"{PAPER}, section 4.4",
     tolerance=1e-3,
     because="LayerNorm's epsilon of 1e-12 relative to token variances of order 0.01 and more; rounding in the fit",
+    slow=True,
 )
 def pre_norm_removes_the_growth(key: PRNGKey) -> Expectation:
     """Growth of the blocks of a pre-norm attention layer without residual, diagonal and off it."""
@@ -243,6 +246,7 @@ def _queries_and_values(
     source=f"{PAPER}, section 4.2",
     tolerance=1e-10,
     because="homogeneous of degree two in the inputs",
+    slow=True,
 )
 def linear_mlp_blocks_grow_quadratically(key: PRNGKey) -> Expectation:
     """Growth of the diagonal blocks of linear networks of depth 1 to 4."""

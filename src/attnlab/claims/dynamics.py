@@ -88,6 +88,7 @@ def an_easy_regression_stays_below_the_edge(key: PRNGKey) -> list[Expectation]:
     source="Cohen, Damian, Talwalkar, Kolter, Lee, arXiv 2410.24206, section 3",
     tolerance=1e-4,
     because="the complementarity problem is solved to 1e-9, and each Euler substep is corrected by the next",
+    slow=True,
 )
 def central_flow_holds_the_edge(key: PRNGKey) -> Expectation:
     """A quartic with progressive sharpening, a^2 (1 + b^2) / 2 - slope b, from a random start below the edge 4."""

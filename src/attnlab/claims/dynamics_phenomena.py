@@ -209,6 +209,7 @@ def _value_over_query(key: PRNGKey, kind: str, scale: float) -> float:
     source="derived here: a shift moves every quantile alike",
     tolerance=1e-10,
     because="an identity of sorted numbers: rounding is all that is left",
+    slow=True,
 )
 def wasserstein_of_logarithms_sees_scale(key: PRNGKey) -> Expectation:
     """A spectrum over six decades against its multiples by 0.01 to 100."""
@@ -317,6 +318,7 @@ def adam_gains_with_depth_on_linear_attention(key: PRNGKey) -> list[Expectation]
     tolerance=0.1,
     because="the next order is log(pi_k t) / (pi_k t), a few percent for the rarest class; Adam, whose steps do not see "
     "the scale of a gradient, is the negative control: there the largest loss over the smallest is 1",
+    slow=True,
 )
 def gradient_descent_neglects_rare_classes(key: PRNGKey) -> list[Expectation]:
     """Softmax regression, C = 6 classes with an input each, frequencies by Zipf's law in random order."""

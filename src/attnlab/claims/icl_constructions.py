@@ -141,6 +141,7 @@ def layers_that_transform_the_inputs_are_gd_plus_plus(key: PRNGKey) -> Expectati
     source="Fu et al., arXiv 2310.17086, for Newton's iteration; linear attention alone suffices: derived here",
     tolerance=1e-12,
     because=IDENTITY + ", on prompts whose task and query are an eigenvector of the empirical covariance",
+    slow=True,
 )
 def residuals_of_newton_and_gradient_layers(key: PRNGKey) -> Expectation:
     """Attention stacks for three steps of either algorithm, at every eigenvalue of one prompt."""

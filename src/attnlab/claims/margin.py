@@ -124,6 +124,7 @@ def rescaled_all(risks: Objective) -> Objective:
     r" \text{ for all } t \text{ of margin exactly } 1",
     source=f"{ATT_SVM}, local optimality of tokens",
     because="a share of 12 runs; one may still be unsettled between two nearly equal tokens",
+    slow=True,
 )
 def selected_tokens_are_locally_optimal(key: PRNGKey) -> Expectation:
     """Share of runs whose solution has no support vector with a better value than the selected token."""
@@ -143,6 +144,7 @@ def selected_tokens_are_locally_optimal(key: PRNGKey) -> Expectation:
     source="Vasudeva, Deora, Thrampoulidis, arXiv 2402.05738; the exponent of the loss is the smallest margin",
     tolerance=0.1,
     because="corrections are of order 1 / log t; median of 12 problems, by the growth between 4,000 and 16,000 steps",
+    slow=True,
 )
 def norm_of_descent_grows_logarithmically(key: PRNGKey) -> Expectation:
     """Growth of the norm over that of log t, against 1 / margin, each relative."""
@@ -185,6 +187,7 @@ def factors_converge_to_the_nuclear_solution(key: PRNGKey) -> Expectation:
     tolerance=0.0,
     because="counts of singular values above 1e-4 of the largest, of solutions certified to 1e-8; of 50 nuclear solutions "
     "of seeds 0 to 9 three had rank 3, never two of one seed, seven rank 1; those of least l_3 norm had 10 to 12",
+    slow=True,
 )
 def nuclear_solution_has_rank_at_most_the_number_of_sequences(key: PRNGKey) -> list[Expectation]:
     """Three sequences in twelve dimensions, five times: ranks of the solutions of least nuclear, Frobenius and l_3 norm."""
@@ -222,6 +225,7 @@ def normal(key: PRNGKey, *shapes: tuple[int, ...]) -> list[np.ndarray]:
     source="Gordan's theorem, 1873, for the attention SVM of arXiv 2308.16898",
     tolerance=0.0,
     because="a verdict by proof each, against linear programming by HiGHS on the written-out rows",
+    slow=True,
 )
 def attention_svm_is_feasible_or_has_gordan_multipliers(key: PRNGKey) -> Expectation:
     """Verdicts on 60 random problems, about half of them feasible."""

@@ -244,6 +244,7 @@ def joint_training_finds_both_margins(key: PRNGKey) -> list[Expectation]:
     statement=r"p_t \to p^{\mathrm{relax}}: \text{ sequences that do not support } v^{\mathrm{mm}} \text{ need a margin of } 0 \text{ only}",
     source=f"{JOINT}, on joint convergence with slack, at v growing faster than p",
     because="a limit: what is left falls with the steps; the strict solution is the negative control",
+    slow=True,
 )
 def joint_training_relaxes_what_does_not_support(key: PRNGKey) -> list[Expectation]:
     """First tokens at different distances from the boundary: few support the classifier."""

@@ -58,6 +58,7 @@ def memorization_rank_with_random_contexts(key: PRNGKey, size: int = 1) -> Expec
     source="derived here by counting gauges; published lower bound: Mahdavi, Liao, Thrampoulidis, arXiv 2306.02010",
     tolerance=0.0,
     because=WHOLE,
+    slow=True,
 )
 def memorization_rank_in_a_shared_context(key: PRNGKey, size: int = 1) -> Expectation:
     """The same for queries that see one context, of fewer and more tokens than the head dimension and than the width."""
@@ -75,6 +76,7 @@ def memorization_rank_in_a_shared_context(key: PRNGKey, size: int = 1) -> Expect
     statement=r"N \le 0.8\,\mathrm{rank}\,J: \text{ random labels are fitted; } N \ge 1.25\,\mathrm{rank}\,J: \text{ they are not}",
     source="derived here: the outputs fill a manifold of that dimension, which a random point misses with probability one",
     because="error over variance of the best of three starts: 1e-6 and 1e-3 stand for fitted and not fitted",
+    slow=True,
 )
 def attention_fits_as_many_labels_as_its_jacobian_has_rank(key: PRNGKey) -> list[Expectation]:
     """Levenberg-Marquardt on the labels of two heads with d = 3 and d_h = 1, whose rank is 16."""
@@ -164,6 +166,7 @@ def recall_errors_form_a_ladder(key: PRNGKey) -> list[Expectation]:
     tolerance=5.0,
     because="in standard errors over ten draws, a thousandth of the error and less but for the draws, at d = 64, where crosstalk "
     "confuses an item that is stored",
+    slow=True,
 )
 def associative_memory_scales_with_dimension(key: PRNGKey, size: int = 1) -> Expectation:
     """Error at d = 64 ... 512, alpha = 2, 200 classes, 4,000 items, against Hurwitz zeta functions.
@@ -198,6 +201,7 @@ def _not_stored(items: int, stored: int) -> float:
     source="derived here; the update is of Ramsauer et al., arXiv 2008.02217",
     tolerance=4.0,
     because="in standard errors of the error's slope in beta",
+    slow=True,
 )
 def hopfield_attention_is_the_best_denoiser(key: PRNGKey) -> list[Expectation]:
     """Slope at beta* on 100,000 noisy patterns, and in standard errors at half and double beta*."""
@@ -236,6 +240,7 @@ def hopfield_updates_descend_their_energy(key: PRNGKey) -> list[Expectation]:
     source="Deora, Ghaderi, Taheri, Thrampoulidis, arXiv 2310.12680 (heads smooth the landscape); the identity: derived here",
     tolerance=1e-12,
     because=ROUNDING,
+    slow=True,
 )
 def heads_smooth_the_landscape(key: PRNGKey) -> Expectation:
     """Hessian of one output of 1, 2 and 4 heads in all weights against those of its heads alone."""
@@ -287,6 +292,7 @@ def _confused(outputs: np.ndarray) -> int:
     source="Rush, Greig, Venkataramanan, arXiv 1501.05892; Onsager's term as a softmax Jacobian's trace: derived here",
     tolerance=0.12,
     because="the share of 256 sections fluctuates by 0.03, which the steep part amplifies twice",
+    slow=True,
 )
 def state_evolution_predicts_softmax_message_passing(key: PRNGKey) -> list[Expectation]:
     """Six iterations on one code word: L = 256 sections, M = 32 entries, capacity 1.5 bits, rate 0.8 and 1.4 bits."""
@@ -312,6 +318,7 @@ def state_evolution_predicts_softmax_message_passing(key: PRNGKey) -> list[Expec
     source="derived here: one token of strength mu among L, errors of a share epsilon = 0.1 of both kinds",
     tolerance=0.03,
     because="4 standard errors of the slope; of the attention, what goes beyond 4 of its own",
+    slow=True,
 )
 def attention_detects_a_token_that_pooling_drowns(key: PRNGKey) -> list[Expectation]:
     """Strengths found by bisection for L = 4 ... 256: softmax with logits of scale 0 (the mean token) and 100."""

@@ -28,6 +28,7 @@ VASWANI = "Vaswani et al., arXiv 1706.03762"
     source="derived here: a layer sees its tokens as a set",
     tolerance=1e-12,
     because=ROUNDING,
+    slow=True,
 )
 def attention_is_equivariant_under_permutations(key: PRNGKey) -> list[Expectation]:
     """Outputs on permuted tokens, against permuted outputs; with sinusoidal positions the two differ by more than 1 %."""
@@ -92,6 +93,7 @@ def neighbouring_sinusoidal_codes_are_nearly_parallel(key: PRNGKey) -> Expectati
     source="Su et al., arXiv 2104.09864; asymmetry and two dimensions: derived here",
     tolerance=1e-12,
     because=ROUNDING,
+    slow=True,
 )
 def rotary_scores_depend_on_offsets_alone(key: PRNGKey) -> list[Expectation]:
     """One query and one key in all pairs of 7 positions, and of the 9 places of a 3 x 3 grid shifted by (4, 9)."""
@@ -135,6 +137,7 @@ def _relative(left: Array, right: Array) -> Array:
     source="derived here: cos^2 of independent directions is Beta(1/2, (D - 1)/2); pairs are nearly independent",
     tolerance=4.0,
     because="in standard errors over 20 draws",
+    slow=True,
 )
 def random_directions_are_nearly_orthogonal(key: PRNGKey) -> Expectation:
     """Mean squared cosine and maximal |cosine| of 300 random vectors in 64 dimensions, 20 draws."""
@@ -182,6 +185,7 @@ def additive_attention_without_tanh_ignores_its_query(key: PRNGKey) -> list[Expe
     source=f"{VASWANI}, section 3.2.1 (the variance d); the additive score: derived here",
     tolerance=4.0,
     because="in standard errors of the variance over 20,000 draws; |tanh| < 1 bounds that of additive scores",
+    slow=True,
 )
 def dot_products_grow_with_dimension_additive_scores_do_not(key: PRNGKey) -> list[Expectation]:
     """Variance over d of dot products, and that of additive scores, at d = 16 and 256."""
