@@ -230,7 +230,7 @@ def after(params, start, descent, key, length: int, config: Config):
         ),
         "least squares": with_features(sine_features, least_squares),
     }
-    return {name: jnp.stack(risk(function, test)) / MEAN_SQUARE for name, function in models.items()}
+    return {name: jnp.stack([*risk(function, test)]) / MEAN_SQUARE for name, function in models.items()}
 
 
 def shapes(params, test, config: Config):

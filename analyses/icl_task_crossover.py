@@ -146,8 +146,9 @@ def compared(keys, starts, ends, tasks, model, config: Config):
 
     from attnlab.icl.baselines import baseline
     from attnlab.icl.models import transformer_predict
-    from attnlab.icl.probes import Estimate, estimate, predictions
+    from attnlab.icl.probes import estimate, predictions
     from attnlab.icl.tasks import isotropic, sample_prompts, shuffle_labels
+    from attnlab.statistics import Estimate
 
     noise = config.noise_variance
 
