@@ -12,6 +12,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from attnlab.analysis import Analysis, AnalysisConfig, Arrays
+from attnlab.expectation import Expectation, at_least, at_most
 
 TASKS = ("digits", "addition")
 BLOCKS = {"value": "V", "query": "Q", "key": "K"}
@@ -59,8 +60,7 @@ def compute(config: Config, progress: Progress) -> Arrays:
             probes={"layer": probe(measure)},
             session=Session(report=show_progress(progress, name), directory=config.scratch() / name),
         ).records
-        arrays |= {f"{name}/{key}": np.asarray(value) for key, value in records.values["layer"].items()}
-        arrays |= {f"{name}/losses": np.asarray(records.losses), "steps": np.asarray(records.steps)}
+        arrays |= {name: records.values["layer"] | {"losses": records.losses}, "steps": records.steps}
     return arrays
 
 
@@ -126,14 +126,14 @@ def addition_task(config: Config, data_key, init_key):
 
 
 def measurements(exact, functional, outer_norms):
-    """Block norms of H, H_o and H_f, eigenvalues of H, and the size of the moments, as a flat dict."""
+    """Block norms of H, H_o and H_f, eigenvalues of H, and the size of the moments."""
     import jax.numpy as jnp
 
     full = exact.norms()["full"]
     eigenvalues = jnp.linalg.eigvalsh(exact.dense())
     moments = exact.moments
     probabilities = jnp.where(moments.weights > 0, moments.weights, 1)
-    values = {
+    return {
         "entropy": -jnp.mean(jnp.sum(probabilities * jnp.log(probabilities), axis=-1)),
         "second": jnp.mean(jnp.trace(moments.second, axis1=-2, axis2=-1)),
         "first": jnp.mean(jnp.sum(moments.first**2, axis=-1)),
@@ -141,12 +141,10 @@ def measurements(exact, functional, outer_norms):
         "largest": eigenvalues[-1],
         "smallest": eigenvalues[0],
         "negative": jnp.mean(eigenvalues < -1e-10 * eigenvalues[-1]),
+        "H": {name: full[name, name] for name in BLOCKS},
+        "H_o": {name: outer_norms[name, name] for name in BLOCKS},
+        "H_f": {name: functional[name, name].norm() for name in BLOCKS},
     }
-    for name in BLOCKS:
-        values[f"H/{name}"] = full[name, name]
-        values[f"H_o/{name}"] = outer_norms[name, name]
-        values[f"H_f/{name}"] = functional[name, name].norm()
-    return values
 
 
 def plot(arrays: Arrays, config: Config):
@@ -155,8 +153,7 @@ def plot(arrays: Arrays, config: Config):
 
     figure, rows = plt.subplots(len(TASKS), 4, figsize=(14, 6.4))
     for axes, task in zip(rows, TASKS, strict=True):
-        now = {name.removeprefix(f"{task}/"): array for name, array in arrays.items() if name.startswith(f"{task}/")}
-        now["steps"] = np.maximum(arrays["steps"], config.every / 3)
+        now = arrays[task] | {"steps": np.maximum(arrays["steps"], config.every / 3)}
         plot_loss(axes[0], now, task)
         plot_norms(axes[1], now, task)
         plot_moments(axes[2], now, task)
@@ -185,9 +182,9 @@ def legend_above(axes, **options) -> None:
 
 def plot_norms(axes, now: Arrays, task: str) -> None:
     for color, (name, label) in enumerate(BLOCKS.items()):
-        axes.loglog(now["steps"], now[f"H_o/{name}"], color=f"C{color}", label=f"$H_o$, {label}{label}")
-        if np.any(now[f"H_f/{name}"] > 0):
-            axes.loglog(now["steps"], now[f"H_f/{name}"], "--", color=f"C{color}", label=f"$H_f$, {label}{label}")
+        axes.loglog(now["steps"], now["H_o"][name], color=f"C{color}", label=f"$H_o$, {label}{label}")
+        if np.any(now["H_f"][name] > 0):
+            axes.loglog(now["steps"], now["H_f"][name], "--", color=f"C{color}", label=f"$H_f$, {label}{label}")
     axes.set(ylabel="Frobenius norm", title=f"{task}: diagonal blocks")
     legend_above(axes, ncols=3, columnspacing=1, handlelength=1.6)
 
@@ -212,6 +209,20 @@ def plot_eigenvalues(axes, now: Arrays, task: str) -> None:
     legend_above(axes)
 
 
+def findings(arrays: Arrays, config: Config) -> list[Expectation]:
+    """The value block of H_f on digits, negative curvature at the start, and a Gauss-Newton matrix that takes over."""
+    source = "Ormaniec, Dangel, Singh, arXiv 2410.10986"
+    digits = arrays["digits"]
+    values = np.max(digits["H_f"]["value"] / digits["H_o"]["value"])
+    loss = [arrays[task]["losses"][-1] / arrays[task]["losses"][0] for task in TASKS]
+    negative = [arrays[task]["negative"][0] for task in TASKS]
+    return [
+        at_most("digits: ||H_f|| / ||H_o|| of the value block, at any step", values, 1e-10, source=source),
+        at_least("share of negative eigenvalues at the start: digits, addition", negative, 0.05, source=source),
+        at_most("loss at the end over that at the start: digits, addition", loss, 0.5, source="both models learn"),
+    ]
+
+
 def tables(arrays: Arrays, config: Config) -> list[Table]:
     """Beginning, middle and end of both trajectories."""
     picked = [0, len(arrays["steps"]) // 2, -1]
@@ -219,15 +230,15 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
     for task in TASKS:
         for part in ("H", "H_o", "H_f"):
             for name, label in BLOCKS.items():
-                values = arrays[f"{task}/{part}/{name}"]
+                values = arrays[task][part][name]
                 table.add_row(task, f"norm of {label}{label} of {part}", *(f"{values[i]:.3g}" for i in picked))
         for quantity in ("largest", "smallest"):
-            values = arrays[f"{task}/{quantity}"]
+            values = arrays[task][quantity]
             table.add_row(task, f"{quantity} eigenvalue of H", *(f"{values[i]:.3g}" for i in picked))
     return [table]
 
 
-ANALYSIS = Analysis("curvature-along-training", Config, compute, plot, tables, __doc__)
+ANALYSIS = Analysis("curvature-along-training", Config, compute, plot, tables, findings, __doc__, slow=True)
 
 if __name__ == "__main__":
     ANALYSIS.main()

@@ -9,13 +9,14 @@ H_f beside those at BERT's initialisation: the value block's lead over query and
 import itertools
 import string
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 from rich.progress import Progress
 from rich.table import Table
 
-from attnlab.analysis import Analysis, AnalysisConfig, Arrays
+from attnlab.analysis import Analysis, Arrays, SinglePrecisionConfig
+from attnlab.expectation import Expectation, at_least, at_most
 
 MATRICES = ("query", "key", "value")
 PARTS = {"hessian": "H", "ggn": "H_o", "functional": "H_f"}
@@ -24,7 +25,7 @@ SCALE = 20.0  # of the cosines, as in this model's training
 
 
 @dataclass(frozen=True)
-class Config(AnalysisConfig):
+class Config(SinglePrecisionConfig):
     """Options of the analysis."""
 
     SMOKE: ClassVar = {"pairs": 3, "length": 8, "probes": 2, "steps": 4, "tiny": True}
@@ -39,8 +40,6 @@ class Config(AnalysisConfig):
     """Lanczos steps of each."""
     tiny: bool = False
     """A random encoder of one small layer in place of the pretrained one."""
-    dtype: Literal["float64", "float32"] = "float32"
-    """Precision of the computation; that of the published weights by default."""
 
 
 def compute(config: Config, progress: Progress) -> Arrays:
@@ -52,16 +51,18 @@ def compute(config: Config, progress: Progress) -> Arrays:
     build = {"hessian": hessian, "ggn": ggn, "functional": functional}
     encoder, weights, pairs = problem(config)
     risk, key, layers = contrastive_risk(encoder, pairs), jax.random.key(config.seed), encoder.config.transformer.layers
-    arrays: Arrays = {"dimension": np.array(encoder.config.width**2)}
-    arrays |= {f"{name}/loss": np.array(loss_and_accuracy(risk, params)) for name, params in weights.items()}
+    arrays: Arrays = {"dimension": encoder.config.width**2}
+    for name, params in weights.items():
+        blocks = {str(layer): {part: {} for part in PARTS} for layer in range(layers)}
+        arrays[name] = {"loss": loss_and_accuracy(risk, params), "layers": blocks}
     cases = list(itertools.product(range(layers), PARTS, WEIGHTS, range(len(MATRICES))))
     task = progress.add_task("blocks", total=len(cases), status="")
     for layer, part, name, number in cases:
         progress.update(task, status=f"layer {layer + 1}, {PARTS[part]}, {MATRICES[number]}, {WEIGHTS[name]}")
         operator = build[part](*in_one_matrix(risk, weights[name], f"layer_{layer}", number))
         found = spectral_density(operator, key, probes=config.probes, steps=config.steps)
-        where = f"{name}/{layer}/{part}/{MATRICES[number]}"
-        arrays |= {f"{where}/nodes": np.asarray(found.nodes), f"{where}/weights": np.asarray(found.weights)}
+        place = arrays[name]["layers"][str(layer)][part]
+        place[MATRICES[number]] = {"nodes": found.nodes, "weights": found.weights}
         progress.advance(task)
     return arrays
 
@@ -145,28 +146,28 @@ class PredictFromMatrix:
         return predict(params | {"transformer": transformer | {self.layer: layer}}, inputs)
 
 
-def density(arrays: Arrays, where: str):
+def density(arrays: Arrays, name: str, layer: int, part: str, matrix: str):
     """The spectral density of a block."""
     from attnlab.curvature import SpectralDensity
 
-    return SpectralDensity(arrays[f"{where}/nodes"], arrays[f"{where}/weights"])
+    return SpectralDensity(**arrays[name]["layers"][str(layer)][part][matrix])
 
 
-def norm(arrays: Arrays, where: str) -> tuple[float, float]:
+def norm(arrays: Arrays, *where) -> tuple[float, float]:
     """Frobenius norm of a block from its density's second moment, and its standard error to first order."""
     from attnlab.curvature.estimators import square_root
 
-    root, n = square_root(density(arrays, where).moment(2)), int(arrays["dimension"])
+    root, n = square_root(density(arrays, *where).moment(2)), int(arrays["dimension"])
     return float(n**0.5 * root.value), float(n**0.5 * root.standard_error)
 
 
 def norms(arrays: Arrays, name: str, part: str, matrix: str) -> np.ndarray:
     """Norm and standard error in every layer, (2, layers)."""
-    return np.array([norm(arrays, f"{name}/{layer}/{part}/{matrix}") for layer in range(layers_of(arrays))]).T
+    return np.array([norm(arrays, name, layer, part, matrix) for layer in range(layers_of(arrays))]).T
 
 
 def layers_of(arrays: Arrays) -> int:
-    return len({name.split("/")[1] for name in arrays if name.endswith("/nodes")})
+    return len(arrays["trained"]["layers"])
 
 
 def lead(arrays: Arrays, name: str, part: str) -> np.ndarray:
@@ -184,8 +185,7 @@ def lead(arrays: Arrays, name: str, part: str) -> np.ndarray:
 
 def negative_shares(arrays: Arrays, name: str, part: str, matrix: str) -> np.ndarray:
     """Share of the negative eigenvalues in the sum of moduli and its standard error in every layer, (2, layers)."""
-    places = (f"{name}/{layer}/{part}/{matrix}" for layer in range(layers_of(arrays)))
-    found = [density(arrays, where).negative_share() for where in places]
+    found = [density(arrays, name, layer, part, matrix).negative_share() for layer in range(layers_of(arrays))]
     return np.array([(share.value, share.standard_error) for share in found]).T
 
 
@@ -259,7 +259,7 @@ def plot_ends(axes, arrays: Arrays) -> None:
     eigenvalues lie at these or beyond."""
     layers = 1 + np.arange(layers_of(arrays))
     for color, matrix in enumerate(MATRICES):
-        nodes = np.array([arrays[f"trained/{layer - 1}/hessian/{matrix}/nodes"] for layer in layers])
+        nodes = np.array([density(arrays, "trained", layer - 1, "hessian", matrix).nodes for layer in layers])
         for sign, line, face in ((1, "o-", None), (-1, "o:", "none")):
             reached = np.max(sign * nodes, axis=2)  # (layers, probes)
             furthest = np.max(reached, axis=1)
@@ -284,13 +284,13 @@ def plot_counts(axes, arrays: Arrays) -> None:
     with bands of two standard errors over the probes."""
     layer, n = layers_of(arrays) // 2, int(arrays["dimension"])
     for color, matrix in enumerate(MATRICES):
-        found = density(arrays, f"trained/{layer}/hessian/{matrix}")
+        found = density(arrays, "trained", layer, "hessian", matrix)
         for sign, line in ((1, "-"), (-1, ":")):
             values, counts, error = counts_above(found, sign)
             axes.step(values, n * counts, line, where="post", color=f"C{color}", label=matrix if sign == 1 else None)
             low, high = (n * np.maximum(counts + side * error, 1e-9) for side in (-2, 2))
             axes.fill_between(values, low, high, step="post", color=f"C{color}", alpha=0.12, linewidth=0)
-    top = max(np.abs(arrays[f"trained/{layer}/hessian/{matrix}/nodes"]).max() for matrix in MATRICES)
+    top = max(np.abs(density(arrays, "trained", layer, "hessian", matrix).nodes).max() for matrix in MATRICES)
     axes.set(
         xscale="log",
         yscale="log",
@@ -313,11 +313,25 @@ def counts_above(found, sign: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return values, *map(np.asarray, found.integral(beyond))
 
 
+def findings(arrays: Arrays, config: Config) -> list[Expectation]:
+    """The value block's lead: large at initialisation, smaller and still there in the trained network."""
+    source, few = "Ormaniec, Dangel, Singh, arXiv 2410.10986, for the start; measured here", "from few probes"
+    leads = {name: lead(arrays, name, "hessian")[0] for name in WEIGHTS}
+    outer = np.min(lead(arrays, "initial", "ggn")[0])
+    what = "norm of the value block over that of query and key, H"
+    return [
+        at_least(f"{what}, trained: least of the layers", leads["trained"].min(), 3.0, because=few, source=source),
+        at_most(f"{what}, trained: largest", leads["trained"].max(), 12.0, because=few, source=source),
+        at_least(f"{what}, at initialisation: least", leads["initial"].min(), 20.0, because=few, source=source),
+        at_least("the same of H_o at initialisation", outer, 200.0, because=few, source=source),
+    ]
+
+
 def tables(arrays: Arrays, config: Config) -> list[Table]:
     """Norms by layer, part and matrix with their standard errors, and the lead of the value block."""
     found = []
     for name, caption in WEIGHTS.items():
-        loss, accuracy = arrays[f"{name}/loss"]
+        loss, accuracy = arrays[name]["loss"]
         title = f"{caption}: loss {loss:.3g} (chance {np.log(config.pairs):.3g}), {accuracy:.0%} of pairs found"
         heads = [f"|{matrix}|" for matrix in MATRICES]
         table = Table("layer", "part", *heads, "value / sqrt(query key)", "negative share Q, K, V", title=title)
@@ -331,7 +345,7 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
     return found
 
 
-ANALYSIS = Analysis("pretrained-blocks", Config, compute, plot, tables, __doc__)
+ANALYSIS = Analysis("pretrained-blocks", Config, compute, plot, tables, findings, __doc__, slow=True)
 
 if __name__ == "__main__":
     ANALYSIS.main()

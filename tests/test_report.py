@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from fontTools.ttLib import TTFont
 
-from attnlab.claims import load_claims
+from attnlab.claims import at_most, load_claims
 from attnlab.cli import analysis_scripts
 from attnlab.report import staleness, write_report
 from attnlab.report.mathematics import mathematics
@@ -49,12 +49,8 @@ def row(**changes):
         "statement": r"\alpha < \tfrac{1}{2} \text{ & more}",
         "source": "a <source> & co",
         "instance": "Draws one.",
-        "relation": "at most",
-        "tolerance": 0.1,
-        "because": "rounding",
+        "parts": [at_most("one", 1.0, 1.0, 0.1, because="rounding").record()],
         "seed": 1,
-        "predicted": "1",
-        "measured": "1",
         "error": 0.0,
         "passed": True,
         "problem": "",

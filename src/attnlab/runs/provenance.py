@@ -34,7 +34,7 @@ def manifest(config: Any, seconds: float | None = None, script: Path | None = No
 
 
 RUNS = ("runs/__init__", "runs/files", "runs/provenance")
-FRAME = ("analysis", "cli", "checks", "compiled", "report", "types", "verification", *RUNS)
+FRAME = ("analysis", "cli", "checks", "compiled", "expectation", "report", "types", "verification", *RUNS)
 """Modules and packages that no number depends on."""
 
 

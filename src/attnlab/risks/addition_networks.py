@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from attnlab.attention.in_transformer import InNetwork, assemble, cut_at_attention
@@ -116,15 +117,16 @@ def with_embedding_scale(params: Params, sigma: float) -> Params:
 
 def last_layer_norms(
     network: AdditionNetwork, params: Params, data: tuple[Array, Array], names: Collection[str] | None = None
-) -> dict[str, float]:
-    """Exact Frobenius norm of every block of the last attention layer: `outer/KQ` and so on, letters in order.
+) -> dict[str, dict[str, float]]:
+    """Exact Frobenius norm of every block of the last attention layer by part and pair: `["outer"]["KQ"]` and so on,
+    letters in order.
 
     `names` are the parameters wanted, all if None."""
     return {
-        f"{part}/{LETTERS[row]}{LETTERS[column]}": float(norm)
+        part: {
+            f"{LETTERS[row]}{LETTERS[column]}": float(norm) for (row, column), norm in blocks.items() if row <= column
+        }
         for part, blocks in _last_layer(network, params, data).norms(names).items()
-        for (row, column), norm in blocks.items()
-        if row <= column
     }
 
 
@@ -136,8 +138,8 @@ def precision_error(network: AdditionNetwork, key: PRNGKey, sigma: float) -> flo
     for dtype in (network.dtype, "float64"):
         weights = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), with_embedding_scale(params, sigma))
         norms.append(last_layer_norms(replace(network, dtype=dtype), weights, data))
-    found, expected = norms
-    return max(abs(found[name] - expected[name]) / expected[name] for name in expected if expected[name] > 0)
+    found, expected = (np.array(jax.tree.leaves(each)) for each in norms)
+    return float(np.max(np.abs(found - expected)[expected > 0] / expected[expected > 0]))
 
 
 @partial(jax.jit, static_argnames="network")
@@ -152,19 +154,22 @@ def _last_layer(network: AdditionNetwork, params: Params, data: tuple[Array, Arr
 @partial(jax.jit, static_argnames=("network", "probes"))
 def first_layer_squares(
     network: AdditionNetwork, params: Params, data: tuple[Array, Array], key: PRNGKey, *, probes: int
-) -> dict[str, Estimate]:
-    """Squared norms of the first layer's value and query blocks from random probes, with standard errors.
+) -> dict[str, dict[str, Estimate]]:
+    """Squared norms of the first layer's value and query blocks from random probes, with standard errors, by part and
+    pair (`["outer"]["VV"]`).
 
-    Keys `outer/VV` and so on. There is no closed form in use here: behind the first layer tokens meet again.
+    There is no closed form in use here: behind the first layer tokens meet again.
     """
     tokens, targets = data
     predict = at_positions(from_linen(network.module), network.positions)
     risk = objective(predict, network.loss, tokens, targets)
     return {
-        f"{part}/{LETTERS[name] * 2}": squared_frobenius_norm(
-            operator(risk, params, block=f"layer_0/attention/{name}"), key, probes=probes
-        )
-        for name in ("value", "query")
+        part: {
+            LETTERS[name] * 2: squared_frobenius_norm(
+                operator(risk, params, block=f"layer_0/attention/{name}"), key, probes=probes
+            )
+            for name in ("value", "query")
+        }
         for part, operator in (("full", hessian), ("outer", ggn), ("functional", functional))
     }
 
