@@ -145,7 +145,7 @@ def decomposition(config: Config, layer, risk, params, matrices):
 
     from attnlab.attention import attention_hessian, describe
 
-    exact = attention_hessian(layer, params, risk.inputs, risk.targets, loss=config.loss)
+    exact = attention_hessian(risk, params)
     factors = {factor.symbol: factor for term in describe(exact) for factor in term.factors}
     token_count = risk.inputs.shape[0] * risk.inputs.shape[1]
     sizes: Arrays = {}
@@ -154,8 +154,8 @@ def decomposition(config: Config, layer, risk, params, matrices):
         count = 1 if factor.role == "weight" or factor.array.ndim == 0 else token_count
         sizes.setdefault(factor.role, {})[symbol] = jnp.sqrt(jnp.sum(factor.array**2) / count)
     errors = {
-        part: jnp.linalg.norm(exact.dense(name) - matrices[part]) / jnp.linalg.norm(matrices["hessian"])
-        for part, name in (("hessian", "full"), ("ggn", "outer"), ("functional", "functional"))
+        part: jnp.linalg.norm(exact.dense(part) - matrices[part]) / jnp.linalg.norm(matrices["hessian"])
+        for part in PARTS
     }
     return {"factor": sizes, "closed form error": errors}
 

@@ -26,7 +26,7 @@ from rich.table import Table
 from attnlab.analysis import Analysis, AnalysisConfig, Arrays
 from attnlab.expectation import Expectation, at_least, at_most, equal
 
-PARTS = {"full": "H", "outer": "H_o", "functional": "H_f"}
+PARTS = {"hessian": "H", "ggn": "H_o", "functional": "H_f"}
 COLORS = {"VV": "C0", "QQ": "C1", "KK": "C2", "OO": "C3"}
 STYLES = {"VV": "-", "QQ": "--"}
 
@@ -164,7 +164,7 @@ def measure(config: Config, seed: int, variant: str, depth: int) -> Arrays:
     key, scales = jax.random.key(seed), sigmas(config, variant)
     if variant == "mlp":
         norms = linear_mlp_norms(network(config, "linear", 1), depth, key)
-        return {place: {"full": {"VV": float(norm) * scales**2}} for place, norm in norms.items()}
+        return {place: {"hessian": {"VV": float(norm) * scales**2}} for place, norm in norms.items()}
     model = network(config, variant, depth)
     params, data = model.draw(key)
     names = None if depth == 1 else ("value", "query", "key")  # of the projection's blocks one layer is enough
@@ -248,9 +248,9 @@ def plot(arrays: Arrays, config: Config):
     figure, axes = plt.subplots(3, 4, figsize=(15, 11))
     plot_one_layer(axes[0], arrays, config)
     for column, (variant, place) in enumerate([(v, p) for v in ("softmax", "pre_norm") for p in ("last", "first")]):
-        plot_depths(axes[1, column], arrays, config, variant, place, "full")
-    plot_depths(axes[2, 0], arrays, config, "linear", "last", "outer")
-    plot_depths(axes[2, 1], arrays, config, "mlp", "first", "full")
+        plot_depths(axes[1, column], arrays, config, variant, place, "hessian")
+    plot_depths(axes[2, 0], arrays, config, "linear", "last", "ggn")
+    plot_depths(axes[2, 1], arrays, config, "mlp", "first", "hessian")
     plot_slopes(axes[2, 2], arrays, config)
     plot_crossovers(axes[2, 3], arrays, config)
     return figure
@@ -270,7 +270,7 @@ def plot_one_layer(row, arrays: Arrays, config: Config) -> None:
 
     scales, window = arrays["softmax"]["sigma"], fit_range("softmax")
     diagonal, mixed = ("VV", "OO", "QQ", "KK"), ("OV", "KQ", "QV", "KV", "OQ", "KO")
-    panels = [("outer", diagonal), ("functional", ("QQ", "KK")), ("full", diagonal), ("full", mixed)]
+    panels = [("ggn", diagonal), ("functional", ("QQ", "KK")), ("hessian", diagonal), ("hessian", mixed)]
     for axes, (part, pairs) in zip(row, panels, strict=True):
         drawn = set()
         for index, pair in enumerate(pairs):
@@ -346,7 +346,7 @@ def plot_slopes(axes, arrays: Arrays, config: Config) -> None:
     axes.legend(loc="best")
 
 
-CROSSINGS = (("softmax", "full", "last"), ("softmax", "outer", "last"), ("softmax", "full", "first"))
+CROSSINGS = (("softmax", "hessian", "last"), ("softmax", "ggn", "last"), ("softmax", "hessian", "first"))
 
 
 def plot_crossovers(axes, arrays: Arrays, config: Config) -> None:
@@ -370,13 +370,13 @@ def findings(arrays: Arrays, config: Config) -> list[Expectation]:
     source, order = "Ormaniec, Dangel, Singh, arXiv 2410.10986, section 4", "the next order in the scale"
     rows = [row for row in slopes(arrays, config) if np.isfinite(row[3])]
     found = []
-    for variant, part, tolerance in (("softmax", "outer", 0.2), ("pre_norm", "full", 0.2), ("mlp", "full", 1e-6)):
+    for variant, part, tolerance in (("softmax", "ggn", 0.2), ("pre_norm", "hessian", 0.2), ("mlp", "hessian", 1e-6)):
         named = [row for row in rows if row[:2] == (variant, 1) and part in row[2]]
         if named:
             fitted, exponents = ([row[place] for row in named] for place in (3, 5))
             what = f"{VARIANTS[variant].label}, one layer: exponents of the blocks of {PARTS[part]}"
             found.append(equal(what, fitted, exponents, tolerance, because=order, source=source))
-    crossed = np.isfinite(crossover(arrays, "softmax", 1, "last", "full")).mean()
+    crossed = np.isfinite(crossover(arrays, "softmax", 1, "last", "hessian")).mean()
     largest = max(np.max(arrays["precision"][variant]["error"]) for variant in arrays["precision"])
     return [
         *found,

@@ -16,7 +16,7 @@ from attnlab.expectation import Expectation, at_least, at_most
 
 TASKS = ("digits", "addition")
 BLOCKS = {"value": "V", "query": "Q", "key": "K"}
-PARTS = {"outer": "H_o", "functional": "H_f"}
+PARTS = {"ggn": "H_o", "functional": "H_f"}
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def compute(config: Config, progress: Progress) -> Arrays:
     arrays = {}
     for number, name in enumerate(TASKS):
         keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), number), 3)
-        risk, params, measure = (digits_task if name == "digits" else addition_task)(config, keys[0], keys[1])
+        risk, params = (digits_task if name == "digits" else addition_task)(config, keys[0], keys[1])
         records = train(
             risk,
             params,
@@ -57,7 +57,7 @@ def compute(config: Config, progress: Progress) -> Arrays:
             keys[2],
             steps=config.steps,
             every=config.every,
-            probes={"layer": probe(measure)},
+            probes={"layer": probe(measurements)},
             session=Session(report=show_progress(progress, name), directory=config.scratch() / name),
         ).records
         arrays |= {name: records.values["layer"] | {"losses": records.losses}, "steps": records.steps}
@@ -66,7 +66,6 @@ def compute(config: Config, progress: Progress) -> Arrays:
 
 def digits_task(config: Config, data_key, init_key):
     """One layer on the digits: every token regresses to the image's one-hot class."""
-    from attnlab.attention import attention_hessian
     from attnlab.data.digits import digits
     from attnlab.losses import square_loss
     from attnlab.models.adapters import from_linen
@@ -77,18 +76,12 @@ def digits_task(config: Config, data_key, init_key):
     layer = AttentionConfig(key_dim=config.width, value_dim=10)
     module = SelfAttention(layer)
 
-    def measure(risk, params):
-        exact = attention_hessian(layer, params, risk.inputs, risk.targets)
-        return measurements(exact, exact.functional, exact.norms()["outer"])
-
     params = module.init(init_key, data.inputs)["params"]
-    return objective(from_linen(module), square_loss, data.inputs, data.targets), params, measure
+    return objective(from_linen(module), square_loss, data.inputs, data.targets), params
 
 
 def addition_task(config: Config, data_key, init_key):
     """The attention layer of a one-block transformer; the curvature behind it acts on each token by itself."""
-    from attnlab.attention import attention_hessian_from_downstream, downstream_derivatives
-    from attnlab.attention.in_transformer import cut_at_attention
     from attnlab.data.addition import addition, answer_positions
     from attnlab.losses import cross_entropy
     from attnlab.models.adapters import at_positions, from_linen
@@ -102,34 +95,19 @@ def addition_task(config: Config, data_key, init_key):
     model = LanguageModel(LanguageModelConfig(blocks, 12, 18, width, embedding_std=0.3, dtype=config.dtype, **scheme))
     tokens, answers = addition(data_key, config.sequences)
     places = answer_positions()
-
-    def measure(risk, params):
-        cut = cut_at_attention(model, params, risk.inputs, "transformer/layer_0/attention")
-        loss = lambda logits: risk.loss(logits[:, list(places)], risk.targets)  # noqa: E731
-        weights, inputs = cut.point.params, cut.point.inputs
-        whole, outer = (
-            attention_hessian_from_downstream(
-                attention,
-                weights,
-                inputs,
-                *downstream_derivatives(cut.rest, loss, cut.outputs, part=part, coupled=False),
-            )
-            for part in ("full", "outer")
-        )
-        # H_f of the network: its Hessian minus its Gauss-Newton matrix, as sums of Kronecker products.
-        functional = {(n, n): whole.block(n, n) - outer.block(n, n, "outer") for n in BLOCKS}
-        return measurements(whole, functional, outer.norms()["outer"])
-
     params = model.init(init_key, tokens)["params"]
     predict = at_positions(from_linen(model), places)
-    return objective(predict, cross_entropy, tokens, answers), params, measure
+    return objective(predict, cross_entropy, tokens, answers), params
 
 
-def measurements(exact, functional, outer_norms):
-    """Block norms of H, H_o and H_f, eigenvalues of H, and the size of the moments."""
+def measurements(risk, params):
+    """Block norms of H, H_o and H_f of the attention layer, eigenvalues of H, and the size of the moments."""
     import jax.numpy as jnp
 
-    full = exact.norms()["full"]
+    from attnlab.attention import attention_hessian
+
+    exact = attention_hessian(risk, params)
+    norms = exact.norms()
     eigenvalues = jnp.linalg.eigvalsh(exact.dense())
     moments = exact.moments
     probabilities = jnp.where(moments.weights > 0, moments.weights, 1)
@@ -141,9 +119,9 @@ def measurements(exact, functional, outer_norms):
         "largest": eigenvalues[-1],
         "smallest": eigenvalues[0],
         "negative": jnp.mean(eigenvalues < -1e-10 * eigenvalues[-1]),
-        "H": {name: full[name, name] for name in BLOCKS},
-        "H_o": {name: outer_norms[name, name] for name in BLOCKS},
-        "H_f": {name: functional[name, name].norm() for name in BLOCKS},
+        "H": {name: norms["hessian"][name, name] for name in BLOCKS},
+        "H_o": {name: norms["ggn"][name, name] for name in BLOCKS},
+        "H_f": {name: norms["functional"][name, name] for name in BLOCKS},
     }
 
 

@@ -20,11 +20,11 @@ STACKS = {
     "residual": ("with residual", {"norm": None, "residual": True}),
     "mlp": ("pre-LN blocks with MLP", {"norm": "pre", "residual": True, "mlp_width": 64}),
 }
-EXPONENTS = {"spread": 3, "gradient": 2, "outer": 4, "functional": 3, "value": 0}
+EXPONENTS = {"spread": 3, "gradient": 2, "ggn": 4, "functional": 3, "value": 0}
 LABELS = {
     "spread": "spread of the outputs",
     "gradient": r"gradient, $QK$",
-    "outer": r"$\|H_o[QK,QK]\|$",
+    "ggn": r"$\|H_o[QK,QK]\|$",
     "functional": r"$\|H_f[QK,QK]\|$",
     "value": r"$\|H_o[V,V]\|$",
 }
@@ -110,13 +110,13 @@ def by_spread(config: Config) -> Arrays:
         tokens = common + spread * noise
         risk = objective(from_linen(SelfAttention(layer)), square_loss, tokens, targets)
         outputs, gradient = first_order(risk, params)
-        norms = attention_hessian(layer, params, tokens, targets).norms()
+        norms = attention_hessian(risk, params).norms()
         found = {
             "spread": jnp.linalg.norm(outputs - jnp.mean(outputs, axis=0, keepdims=True)),
             "gradient": jnp.linalg.norm(gradient["query_key"]),
-            "outer": norms["outer"][pair],
+            "ggn": norms["ggn"][pair],
             "functional": norms["functional"][pair],
-            "value": norms["outer"]["value", "value"],
+            "value": norms["ggn"]["value", "value"],
         }
         for name, value in found.items():
             rows[name].append(float(value))

@@ -61,7 +61,8 @@ def entropies(config: Config, key):
     import jax.numpy as jnp
 
     from attnlab.dynamics.tokens import attention_calls, entropy, entropy_bound, least_entropy
-    from attnlab.models.attention import AttentionConfig, SelfAttention, attention_maps
+    from attnlab.models.adapters import from_linen
+    from attnlab.models.attention import AttentionConfig, SelfAttention
 
     module = SelfAttention(AttentionConfig(config.width, config.width))
     tokens = jax.random.normal(key, (8, config.length, config.width))
@@ -69,9 +70,8 @@ def entropies(config: Config, key):
 
     @jax.jit
     def measure(scale):
-        (call,) = attention_calls(module, params, scale * tokens).values()
-        (weights,) = attention_maps(module, params, scale * tokens).values()
-        found, bound = entropy(weights), entropy_bound(call)
+        (call,) = attention_calls(from_linen(module), params, scale * tokens).values()
+        found, bound = entropy(call.attention), entropy_bound(call)
         return jnp.mean(found), jnp.mean(bound), jnp.min(found - bound)
 
     scales = jnp.geomspace(0.02, 2.0, 13)
@@ -95,6 +95,7 @@ def collapse(config: Config, key):
     import jax.numpy as jnp
 
     from attnlab.dynamics.tokens import rank_residual, representations
+    from attnlab.models.adapters import from_linen
     from attnlab.models.attention import AttentionConfig
     from attnlab.models.transformer import Transformer, TransformerConfig
 
@@ -106,7 +107,7 @@ def collapse(config: Config, key):
         factor = config.depth**-0.5 if scaled else 1.0
         for layer in params.values():
             layer["attention"]["output"] = factor * layer["attention"]["output"]
-        found = representations(stack, params, tokens)
+        found = representations(from_linen(stack), params, tokens)
         layers = [found[f"layer_{index}"] for index in range(config.depth)]
         return jnp.stack([rank_residual(tokens), *(rank_residual(layer) for layer in layers)])
 

@@ -38,7 +38,6 @@ from peers.client import peer_versions, peers_of
 
 from attnlab.attention import attention_hessian
 from attnlab.curvature import block_densities, eigenpairs, ggn, hessian, spectral_density
-from attnlab.models.attention import AttentionConfig
 from attnlab.runs.session import Session
 from attnlab.trees import dimension, leaf_names
 
@@ -263,12 +262,11 @@ def block_costs(table, rounds):
 def dense_costs(table, rounds):
     risk, params = attention(width=16)
     flat, unravel = ravel_pytree(params)
-    config = AttentionConfig(key_dim=16, value_dim=16, output_dim=16)
     autodiff = jax.jit(lambda risk, flat: jax.hessian(lambda vector: risk(unravel(vector)))(flat))
     functions = {
         "autodiff": lambda: autodiff(risk, flat),
         "products": lambda: hessian(risk, params).dense(),
-        "closed form": lambda: attention_hessian(config, params, risk.inputs, risk.targets).dense(),
+        "closed form": lambda: attention_hessian(risk, params).dense(),
     }
     expected = functions["autodiff"]()
     times = alternate(rounds, **functions)

@@ -51,15 +51,15 @@ class TermDescription:
 
 
 def describe(hessian: AttentionHessian) -> tuple[TermDescription, ...]:
-    """Every term of the outer and the functional blocks of `hessian`, each pair of parameters once.
+    """Every term of the `ggn` and the `functional` blocks of `hessian`, each pair of parameters once.
 
     Formulas are per head; ⊗ pairs the parameters' axes as `pairing` says. Here γ_i = W_O g_i is the gradient at the
-    head's values, κ̂_i the third moment along W_V γ_i, and τ the scale of the scores. For the layer of
-    `attention_hessian_in` Λ_i is Λ_o and Λf_i is Λ_f, and what has an index i holds the tokens that the loss reads.
+    head's values, κ̂_i the third moment along W_V γ_i, and τ the scale of the scores. For a layer inside a network
+    Λ_i is Λ_o and Λf_i is Λ_f, and what has an index i holds the tokens that the loss reads.
     """
     known = _factors(hessian)
     rows = []
-    for part, blocks in (("outer", hessian.outer), ("functional", hessian.functional)):
+    for part, blocks in (("ggn", hessian.ggn), ("functional", hessian.functional)):
         for (row, column), block in blocks.items():
             for term in block.terms:
                 symbols = _symbols(term.formula)

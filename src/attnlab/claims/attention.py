@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 
 from attnlab.attention import attend_query, attention_hessian, cumulants
 from attnlab.attention.cumulants import needle_logit, saturation, saturation_constant
-from attnlab.claims.instances import ROUNDING
+from attnlab.claims.instances import ROUNDING, layer_objective
 from attnlab.claims.registry import claim
 from attnlab.curvature import hessian
 from attnlab.dynamics.tokens import rank_residual
@@ -190,10 +190,10 @@ def curvature_of_queries_and_keys_vanishes_with_the_token_spread(key: PRNGKey) -
     for size in SPREADS:
         tokens = near_rank_one(key, size)
         risk = objective(from_linen(SelfAttention(config)), square_loss, tokens, targets)
-        norms = attention_hessian(config, params, tokens, targets).norms()
+        norms = attention_hessian(layer_objective(config, tokens, targets), params).norms()
         pair = ("query_key", "query_key")
         gradient = jnp.linalg.norm(jax.jit(jax.grad(risk))(params)["query_key"])
-        rows.append([gradient, norms["outer"][pair], norms["functional"][pair], norms["outer"]["value", "value"]])
+        rows.append([gradient, norms["ggn"][pair], norms["functional"][pair], norms["ggn"]["value", "value"]])
     return equal("exponents of the gradient, H_o, H_f, and H_o of values", slope(SPREADS, rows), [2.0, 4.0, 3.0, 0.0])
 
 

@@ -16,11 +16,25 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array
 
 from attnlab.attention import attention_hessian
-from attnlab.claims.instances import KK, LINEAR, PAPER, QK, QQ, SOFTMAX, TOKENS, VK, VQ, VV, WIDTH, instance
+from attnlab.claims.instances import (
+    KK,
+    LINEAR,
+    PAPER,
+    QK,
+    QQ,
+    SOFTMAX,
+    TOKENS,
+    VK,
+    VQ,
+    VV,
+    WIDTH,
+    instance,
+    layer_objective,
+)
 from attnlab.claims.registry import claim
 from attnlab.curvature import ggn, hessian
 from attnlab.expectation import Expectation, at_least, at_most, equal
-from attnlab.losses import cross_entropy, loss_by_name, square_loss
+from attnlab.losses import cross_entropy, square_loss
 from attnlab.models.adapters import from_linen
 from attnlab.models.attention import AttentionConfig, SelfAttention
 from attnlab.objective import objective
@@ -42,9 +56,9 @@ def closed_form_equals_autodiff(key: PRNGKey, size: int = 1) -> Expectation:
         params, inputs, targets = instance(key, config, size)
         labels = jnp.argmax(targets, axis=-1)
         for loss, wanted in (("square", targets), ("cross_entropy", labels)):
-            risk = objective(from_linen(SelfAttention(config)), loss_by_name(loss), inputs, wanted)
+            risk = layer_objective(config, inputs, wanted, loss)
             expected = hessian(risk, params, check=False).dense()
-            difference = attention_hessian(config, params, inputs, wanted, loss).dense() - expected
+            difference = attention_hessian(risk, params).dense() - expected
             errors.append(jnp.linalg.norm(difference) / jnp.linalg.norm(expected))
     return equal("relative error of the whole Hessian, by layer and loss", jnp.stack(errors), 0.0)
 
@@ -91,7 +105,7 @@ def softmax_makes_query_and_key_blocks_indefinite(key: PRNGKey) -> list[Expectat
     lowest = []
     for config in (SOFTMAX, LINEAR):
         params, inputs, targets = instance(key, config)
-        exact = attention_hessian(config, params, 0.3 * inputs, targets)
+        exact = attention_hessian(layer_objective(config, 0.3 * inputs, targets), params)
         for pair in (QQ, KK):
             eigenvalues = jnp.linalg.eigvalsh(exact.block(*pair).dense())
             lowest.append(eigenvalues[0] / jnp.max(jnp.abs(eigenvalues)))
@@ -112,7 +126,7 @@ def one_hot_attention_has_no_query_key_curvature(key: PRNGKey) -> Expectation:
     """All blocks of the query and key vanish under one-hot attention."""
     params, inputs, targets = instance(key, SOFTMAX)
     sharp = AttentionConfig(key_dim=3, value_dim=4, scale=1e6)
-    norms = attention_hessian(sharp, params, inputs, targets).norms()["full"]
+    norms = attention_hessian(layer_objective(sharp, inputs, targets), params).norms()["hessian"]
     # The blocks carry powers of the scale: divide them out, and compare with the value block.
     powers = {QQ: 2, KK: 2, QK: 2, VQ: 1, VK: 1}
     measured = [norms[pair] / 1e6**power / norms[VV] for pair, power in powers.items()]
@@ -131,7 +145,7 @@ def uniform_attention_over_centred_tokens_has_no_value_curvature(key: PRNGKey) -
     params, inputs, targets = instance(key, SOFTMAX)
     flat = {**params, "query": jnp.zeros_like(params["query"])}
     centred = inputs - jnp.mean(inputs, axis=0, keepdims=True)
-    measured = attention_hessian(SOFTMAX, flat, centred, targets).norms()["full"][VV]
+    measured = attention_hessian(layer_objective(SOFTMAX, centred, targets), flat).norms()["hessian"][VV]
     return equal("||H[V,V]|| over tr(X^T X)", measured / jnp.sum(centred**2), 0.0)
 
 
@@ -154,7 +168,7 @@ def temperature_scales_the_blocks(key: PRNGKey) -> Expectation:
         (replace(SOFTMAX, merged=True), "query_key", merged_powers),
     ):
         params, inputs, targets = instance(key, config)
-        before = attention_hessian(config, params, inputs, targets).norms()["full"]
+        before = attention_hessian(layer_objective(config, inputs, targets), params).norms()["hessian"]
         predicted += [factor**power * before[pair] for pair, power in powers.items()]
         same_attention = {**params, divided: params[divided] / factor}
         written = partial(written_out, inputs, targets, factor * config.score_scale)
@@ -254,7 +268,7 @@ def a_merged_matrix_has_no_paired_eigenvalues(key: PRNGKey) -> Expectation:
         params, inputs, targets = instance(key, merged)
         risk = objective(from_linen(SelfAttention(merged)), square_loss, inputs, targets)
         whole, outer = (part(risk, params, block="query_key", check=False).dense() for part in (hessian, ggn))
-        exact = attention_hessian(merged, params, inputs, targets)
+        exact = attention_hessian(layer_objective(merged, inputs, targets), params)
         third = exact.moments.third_along(jnp.einsum("av,biv->bia", params["value"], exact.gradient)[:, None])[0, 0]
         x = merged.score_scale * inputs
         terms = jnp.einsum("ir,is,icd->rcsd", x, x, third).reshape(whole.shape)
@@ -297,7 +311,7 @@ def curvature_through_the_product_is_rank_deficient(key: PRNGKey) -> Expectation
 def derivatives_of_attention_are_its_moments(key: PRNGKey) -> Expectation:
     """First and second derivative of a token's attention average in its logit direction."""
     params, inputs, targets = instance(key, SOFTMAX)
-    moments = attention_hessian(SOFTMAX, params, inputs, targets).moments
+    moments = attention_hessian(layer_objective(SOFTMAX, inputs, targets), params).moments
     directions = SOFTMAX.score_scale * inputs @ params["query"] @ params["key"].T
 
     def mean(direction: Array) -> Array:
@@ -386,9 +400,9 @@ def _single_precision_errors(key: PRNGKey) -> list[float]:
     """Of the closed form and of autodiff, relative to the float64 block."""
     params, inputs, targets = instance(key, SOFTMAX)
     params, offset = {**params, "query": params["query"] / 100}, inputs + 30.0
-    exact = attention_hessian(SOFTMAX, params, offset, targets).block("query", "query").dense()
+    exact = attention_hessian(layer_objective(SOFTMAX, offset, targets), params).block("query", "query").dense()
     single = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (params, offset, targets))
     risk = objective(from_linen(SelfAttention(SOFTMAX)), square_loss, *single[1:])
-    ours = attention_hessian(SOFTMAX, *single).block("query", "query").dense()
+    ours = attention_hessian(layer_objective(SOFTMAX, *single[1:]), single[0]).block("query", "query").dense()
     autodiff = hessian(risk, single[0], block="query", check=False).dense()
     return [float(np.linalg.norm(np.asarray(each, float) - exact) / np.linalg.norm(exact)) for each in (ours, autodiff)]

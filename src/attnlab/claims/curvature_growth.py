@@ -17,7 +17,22 @@ from jaxtyping import Array
 from attnlab.attention import attention_hessian
 from attnlab.attention.blocks import Part
 from attnlab.claims.curvature import written_out
-from attnlab.claims.instances import KK, LINEAR, PAPER, QK, QQ, SOFTMAX, TOKENS, VK, VQ, VV, WIDTH, Pair, instance
+from attnlab.claims.instances import (
+    KK,
+    LINEAR,
+    PAPER,
+    QK,
+    QQ,
+    SOFTMAX,
+    TOKENS,
+    VK,
+    VQ,
+    VV,
+    WIDTH,
+    Pair,
+    instance,
+    layer_objective,
+)
 from attnlab.claims.registry import claim
 from attnlab.curvature import Operator, ggn, hessian
 from attnlab.expectation import Expectation, at_most, equal
@@ -35,7 +50,8 @@ from attnlab.types import Params, PRNGKey
 def slopes(key: PRNGKey, config: AttentionConfig, part: Part, pairs: list[Pair], scales: np.ndarray) -> np.ndarray:
     """Least-squares slopes of log block norm against log embedding scale."""
     params, inputs, targets = instance(key, config)
-    norms = [attention_hessian(config, params, scale * inputs, targets).norms()[part] for scale in scales]
+    risks = [layer_objective(config, scale * inputs, targets) for scale in scales]
+    norms = [attention_hessian(risk, params).norms()[part] for risk in risks]
     return np.polyfit(np.log(scales), np.log([[blocks[pair] for pair in pairs] for blocks in norms]), 1)[0]
 
 
@@ -54,7 +70,7 @@ def softmax_outer_exponents(key: PRNGKey) -> Expectation:
     predicted = {VV: 2, VQ: 4, VK: 4, QQ: 6, KK: 6, QK: 6}
     return equal(
         "exponents of VV, VQ, VK, QQ, KK, QK",
-        slopes(key, SOFTMAX, "outer", list(predicted), SMALL_SCALES),
+        slopes(key, SOFTMAX, "ggn", list(predicted), SMALL_SCALES),
         list(predicted.values()),
         unit="relative",
     )
@@ -89,7 +105,7 @@ def linear_outer_exponents(key: PRNGKey) -> Expectation:
     pairs = [VV, VQ, VK, QQ, KK, QK]
     return equal(
         "exponents of VV, VQ, VK, QQ, KK, QK",
-        slopes(key, LINEAR, "outer", pairs, np.geomspace(0.1, 1, 4)),
+        slopes(key, LINEAR, "ggn", pairs, np.geomspace(0.1, 1, 4)),
         [6] * 6,
         unit="relative",
     )
@@ -236,7 +252,8 @@ def queries_overtake_values_at_a_finite_scale(key: PRNGKey) -> list[Expectation]
 def _queries_and_values(
     config: AttentionConfig, params: Params, inputs: Array, targets: Array, scales: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    norms = [attention_hessian(config, params, scale * inputs, targets).norms()["full"] for scale in scales]
+    risks = [layer_objective(config, scale * inputs, targets) for scale in scales]
+    norms = [attention_hessian(risk, params).norms()["hessian"] for risk in risks]
     queries, values = (np.array([[float(blocks[pair]) for blocks in norms]]) for pair in (QQ, VV))
     return queries, values
 

@@ -19,7 +19,7 @@ from attnlab.dynamics.tokens import attention_calls, entropy, entropy_bound
 from attnlab.expectation import Expectation, at_least, at_most, equal
 from attnlab.losses import square_loss
 from attnlab.models.adapters import from_linen
-from attnlab.models.attention import AttentionConfig, SelfAttention, attention_maps
+from attnlab.models.attention import AttentionConfig, SelfAttention
 from attnlab.objective import Objective, objective
 from attnlab.risks.digits import digits_attention, easy_regression
 from attnlab.training import probe, train
@@ -166,12 +166,9 @@ def attention_entropy_is_above_its_spectral_bound(key: PRNGKey) -> list[Expectat
     for scale in (0.1, 1.0, 5.0):
         tokens = scale * jax.random.normal(key, (4, 6, 5))
         params = module.init(key, tokens)["params"]
-        (call,), (weights,) = (
-            attention_calls(module, params, tokens).values(),
-            attention_maps(module, params, tokens).values(),
-        )
+        (call,) = attention_calls(from_linen(module), params, tokens).values()
         bounds.append(entropy_bound(call))
-        found.append(entropy(weights))
+        found.append(entropy(call.attention))
     basis = jnp.linalg.qr(jax.random.normal(key, (4, 4)))[0]
     lowest, attained = (jnp.stack(part) for part in zip(*(_attaining_row(basis, n) for n in (2, 5)), strict=True))
     bound, entropies = (jnp.concatenate([part.ravel() for part in parts]) for parts in (bounds, found))
@@ -208,9 +205,8 @@ def _attaining_row(basis: Float[Array, "4 4"], count: int) -> tuple[Array, Array
     # a rotation, sigma = 1, that takes x_1 / rho to u = basis[0]: the scores are rho^2 l
     turn = jnp.eye(4).at[:2, :2].set(jnp.array([[first, other], [-other, first]]))
     params = {"query": basis.T @ turn.T @ basis, "key": jnp.eye(4), "value": jnp.ones((4, 1))}
-    (call,) = attention_calls(module, params, tokens).values()
-    (weights,) = attention_maps(module, params, tokens).values()
-    return entropy_bound(call)[0, 0], entropy(weights)[0, 0]
+    (call,) = attention_calls(from_linen(module), params, tokens).values()
+    return entropy_bound(call)[0, 0], entropy(call.attention)[0, 0]
 
 
 @claim(

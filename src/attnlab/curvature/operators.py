@@ -105,9 +105,13 @@ class Operator:
         return jax.tree.map(lambda leaf, own: leaf.astype(jnp.result_type(own)), leaves, self.point)
 
     def dense(self) -> Float[Array, "n n"]:
-        """The matrix, one product a row. Raises `ValueError` when it would take more than 4 GiB."""
+        """The matrix, one product a row, or at once where the map has a `dense` of its own (a closed form).
+
+        Raises `ValueError` when it would take more than 4 GiB.
+        """
         _check_dense_size(self)
-        return _dense(self)
+        own = getattr(self.linear.func, "dense", None)
+        return _dense(self) if own is None else own(*self.linear.args)
 
     def blocks(self) -> dict[tuple[str, str], Float[Array, "rows columns"]]:
         """The dense matrix cut at the leaves of the parameters: (row leaf, column leaf) -> block."""

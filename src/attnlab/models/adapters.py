@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import nnx
-from flax.errors import ModifyScopeVariableError
+from flax.errors import (
+    ApplyScopeInvalidVariablesStructureError,
+    ApplyScopeInvalidVariablesTypeError,
+    ModifyScopeVariableError,
+    ScopeCollectionNotFound,
+    ScopeParamNotFoundError,
+    ScopeParamShapeError,
+)
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
@@ -25,6 +32,16 @@ def from_function(function: Callable[..., PyTree], *bound: PyTree) -> Partial:
     return function if isinstance(function, Partial) and not bound else Partial(function, *bound)
 
 
+MISFITS = (
+    ApplyScopeInvalidVariablesStructureError,
+    ApplyScopeInvalidVariablesTypeError,
+    ScopeCollectionNotFound,
+    ScopeParamNotFoundError,
+    ScopeParamShapeError,
+)
+"""What flax raises for parameters of another module, or of inputs of another shape."""
+
+
 @dataclass(frozen=True)
 class _LinenPredict:
     """Apply a linen module; hashed by the module and its static keywords, so that equal ones share one program."""
@@ -38,6 +55,12 @@ class _LinenPredict:
         variables, keywords = {**bound["variables"], "params": params}, {**dict(self.static), **bound["keywords"]}
         try:
             return self.module.apply(variables, inputs, method=method, rngs=bound["rngs"], **keywords)
+        except MISFITS as error:
+            what = str(error).partition(" (http")[0]
+            raise ValueError(
+                f"params do not fit the module: {what} Expected what module.init(key, inputs)['params'] returns for "
+                "inputs of this shape."
+            ) from error
         except ModifyScopeVariableError as error:
             raise ValueError(
                 f"the module changes other variables than its parameters: {error} Curvature is that of a function of "
@@ -227,6 +250,11 @@ def at_positions(predict: Predict, positions: Iterable[int]) -> Partial:
     if not positions or min(positions) < 0:
         raise ValueError(f"positions are {positions}; expected at least one whole number, none negative.")
     return Partial(_AtPositions(positions), from_function(predict))
+
+
+def positions_read(predict: Partial) -> tuple[int, ...] | None:
+    """The positions of a `predict` that `at_positions` made; None for another."""
+    return predict.func.positions if isinstance(predict.func, _AtPositions) else None
 
 
 def _mean_over_tokens(predict: Predict, params: Params, inputs: PyTree) -> Float[Array, "*B O"]:

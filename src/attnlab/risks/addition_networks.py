@@ -15,16 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from attnlab.attention.in_transformer import InNetwork, assemble, cut_at_attention
+from attnlab.attention.blocks import AttentionHessian
+from attnlab.attention.hessian import layer_curvature
+from attnlab.attention.in_network import TokenwiseNetwork
 from attnlab.curvature.estimators import squared_frobenius_norm
-from attnlab.curvature.operators import functional, ggn, hessian
+from attnlab.curvature.operators import PARTS
 from attnlab.data.addition import addition, answer_positions
 from attnlab.losses import cross_entropy, square_loss
 from attnlab.models.adapters import at_positions, from_linen
 from attnlab.models.attention import AttentionConfig
 from attnlab.models.networks import MLP, MLPConfig
 from attnlab.models.transformer import LanguageModel, LanguageModelConfig, TransformerConfig
-from attnlab.objective import objective
+from attnlab.objective import Objective, objective
 from attnlab.statistics import Estimate
 from attnlab.types import Params, PRNGKey
 
@@ -118,7 +120,7 @@ def with_embedding_scale(params: Params, sigma: float) -> Params:
 def last_layer_norms(
     network: AdditionNetwork, params: Params, data: tuple[Array, Array], names: Collection[str] | None = None
 ) -> dict[str, dict[str, float]]:
-    """Exact Frobenius norm of every block of the last attention layer by part and pair: `["outer"]["KQ"]` and so on,
+    """Exact Frobenius norm of every block of the last attention layer by part and pair: `["ggn"]["KQ"]` and so on,
     letters in order.
 
     `names` are the parameters wanted, all if None."""
@@ -143,12 +145,16 @@ def precision_error(network: AdditionNetwork, key: PRNGKey, sigma: float) -> flo
 
 
 @partial(jax.jit, static_argnames="network")
-def _last_layer(network: AdditionNetwork, params: Params, data: tuple[Array, Array]) -> InNetwork:
-    tokens, targets = data
-    chosen = jnp.asarray(network.positions)
-    cut = cut_at_attention(network.module, params, tokens, f"transformer/layer_{network.depth - 1}/attention")
-    piecewise_linear = network.norm is None
-    return assemble(cut, lambda out: network.loss(out[:, chosen], targets), network.positions, piecewise_linear)
+def _last_layer(
+    network: AdditionNetwork, params: Params, data: tuple[Array, Array]
+) -> AttentionHessian | TokenwiseNetwork:
+    last = f"transformer/layer_{network.depth - 1}/attention"
+    return layer_curvature(_risk(network, data), params, last, piecewise_linear=network.norm is None)
+
+
+def _risk(network: AdditionNetwork, data: tuple[Array, Array]) -> Objective:
+    predict = at_positions(from_linen(network.module), network.positions)
+    return objective(predict, network.loss, *data)
 
 
 @partial(jax.jit, static_argnames=("network", "probes"))
@@ -156,13 +162,11 @@ def first_layer_squares(
     network: AdditionNetwork, params: Params, data: tuple[Array, Array], key: PRNGKey, *, probes: int
 ) -> dict[str, dict[str, Estimate]]:
     """Squared norms of the first layer's value and query blocks from random probes, with standard errors, by part and
-    pair (`["outer"]["VV"]`).
+    pair (`["ggn"]["VV"]`).
 
-    There is no closed form in use here: behind the first layer tokens meet again.
+    Behind the first layer tokens meet again: the closed form would take a product for every number of its output.
     """
-    tokens, targets = data
-    predict = at_positions(from_linen(network.module), network.positions)
-    risk = objective(predict, network.loss, tokens, targets)
+    risk = _risk(network, data)
     return {
         part: {
             LETTERS[name] * 2: squared_frobenius_norm(
@@ -170,7 +174,7 @@ def first_layer_squares(
             )
             for name in ("value", "query")
         }
-        for part, operator in (("full", hessian), ("outer", ggn), ("functional", functional))
+        for part, operator in PARTS.items()
     }
 
 
