@@ -12,11 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from attnlab.attention import attention_hessian as attention_hessian
-    from attnlab.attention import attention_moments as attention_moments
     from attnlab.attention import describe as describe
     from attnlab.attention import nearest_kronecker as nearest_kronecker
     from attnlab.claims import claim as claim
-    from attnlab.curvature import Operator as Operator
     from attnlab.curvature import block_densities as block_densities
     from attnlab.curvature import check_curvature as check_curvature
     from attnlab.curvature import diagonal as diagonal
@@ -34,22 +32,16 @@ if TYPE_CHECKING:
     from attnlab.dynamics.closed_form import attention_blocks as attention_blocks
     from attnlab.dynamics.flows import central_flow as central_flow
     from attnlab.dynamics.sharpness import Tracking as Tracking
-    from attnlab.dynamics.sharpness import block_sharpness as block_sharpness
     from attnlab.dynamics.sharpness import stability as stability
-    from attnlab.dynamics.sharpness import top_eigenvalues as top_eigenvalues
     from attnlab.dynamics.stability import stable_optimizer as stable_optimizer
-    from attnlab.expectation import Expectation as Expectation
     from attnlab.expectation import at_least as at_least
     from attnlab.expectation import at_most as at_most
-    from attnlab.expectation import between as between
     from attnlab.expectation import equal as equal
     from attnlab.icl.diagnostics import against_nulls as against_nulls
     from attnlab.icl.identification import fit_family as fit_family
     from attnlab.icl.population import population_objective as population_objective
     from attnlab.icl.tasks import isotropic as isotropic
-    from attnlab.icl.tasks import linear_regression as linear_regression
     from attnlab.icl.tasks import sample_prompts as sample_prompts
-    from attnlab.losses import Loss as Loss
     from attnlab.losses import cross_entropy as cross_entropy
     from attnlab.losses import square_loss as square_loss
     from attnlab.margin import attention_problem as attention_problem
@@ -58,7 +50,6 @@ if TYPE_CHECKING:
     from attnlab.margin import regularization_path as regularization_path
     from attnlab.models.adapters import at_positions as at_positions
     from attnlab.models.adapters import from_equinox as from_equinox
-    from attnlab.models.adapters import from_function as from_function
     from attnlab.models.adapters import from_linen as from_linen
     from attnlab.models.adapters import from_nnx as from_nnx
     from attnlab.models.attention import AttentionConfig as AttentionConfig
@@ -67,11 +58,9 @@ if TYPE_CHECKING:
     from attnlab.models.transformer import LanguageModelConfig as LanguageModelConfig
     from attnlab.models.transformer import Transformer as Transformer
     from attnlab.models.transformer import TransformerConfig as TransformerConfig
-    from attnlab.objectives import Objective as Objective
     from attnlab.objectives import batched as batched
     from attnlab.objectives import objective as objective
     from attnlab.runs.session import Session as Session
-    from attnlab.statistics import Estimate as Estimate
     from attnlab.training import load_records as load_records
     from attnlab.training import minibatches as minibatches
     from attnlab.training import probe as probe
@@ -81,23 +70,9 @@ __version__ = version("attnlab")
 
 TOPICS: dict[str, dict[str, tuple[str, ...]]] = {
     "objectives": {
-        "attnlab.objectives": (
-            "objective",
-            "batched",
-            "Objective",
-        ),
-        "attnlab.losses": (
-            "square_loss",
-            "cross_entropy",
-            "Loss",
-        ),
-        "attnlab.models.adapters": (
-            "from_linen",
-            "from_nnx",
-            "from_equinox",
-            "from_function",
-            "at_positions",
-        ),
+        "attnlab.objectives": ("objective", "batched"),
+        "attnlab.losses": ("square_loss", "cross_entropy"),
+        "attnlab.models.adapters": ("from_linen", "from_nnx", "from_equinox", "at_positions"),
     },
     "curvature": {
         "attnlab.curvature": (
@@ -106,7 +81,6 @@ TOPICS: dict[str, dict[str, tuple[str, ...]]] = {
             "functional",
             "fisher",
             "empirical_fisher",
-            "Operator",
             "spectral_density",
             "block_densities",
             "eigenpairs",
@@ -117,71 +91,32 @@ TOPICS: dict[str, dict[str, tuple[str, ...]]] = {
             "solve",
             "check_curvature",
         ),
-        "attnlab.statistics": ("Estimate",),
         "attnlab.runs.session": ("Session",),
     },
     "attention": {
-        "attnlab.models.attention": (
-            "AttentionConfig",
-            "SelfAttention",
-        ),
-        "attnlab.models.transformer": (
-            "TransformerConfig",
-            "Transformer",
-            "LanguageModelConfig",
-            "LanguageModel",
-        ),
-        "attnlab.attention": (
-            "attention_hessian",
-            "attention_moments",
-            "describe",
-            "nearest_kronecker",
-        ),
+        "attnlab.models.attention": ("AttentionConfig", "SelfAttention"),
+        "attnlab.models.transformer": ("TransformerConfig", "Transformer", "LanguageModelConfig", "LanguageModel"),
+        "attnlab.attention": ("attention_hessian", "describe", "nearest_kronecker"),
     },
     "training": {
-        "attnlab.training": (
-            "train",
-            "probe",
-            "minibatches",
-            "load_records",
-        ),
-        "attnlab.dynamics.sharpness": (
-            "Tracking",
-            "top_eigenvalues",
-            "stability",
-            "block_sharpness",
-        ),
+        "attnlab.training": ("train", "probe", "minibatches", "load_records"),
+        "attnlab.dynamics.sharpness": ("Tracking", "stability"),
         "attnlab.dynamics.stability": ("stable_optimizer",),
         "attnlab.dynamics.closed_form": ("attention_blocks",),
         "attnlab.dynamics.flows": ("central_flow",),
     },
     "margin": {
-        "attnlab.margin": (
-            "attention_problem",
-            "max_margin",
-            "regularization_path",
-            "margin_probe",
-        ),
+        "attnlab.margin": ("attention_problem", "max_margin", "regularization_path", "margin_probe"),
     },
     "in-context learning": {
-        "attnlab.icl.tasks": (
-            "linear_regression",
-            "isotropic",
-            "sample_prompts",
-        ),
+        "attnlab.icl.tasks": ("isotropic", "sample_prompts"),
         "attnlab.icl.population": ("population_objective",),
         "attnlab.icl.diagnostics": ("against_nulls",),
         "attnlab.icl.identification": ("fit_family",),
     },
     "claims": {
         "attnlab.claims": ("claim",),
-        "attnlab.expectation": (
-            "Expectation",
-            "equal",
-            "at_most",
-            "at_least",
-            "between",
-        ),
+        "attnlab.expectation": ("equal", "at_most", "at_least"),
     },
 }
 """The names by topic and module."""
