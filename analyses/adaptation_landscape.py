@@ -59,7 +59,7 @@ def lora_spectra(config: Config) -> Arrays:
     from attnlab.adaptation.pullback import reparametrise
     from attnlab.curvature import hessian
     from attnlab.losses import square_loss
-    from attnlab.objective import objective
+    from attnlab.objectives import objective
 
     keys = jax.random.split(jax.random.key(config.seed), 5)
     rows = config.shape[0]
@@ -108,7 +108,7 @@ def drifts(config: Config) -> Arrays:
     from attnlab.losses import square_loss
     from attnlab.models.adapters import from_linen
     from attnlab.models.attention import AttentionConfig, SelfAttention
-    from attnlab.objective import objective
+    from attnlab.objectives import objective
     from attnlab.trees import ravel
 
     module, key = SelfAttention(AttentionConfig(key_dim=2, value_dim=2)), jax.random.key(config.seed)

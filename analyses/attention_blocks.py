@@ -81,7 +81,7 @@ def problem(config: Config, kind: str, data_key, init_key):
     from attnlab.models.adapters import at_positions, from_linen
     from attnlab.models.attention import AttentionConfig
     from attnlab.models.transformer import LanguageModel, LanguageModelConfig, TransformerConfig
-    from attnlab.objective import objective
+    from attnlab.objectives import objective
 
     width, scheme = config.width, {"init": "normal", "gain": 0.8 * config.width**-0.5}
     attention = AttentionConfig(width, width, causal=True, output_dim=width, weights=kind, **scheme)

@@ -25,7 +25,7 @@ RELATIVE_RANGE = 1e3  # the asinh axis of the spectra is linear below a thousand
 class Config(AnalysisConfig):
     """Options of the analysis."""
 
-    SMOKE: ClassVar = {"images": 8, "steps": 20, "key_dim": 2, "probes": 3, "lanczos_steps": 10}
+    SMOKE: ClassVar = {"images": 8, "steps": 20, "key_dim": 2, "samples": 3, "lanczos_steps": 10}
 
     images: int = 128
     """How many of the 1,797 images."""
@@ -41,10 +41,10 @@ class Config(AnalysisConfig):
     """Training steps; a multiple of 20."""
     learning_rate: float = 0.02
     """Of Adam."""
-    probes: int = 20
-    """Random probes of the Lanczos density."""
+    samples: int = 20
+    """Random samples of the Lanczos density."""
     lanczos_steps: int = 120
-    """Lanczos steps a probe."""
+    """Lanczos steps a sample."""
 
 
 def compute(config: Config, progress: Progress) -> Arrays:
@@ -72,7 +72,7 @@ def problem(config: Config, data_key, init_key):
     from attnlab.losses import loss_by_name
     from attnlab.models.adapters import from_linen
     from attnlab.models.attention import AttentionConfig, SelfAttention
-    from attnlab.objective import objective
+    from attnlab.objectives import objective
 
     targets = "one_hot" if config.loss == "square" else "labels"
     data = digits(
@@ -108,7 +108,7 @@ def curvature(config: Config, risk, params, key, advance):
         measured["norm"][part] = {block: jnp.linalg.norm(values) for block, values in blocks.items()}
         measured["block eigenvalues"][part] = {block: jnp.linalg.eigvalsh(values) for block, values in blocks.items()}
         steps = min(config.lanczos_steps, operator.dimension)
-        density = spectral_density(operator, key, probes=config.probes, steps=steps)
+        density = spectral_density(operator, key, samples=config.samples, steps=steps)
         scale = jnp.max(jnp.abs(measured["eigenvalues"]["hessian"])) / RELATIVE_RANGE
         measured["density"][part] = smoothed(density, eigenvalues, scale)
         measured |= {"grid": GRID, "scale": scale}
@@ -294,7 +294,7 @@ def findings(arrays: Arrays, config: Config) -> list[Expectation]:
             "share of the density within 3 standard errors of the exact one",
             shares,
             0.8,
-            because="standard errors from few probes, and grid points that are not independent",
+            because="standard errors from few samples, and grid points that are not independent",
             source="stochastic Lanczos quadrature",
         ),
     ]

@@ -3,7 +3,7 @@
 Embeddings are drawn N(0, sigma^2) and every block of H, H_o and H_f of an attention layer is measured for sigma from
 1e-2 to 10, untrained: transformers of depth 1 to 5 without and with pre-LN (cross-entropy of the answer's digits),
 stacks of linear attention and linear MLPs (square loss). After figure 3 of Ormaniec, Dangel, Singh, arXiv 2410.10986,
-whose norms were estimated from random probes: those of the last attention layer are exact here, by the closed form;
+whose norms were estimated from random samples: those of the last attention layer are exact here, by the closed form;
 those of the first layer at depth 2 and more are estimates with standard errors. Slopes are fitted seed by seed and set
 beside the predicted exponents.
 
@@ -61,7 +61,7 @@ class Config(AnalysisConfig):
         "width": 4,
         "points": 4,
         "depth": 2,
-        "probes": 2,
+        "samples": 2,
         "precision": "float64",
     }
 
@@ -77,8 +77,8 @@ class Config(AnalysisConfig):
     """Values of sigma: three to a decade."""
     depth: int = 5
     """Largest depth (3 at most for linear attention)."""
-    probes: int = 4
-    """Random probes for each norm of the first layer."""
+    samples: int = 4
+    """Random samples for each norm of the first layer."""
     precision: str = "float32"
     """Of the transformers; linear attention and MLPs are taken in the precision of `--dtype`."""
 
@@ -140,7 +140,7 @@ def compute(config: Config, progress: Progress) -> Arrays:
 
 def parts_folder(config: Config) -> Path:
     """Where finished parts wait for the rest: one folder for each choice of all that decides their numbers."""
-    names = ("sequences", "digits", "width", "points", "probes", "precision", "dtype")
+    names = ("sequences", "digits", "width", "points", "samples", "precision", "dtype")
     identity = json.dumps({"layout": 2} | {name: getattr(config, name) for name in names}, sort_keys=True)
     digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
     return config.output / "results" / "block-growth-parts" / digest
@@ -179,11 +179,11 @@ def measure(config: Config, seed: int, variant: str, depth: int) -> Arrays:
 
 
 def first_layer(config: Config, model, params, data, key) -> Arrays:
-    """Norms of the first layer's value and query blocks, and their standard errors, from random probes."""
+    """Norms of the first layer's value and query blocks, and their standard errors, from random samples."""
     from attnlab.risks.addition_networks import first_layer_squares
 
     norms: Arrays = {"first": {}, "first error": {}}
-    for part, squares in first_layer_squares(model, params, data, key, probes=config.probes).items():
+    for part, squares in first_layer_squares(model, params, data, key, samples=config.samples).items():
         roots = {pair: float(square.value) ** 0.5 for pair, square in squares.items()}
         # d sqrt(s) = ds / (2 sqrt(s))
         errors = {

@@ -70,7 +70,7 @@ def digits_task(config: Config, data_key, init_key):
     from attnlab.losses import square_loss
     from attnlab.models.adapters import from_linen
     from attnlab.models.attention import AttentionConfig, SelfAttention
-    from attnlab.objective import objective
+    from attnlab.objectives import objective
 
     data = digits(data_key, config.images, patch=(2, 2), positions="one_hot")
     layer = AttentionConfig(key_dim=config.width, value_dim=10)
@@ -87,7 +87,7 @@ def addition_task(config: Config, data_key, init_key):
     from attnlab.models.adapters import at_positions, from_linen
     from attnlab.models.attention import AttentionConfig
     from attnlab.models.transformer import LanguageModel, LanguageModelConfig, TransformerConfig
-    from attnlab.objective import objective
+    from attnlab.objectives import objective
 
     width, scheme = config.width, {"init": "normal", "gain": 0.8 * config.width**-0.5}
     attention = AttentionConfig(width, width, causal=True, output_dim=width, **scheme)

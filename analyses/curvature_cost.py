@@ -76,7 +76,7 @@ def costs(config: Config, width: int, batch: int, steps: int) -> list[float]:
     key, operator = jax.random.key(config.seed), hessian(risk, params)
     saved = sum(leaf.nbytes for leaf in jax.tree.leaves(operator.linear))
     *gradient, _ = measured(config, lambda risk, params: jax.grad(risk)(params), risk, params)
-    *density, _ = measured(config, lambda a: spectral_density(a, key, probes=1, steps=steps).nodes, operator)
+    *density, _ = measured(config, lambda a: spectral_density(a, key, samples=1, steps=steps).nodes, operator)
     *top, pairs = measured(config, lambda a: eigenpairs(a, key, config.count, tolerance=1e-2), operator)
     density[1], top[1] = density[1] + saved, top[1] + saved
     return [dimension(params), batch, steps, *gradient, *density, *top, int(pairs.products)]
@@ -104,7 +104,7 @@ def problem(config: Config, width: int, batch: int):
     from attnlab.models.adapters import from_linen
     from attnlab.models.attention import AttentionConfig
     from attnlab.models.transformer import LanguageModel, LanguageModelConfig, TransformerConfig
-    from attnlab.objective import objective
+    from attnlab.objectives import objective
 
     heads = AttentionConfig(width // 4, width // 4, heads=4, causal=True, output_dim=width)
     blocks = TransformerConfig(heads, config.layers, mlp_width=4 * width, bias=True, final_norm=True)

@@ -96,7 +96,7 @@ def by_spread(config: Config) -> Arrays:
     from attnlab.losses import square_loss
     from attnlab.models.adapters import from_linen
     from attnlab.models.attention import AttentionConfig, SelfAttention
-    from attnlab.objective import objective
+    from attnlab.objectives import objective
 
     layer = AttentionConfig(key_dim=4, value_dim=3, merged=True)
     key = jax.random.key(config.seed)

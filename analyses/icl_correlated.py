@@ -108,8 +108,8 @@ def trained(predict, start, draw, settings, config: Config) -> np.ndarray:
     import jax.numpy as jnp
     import optax
 
-    from attnlab.icl.probes import estimate
-    from attnlab.objective import objective
+    from attnlab.icl.diagnostics import estimate
+    from attnlab.objectives import objective
     from attnlab.training import train
 
     def resample(key, risk):
@@ -194,7 +194,7 @@ def trained_factors(problem, length: int, old, config: Config) -> np.ndarray:
     import optax
 
     from attnlab.icl.population import population_risk, reduced_weights
-    from attnlab.objective import objective
+    from attnlab.objectives import objective
     from attnlab.training import train
 
     d = problem.dimension

@@ -74,8 +74,8 @@ def on_prompts(config: Config) -> Arrays:
 
     from attnlab.icl.constructions import gradient_descent_stack, plus_plus_stack
     from attnlab.icl.depth import depth_risk, depth_step_sizes, gauss_rule, looped_risk, wishart_moments
+    from attnlab.icl.diagnostics import risk
     from attnlab.icl.models import looped_predict, stack_predict
-    from attnlab.icl.probes import risk
     from attnlab.icl.tasks import isotropic, sample_prompts
 
     d, depths = config.dimension, range(1, config.layers + 1)

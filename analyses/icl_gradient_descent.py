@@ -107,7 +107,7 @@ def on_samples(config: Config, problem, prompts):
 
     from attnlab.icl.models import stack_predict
     from attnlab.icl.tasks import sample_prompts
-    from attnlab.objective import objective
+    from attnlab.objectives import objective
 
     def predict(layer, prompts):
         return jax.vmap(lambda prompt: stack_predict([layer], prompt))(prompts)
@@ -124,8 +124,8 @@ def nulls(layer, descent, prompts, key):
     """The three measures of alignment with the best step: of the layer, and of the layer shown shuffled labels."""
     from functools import partial
 
+    from attnlab.icl.diagnostics import alignment
     from attnlab.icl.models import stack_predict
-    from attnlab.icl.probes import alignment
     from attnlab.icl.tasks import shuffle_labels
 
     model = partial(stack_predict, [layer])
@@ -141,9 +141,9 @@ def robustness(layers, starts, best, descent, prompts, problem, length):
     import jax
     import jax.numpy as jnp
 
+    from attnlab.icl.diagnostics import interpolate, scaled_risks
     from attnlab.icl.models import effective_weights, stack_predict
     from attnlab.icl.population import population_risk, reduced_weights
-    from attnlab.icl.probes import interpolate, scaled_risks
 
     scaled: Arrays = {}
     for what, scales in (("inputs", INPUT_SCALES), ("tasks", TASK_SCALES)):

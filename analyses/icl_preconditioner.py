@@ -84,10 +84,10 @@ def trained_layers(problem, length: int, optimizer, config: Config, key) -> Arra
     import jax
     import jax.numpy as jnp
 
+    from attnlab.icl.diagnostics import risk
     from attnlab.icl.models import layer_predict
     from attnlab.icl.optima import optimal_preconditioner, optimal_risk
     from attnlab.icl.population import population_objective
-    from attnlab.icl.probes import risk
     from attnlab.icl.tasks import sample_prompts
     from attnlab.training import train
 

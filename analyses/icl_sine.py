@@ -130,9 +130,9 @@ def fitted(config: Config, progress: Progress, name: str, model, starts, key, te
     import jax
     import optax
 
-    from attnlab.icl.probes import predictions
+    from attnlab.icl.diagnostics import predictions
     from attnlab.losses import square_loss
-    from attnlab.objective import objective
+    from attnlab.objectives import objective
     from attnlab.training import Session, show_progress, train
 
     def draw(key, risk):
@@ -180,7 +180,7 @@ def own(params, fit, config: Config):
 def along(params, reference, fit, test, key, config: Config):
     """Risks, and alignment with one step, along training; inputs are numbers, so that the cosine of two sensitivities
     says whether their signs agree."""
-    from attnlab.icl.probes import alignment, risk
+    from attnlab.icl.diagnostics import alignment, risk
     from attnlab.icl.tasks import shuffle_labels
 
     models, _, found = own(params, fit, config)
@@ -208,8 +208,8 @@ def after(params, start, descent, key, length: int, config: Config):
 
     from attnlab.icl.baselines import baseline, least_squares, ridge
     from attnlab.icl.composition import with_features
+    from attnlab.icl.diagnostics import risk
     from attnlab.icl.learned_features import best_step_size, learned_features
-    from attnlab.icl.probes import risk
     from attnlab.icl.tasks import sine_features
 
     fit_key, test_key = jax.random.split(key)
@@ -240,8 +240,8 @@ def shapes(params, test, config: Config):
 
     from attnlab.icl.baselines import least_squares
     from attnlab.icl.composition import with_features
+    from attnlab.icl.diagnostics import predictions
     from attnlab.icl.learned_features import layer_kernel, learned_features
-    from attnlab.icl.probes import predictions
     from attnlab.icl.tasks import sine_features
 
     grid = jnp.linspace(-5.0, 5.0, 101)[:, None]

@@ -105,7 +105,7 @@ def train_models(keys, tasks, model, config: Config, progress: Progress):
 
     from attnlab.icl.models import init_transformer, transformer_predict
     from attnlab.icl.tasks import sample_prompts
-    from attnlab.objective import objective
+    from attnlab.objectives import objective
     from attnlab.training import Session, show_progress, train
 
     def draw(key, tasks):
@@ -147,8 +147,8 @@ def compared(keys, starts, ends, tasks, model, config: Config):
     import jax
 
     from attnlab.icl.baselines import baseline
+    from attnlab.icl.diagnostics import estimate, predictions
     from attnlab.icl.models import transformer_predict
-    from attnlab.icl.probes import estimate, predictions
     from attnlab.icl.tasks import isotropic, sample_prompts, shuffle_labels
     from attnlab.statistics import Estimate
 

@@ -77,8 +77,8 @@ def diversity(config: Config) -> Arrays:
     import jax
     import jax.numpy as jnp
 
+    from attnlab.icl.diagnostics import estimate
     from attnlab.icl.optima import optimal_risk, task_diversity_risk
-    from attnlab.icl.probes import estimate
     from attnlab.icl.tasks import isotropic
 
     d, largest = config.dimension, 2 * config.dimension

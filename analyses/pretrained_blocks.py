@@ -28,13 +28,13 @@ SCALE = 20.0  # of the cosines, as in this model's training
 class Config(SinglePrecisionConfig):
     """Options of the analysis."""
 
-    SMOKE: ClassVar = {"pairs": 3, "length": 8, "probes": 2, "steps": 4, "tiny": True}
+    SMOKE: ClassVar = {"pairs": 3, "length": 8, "samples": 2, "steps": 4, "tiny": True}
 
     pairs: int = 12
     """Pairs of neighbouring sentences."""
     length: int = 24
     """Tokens that are read of each sentence."""
-    probes: int = 4
+    samples: int = 4
     """Random vectors of each spectrum."""
     steps: int = 8
     """Lanczos steps of each."""
@@ -43,7 +43,7 @@ class Config(SinglePrecisionConfig):
 
 
 def compute(config: Config, progress: Progress) -> Arrays:
-    """Gauss rules (probes, steps) of every block, by weights, layer, part and matrix."""
+    """Gauss rules (samples, steps) of every block, by weights, layer, part and matrix."""
     import jax
 
     from attnlab.curvature import functional, ggn, hessian, spectral_density
@@ -60,7 +60,7 @@ def compute(config: Config, progress: Progress) -> Arrays:
     for layer, part, name, number in cases:
         progress.update(task, status=f"layer {layer + 1}, {PARTS[part]}, {MATRICES[number]}, {WEIGHTS[name]}")
         operator = build[part](*in_one_matrix(risk, weights[name], f"layer_{layer}", number))
-        found = spectral_density(operator, key, probes=config.probes, steps=config.steps)
+        found = spectral_density(operator, key, samples=config.samples, steps=config.steps)
         place = arrays[name]["layers"][str(layer)][part]
         place[MATRICES[number]] = {"nodes": found.nodes, "weights": found.weights}
         progress.advance(task)
@@ -100,7 +100,7 @@ def contrastive_risk(encoder, pairs):
     from attnlab.losses import cross_entropy
     from attnlab.models.adapters import from_linen
     from attnlab.models.text_encoder import pair_logits
-    from attnlab.objective import objective
+    from attnlab.objectives import objective
 
     return objective(pair_logits(from_linen(encoder), SCALE), cross_entropy, pairs, jnp.arange(len(pairs.mask[0])))
 
@@ -122,7 +122,7 @@ def in_one_matrix(risk, params, layer: str, number: int):
     """
     from jax.tree_util import Partial
 
-    from attnlab.objective import Objective
+    from attnlab.objectives import Objective
 
     point = params["transformer"][layer]["attention"][MATRICES[number]]
     predict = Partial(PredictFromMatrix(layer), np.asarray(number), params, risk.predict)
@@ -173,7 +173,7 @@ def layers_of(arrays: Arrays) -> int:
 def lead(arrays: Arrays, name: str, part: str) -> np.ndarray:
     """Norm of the value block over the geometric mean of query's and key's in every layer, and its standard error.
 
-    The three share their probes but are taken as independent, which if anything widens the bars."""
+    The three share their samples but are taken as independent, which if anything widens the bars."""
     found = {matrix: norms(arrays, name, part, matrix) for matrix in MATRICES}
     (value, _), (query, _), (key, _) = (found[matrix] for matrix in ("value", "query", "key"))
     ratio = value / np.sqrt(query * key)
@@ -255,13 +255,13 @@ def draw(axes, layers, value, error, color: str, line: str, face: str | None, la
 
 
 def plot_ends(axes, arrays: Arrays) -> None:
-    """The largest and the lowest Ritz value of every trained block, over the probes, and how far the others reach: the
+    """The largest and the lowest Ritz value of every trained block, over the samples, and how far the others reach: the
     eigenvalues lie at these or beyond."""
     layers = 1 + np.arange(layers_of(arrays))
     for color, matrix in enumerate(MATRICES):
         nodes = np.array([density(arrays, "trained", layer - 1, "hessian", matrix).nodes for layer in layers])
         for sign, line, face in ((1, "o-", None), (-1, "o:", "none")):
-            reached = np.max(sign * nodes, axis=2)  # (layers, probes)
+            reached = np.max(sign * nodes, axis=2)  # (layers, samples)
             furthest = np.max(reached, axis=1)
             bars = (furthest - np.min(reached, axis=1), np.zeros(len(layers)))
             axes.errorbar(layers, furthest, bars, fmt=line, color=f"C{color}", markerfacecolor=face, capsize=2)
@@ -281,7 +281,7 @@ def plot_shares(axes, arrays: Arrays) -> None:
 
 def plot_counts(axes, arrays: Arrays) -> None:
     """How many eigenvalues are above a value in modulus, for the positive and the negative ones of the middle layer,
-    with bands of two standard errors over the probes."""
+    with bands of two standard errors over the samples."""
     layer, n = layers_of(arrays) // 2, int(arrays["dimension"])
     for color, matrix in enumerate(MATRICES):
         found = density(arrays, "trained", layer, "hessian", matrix)
@@ -315,7 +315,7 @@ def counts_above(found, sign: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def findings(arrays: Arrays, config: Config) -> list[Expectation]:
     """The value block's lead: large at initialisation, smaller and still there in the trained network."""
-    source, few = "Ormaniec, Dangel, Singh, arXiv 2410.10986, for the start; measured here", "from few probes"
+    source, few = "Ormaniec, Dangel, Singh, arXiv 2410.10986, for the start; measured here", "from few samples"
     leads = {name: lead(arrays, name, "hessian")[0] for name in WEIGHTS}
     outer = np.min(lead(arrays, "initial", "ggn")[0])
     what = "norm of the value block over that of query and key, H"

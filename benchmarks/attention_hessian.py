@@ -29,7 +29,7 @@ from attnlab.attention import attention_hessian
 from attnlab.losses import square_loss
 from attnlab.models.adapters import from_linen
 from attnlab.models.attention import AttentionConfig, SelfAttention
-from attnlab.objective import objective
+from attnlab.objectives import objective
 
 CHUNKS = (32, 128)
 FULL = [(length, width) for length in (16, 32, 64) for width in (8, 16, 32)]

@@ -116,7 +116,7 @@ def comparable(library, what, error):
 
 
 def our_density(risk, params, probes, steps):
-    return spectral_density(hessian(risk, params), jax.random.key(0), probes=probes, steps=steps)
+    return spectral_density(hessian(risk, params), jax.random.key(0), samples=probes, steps=steps)
 
 
 def compare_densities(table, case, peer, rounds, scale):
@@ -236,11 +236,11 @@ def long_run_cost(table, case, rounds):
             where = Path(folder) / str(next(number))
             reports: list = []
             return spectral_density(
-                operator, key, probes=probes, steps=steps, session=Session(directory=where, report=reports.append)
+                operator, key, samples=probes, steps=steps, session=Session(directory=where, report=reports.append)
             ).nodes
 
         times = alternate(
-            rounds, single=lambda: spectral_density(operator, key, probes=probes, steps=steps).nodes, saved=saved
+            rounds, single=lambda: spectral_density(operator, key, samples=probes, steps=steps).nodes, saved=saved
         )
     for clock, column in (("", 0), ("CPU time, ", 1)):
         ratio = times["single"][column] / times["saved"][column]
@@ -252,8 +252,8 @@ def block_costs(table, rounds):
     key, steps, blocks = jax.random.key(0), 32, len(leaf_names(params))
     times = alternate(
         rounds,
-        blocks=lambda: [d.nodes for d in block_densities(risk, params, key, probes=1, steps=steps).values()],
-        whole=lambda: spectral_density(hessian(risk, params), key, probes=1, steps=steps).nodes,
+        blocks=lambda: [d.nodes for d in block_densities(risk, params, key, samples=1, steps=steps).values()],
+        whole=lambda: spectral_density(hessian(risk, params), key, samples=1, steps=steps).nodes,
     )
     ratio = blocks * times["whole"][1] / times["blocks"][1]
     table.add(f"CPU time, {blocks} x a full density / densities of all {blocks} blocks: gpt, {steps} steps", ratio)

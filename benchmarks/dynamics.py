@@ -33,7 +33,7 @@ from attnlab.losses import square_loss
 from attnlab.models.adapters import from_linen
 from attnlab.models.attention import AttentionConfig
 from attnlab.models.transformer import Transformer, TransformerConfig
-from attnlab.objective import objective
+from attnlab.objectives import objective
 from attnlab.risks.digits import digits_attention
 from attnlab.runs import manifest
 from attnlab.training import probe, train

@@ -13,7 +13,7 @@ from attnlab.dynamics.gradients import gradient_noise
 from attnlab.losses import LOSSES, cross_entropy, square_loss
 from attnlab.models.adapters import from_linen
 from attnlab.models.attention import AttentionConfig, SelfAttention
-from attnlab.objective import batched, objective
+from attnlab.objectives import batched, objective
 from attnlab.training import minibatches, train
 from compare import assert_close
 

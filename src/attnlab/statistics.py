@@ -55,7 +55,7 @@ class Estimate:
         """Lower and upper end of the interval that covers with probability `level`, by Student's t with samples - 1
         degrees of freedom, on both sides wider by the `bound`.
 
-        It supposes samples that are nearly normal. Where one of many eigenvectors carries the sum and few probes meet
+        It supposes samples that are nearly normal. Where one of many eigenvectors carries the sum and few samples meet
         it (a spike), they are not, and it covers less often: see `curvature.trace`. Raises `ValueError` for a level
         that is not between 0 and 1.
         """

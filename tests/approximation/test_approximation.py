@@ -22,7 +22,7 @@ from attnlab.approximation.structure import decay_mask, graph_attention
 from attnlab.approximation.tiled import tiled_attention
 from attnlab.losses import square_loss
 from attnlab.models.attention import AttentionConfig, SelfAttention
-from attnlab.objective import objective
+from attnlab.objectives import objective
 from compare import assert_close
 from oracles import hessian as naive_hessian
 

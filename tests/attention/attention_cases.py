@@ -7,7 +7,7 @@ from attnlab.attention import attention_hessian
 from attnlab.losses import LOSSES
 from attnlab.models.adapters import from_linen
 from attnlab.models.attention import AttentionConfig, SelfAttention
-from attnlab.objective import objective
+from attnlab.objectives import objective
 
 LENGTH, WIDTH = 5, 4
 

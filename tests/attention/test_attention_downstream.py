@@ -12,7 +12,7 @@ from attnlab.attention import SecondOrder, attention_hessian, downstream_derivat
 from attnlab.losses import LOSSES, cross_entropy
 from attnlab.models.adapters import from_linen
 from attnlab.models.attention import SelfAttention
-from attnlab.objective import objective
+from attnlab.objectives import objective
 from compare import assert_close
 from oracles import ggn, hessian
 

@@ -10,7 +10,7 @@ from attnlab.attention import attention_hessian, cross_layer_ggn, downstream_der
 from attnlab.models.adapters import from_linen
 from attnlab.models.attention import AttentionConfig
 from attnlab.models.transformer import Transformer, TransformerConfig
-from attnlab.objective import objective
+from attnlab.objectives import objective
 from compare import assert_close
 
 

@@ -18,7 +18,7 @@ from attnlab.losses import cross_entropy, square_loss
 from attnlab.models.adapters import at_positions, from_linen
 from attnlab.models.attention import AttentionConfig, SelfAttention
 from attnlab.models.transformer import LanguageModel, LanguageModelConfig, TransformerConfig
-from attnlab.objective import objective, predict_from_block
+from attnlab.objectives import objective, predict_from_block
 from attnlab.trees import block_slices, select
 from compare import assert_close
 

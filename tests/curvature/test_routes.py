@@ -9,7 +9,7 @@ from attnlab.attention.downstream import downstream_derivatives
 from attnlab.curvature.operators import FISHERS, PARTS, hessian
 from attnlab.derivatives import FORWARD, REVERSE
 from attnlab.losses import square_loss
-from attnlab.objective import batched, objective
+from attnlab.objectives import batched, objective
 from compare import assert_close
 
 

@@ -16,7 +16,7 @@ from attnlab.losses import cross_entropy, square_loss
 from attnlab.models.adapters import at_positions, from_linen
 from attnlab.models.attention import AttentionConfig, SelfAttention, attention_maps
 from attnlab.models.transformer import LanguageModel, LanguageModelConfig, TransformerConfig
-from attnlab.objective import objective
+from attnlab.objectives import objective
 from attnlab.training import TrainingState, train
 from attnlab.trees import block_slices
 from compare import assert_close

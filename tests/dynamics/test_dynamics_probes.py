@@ -27,7 +27,7 @@ from attnlab.dynamics.tokens import (
 from attnlab.losses import cross_entropy, square_loss
 from attnlab.models.adapters import from_linen
 from attnlab.models.attention import AttentionConfig, SelfAttention
-from attnlab.objective import objective
+from attnlab.objectives import objective
 from attnlab.training import TrainingState, minibatches, train
 from attnlab.trees import block_slices, ravel
 from cases import CASES

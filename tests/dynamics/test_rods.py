@@ -8,7 +8,7 @@ import pytest
 
 from attnlab.dynamics.rods import AdamRule, Rod, rod_between, rod_flow, rod_velocity
 from attnlab.dynamics.stability import stable_optimizer
-from attnlab.objective import objective
+from attnlab.objectives import objective
 from attnlab.risks.digits import digits_attention
 from attnlab.trees import ravel
 from compare import assert_close

@@ -11,7 +11,7 @@ from attnlab.curvature import hessian
 from attnlab.losses import square_loss
 from attnlab.models.adapters import at_positions, from_linen
 from attnlab.models.networks import MLP, MLPConfig
-from attnlab.objective import objective
+from attnlab.objectives import objective
 from attnlab.risks.addition_networks import (
     AdditionNetwork,
     first_layer_squares,
@@ -89,7 +89,7 @@ def test_norms_of_both_layers_are_those_of_the_dense_hessian(weights, norm):
         dense = hessian(risk, params, block=f"layer_1/attention/{name}", check=False).dense()
         assert_close(exact["hessian"][letter * 2], np.linalg.norm(dense))
         first = np.linalg.norm(hessian(risk, params, block=f"layer_0/attention/{name}", check=False).dense()) ** 2
-        estimate = first_layer_squares(network, params, (tokens, targets), key, probes=64)["hessian"][letter * 2]
+        estimate = first_layer_squares(network, params, (tokens, targets), key, samples=64)["hessian"][letter * 2]
         assert abs(estimate.value - first) <= 4 * estimate.standard_error
         assert estimate.standard_error < first
 

@@ -9,7 +9,7 @@ import pytest
 
 from attnlab.dynamics.stability import stable_optimizer
 from attnlab.losses import square_loss
-from attnlab.objective import objective
+from attnlab.objectives import objective
 from attnlab.training import probe, train
 
 

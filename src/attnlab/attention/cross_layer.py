@@ -20,7 +20,7 @@ from attnlab.attention.kronecker import KroneckerSum
 from attnlab.attention.moments import moments_of
 from attnlab.attention.terms import TokenJacobian, leaves, outer_term, token_jacobians, token_quantities
 from attnlab.derivatives import Route, choose_route, hessian_product, jacobian
-from attnlab.objective import Objective
+from attnlab.objectives import Objective
 from attnlab.types import Params
 
 

@@ -19,7 +19,7 @@ from attnlab.attention.layer import AttentionLayer, checked_layer
 from attnlab.checks import unknown_name
 from attnlab.models.adapters import positions_read
 from attnlab.models.attention import AttentionConfig, SelfAttention
-from attnlab.objective import Objective
+from attnlab.objectives import Objective
 from attnlab.types import Params, PyTree
 
 Rest = Callable[[Array], PyTree]

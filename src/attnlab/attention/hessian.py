@@ -10,7 +10,7 @@ from attnlab.attention.in_network import TokenwiseNetwork, coupled_hessian, toke
 from attnlab.attention.layer import AttentionLayer
 from attnlab.attention.moments import moments_of
 from attnlab.losses import Loss
-from attnlab.objective import Objective, known_loss
+from attnlab.objectives import Objective, known_loss
 from attnlab.types import Params, PyTree
 
 

@@ -41,7 +41,7 @@ from attnlab.attention.terms import (
 )
 from attnlab.checks import is_concrete
 from attnlab.derivatives import choose_route, hessian_product
-from attnlab.objective import Objective
+from attnlab.objectives import Objective
 from attnlab.types import PyTree
 
 

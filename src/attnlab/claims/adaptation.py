@@ -27,7 +27,7 @@ from attnlab.losses import square_loss
 from attnlab.models.adapters import from_function, from_linen
 from attnlab.models.attention import AttentionConfig, SelfAttention
 from attnlab.models.heads import softmax_weights
-from attnlab.objective import Objective, objective
+from attnlab.objectives import Objective, objective
 from attnlab.types import Params, PRNGKey
 
 HU = "Hu et al., arXiv 2106.09685"

@@ -25,7 +25,7 @@ from attnlab.models import heads
 from attnlab.models.adapters import from_linen
 from attnlab.models.attention import AttentionConfig, SelfAttention, attention_maps
 from attnlab.models.transformer import Transformer, TransformerBlock, TransformerConfig
-from attnlab.objective import objective
+from attnlab.objectives import objective
 from attnlab.types import PRNGKey
 
 VASWANI = "Vaswani et al., arXiv 1706.03762"

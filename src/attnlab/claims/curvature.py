@@ -37,7 +37,7 @@ from attnlab.expectation import Expectation, at_least, at_most, equal
 from attnlab.losses import cross_entropy, square_loss
 from attnlab.models.adapters import from_linen
 from attnlab.models.attention import AttentionConfig, SelfAttention
-from attnlab.objective import objective
+from attnlab.objectives import objective
 from attnlab.types import PRNGKey
 
 

@@ -41,7 +41,7 @@ from attnlab.models.adapters import from_linen
 from attnlab.models.attention import AttentionConfig
 from attnlab.models.networks import MLP, MLPConfig
 from attnlab.models.transformer import Transformer, TransformerConfig
-from attnlab.objective import objective
+from attnlab.objectives import objective
 from attnlab.risks.growth import crossings
 from attnlab.trees import block_slices
 from attnlab.types import Params, PRNGKey

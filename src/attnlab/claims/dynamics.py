@@ -20,7 +20,7 @@ from attnlab.expectation import Expectation, at_least, at_most, equal
 from attnlab.losses import square_loss
 from attnlab.models.adapters import from_linen
 from attnlab.models.attention import AttentionConfig, SelfAttention
-from attnlab.objective import Objective, objective
+from attnlab.objectives import Objective, objective
 from attnlab.risks.digits import digits_attention, easy_regression
 from attnlab.training import probe, train
 from attnlab.trees import ravel

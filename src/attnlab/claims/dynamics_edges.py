@@ -13,7 +13,7 @@ from attnlab.claims.registry import claim
 from attnlab.dynamics.flows import central_flow, smoothed
 from attnlab.dynamics.stability import StableOptimizer, preconditioner_after_step, stable_optimizer
 from attnlab.expectation import Expectation, at_least, at_most, equal
-from attnlab.objective import Objective
+from attnlab.objectives import Objective
 from attnlab.risks.digits import digits_attention
 from attnlab.trees import ravel
 from attnlab.types import Params, PRNGKey

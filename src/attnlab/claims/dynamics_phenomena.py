@@ -24,7 +24,7 @@ from attnlab.icl.training import FreshPrompts, stack_training
 from attnlab.models.adapters import from_linen
 from attnlab.models.attention import AttentionConfig
 from attnlab.models.transformer import Transformer, TransformerConfig
-from attnlab.objective import Objective, objective
+from attnlab.objectives import Objective, objective
 from attnlab.risks.addition import addition_attention
 from attnlab.risks.digits import digits_attention, digits_transformer
 from attnlab.training import DivergenceError, train

@@ -25,6 +25,7 @@ from attnlab.icl.correlated import (
     state_space_risk,
     unweighted_risk,
 )
+from attnlab.icl.diagnostics import Model, WithNulls, against_nulls, alignment, estimate, with_nulls
 from attnlab.icl.identification import fit_family
 from attnlab.icl.landscape import stationary_point
 from attnlab.icl.models import (
@@ -38,7 +39,6 @@ from attnlab.icl.models import (
 )
 from attnlab.icl.optima import adapted_risks, optimal_preconditioner, reduced_risk, spectral_risk
 from attnlab.icl.population import population_objective, population_risk
-from attnlab.icl.probes import Model, WithNulls, against_nulls, alignment, estimate, with_nulls
 from attnlab.icl.tasks import (
     LinearRegression,
     Prompt,

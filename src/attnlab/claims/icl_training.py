@@ -34,7 +34,7 @@ from attnlab.icl.optima import adapted_risks, optimal_risk
 from attnlab.icl.population import population_objective
 from attnlab.icl.tasks import LinearRegression, isotropic, linear_regression, sample_prompts
 from attnlab.icl.training_time import direction_forces, merged_growth, staircase_times
-from attnlab.objective import Objective
+from attnlab.objectives import Objective
 from attnlab.training import train
 from attnlab.types import Params, PRNGKey
 

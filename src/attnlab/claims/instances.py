@@ -7,7 +7,7 @@ from jaxtyping import Array
 from attnlab.losses import LOSSES
 from attnlab.models.adapters import from_linen
 from attnlab.models.attention import AttentionConfig, SelfAttention
-from attnlab.objective import Objective, objective
+from attnlab.objectives import Objective, objective
 from attnlab.types import Params, PRNGKey
 
 PAPER = "Ormaniec, Dangel, Singh, arXiv 2410.10986"

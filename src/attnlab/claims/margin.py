@@ -37,7 +37,7 @@ from attnlab.margin import (
     project_on_equalities,
     rescaled,
 )
-from attnlab.objective import Objective
+from attnlab.objectives import Objective
 from attnlab.training import probe, train
 from attnlab.types import Params, PRNGKey
 

@@ -32,7 +32,7 @@ from attnlab.margin import (
     normalized_descent,
     regularization_path,
 )
-from attnlab.objective import Objective
+from attnlab.objectives import Objective
 from attnlab.training import train
 from attnlab.types import Params, PRNGKey
 

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 from attnlab.checks import check_same_structure, is_concrete
 from attnlab.curvature.self_checks import check_operator, check_risk, once
 from attnlab.derivatives import FORWARD, Jacobian, Route, choose_route, hessian_product, jacobian
-from attnlab.objective import (
+from attnlab.objectives import (
     BatchedObjective,
     Objective,
     Risk,
@@ -186,7 +186,8 @@ def hessian(risk: Risk, params: Params, *, block: Block | None = None, check: bo
     Of a `BatchedObjective` the first batch is tested, but every batch is read a second time and compared, and its
     examples are: coupled ones raise `ValueError`, and so does a batch that reads differently. Whatever `check` is, a
     loss that is not finite and labels that are no class raise `ValueError`, where values can be looked at.
-    `verify(risk, params, key)` tests more, at the point it is given; every Lanczos run tests the symmetry on its way.
+    `check_curvature(risk, params, key)` tests more, at the point it is given; every Lanczos run tests the symmetry on
+    its way.
     """
     return _build(_hessian, risk, params, block, check)
 

@@ -10,7 +10,7 @@ from jaxtyping import Array
 from attnlab.attention import PARTS, AttentionMoments
 from attnlab.attention.blocks import Pair, Part
 from attnlab.attention.hessian import layer_curvature
-from attnlab.objective import Objective
+from attnlab.objectives import Objective
 from attnlab.training.probe import Probe, probe
 from attnlab.types import Params
 

@@ -32,7 +32,7 @@ from attnlab.checks import check_finite, check_intervals, check_positive
 from attnlab.curvature.transforms import adam_preconditioner
 from attnlab.dynamics.flows import check_finite_flow
 from attnlab.dynamics.stability import check_hyperparameters
-from attnlab.objective import Objective, check_objective
+from attnlab.objectives import Objective, check_objective
 from attnlab.trees import ravel
 from attnlab.types import Params
 

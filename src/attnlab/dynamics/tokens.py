@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from attnlab.models import heads as equations
 from attnlab.models.attention import AttentionConfig, SelfAttention
 from attnlab.models.transformer import TransformerBlock
-from attnlab.objective import Objective
+from attnlab.objectives import Objective
 from attnlab.training.probe import Probe, probe
 from attnlab.types import Params, Predict, PyTree
 

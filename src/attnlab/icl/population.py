@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 from attnlab.checks import is_concrete, unknown_name
 from attnlab.icl.models import effective_weights
 from attnlab.icl.tasks import INPUT_LAWS, LinearRegression
-from attnlab.objective import Objective, objective
+from attnlab.objectives import Objective, objective
 from attnlab.types import Params, Real, Scalar
 
 Effective = dict[str, Array]

@@ -26,7 +26,7 @@ from attnlab.models.adapters import at_positions, from_linen
 from attnlab.models.attention import AttentionConfig
 from attnlab.models.networks import MLP, MLPConfig
 from attnlab.models.transformer import LanguageModel, LanguageModelConfig, TransformerConfig
-from attnlab.objective import Objective, objective
+from attnlab.objectives import Objective, objective
 from attnlab.statistics import Estimate
 from attnlab.types import Params, PRNGKey
 
@@ -157,11 +157,11 @@ def _risk(network: AdditionNetwork, data: tuple[Array, Array]) -> Objective:
     return objective(predict, network.loss, *data)
 
 
-@partial(jax.jit, static_argnames=("network", "probes"))
+@partial(jax.jit, static_argnames=("network", "samples"))
 def first_layer_squares(
-    network: AdditionNetwork, params: Params, data: tuple[Array, Array], key: PRNGKey, *, probes: int
+    network: AdditionNetwork, params: Params, data: tuple[Array, Array], key: PRNGKey, *, samples: int
 ) -> dict[str, dict[str, Estimate]]:
-    """Squared norms of the first layer's value and query blocks from random probes, with standard errors, by part and
+    """Squared norms of the first layer's value and query blocks from random samples, with standard errors, by part and
     pair (`["ggn"]["VV"]`).
 
     Behind the first layer tokens meet again: the closed form would take a product for every number of its output.
@@ -170,7 +170,7 @@ def first_layer_squares(
     return {
         part: {
             LETTERS[name] * 2: squared_frobenius_norm(
-                operator(risk, params, block=f"layer_0/attention/{name}"), key, probes=probes
+                operator(risk, params, block=f"layer_0/attention/{name}"), key, samples=samples
             )
             for name in ("value", "query")
         }

@@ -12,7 +12,7 @@ from attnlab.models.adapters import from_function, from_linen
 from attnlab.models.attention import AttentionConfig, SelfAttention
 from attnlab.models.initializers import initializer
 from attnlab.models.transformer import Transformer, TransformerConfig
-from attnlab.objective import Objective, objective
+from attnlab.objectives import Objective, objective
 from attnlab.types import Params, PRNGKey
 
 WIDTH, SIDE, CLASSES = 16, 8, 10

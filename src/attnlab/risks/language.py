@@ -5,7 +5,7 @@ from attnlab.losses import cross_entropy
 from attnlab.models.adapters import from_linen
 from attnlab.models.attention import AttentionConfig
 from attnlab.models.transformer import LanguageModel, LanguageModelConfig, TransformerConfig
-from attnlab.objective import Objective, objective
+from attnlab.objectives import Objective, objective
 from attnlab.types import Params, PRNGKey
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from attnlab.checks import check_positive, check_range
-from attnlab.objective import BatchedObjective, Objective
+from attnlab.objectives import BatchedObjective, Objective
 from attnlab.types import PRNGKey
 
 

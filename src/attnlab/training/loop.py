@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, ArrayLike, Bool
 
 from attnlab.checks import check_arrays, check_finite, check_intervals, check_leading_axis
-from attnlab.objective import BatchedObjective, Risk, check_loss, check_objective
+from attnlab.objectives import BatchedObjective, Risk, check_loss, check_objective
 from attnlab.runs import DamagedFileError
 from attnlab.runs.checkpoint import Checkpoint, fingerprint
 from attnlab.runs.session import AT_ONCE, OpenSession, Session, fold
@@ -220,12 +220,12 @@ def _check_functions(risk: Any, plan: _Plan) -> None:
     if not callable(risk):
         raise TypeError(
             f"risk is a {type(risk).__name__}; expected an Objective. Build it with "
-            "attnlab.objective.objective(predict, loss, inputs, targets)."
+            "attnlab.objectives.objective(predict, loss, inputs, targets)."
         )
     if any(callable(leaf) for leaf in jax.tree.leaves(risk)):
         raise TypeError(
             f"risk is a {type(risk).__name__} that holds a function; expected an Objective, whose leaves are arrays. "
-            "Build it with attnlab.objective.objective(predict, loss, inputs, targets), or give a function of the "
+            "Build it with attnlab.objectives.objective(predict, loss, inputs, targets), or give a function of the "
             "parameters alone as jax.tree_util.Partial(function)."
         )
     check_arrays("risk", risk)

@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array
 
 from attnlab.checks import check_arrays
-from attnlab.objective import Risk
+from attnlab.objectives import Risk
 from attnlab.trees import leaf_names
 from attnlab.types import Params, PRNGKey, PyTree
 

@@ -22,13 +22,13 @@ from attnlab.curvature.self_checks import (
     slope_error,
     unflat,
 )
-from attnlab.objective import BatchedObjective, Objective, Risk, check_objective
+from attnlab.objectives import BatchedObjective, Objective, Risk, check_objective
 from attnlab.types import Params, PRNGKey
 
-__all__ = ["VerificationError", "verify"]
+__all__ = ["VerificationError", "check_curvature"]
 
 
-def verify(risk: Risk, params: Params, key: PRNGKey, *, examples: bool = True) -> dict[str, float]:
+def check_curvature(risk: Risk, params: Params, key: PRNGKey, *, examples: bool = True) -> dict[str, float]:
     """Check that the curvature of `risk` at `params` means what it should; returns the relative discrepancies.
 
     - `determinism`: two evaluations, each traced afresh, agree (dropout or sampling without a fixed key);

@@ -16,7 +16,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from attnlab.checks import check_finite, check_not_empty
-from attnlab.objective.in_memory import Objective, as_partial, objective
+from attnlab.objectives.in_memory import Objective, as_partial, objective
 from attnlab.types import LossFunction, Params, Predict, PyTree
 
 Batch = tuple[PyTree, PyTree] | tuple[PyTree, PyTree, PyTree] | Mapping[str, PyTree]
