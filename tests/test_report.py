@@ -136,7 +136,7 @@ def script():
 
 def test_digests_cover_what_a_script_imports(script):
     names = set(source_digests(script))
-    needed = ("icl/depth.py", "icl/tasks.py", "objective/in_memory.py")
+    needed = ("icl/depth.py", "icl/tasks.py", "objectives/in_memory.py")
     assert {"analyses/icl_depth.py", *(f"attnlab/{name}" for name in needed)} <= names
     unneeded = {"cli.py", "runs/files.py", "margin/solve.py", "icl/landscape.py"}
     assert not {f"attnlab/{name}" for name in unneeded} & names

@@ -141,7 +141,13 @@ def equal(
     because: str = "",
     source: str = "",
 ) -> Expectation:
-    """That a measurement is the reference, up to the tolerance, which is in standard errors where one is given."""
+    """That a measurement is the reference, up to the tolerance, which is in standard errors where one is given.
+
+    Example:
+        >>> import attnlab as al
+        >>> al.equal("pi", 3.1416, 3.14159265, tolerance=1e-4, because="four digits").passed
+        True
+    """
     unit = unit if standard_error is None else "standard error"
     return Expectation(what, measured, "equal", reference, unit, tolerance, because, source, standard_error)
 
@@ -149,21 +155,39 @@ def equal(
 def at_most(
     what: str, measured: ArrayLike, reference: ArrayLike, tolerance: float = 0.0, *, because: str = "", source: str = ""
 ) -> Expectation:
-    """That a measurement does not exceed the reference by more than the tolerance."""
+    """That a measurement does not exceed the reference by more than the tolerance.
+
+    Example:
+        >>> import attnlab as al
+        >>> al.at_most("error", 0.2, 0.1, tolerance=0.0, because="a bound").passed
+        False
+    """
     return Expectation(what, measured, "at most", reference, "absolute", tolerance, because, source)
 
 
 def at_least(
     what: str, measured: ArrayLike, reference: ArrayLike, tolerance: float = 0.0, *, because: str = "", source: str = ""
 ) -> Expectation:
-    """That a measurement does not stay below the reference by more than the tolerance."""
+    """That a measurement does not stay below the reference by more than the tolerance.
+
+    Example:
+        >>> import attnlab as al
+        >>> al.at_least("cosine", 0.99, 0.9, tolerance=0.0, because="a bound").passed
+        True
+    """
     return Expectation(what, measured, "at least", reference, "absolute", tolerance, because, source)
 
 
 def between(
     what: str, measured: ArrayLike, low: float, high: float, *, because: str = "", source: str = ""
 ) -> Expectation:
-    """That a measurement lies in an interval, as its middle and half its width."""
+    """That a measurement lies in an interval, as its middle and half its width.
+
+    Example:
+        >>> from attnlab.expectation import between
+        >>> between("ratio", 1.02, 0.9, 1.1, because="five per cent of scatter").passed
+        True
+    """
     return equal(what, measured, (low + high) / 2, (high - low) / 2, because=because, source=source)
 
 

@@ -25,6 +25,13 @@ class Estimate:
         samples: how many.
         bound: shaped alike: what the value may be off by beside chance, as truncation or a residual brings it; None
             where there is no such error.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from attnlab.statistics import estimate
+        >>> found = estimate(jnp.array([1.0, 2.0, 3.0]))
+        >>> float(found.value), round(float(found.standard_error), 4)
+        (2.0, 0.5774)
     """
 
     value: PyTree

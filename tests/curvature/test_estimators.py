@@ -106,6 +106,14 @@ def test_the_log_determinant_says_what_a_short_quadrature_misses(each_key):
     assert abs(found.value - exact) <= 1.2 * np.hypot(found.standard_error, found.bound)
 
 
+def test_the_log_determinant_of_a_whole_krylov_space_is_exact(key):
+    """As many steps as rows leave nothing out: no bracket is left, and no error but that of the samples."""
+    operator = Operator(Partial(jnp.multiply, jnp.arange(1.0, 7.0)), jnp.zeros(6))
+    found = log_determinant(operator, key, damping=0.5, steps=6, samples=3)
+    assert_close(found.value, np.sum(np.log(np.arange(1.0, 7.0) + 0.5)), 1e-12)
+    assert found.bound == 0
+
+
 def test_an_indefinite_matrix_has_no_log_determinant(key):
     operators, _ = layer()
     with pytest.raises(ValueError, match=r"zero or negative at damping 0\.0.*Raise the damping, or take the ggn"):

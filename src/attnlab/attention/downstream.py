@@ -37,6 +37,19 @@ def second_order(outputs: Float[Array, "*B L O"], targets: SecondOrder) -> Scala
     `objective(from_linen(SelfAttention(config)), second_order, tokens, SecondOrder(outputs, gradient, curvature))`.
     Its Hessian in the layer's weights at f = f0 is the network's where Curvature is the Hessian of everything behind
     the layer, and the network's Gauss-Newton matrix is its `ggn` where Curvature is the Gauss-Newton matrix of that.
+
+    Example:
+        >>> import attnlab as al
+        >>> import jax
+        >>> layer = al.SelfAttention(al.AttentionConfig(key_dim=2, value_dim=3))
+        >>> tokens = jax.random.normal(jax.random.key(0), (1, 4, 3))
+        >>> params = layer.init(jax.random.key(1), tokens)["params"]
+        >>> from attnlab.attention import SecondOrder, second_order
+        >>> outputs = layer.apply({"params": params}, tokens)
+        >>> behind = SecondOrder(outputs, gradient=0 * outputs, curvature=1.0)
+        >>> risk = al.objective(al.from_linen(layer), second_order, tokens, behind)
+        >>> float(risk(params)), al.attention_hessian(risk, params).dense().shape
+        (0.0, (21, 21))
     """
     gradient, _ = second_order_derivatives(outputs, targets)
     change = outputs - targets.outputs

@@ -50,6 +50,17 @@ def attention_hessian(
 
     Source: Ormaniec, Dangel, Singh, arXiv 2410.10986, theorems 3.1 and 3.2, in moment form and extended to several
     heads, an output projection, masks, batches, other kinds of attention and any network around.
+
+    Example:
+        >>> import attnlab as al
+        >>> import jax
+        >>> layer = al.SelfAttention(al.AttentionConfig(key_dim=2, value_dim=3))
+        >>> tokens = jax.random.normal(jax.random.key(0), (1, 4, 3))
+        >>> params = layer.init(jax.random.key(1), tokens)["params"]
+        >>> risk = al.objective(al.from_linen(layer), al.square_loss, tokens, 0 * tokens)
+        >>> exact = al.attention_hessian(risk, params)
+        >>> exact.operator("ggn").dense().shape
+        (21, 21)
     """
     found = layer_curvature(risk, params, layer, coupled=coupled, piecewise_linear=piecewise_linear)
     return found.hessian() if isinstance(found, TokenwiseNetwork) else found

@@ -80,6 +80,17 @@ def attention_moments(
     """Moments of the attention of one layer; leading axes of `inputs` are flattened into B.
 
     Arguments and errors as for `attnlab.attention.attention_hessian`.
+
+    Example:
+        >>> import attnlab as al
+        >>> import jax
+        >>> layer = al.SelfAttention(al.AttentionConfig(key_dim=2, value_dim=3))
+        >>> tokens = jax.random.normal(jax.random.key(0), (1, 4, 3))
+        >>> params = layer.init(jax.random.key(1), tokens)["params"]
+        >>> from attnlab.attention import attention_moments
+        >>> moments = attention_moments(layer.config, params, tokens)
+        >>> moments.first.shape, moments.second.shape
+        ((1, 1, 4, 3), (1, 1, 4, 3, 3))
     """
     return moments_of(checked_layer(config, params, inputs, mask))
 

@@ -108,6 +108,17 @@ def spectral_density(
     Raises `ValueError` for numbers that do not fit, an operator that is not symmetric or a directory of another
     computation; `NonFiniteProductError`, which says at which step and has the density of the finished samples as its
     `partial`; `MemoryError` before the start, if the samples do not fit.
+
+    Example:
+        >>> import attnlab as al
+        >>> import jax.numpy as jnp
+        >>> inputs = jnp.diag(jnp.array([1.0, 2.0]))
+        >>> risk = al.objective(lambda params, x: x @ params, al.square_loss, inputs, jnp.zeros(2))
+        >>> import jax
+        >>> density = al.spectral_density(al.hessian(risk, jnp.ones(2)), jax.random.key(0), samples=3, steps=2)
+        >>> mean = density.moment(1)
+        >>> float(mean.value.round(4)), float(abs(mean.standard_error) < 1e-4)
+        (2.5, 1.0)
     """
     return quadrature(project(operator, key, samples=samples, steps=steps, session=session))
 

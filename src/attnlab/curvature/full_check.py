@@ -42,6 +42,15 @@ def check_curvature(risk: Risk, params: Params, key: PRNGKey, *, examples: bool 
     Costs a few evaluations, gradients and products. Of a `BatchedObjective` the first batch is looked at; of all of
     them, whether they read the same twice and are means over their examples. Raises `VerificationError`, which lists
     every check that failed.
+
+    Example:
+        >>> import attnlab as al
+        >>> import jax.numpy as jnp
+        >>> inputs = jnp.diag(jnp.array([1.0, 2.0]))
+        >>> risk = al.objective(lambda params, x: x @ params, al.square_loss, inputs, jnp.zeros(2))
+        >>> import jax
+        >>> sorted(al.check_curvature(risk, jnp.ones(2), jax.random.key(0)))
+        ['determinism', 'examples', 'gradient', 'hessian', 'symmetry']
     """
     check_objective(risk, params)
     if isinstance(risk, BatchedObjective):

@@ -23,6 +23,19 @@ def attention_blocks(layer: str | None = None, *, piecewise_linear: bool = False
     trace of their covariance (`second`). `layer` and `piecewise_linear` are those of
     `attnlab.attention.attention_hessian`, which also says what is raised, before training starts. For a layer behind
     which others stand `sharpness.block_norms` estimates the norms at less cost.
+
+    Example:
+        >>> import attnlab as al
+        >>> import jax
+        >>> layer = al.SelfAttention(al.AttentionConfig(key_dim=2, value_dim=3, merged=True))
+        >>> tokens = jax.random.normal(jax.random.key(0), (1, 4, 3))
+        >>> params = layer.init(jax.random.key(1), tokens)["params"]
+        >>> import optax
+        >>> risk = al.objective(al.from_linen(layer), al.square_loss, tokens, 0 * tokens)
+        >>> probes = {"blocks": al.attention_blocks()}
+        >>> run = al.train(risk, params, optax.sgd(0.1), jax.random.key(0), steps=1, every=1, probes=probes)
+        >>> sorted(run.records.values["blocks"])
+        ['functional', 'ggn', 'hessian', 'moments']
     """
     return probe(_Blocks(layer, piecewise_linear))
 

@@ -64,7 +64,14 @@ def _run_looking(run: Callable[[], PyTree], look: Callable) -> None:
 
 
 def entropy(weights: Float[Array, "*B L"]) -> Float[Array, "*B"]:
-    """-sum_j A_j log A_j of distributions in the last axis, in nats; 0 log 0 is 0."""
+    """-sum_j A_j log A_j of distributions in the last axis, in nats; 0 log 0 is 0.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from attnlab.dynamics.tokens import entropy
+        >>> round(float(entropy(jnp.full(4, 0.25))), 4)  # log 4
+        1.3863
+    """
     return -jnp.sum(xlogy(weights, weights), axis=-1)
 
 
@@ -137,7 +144,14 @@ def _entropy_of(call: LayerCall) -> dict[str, Array]:
 
 def rank_residual(tokens: Float[Array, "*B L D"]) -> Float[Array, ""]:
     """||X - 1 x_mean^T|| / ||X|| in Frobenius norm, mean over sequences: 0 where all tokens of a sequence agree, the
-    rank collapse of Dong, Cordonnier, Loukas (arXiv 2103.03404)."""
+    rank collapse of Dong, Cordonnier, Loukas (arXiv 2103.03404).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from attnlab.dynamics.tokens import rank_residual
+        >>> float(rank_residual(jnp.ones((1, 3, 2))))  # all tokens agree
+        0.0
+    """
     centred = tokens - jnp.mean(tokens, axis=-2, keepdims=True)
     return jnp.mean(jnp.linalg.norm(centred, axis=(-2, -1)) / jnp.linalg.norm(tokens, axis=(-2, -1)))
 

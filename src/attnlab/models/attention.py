@@ -34,6 +34,11 @@ class AttentionConfig:
         bias: add `query_bias`, `key_bias`, `value_bias` (and `output_bias`), zero at initialisation.
         init: name of the initialisation scheme of the matrices.
         gain: scale of that scheme.
+
+    Example:
+        >>> import attnlab as al
+        >>> al.AttentionConfig(key_dim=4, value_dim=2, heads=2).score_scale
+        0.5
     """
 
     key_dim: int
@@ -72,6 +77,15 @@ class SelfAttention(nn.Module):
     Parameters: `query`, `key` (D x H K) or `query_key` (D x H D), `value` (D x H V), and `output` (H V x O) where the
     config has an `output_dim`. Call with inputs (..., L, D) and optionally a boolean mask that broadcasts against
     (..., H, L, L), true where a query may look; returns (..., L, H V) or (..., L, O).
+
+    Example:
+        >>> import attnlab as al
+        >>> import jax
+        >>> layer = al.SelfAttention(al.AttentionConfig(key_dim=2, value_dim=3))
+        >>> tokens = jax.random.normal(jax.random.key(0), (1, 4, 3))
+        >>> params = layer.init(jax.random.key(1), tokens)["params"]
+        >>> sorted(params), layer.apply({"params": params}, tokens).shape
+        (['key', 'query', 'value'], (1, 4, 3))
     """
 
     config: AttentionConfig
@@ -114,6 +128,17 @@ def attention_maps(module: nn.Module, params: Params, *inputs: jax.Array) -> dic
     """The matrix A of every attention layer within `module` called on `inputs` (and a mask, if it takes one).
 
     Keyed by the path of the layer, such as `layer_0/attention`; that of a bare `SelfAttention` is empty.
+
+    Example:
+        >>> import attnlab as al
+        >>> import jax
+        >>> layer = al.SelfAttention(al.AttentionConfig(key_dim=2, value_dim=3))
+        >>> tokens = jax.random.normal(jax.random.key(0), (1, 4, 3))
+        >>> params = layer.init(jax.random.key(1), tokens)["params"]
+        >>> from attnlab.models.attention import attention_maps
+        >>> (weights,) = attention_maps(layer, params, tokens).values()
+        >>> weights.shape, weights.sum(-1).round(4).max().item()
+        ((1, 1, 4, 4), 1.0)
     """
     _, variables = module.apply({"params": params}, *inputs, mutable=["intermediates"])
     maps = variables.get("intermediates", {})

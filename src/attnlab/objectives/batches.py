@@ -241,6 +241,14 @@ def batched(predict: Predict, loss: LossFunction, batches: Iterable[Batch]) -> B
 
     Raises `TypeError` for a one-time iterator; `ValueError` for no batch, or for one that is empty, not finite or of
     another structure.
+
+    Example:
+        >>> import attnlab as al
+        >>> import jax.numpy as jnp
+        >>> batches = [(jnp.array([[1.0, 0.0]]), jnp.zeros(1)), (jnp.array([[0.0, 1.0]]), jnp.zeros(1))]
+        >>> parts = al.batched(lambda params, x: x @ params, al.square_loss, batches)
+        >>> al.hessian(parts, jnp.ones(2)).dense().tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
     """
     predict, loss = as_partial(predict), as_partial(loss)
 

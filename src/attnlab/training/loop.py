@@ -121,6 +121,19 @@ def train(
     there that is not as it was written, `BlockingIOError` while another run writes there, `TypeError` for a probe whose
     memory changes structure, `DivergenceError` when the loss or the parameters are no longer finite: what was saved
     until then stays.
+
+    Example:
+        >>> import attnlab as al
+        >>> import jax.numpy as jnp
+        >>> inputs = jnp.diag(jnp.array([1.0, 2.0]))
+        >>> risk = al.objective(lambda params, x: x @ params, al.square_loss, inputs, jnp.zeros(2))
+        >>> import jax
+        >>> import optax
+        >>> run = al.train(risk, jnp.ones(2), optax.sgd(0.25), jax.random.key(0), steps=2, every=2)
+        >>> run.params.tolist()  # factors 1 - 0.25 (1, 4) a step
+        [0.5625, 0.0]
+        >>> run.records.losses.shape
+        (2,)
     """
     check_intervals(steps, every)
     steps, every = int(steps), int(every)  # 1e4 is a whole number too

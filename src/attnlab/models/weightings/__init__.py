@@ -18,7 +18,14 @@ WEIGHTINGS: dict[str, Weighting] = {
 
 
 def weighting(kind: str) -> Weighting:
-    """The row called `kind`; raises `ValueError` for an unknown one."""
+    """The row called `kind`; raises `ValueError` for an unknown one.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from attnlab.models.weightings import weighting
+        >>> weighting("softmax_sink").weights(jnp.zeros((1, 3)), None).tolist()  # one of four shares goes nowhere
+        [[0.25, 0.25, 0.25]]
+    """
     if kind not in WEIGHTINGS:
         raise unknown_name("kind of attention weights", kind, WEIGHTINGS)
     return WEIGHTINGS[kind]
