@@ -140,7 +140,14 @@ def test_digests_cover_what_a_script_imports(script):
     assert {"analyses/icl_depth.py", *(f"attnlab/{name}" for name in needed)} <= names
     unneeded = {"cli.py", "runs/files.py", "margin/solve.py", "icl/landscape.py"}
     assert not {f"attnlab/{name}" for name in unneeded} & names
+    assert "attnlab/__init__.py" not in names  # the front door names every room
     assert "attnlab/runs/session.py" in source_digests(analysis_scripts()["central-flow"])  # it drives a training run
+
+
+def test_digests_of_a_script_that_comes_by_the_front_door(tmp_path):
+    script = tmp_path / "mine.py"
+    script.write_text("import attnlab as al")
+    assert {"attnlab/__init__.py", "attnlab/margin/solve.py", "attnlab/icl/tasks.py"} <= set(source_digests(script))
 
 
 def test_a_figure_is_stale_when_its_code_changed(script):
