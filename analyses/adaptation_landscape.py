@@ -13,6 +13,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from attnlab.analysis import Analysis, AnalysisConfig, Arrays
+from attnlab.expectation import Expectation, equal
 
 LOCAL_STEPS = (2, 5, 20)
 
@@ -58,7 +59,7 @@ def lora_spectra(config: Config) -> Arrays:
     from attnlab.adaptation.pullback import reparametrise
     from attnlab.curvature import hessian
     from attnlab.losses import square_loss
-    from attnlab.objective import objective
+    from attnlab.objectives import objective
 
     keys = jax.random.split(jax.random.key(config.seed), 5)
     rows = config.shape[0]
@@ -74,7 +75,7 @@ def lora_spectra(config: Config) -> Arrays:
         return [np.linalg.eigvalsh(hessian(adapted, point).dense()) for point in (start, end)]
 
     # the start asks for less than the rank can give, the minimiser uses all of it
-    return {"spectrum/start": spectra(config.gradient_rank)[0], "spectrum/end": spectra(config.rank)[1]}
+    return {"spectrum": {"start": spectra(config.gradient_rank)[0], "end": spectra(config.rank)[1]}}
 
 
 def phases(config: Config) -> Arrays:
@@ -95,12 +96,7 @@ def phases(config: Config) -> Arrays:
         features = jnp.mean(tokens, axis=1), jnp.einsum("nl,nld->nd", weights, tokens)
         rows.append([jnp.mean(labels * (x @ jnp.mean(labels[:, None] * x, axis=0)) <= 0) for x in features])
     exact = np.array([pooling_error(config.relevant, float(spread)) for spread in spreads])
-    return {
-        "phase/spreads": spreads,
-        "phase/errors": np.array(rows),
-        "phase/exact": exact,
-        "phase/edge": np.array(edge),
-    }
+    return {"phase": {"spreads": spreads, "errors": np.array(rows), "exact": exact, "edge": edge}}
 
 
 def drifts(config: Config) -> Arrays:
@@ -112,7 +108,7 @@ def drifts(config: Config) -> Arrays:
     from attnlab.losses import square_loss
     from attnlab.models.adapters import from_linen
     from attnlab.models.attention import AttentionConfig, SelfAttention
-    from attnlab.objective import objective
+    from attnlab.objectives import objective
     from attnlab.trees import ravel
 
     module, key = SelfAttention(AttentionConfig(key_dim=2, value_dim=2)), jax.random.key(config.seed)
@@ -132,7 +128,7 @@ def drifts(config: Config) -> Arrays:
             return jnp.stack([jnp.linalg.norm(local - central), jnp.linalg.norm(local - central - formula)])
 
         rows.append([norms(jnp.asarray(rate)) for rate in rates])
-    return {"drift/rates": rates, "drift/norms": np.array(rows)}
+    return {"drift": {"rates": rates, "norms": np.array(rows)}}
 
 
 def plot(arrays: Arrays, config: Config):
@@ -141,7 +137,7 @@ def plot(arrays: Arrays, config: Config):
 
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.2))
     for number, (name, label) in enumerate((("start", "start, $B = 0$"), ("end", "minimiser"))):
-        values = np.sort(arrays[f"spectrum/{name}"])[::-1]
+        values = np.sort(arrays["spectrum"][name])[::-1]
         axes[0].plot(np.arange(1, len(values) + 1), values, ".", color=f"C{number}", markersize=4, label=label)
     axes[0].set_yscale("symlog", linthresh=1e-2)
     axes[0].axhline(0, color="black", linewidth=0.6)
@@ -154,9 +150,9 @@ def plot(arrays: Arrays, config: Config):
 
 
 def plot_phases(axes, arrays: Arrays, config: Config) -> None:
-    spreads, errors, edge = arrays["phase/spreads"], arrays["phase/errors"], float(arrays["phase/edge"])
+    spreads, errors, edge = arrays["phase"]["spreads"], arrays["phase"]["errors"], float(arrays["phase"]["edge"])
     bars = 2 * np.sqrt(errors * (1 - errors) / config.sequences)
-    axes.plot(spreads, arrays["phase/exact"], color="C0", label="pooling, predicted")
+    axes.plot(spreads, arrays["phase"]["exact"], color="C0", label="pooling, predicted")
     axes.errorbar(spreads, errors[:, 0], bars[:, 0], fmt="o", color="C0", markerfacecolor="none", label="pooling")
     axes.errorbar(spreads, errors[:, 1], bars[:, 1], fmt="s-", color="C1", label="attention to a prompt")
     for factor in (1, 2):
@@ -167,8 +163,8 @@ def plot_phases(axes, arrays: Arrays, config: Config) -> None:
 
 
 def plot_drift(axes, arrays: Arrays) -> None:
-    for number, (steps, rows) in enumerate(zip(LOCAL_STEPS, arrays["drift/norms"], strict=True)):
-        rates = arrays["drift/rates"]
+    for number, (steps, rows) in enumerate(zip(LOCAL_STEPS, arrays["drift"]["norms"], strict=True)):
+        rates = arrays["drift"]["rates"]
         axes.loglog(rates, rows[:, 0], "o-", color=f"C{number}", label=f"drift, {steps} local steps")
         axes.loglog(rates, rows[:, 1], "s:", color=f"C{number}", markerfacecolor="none")
         for column, power in ((0, 2), (1, 3)):
@@ -179,6 +175,33 @@ def plot_drift(axes, arrays: Arrays) -> None:
     axes.legend(loc="upper left")
 
 
+def drift_slopes(arrays: Arrays) -> np.ndarray:
+    """Exponents of the drift and of the remainder over the three smallest rates, (local steps, 2)."""
+    rates, norms = arrays["drift"]["rates"][:3], arrays["drift"]["norms"]
+    return np.array([np.polyfit(np.log(rates), np.log(rows[:3]), 1)[0] for rows in norms])
+
+
+def findings(arrays: Arrays, config: Config) -> list[Expectation]:
+    """Signs of LoRA's spectra, the errors of both ways to read contextual data, the orders of the federated drift."""
+    from attnlab.adaptation.lora import inertia, initial_inertia
+
+    start, end = (inertia(arrays["spectrum"][name]) for name in ("start", "end"))
+    flat, errors = config.rank**2, arrays["phase"]["errors"]
+    gauge = (0, flat, sum(config.shape) * config.rank - flat)
+    begins = initial_inertia(config.shape, config.rank, config.gradient_rank)
+    signs, count = "negative, zero, positive eigenvalues of LoRA's Hessian", "counts"
+    bar, data = 0.5 / config.sequences**0.5, "derived here for the data of Oymak et al., arXiv 2306.03435"
+    powers = {"because": "the next order in the rate", "source": "derived here: two expansions in the rate"}
+    return [
+        equal(f"{signs}: start", start, begins, 0.0, because=count, source="derived here by inertia"),
+        equal(f"{signs}: minimiser", end, gauge, 0.0, because=count, source="derived here: the gauge group GL(r)"),
+        equal("errors of pooling", errors[:, 0], arrays["phase"]["exact"], 4.5, standard_error=bar, source=data),
+        equal("errors of attention to a prompt", errors[:, 1], 0.0, 4.5, standard_error=bar, source=data),
+        equal("exponents of the federated drift, by local steps", drift_slopes(arrays)[:, 0], 2.0, 0.1, **powers),
+        equal("exponents of what its leading order leaves", drift_slopes(arrays)[:, 1], 3.0, 0.1, **powers),
+    ]
+
+
 def tables(arrays: Arrays, config: Config) -> list[Table]:
     """Signs of the spectra and slopes of the drift, with what theory says."""
     from attnlab.adaptation.lora import inertia, initial_inertia
@@ -186,22 +209,21 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
     signs = Table("point", "negative", "zero", "positive", title="LoRA's Hessian")
     predicted = initial_inertia(config.shape, config.rank, config.gradient_rank)
     signs.add_row("start, predicted", *map(str, predicted))
-    signs.add_row("start, found", *map(str, inertia(arrays["spectrum/start"])))
+    signs.add_row("start, found", *map(str, inertia(arrays["spectrum"]["start"])))
     signs.add_row(
         "minimiser, predicted", "0", str(config.rank**2), str(sum(config.shape) * config.rank - config.rank**2)
     )
-    signs.add_row("minimiser, found", *map(str, inertia(arrays["spectrum/end"])))
+    signs.add_row("minimiser, found", *map(str, inertia(arrays["spectrum"]["end"])))
     slopes = Table("local steps", "slope of the drift (2)", "slope of the remainder (3)")
-    for steps, rows in zip(LOCAL_STEPS, arrays["drift/norms"], strict=True):
-        fits = np.polyfit(np.log(arrays["drift/rates"][:3]), np.log(rows[:3]), 1)[0]
+    for steps, fits in zip(LOCAL_STEPS, drift_slopes(arrays), strict=True):
         slopes.add_row(str(steps), *(f"{slope:.3f}" for slope in fits))
     errors = Table("phase", "largest |error - predicted| of pooling", "largest error of the prompt")
-    difference = np.abs(arrays["phase/errors"][:, 0] - arrays["phase/exact"])
-    errors.add_row("all", f"{difference.max():.4f}", f"{arrays['phase/errors'][:, 1].max():.4f}")
+    difference = np.abs(arrays["phase"]["errors"][:, 0] - arrays["phase"]["exact"])
+    errors.add_row("all", f"{difference.max():.4f}", f"{arrays['phase']['errors'][:, 1].max():.4f}")
     return [signs, slopes, errors]
 
 
-ANALYSIS = Analysis("adaptation-landscape", Config, compute, plot, tables, __doc__)
+ANALYSIS = Analysis("adaptation-landscape", Config, compute, plot, tables, findings, __doc__)
 
 if __name__ == "__main__":
     ANALYSIS.main()

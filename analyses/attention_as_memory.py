@@ -13,6 +13,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from attnlab.analysis import Analysis, AnalysisConfig, Arrays
+from attnlab.expectation import Expectation, at_least, at_most, equal
 
 EXPONENTS = (1.5, 2.0, 2.5)
 ERROR = 0.1
@@ -205,6 +206,47 @@ def plot_detection(axes, arrays: Arrays, config: Config) -> None:
     axes.legend(loc="upper left")
 
 
+def exponents(arrays: Arrays, config: Config) -> list[float]:
+    """Fitted powers of the dimension in the error of the memory, by Zipf exponent."""
+    from attnlab.memory.scaling import fit_power_law
+
+    return [fit_power_law(config.dims, *rows.T).exponent for rows in arrays["scaling"]]
+
+
+def findings(arrays: Arrays, config: Config) -> list[Expectation]:
+    """Ranks as counted; fits end at the rank; the power of the memory's error; both thresholds of detection."""
+    random, shared, counted, counted_shared, _ = arrays["ranks"].T
+    shares, best = np.array(config.labels), arrays["fits"].min(axis=1)
+    ratios = arrays["thresholds"][..., 0] / arrays["predicted"]
+    bars = arrays["thresholds"][..., 1] / arrays["predicted"]
+    gauges, memory = "derived here by counting gauges", "Cabannes, Dohmatob, Bietti, arXiv 2310.02984"
+    fitted = "1e-6 and 1e-3 stand for fitted and not fitted"
+    finite = "the law is that of large dimensions"
+    return [
+        equal("ranks with random contexts, by heads", random, counted, 0.0, because="whole numbers", source=gauges),
+        equal("ranks in one context, by heads", shared, counted_shared, 0.0, because="whole numbers", source=gauges),
+        at_most("best error at 0.8 of the rank and less", best[shares <= 0.8], 1e-6, because=fitted, source=gauges),
+        at_least("best error at 1.25 of the rank and more", best[shares >= 1.25], 1e-3, because=fitted, source=gauges),
+        equal(
+            f"powers of the memory's error, Zipf {', '.join(map(str, EXPONENTS))}",
+            exponents(arrays, config),
+            1 - np.array(EXPONENTS),
+            0.1,
+            because=finite,
+            source=memory,
+        ),
+        equal(
+            "thresholds over the predicted ones: pooling, attention, by L",
+            ratios,
+            1.0,
+            4.5,
+            standard_error=np.hypot(bars, 0.01),
+            because="and 1 % for the grid of the softmax's scale",
+            source="derived here",
+        ),
+    ]
+
+
 def tables(arrays: Arrays, config: Config) -> list[Table]:
     """Ranks, slopes and thresholds beside their predictions."""
     from attnlab.memory.scaling import fit_power_law
@@ -228,7 +270,7 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
     return [counts, fits, slopes, thresholds]
 
 
-ANALYSIS = Analysis("attention-as-memory", Config, compute, plot, tables, __doc__)
+ANALYSIS = Analysis("attention-as-memory", Config, compute, plot, tables, findings, __doc__)
 
 if __name__ == "__main__":
     ANALYSIS.main()

@@ -14,16 +14,17 @@ from rich.progress import Progress
 from rich.table import Table
 
 from attnlab.analysis import Analysis, AnalysisConfig, Arrays
+from attnlab.expectation import Expectation, at_least, equal
 
 KINDS = ("softmax", "linear")
 SHOWN = {"value": "V", "query": "Q", "key": "K", "output": "O"}
 CAPTIONS = {
-    "attention/key": "K",
-    "attention/output": "O",
-    "attention/query": "Q",
-    "attention/value": "V",
-    "mlp/down": "down",
-    "mlp/up": "up",
+    "key": "K",
+    "output": "O",
+    "query": "Q",
+    "value": "V",
+    "down": "down",
+    "up": "up",
 }
 
 
@@ -49,17 +50,18 @@ def compute(config: Config, progress: Progress) -> Arrays:
 
     data_key, init_key = jax.random.split(jax.random.key(config.seed))
     task = progress.add_task("curvature", total=2 * len(KINDS), status="")
-    arrays = {}
+    arrays: Arrays = {kind: {} for kind in KINDS}
     for kind in KINDS:
         risk, params = problem(config, kind, data_key, init_key)
         for part, build in (("hessian", hessian), ("ggn", ggn)):
             operator = build(risk, params, block="layer_0")
             matrix = np.asarray(operator.dense())
-            arrays[f"{kind}/{part}"] = matrix.astype(np.float32)
-            for name, rows in slices(operator.point).items():
-                block = matrix[rows, rows]
-                arrays[f"{kind}/{part}/norm/{name}"] = np.linalg.norm(block)
-                arrays[f"{kind}/{part}/eigenvalues/{name}"] = np.linalg.eigvalsh(block)
+            blocks = {name: matrix[rows, rows] for name, rows in slices(operator.point).items()}
+            arrays[kind][part] = {
+                "matrix": matrix.astype(np.float32),
+                "norm": {name: np.linalg.norm(block) for name, block in blocks.items()},
+                "eigenvalues": {name: np.linalg.eigvalsh(block) for name, block in blocks.items()},
+            }
             progress.advance(task)
         arrays["sizes"] = np.array([rows.stop - rows.start for rows in slices(operator.point).values()])
     return arrays
@@ -69,7 +71,7 @@ def slices(point) -> dict[str, slice]:
     """Where each parameter matrix of the block stands."""
     from attnlab.trees import block_slices
 
-    return {name.split("layer_0/")[1]: rows for name, rows in block_slices(point).items()}
+    return {name.rpartition("/")[2]: rows for name, rows in block_slices(point).items()}
 
 
 def problem(config: Config, kind: str, data_key, init_key):
@@ -79,7 +81,7 @@ def problem(config: Config, kind: str, data_key, init_key):
     from attnlab.models.adapters import at_positions, from_linen
     from attnlab.models.attention import AttentionConfig
     from attnlab.models.transformer import LanguageModel, LanguageModelConfig, TransformerConfig
-    from attnlab.objective import objective
+    from attnlab.objectives import objective
 
     width, scheme = config.width, {"init": "normal", "gain": 0.8 * config.width**-0.5}
     attention = AttentionConfig(width, width, causal=True, output_dim=width, weights=kind, **scheme)
@@ -115,14 +117,14 @@ def block_entries(arrays: Arrays, kind: str, name: str) -> np.ndarray:
     sizes = block_sizes(arrays)
     ends = dict(zip(sizes, np.cumsum(list(sizes.values())), strict=True))
     rows = slice(ends[name] - sizes[name], ends[name])
-    entries = np.abs(arrays[f"{kind}/hessian"][rows, rows]).ravel()
+    entries = np.abs(arrays[kind]["hessian"]["matrix"][rows, rows]).ravel()
     return entries[entries > 0]
 
 
 def plot_grid(figure, axes, arrays: Arrays, kind: str) -> None:
     from attnlab.plotting.matrices import block_grid
 
-    matrix = arrays[f"{kind}/hessian"]
+    matrix = arrays[kind]["hessian"]["matrix"]
     top = np.ceil(np.log10(np.abs(matrix).max()))
     image = block_grid(axes, matrix, block_sizes(arrays), (top - 8, top), CAPTIONS)
     axes.set_title(f"Hessian of the block, {kind} attention")
@@ -131,7 +133,7 @@ def plot_grid(figure, axes, arrays: Arrays, kind: str) -> None:
 
 def plot_entries(axes, arrays: Arrays, kind: str) -> None:
     for color, (name, label) in enumerate(SHOWN.items()):
-        decades = np.log10(block_entries(arrays, kind, f"attention/{name}"))
+        decades = np.log10(block_entries(arrays, kind, name))
         axes.hist(
             decades, bins=80, range=(-9, -1), histtype="step", density=True, color=f"C{color}", label=f"{label}{label}"
         )
@@ -145,13 +147,29 @@ def plot_spectra(axes, arrays: Arrays, kind: str) -> None:
 
     top = 0.0
     for color, (name, label) in enumerate(SHOWN.items()):
-        eigenvalues = arrays[f"{kind}/hessian/eigenvalues/attention/{name}"]
+        eigenvalues = arrays[kind]["hessian"]["eigenvalues"][name]
         top = max(top, np.abs(eigenvalues).max())
         signed_spectrum(axes, eigenvalues, f"C{color}", f"{label}{label}")
     axes.plot([], [], "v", color="gray", markerfacecolor="none", label="negative")
     axes.set(ylim=(1e-9 * top, 3 * top), xlabel="rank", ylabel="|eigenvalue|")
     axes.set_title(f"spectra of the diagonal blocks, {kind}")
     axes.legend(loc="upper right")
+
+
+def value_over_query(arrays: Arrays, kind: str) -> float:
+    """Norm of the value block over that of the query block."""
+    norms = arrays[kind]["hessian"]["norm"]
+    return float(norms["value"] / norms["query"])
+
+
+def findings(arrays: Arrays, config: Config) -> list[Expectation]:
+    """The value block's lead under softmax, which linear attention does not have."""
+    source, ratio = "Ormaniec, Dangel, Singh, arXiv 2410.10986, figure 1", "||H_VV|| / ||H_QQ||"
+    linear = np.log10(value_over_query(arrays, "linear"))
+    return [
+        at_least(f"{ratio}, softmax", value_over_query(arrays, "softmax"), 5.0, source=source),
+        equal(f"log10 of {ratio}, linear attention", linear, 0.0, 0.5, because="a factor of 3", source=source),
+    ]
 
 
 def tables(arrays: Arrays, config: Config) -> list[Table]:
@@ -162,19 +180,18 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
     for name, caption in CAPTIONS.items():
         cells = []
         for kind in KINDS:
-            cells += [f"{float(arrays[f'{kind}/{part}/norm/{name}']):.3g}" for part in ("hessian", "ggn")]
-            eigenvalues = arrays[f"{kind}/hessian/eigenvalues/{name}"]
+            cells += [f"{float(arrays[kind][part]['norm'][name]):.3g}" for part in ("hessian", "ggn")]
+            eigenvalues = arrays[kind]["hessian"]["eigenvalues"][name]
             cells.append(f"{np.mean(eigenvalues < -1e-10 * np.abs(eigenvalues).max()):.0%}")
         table.add_row(caption, *cells)
     ratios = []
     for kind in KINDS:
-        ratio = arrays[f"{kind}/hessian/norm/attention/value"] / arrays[f"{kind}/hessian/norm/attention/query"]
-        ratios += [f"{float(ratio):.3g}", "", ""]
+        ratios += [f"{value_over_query(arrays, kind):.3g}", "", ""]
     table.add_row("V over Q", *ratios)
     return [table]
 
 
-ANALYSIS = Analysis("attention-blocks", Config, compute, plot, tables, __doc__)
+ANALYSIS = Analysis("attention-blocks", Config, compute, plot, tables, findings, __doc__)
 
 if __name__ == "__main__":
     ANALYSIS.main()

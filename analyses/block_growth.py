@@ -3,7 +3,7 @@
 Embeddings are drawn N(0, sigma^2) and every block of H, H_o and H_f of an attention layer is measured for sigma from
 1e-2 to 10, untrained: transformers of depth 1 to 5 without and with pre-LN (cross-entropy of the answer's digits),
 stacks of linear attention and linear MLPs (square loss). After figure 3 of Ormaniec, Dangel, Singh, arXiv 2410.10986,
-whose norms were estimated from random probes: those of the last attention layer are exact here, by the closed form;
+whose norms were estimated from random samples: those of the last attention layer are exact here, by the closed form;
 those of the first layer at depth 2 and more are estimates with standard errors. Slopes are fitted seed by seed and set
 beside the predicted exponents.
 
@@ -13,6 +13,7 @@ sigma -> 0: they come out above 3.
 """
 
 import hashlib
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +24,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 from attnlab.analysis import Analysis, AnalysisConfig, Arrays
+from attnlab.expectation import Expectation, at_least, at_most, equal
 
-PARTS = {"full": "H", "outer": "H_o", "functional": "H_f"}
+PARTS = {"hessian": "H", "ggn": "H_o", "functional": "H_f"}
 COLORS = {"VV": "C0", "QQ": "C1", "KK": "C2", "OO": "C3"}
 STYLES = {"VV": "-", "QQ": "--"}
 
@@ -59,7 +61,7 @@ class Config(AnalysisConfig):
         "width": 4,
         "points": 4,
         "depth": 2,
-        "probes": 2,
+        "samples": 2,
         "precision": "float64",
     }
 
@@ -75,8 +77,8 @@ class Config(AnalysisConfig):
     """Values of sigma: three to a decade."""
     depth: int = 5
     """Largest depth (3 at most for linear attention)."""
-    probes: int = 4
-    """Random probes for each norm of the first layer."""
+    samples: int = 4
+    """Random samples for each norm of the first layer."""
     precision: str = "float32"
     """Of the transformers; linear attention and MLPs are taken in the precision of `--dtype`."""
 
@@ -103,6 +105,8 @@ def depths(config: Config, variant: str) -> range:
 
 def compute(config: Config, progress: Progress) -> Arrays:
     """All norms, part by part: what a stopped run had finished is read from disk."""
+    import jax
+
     from attnlab.runs import stored_arrays
 
     if config.dtype != "float64":
@@ -115,30 +119,36 @@ def compute(config: Config, progress: Progress) -> Arrays:
     ]
     bar = progress.add_task("block norms", total=len(tasks), status="")
     folder = parts_folder(config)
-    found: dict[str, list[np.ndarray]] = {}
+    found: Arrays = {variant: {str(depth): [] for depth in depths(config, variant)} for variant in VARIANTS}
     for seed, variant, depth in tasks:
         progress.update(bar, status=f"seed {seed}: {VARIANTS[variant].label}, depth {depth}")
         path = folder / f"{variant}-{depth}-{seed}.npz"
         part = stored_arrays(path, lambda s=seed, v=variant, d=depth: measure(config, s, v, d))
-        for name, norms in part.items():
-            found.setdefault(f"{variant}/{depth}/{name}", []).append(norms)
+        found[variant][str(depth)].append(part)
         progress.advance(bar)
-    arrays = {name: np.stack(norms) for name, norms in found.items()}
-    arrays |= {f"{variant}/sigma": sigmas(config, variant) for variant in VARIANTS}
-    return arrays | stored_arrays(folder / f"precision-{config.seed}.npz", lambda: precision_errors(config))
+    arrays = {
+        variant: {
+            "sigma": sigmas(config, variant),
+            "norms": {depth: jax.tree.map(lambda *seeds: np.stack(seeds), *parts) for depth, parts in models.items()},
+        }
+        for variant, models in found.items()
+    }
+    return arrays | {
+        "precision": stored_arrays(folder / f"precision-{config.seed}.npz", lambda: precision_errors(config))
+    }
 
 
 def parts_folder(config: Config) -> Path:
     """Where finished parts wait for the rest: one folder for each choice of all that decides their numbers."""
-    names = ("sequences", "digits", "width", "points", "probes", "precision", "dtype")
-    identity = json.dumps({name: getattr(config, name) for name in names}, sort_keys=True)
+    names = ("sequences", "digits", "width", "points", "samples", "precision", "dtype")
+    identity = json.dumps({"layout": 2} | {name: getattr(config, name) for name in names}, sort_keys=True)
     digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
     return config.output / "results" / "block-growth-parts" / digest
 
 
 def network(config: Config, variant: str, depth: int):
     """The network of a variant; transformers in `config.precision`."""
-    from attnlab.attention.addition_networks import AdditionNetwork
+    from attnlab.risks.addition_networks import AdditionNetwork
 
     kind = VARIANTS[variant]
     dtype = config.precision if kind.weights == "softmax" else config.dtype
@@ -146,37 +156,40 @@ def network(config: Config, variant: str, depth: int):
 
 
 def measure(config: Config, seed: int, variant: str, depth: int) -> Arrays:
-    """Norms of one model at every sigma: `last/outer/QQ` and so on, (points,)."""
+    """Norms of one model at every sigma, (points,), by place, part and pair of the block."""
     import jax
 
-    from attnlab.attention.addition_networks import last_layer_norms, linear_mlp_norms, with_embedding_scale
+    from attnlab.risks.addition_networks import last_layer_norms, linear_mlp_norms, with_embedding_scale
 
     key, scales = jax.random.key(seed), sigmas(config, variant)
     if variant == "mlp":
         norms = linear_mlp_norms(network(config, "linear", 1), depth, key)
-        return {f"{place}/full/VV": float(norm) * scales**2 for place, norm in norms.items()}
+        return {place: {"hessian": {"VV": float(norm) * scales**2}} for place, norm in norms.items()}
     model = network(config, variant, depth)
     params, data = model.draw(key)
     names = None if depth == 1 else ("value", "query", "key")  # of the projection's blocks one layer is enough
     points = []
     for index, sigma in enumerate(scales):
         scaled = with_embedding_scale(params, sigma)
-        norms = {f"last/{name}": norm for name, norm in last_layer_norms(model, scaled, data, names).items()}
+        norms = {"last": last_layer_norms(model, scaled, data, names)}
         if depth > 1:
             norms |= first_layer(config, model, scaled, data, jax.random.fold_in(jax.random.fold_in(key, depth), index))
         points.append(norms)
-    return {name: np.array([point[name] for point in points]) for name in points[0]}
+    return jax.tree.map(lambda *values: np.array(values), *points)
 
 
-def first_layer(config: Config, model, params, data, key) -> dict[str, float]:
-    """Norms of the first layer's value and query blocks, and their standard errors, from random probes."""
-    from attnlab.attention.addition_networks import first_layer_squares
+def first_layer(config: Config, model, params, data, key) -> Arrays:
+    """Norms of the first layer's value and query blocks, and their standard errors, from random samples."""
+    from attnlab.risks.addition_networks import first_layer_squares
 
-    norms = {}
-    for name, square in first_layer_squares(model, params, data, key, probes=config.probes).items():
-        norms[f"first/{name}"] = norm = float(square.value) ** 0.5
+    norms: Arrays = {"first": {}, "first error": {}}
+    for part, squares in first_layer_squares(model, params, data, key, samples=config.samples).items():
+        roots = {pair: float(square.value) ** 0.5 for pair, square in squares.items()}
         # d sqrt(s) = ds / (2 sqrt(s))
-        norms[f"first/{name}/error"] = float(square.standard_error) / (2 * norm) if norm > 0 else 0.0
+        errors = {
+            pair: float(squares[pair].standard_error) / (2 * root) if root > 0 else 0.0 for pair, root in roots.items()
+        }
+        norms["first"][part], norms["first error"][part] = roots, errors
     return norms
 
 
@@ -184,13 +197,13 @@ def precision_errors(config: Config) -> Arrays:
     """Largest relative error of the transformers' norms against float64 at depth 1, for three values of sigma."""
     import jax
 
-    from attnlab.attention.addition_networks import precision_error
+    from attnlab.risks.addition_networks import precision_error
 
     key, arrays = jax.random.key(config.seed), {}
     for variant in ("softmax", "pre_norm"):
         chosen = sigmas(config, variant)[[0, config.points // 2, -1]]
         errors = [precision_error(network(config, variant, 1), key, sigma) for sigma in chosen]
-        arrays |= {f"precision/{variant}": np.array(errors), f"precision/{variant}/sigma": chosen}
+        arrays[variant] = {"error": np.array(errors), "sigma": chosen}
     return arrays
 
 
@@ -200,26 +213,32 @@ def fit_range(variant: str) -> tuple[float, float]:
     return low, low * (high / low) ** (1 / 3 if variant != "linear" else 1 / 2)
 
 
-def predicted(variant: str, depth: int, name: str) -> float | None:
-    """The predicted exponent of `last/outer/QQ` and the like; None where there is none or the block is zero."""
-    from attnlab.attention.growth import network_exponent
+def predicted(variant: str, depth: int, place: str, part: str, pair: str) -> float | None:
+    """The predicted exponent of a block; None where there is none or the block is zero."""
+    from attnlab.risks.growth import network_exponent
 
     if variant == "mlp":
         return 2.0
     kind = VARIANTS[variant]
-    return network_exponent(kind.weights, kind.norm, depth, *name.split("/"))
+    return network_exponent(kind.weights, kind.norm, depth, place, part, pair)
 
 
-def crossover(arrays: Arrays, place: str, variant: str) -> np.ndarray:
+def norms_of(arrays: Arrays, variant: str, depth: int, place: str, part: str) -> Arrays:
+    """Norms by pair, (seeds, points) each; none where they were not measured."""
+    return arrays[variant]["norms"][str(depth)].get(place, {}).get(part, {})
+
+
+def crossover(arrays: Arrays, variant: str, depth: int, place: str, part: str) -> np.ndarray:
     """Sigma of every seed at which the query block first overtakes the value block; NaN where it never does."""
-    from attnlab.attention.growth import crossings
+    from attnlab.risks.growth import crossings
 
-    return crossings(arrays[f"{place}/QQ"], arrays[f"{place}/VV"], arrays[f"{variant}/sigma"])
+    norms = norms_of(arrays, variant, depth, "last" if depth == 1 else place, part)
+    return crossings(norms["QQ"], norms["VV"], arrays[variant]["sigma"])
 
 
 def measured_depths(arrays: Arrays, variant: str) -> list[int]:
     """The depths that the arrays hold."""
-    return sorted({int(name.split("/")[1]) for name in arrays if name.startswith(f"{variant}/") and "VV" in name})
+    return sorted(map(int, arrays[variant]["norms"]))
 
 
 def plot(arrays: Arrays, config: Config):
@@ -229,9 +248,9 @@ def plot(arrays: Arrays, config: Config):
     figure, axes = plt.subplots(3, 4, figsize=(15, 11))
     plot_one_layer(axes[0], arrays, config)
     for column, (variant, place) in enumerate([(v, p) for v in ("softmax", "pre_norm") for p in ("last", "first")]):
-        plot_depths(axes[1, column], arrays, config, variant, place, "full")
-    plot_depths(axes[2, 0], arrays, config, "linear", "last", "outer")
-    plot_depths(axes[2, 1], arrays, config, "mlp", "first", "full")
+        plot_depths(axes[1, column], arrays, config, variant, place, "hessian")
+    plot_depths(axes[2, 0], arrays, config, "linear", "last", "ggn")
+    plot_depths(axes[2, 1], arrays, config, "mlp", "first", "hessian")
     plot_slopes(axes[2, 2], arrays, config)
     plot_crossovers(axes[2, 3], arrays, config)
     return figure
@@ -249,15 +268,15 @@ def plot_one_layer(row, arrays: Arrays, config: Config) -> None:
     """Diagonal blocks of H_o, H_f and H, and off-diagonal ones of H, at depth 1 without norms."""
     from attnlab.plotting.curves import geometric_band
 
-    scales, window = arrays["softmax/sigma"], fit_range("softmax")
+    scales, window = arrays["softmax"]["sigma"], fit_range("softmax")
     diagonal, mixed = ("VV", "OO", "QQ", "KK"), ("OV", "KQ", "QV", "KV", "OQ", "KO")
-    panels = [("outer", diagonal), ("functional", ("QQ", "KK")), ("full", diagonal), ("full", mixed)]
+    panels = [("ggn", diagonal), ("functional", ("QQ", "KK")), ("hessian", diagonal), ("hessian", mixed)]
     for axes, (part, pairs) in zip(row, panels, strict=True):
         drawn = set()
         for index, pair in enumerate(pairs):
-            norms = arrays[f"softmax/1/last/{part}/{pair}"]
+            norms = norms_of(arrays, "softmax", 1, "last", part)[pair]
             geometric_band(axes, scales, norms, color=COLORS.get(pair, f"C{index}"), label=pair)
-            exponent = predicted("softmax", 1, f"last/{part}/{pair}")
+            exponent = predicted("softmax", 1, "last", part, pair)
             if exponent is not None and exponent not in drawn:
                 guide(axes, scales, norms, exponent, *window)
                 drawn.add(exponent)
@@ -273,18 +292,17 @@ def plot_depths(axes, arrays: Arrays, config: Config, variant: str, place: str, 
     from attnlab.plotting.curves import geometric_band
 
     shades = mpl.colormaps["viridis"]
-    scales, window = arrays[f"{variant}/sigma"], fit_range(variant)
+    scales, window = arrays[variant]["sigma"], fit_range(variant)
     for depth in measured_depths(arrays, variant):
         where = "last" if depth == 1 and variant != "mlp" else place
         color = shades(0.9 * (depth - 1) / 4)
         for pair, line in STYLES.items():
-            name = f"{where}/{part}/{pair}"
-            if f"{variant}/{depth}/{name}" not in arrays:
+            norms = norms_of(arrays, variant, depth, where, part).get(pair)
+            if norms is None:
                 continue
-            norms = arrays[f"{variant}/{depth}/{name}"]
             label = f"depth {depth}" if pair == "VV" else None
             geometric_band(axes, scales, norms, color=color, linestyle=line, label=label)
-            exponent = predicted(variant, depth, name)
+            exponent = predicted(variant, depth, where, part, pair)
             if exponent is not None and (depth == 1 or (variant == "linear" and pair == "VV")):
                 guide(axes, scales, norms, exponent, *window)
     if variant != "mlp":
@@ -302,17 +320,16 @@ def finish(axes, title: str) -> None:
 
 def slopes(arrays: Arrays, config: Config):
     """(variant, depth, name, fitted, half-width, predicted) of every block with a prediction."""
-    from attnlab.attention.growth import fitted_exponent
+    from attnlab.risks.growth import fitted_exponent
 
     for variant in VARIANTS:
-        scales, window = arrays[f"{variant}/sigma"], fit_range(variant)
-        for depth in measured_depths(arrays, variant):
-            head = f"{variant}/{depth}/"
-            measured = [key for key in arrays if key.startswith(head) and not key.endswith("/error")]
-            for name in (key.removeprefix(head) for key in measured):
-                exponent = predicted(variant, depth, name)
+        scales, window = arrays[variant]["sigma"], fit_range(variant)
+        for depth, place, part in itertools.product(measured_depths(arrays, variant), ("last", "first"), PARTS):
+            for pair, norms in norms_of(arrays, variant, depth, place, part).items():
+                exponent = predicted(variant, depth, place, part, pair)
                 if exponent is not None:
-                    yield variant, depth, name, *fitted_exponent(arrays[head + name], scales, *window), exponent
+                    block = f"{place} {part} {pair}"
+                    yield variant, depth, block, *fitted_exponent(norms, scales, *window), exponent
 
 
 def plot_slopes(axes, arrays: Arrays, config: Config) -> None:
@@ -329,16 +346,13 @@ def plot_slopes(axes, arrays: Arrays, config: Config) -> None:
     axes.legend(loc="best")
 
 
-CROSSINGS = (("softmax", "full", "last"), ("softmax", "outer", "last"), ("softmax", "full", "first"))
+CROSSINGS = (("softmax", "hessian", "last"), ("softmax", "ggn", "last"), ("softmax", "hessian", "first"))
 
 
 def plot_crossovers(axes, arrays: Arrays, config: Config) -> None:
     """Sigma at which the query block overtakes the value block, of every seed."""
     for color, (variant, part, place) in enumerate(CROSSINGS):
-        points = [
-            (depth, crossover(arrays, f"{variant}/{depth}/{'last' if depth == 1 else place}/{part}", variant))
-            for depth in measured_depths(arrays, variant)
-        ]
+        points = [(depth, crossover(arrays, variant, depth, place, part)) for depth in measured_depths(arrays, variant)]
         shift = 0.18 * (color - 1)
         for depth, values in points:
             axes.plot(np.full(len(values), depth + shift), values, ".", color=f"C{color}", alpha=0.4)
@@ -351,6 +365,26 @@ def plot_crossovers(axes, arrays: Arrays, config: Config) -> None:
     axes.legend(loc="best")
 
 
+def findings(arrays: Arrays, config: Config) -> list[Expectation]:
+    """The exponents of one layer and of linear MLPs, the crossing of queries and values, and the lower precision."""
+    source, order = "Ormaniec, Dangel, Singh, arXiv 2410.10986, section 4", "the next order in the scale"
+    rows = [row for row in slopes(arrays, config) if np.isfinite(row[3])]
+    found = []
+    for variant, part, tolerance in (("softmax", "ggn", 0.2), ("pre_norm", "hessian", 0.2), ("mlp", "hessian", 1e-6)):
+        named = [row for row in rows if row[:2] == (variant, 1) and part in row[2]]
+        if named:
+            fitted, exponents = ([row[place] for row in named] for place in (3, 5))
+            what = f"{VARIANTS[variant].label}, one layer: exponents of the blocks of {PARTS[part]}"
+            found.append(equal(what, fitted, exponents, tolerance, because=order, source=source))
+    crossed = np.isfinite(crossover(arrays, "softmax", 1, "last", "hessian")).mean()
+    largest = max(np.max(arrays["precision"][variant]["error"]) for variant in arrays["precision"])
+    return [
+        *found,
+        at_least("share of seeds in which the query block of H overtakes the value block", crossed, 0.9, source=source),
+        at_most("largest relative error of a norm in the lower precision", largest, 0.05, source="float64"),
+    ]
+
+
 def tables(arrays: Arrays, config: Config) -> list[Table]:
     """Slopes, crossings, and how exact the numbers are."""
     fitted = Table("model", "depth", "block", "fitted", "predicted", title="exponents of sigma, 95 % intervals")
@@ -360,14 +394,14 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
     for variant, part, place in CROSSINGS:
         for depth in measured_depths(arrays, variant):
             layer = "last" if depth == 1 else place
-            found = crossover(arrays, f"{variant}/{depth}/{layer}/{part}", variant)
+            found = crossover(arrays, variant, depth, place, part)
             crossings.add_row(PARTS[part], layer, str(depth), summary(found))
     return [fitted, crossings, accuracy_table(arrays)]
 
 
 def summary(values: np.ndarray) -> str:
     """Mean and 95 % half-width of the logarithm over the seeds that cross."""
-    from attnlab.attention.growth import half_width
+    from attnlab.risks.growth import half_width
 
     logs = np.log(values[np.isfinite(values)])
     if len(logs) < 2:
@@ -380,12 +414,16 @@ def accuracy_table(arrays: Arrays) -> Table:
     """Errors of the lower precision, and the standard errors of the estimated norms."""
     table = Table("norms of", "at", "largest relative error", title="accuracy")
     for variant in ("softmax", "pre_norm"):
-        scales, label = arrays[f"precision/{variant}/sigma"], VARIANTS[variant].label
-        for scale, errors in zip(scales, arrays[f"precision/{variant}"], strict=True):
+        now, label = arrays["precision"][variant], VARIANTS[variant].label
+        for scale, errors in zip(now["sigma"], now["error"], strict=True):
             table.add_row(f"last layer, {label}", f"sigma {scale:.2g}", f"{np.max(errors):.1e} against float64")
-    names = [name for name in arrays if name.endswith("/error")]
-    if names:
-        shares = [arrays[name] / np.maximum(arrays[name.removesuffix("/error")], 1e-300) for name in names]
+    shares = [
+        errors / np.maximum(norms_of(arrays, variant, depth, "first", part)[pair], 1e-300)
+        for variant in VARIANTS
+        for depth, part in itertools.product(measured_depths(arrays, variant), PARTS)
+        for pair, errors in norms_of(arrays, variant, depth, "first error", part).items()
+    ]
+    if shares:
         share = np.concatenate([share.ravel() for share in shares])
         known = np.isfinite(share)  # the variance of a large norm may overflow in float32
         of_all, median = f"median of {known.sum()} of {known.size}", np.median(share[known])
@@ -393,7 +431,7 @@ def accuracy_table(arrays: Arrays) -> Table:
     return table
 
 
-ANALYSIS = Analysis("block-growth", Config, compute, plot, tables, __doc__)
+ANALYSIS = Analysis("block-growth", Config, compute, plot, tables, findings, __doc__, slow=True)
 
 if __name__ == "__main__":
     ANALYSIS.main()

@@ -12,7 +12,8 @@ import numpy as np
 from rich.progress import Progress
 from rich.table import Table
 
-from attnlab.analysis import Analysis, AnalysisConfig, Arrays, Finding, findings_table, log_mean
+from attnlab.analysis import Analysis, AnalysisConfig, Arrays, log_mean
+from attnlab.expectation import Expectation, at_least, at_most, between, equal
 
 BLOCKS = ("key", "output", "query", "value")
 POWERS = {"softmax": (2, 5), "linear": (6, 6), "pre-LN": (0, 0)}
@@ -41,7 +42,7 @@ def compute(config: Config, progress: Progress) -> Arrays:
     import jax.numpy as jnp
 
     from attnlab.curvature import hessian
-    from attnlab.dynamics.problems import addition_attention
+    from attnlab.risks.addition import addition_attention
 
     @jax.jit
     def spectra(risk, params):
@@ -50,7 +51,7 @@ def compute(config: Config, progress: Progress) -> Arrays:
 
     keys = jax.random.split(jax.random.key(config.seed), config.starts)
     task = progress.add_task("curvature", total=len(config.kinds) * config.starts * len(config.scales), status="")
-    arrays: Arrays = {}
+    arrays: Arrays = {kind: {} for kind in config.kinds}
     for kind in config.kinds:
         points: dict[str, list[np.ndarray]] = {}
         for key in keys:
@@ -61,7 +62,7 @@ def compute(config: Config, progress: Progress) -> Arrays:
                 progress.update(task, advance=1, status=kind)
         for name, values in points.items():
             stacked = np.array(values)
-            arrays[f"{kind}/{name}"] = stacked.reshape(config.starts, len(config.scales), *stacked.shape[1:])
+            arrays[kind][name] = stacked.reshape(config.starts, len(config.scales), *stacked.shape[1:])
     return arrays
 
 
@@ -79,7 +80,7 @@ def statistics(spectra) -> dict[str, np.ndarray]:
     from attnlab.dynamics.heterogeneity import jensen_shannon, log_wasserstein
 
     pairs = list(combinations(spectra.values(), 2))
-    found = {f"eigenvalues/{name}": np.asarray(values) for name, values in spectra.items()}
+    found = {name: np.asarray(values) for name, values in spectra.items()}
     found["ratio"] = np.linalg.norm(spectra["value"]) / np.linalg.norm(spectra["query"])
     found["jensen_shannon"] = np.mean([jensen_shannon(*pair) for pair in pairs])
     found["wasserstein"] = np.mean([log_wasserstein(*pair) for pair in pairs])
@@ -95,10 +96,10 @@ def plot(arrays: Arrays, config: Config):
     shown = int(np.argmin(np.abs(np.array(config.scales) - 0.2)))
     for axes, kind in zip(rows[0], kinds, strict=False):
         for name in BLOCKS:
-            sizes = np.sort(np.abs(arrays[f"{kind}/eigenvalues/{name}"][0, shown]))[::-1]
+            sizes = np.sort(np.abs(arrays[kind][name][0, shown]))[::-1]
             style = "--" if name in ("query", "value") else "-"  # key and query, output and value nearly coincide
             axes.semilogy(np.arange(1, len(sizes) + 1), sizes, style, label=name)
-        top = max(np.abs(arrays[f"{kind}/eigenvalues/{name}"][0, shown]).max() for name in BLOCKS)
+        top = max(np.abs(arrays[kind][name][0, shown]).max() for name in BLOCKS)
         axes.set(xlabel="rank", title=f"{kind}, embeddings of std {config.scales[shown]:g}", ylim=(1e-9 * top, 3 * top))
         axes.legend()
     rows[0, 0].set_ylabel(r"$|$eigenvalue$|$ of the diagonal block")
@@ -111,7 +112,7 @@ def plot(arrays: Arrays, config: Config):
     }
     for axes, (name, label) in zip(rows[1], labels.items(), strict=True):
         for kind in kinds:
-            values = arrays[f"{kind}/{name}"]
+            values = arrays[kind][name]
             if name == "ratio":
                 middle, factor = log_mean(values)
                 low, high = middle / factor, middle * factor
@@ -130,22 +131,19 @@ def plot(arrays: Arrays, config: Config):
 
 def at_scale(arrays: Arrays, config: Config, kind: str, name: str, scale: float) -> np.ndarray:
     """The values of all starts at one scale of the embeddings."""
-    return arrays[f"{kind}/{name}"][:, config.scales.index(scale)]
+    return arrays[kind][name][:, config.scales.index(scale)]
 
 
 def exponents(arrays: Arrays, config: Config, kind: str) -> list[float]:
     """Powers of the scale with which the norms of the value and the query block grow from 0.05 to 0.1."""
     norms = [
-        [
-            log_mean(np.linalg.norm(at_scale(arrays, config, kind, f"eigenvalues/{block}", scale), axis=-1))[0]
-            for scale in (0.05, 0.1)
-        ]
+        [log_mean(np.linalg.norm(at_scale(arrays, config, kind, block, scale), axis=-1))[0] for scale in (0.05, 0.1)]
         for block in ("value", "query")
     ]
     return [float(np.log2(large / small)) for small, large in norms]
 
 
-def findings(arrays: Arrays, config: Config) -> list[Finding]:
+def findings(arrays: Arrays, config: Config) -> list[Expectation]:
     """The ratio of the blocks by kind, how both grow, and how both distances rank the kinds."""
     growth, adam = "Ormaniec et al., arXiv 2410.10986", "Zhang et al., arXiv 2402.16788"
     expected = {
@@ -154,14 +152,14 @@ def findings(arrays: Arrays, config: Config) -> list[Finding]:
         ("pre-LN", 0.2): (1, 6),
         ("softmax", 1.0): (0.3, 3),
     }
-    found = []
+    found, order = [], "the next order in the scale"
     for (kind, scale), (low, high) in expected.items():
         if kind in config.kinds and scale in config.scales:
             ratio = float(log_mean(at_scale(arrays, config, kind, "ratio", scale))[0])
-            found.append(Finding(f"{kind}, std {scale:g}: ||H_VV|| / ||H_QQ||", ratio, low, high, growth))
+            found.append(between(f"{kind}, std {scale:g}: ||H_VV|| / ||H_QQ||", ratio, low, high, source=growth))
     if {0.05, 0.1} <= set(config.scales):
         found += [
-            Finding(f"{kind}: exponent of ||H_{name}|| in the scale", measured, power - 0.02, power + 0.02, growth)
+            equal(f"{kind}: exponent of ||H_{name}|| in the scale", measured, power, 0.02, because=order, source=growth)
             for kind in config.kinds
             for name, measured, power in zip(("VV", "QQ"), exponents(arrays, config, kind), POWERS[kind], strict=True)
         ]
@@ -173,27 +171,27 @@ def findings(arrays: Arrays, config: Config) -> list[Finding]:
         decades, bits = means["wasserstein"], means["jensen_shannon"]["softmax"]
         excess = decades["softmax"] / max(decades[kind] for kind in config.kinds if kind != "softmax")
         found += [
-            Finding("std 0.2: Wasserstein-1 of log10, softmax over the next kind", excess, 1.5, np.inf, adam),
-            Finding("softmax, std 0.2: Jensen-Shannon, of at most 1 bit", bits, 0.0, 0.15, adam),
+            at_least("std 0.2: Wasserstein-1 of log10, softmax over the next kind", excess, 1.5, source=adam),
+            at_most("softmax, std 0.2: Jensen-Shannon, of at most 1 bit", bits, 0.15, source=adam),
         ]
     return found
 
 
 def tables(arrays: Arrays, config: Config) -> list[Table]:
-    """The statistics by kind and scale, with standard errors over the starts; and the findings."""
+    """The statistics by kind and scale, with standard errors over the starts."""
     table = Table("layer", "std", "||H_VV|| / ||H_QQ|| (x/ error)", "Jensen-Shannon [bits]", "Wasserstein-1 [decades]")
     for kind in config.kinds:
         for position, scale in enumerate(config.scales):
-            ratio, factor = (part[position] for part in log_mean(arrays[f"{kind}/ratio"]))
+            ratio, factor = (part[position] for part in log_mean(arrays[kind]["ratio"]))
             cells = []
             for name in ("jensen_shannon", "wasserstein"):
-                values = arrays[f"{kind}/{name}"][:, position]
+                values = arrays[kind][name][:, position]
                 cells.append(f"{values.mean():.3f} ± {values.std(ddof=1) / len(values) ** 0.5:.3f}")
             table.add_row(kind, f"{scale:g}", f"{ratio:.3g} x/ {factor:.2f}", *cells)
-    return [table, findings_table(findings(arrays, config))]
+    return [table]
 
 
-ANALYSIS = Analysis("block-heterogeneity", Config, compute, plot, tables, __doc__)
+ANALYSIS = Analysis("block-heterogeneity", Config, compute, plot, tables, findings, __doc__, slow=True)
 
 if __name__ == "__main__":
     ANALYSIS.main()

@@ -5,13 +5,14 @@ flow, which keeps the sharpness at 2 / learning rate; gradient flow goes where t
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 from rich.progress import Progress
 from rich.table import Table
 
-from attnlab.analysis import Analysis, AnalysisConfig, Arrays, Finding, findings_table
+from attnlab.analysis import Analysis, AnalysisConfig, Arrays
+from attnlab.expectation import Expectation, at_least, at_most, between
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,6 @@ class Config(AnalysisConfig):
 
     SMOKE: ClassVar = {"after": 20, "steps": 8, "images": 8}
 
-    dtype: Literal["float64", "float32"] = "float64"
-    """Precision of the computation."""
     learning_rate: float = 0.1
     """Of gradient descent."""
     after: int = 720
@@ -43,9 +42,9 @@ def compute(config: Config, progress: Progress) -> Arrays:
     import optax
 
     from attnlab.dynamics.flows import central_flow, gradient_flow, smoothed
-    from attnlab.dynamics.problems import digits_attention
     from attnlab.dynamics.rules import update_rule
     from attnlab.dynamics.sharpness import Tracking, top_eigenvalues
+    from attnlab.risks.digits import digits_attention
     from attnlab.training import Session, probe, show_progress, train
     from attnlab.trees import ravel
 
@@ -84,21 +83,20 @@ def compute(config: Config, progress: Progress) -> Arrays:
 
     points = {"descent": smooth, "central": central.params, "gradient flow": flow}
     flat = {name: jax.vmap(ravel)(path) for name, path in points.items()}
-    arrays = {f"loss/{name}": jax.vmap(risk)(path) for name, path in points.items()}
-    arrays |= {
-        f"distance/{name}": jnp.linalg.norm(flat["descent"] - flat[name], axis=1)
-        for name in ("central", "gradient flow")
-    }
-    arrays |= {
-        "steps": jnp.arange(0, config.steps + 1, config.every),
-        "loss/iterates": iterates.losses[: config.steps + 1],
-        "loss/predicted": central.predicted_loss,
-        "sharpness/descent": iterates.values["top"]["values"][: config.steps + 1] * rate / 2,
-        "sharpness/central": central.sharpness * rate / 2,
+    losses = {name: jax.vmap(risk)(path) for name, path in points.items()}
+    return {
+        "steps": np.arange(0, config.steps + 1, config.every),
+        "loss": losses | {"iterates": iterates.losses[: config.steps + 1], "predicted": central.predicted_loss},
+        "distance": {
+            name: jnp.linalg.norm(flat["descent"] - flat[name], axis=1) for name in ("central", "gradient flow")
+        },
+        "sharpness": {
+            "descent": iterates.values["top"]["values"][: config.steps + 1] * rate / 2,
+            "central": central.sharpness * rate / 2,
+        },
         "variance": central.variance,
         "residual": central.residual,
     }
-    return {name: np.asarray(array) for name, array in arrays.items()}
 
 
 def plot(arrays: Arrays, config: Config):
@@ -107,23 +105,23 @@ def plot(arrays: Arrays, config: Config):
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.6))
     steps, dense = arrays["steps"], np.arange(config.steps + 1)
-    left.plot(dense, arrays["sharpness/descent"][:, -1], color="0.7", label=r"gradient descent, $\lambda_1$")
-    for i, eigenvalues in enumerate(arrays["sharpness/central"].T[::-1]):
+    left.plot(dense, arrays["sharpness"]["descent"][:, -1], color="0.7", label=r"gradient descent, $\lambda_1$")
+    for i, eigenvalues in enumerate(arrays["sharpness"]["central"].T[::-1]):
         left.plot(
             steps, eigenvalues, ("-", "--", "-.")[i % 3], color=f"C{i}", label=rf"central flow, $\lambda_{i + 1}$"
         )
     left.axhline(1, color="0.4", ls=":")
     left.set(xlabel="step", ylabel=r"$\lambda \, \eta / 2$", title="sharpness over the edge")
     left.legend()
-    middle.plot(dense, arrays["loss/iterates"], color="0.7", label="gradient descent")
+    middle.plot(dense, arrays["loss"]["iterates"], color="0.7", label="gradient descent")
     # at the start, which may lie above the edge, the oscillation that would bring it down has no bound
-    middle.plot(steps[1:], arrays["loss/predicted"][1:], label="central flow, predicted mean")
-    middle.plot(steps, arrays["loss/central"], label="central flow")
-    middle.plot(steps, arrays["loss/gradient flow"], "--", label="gradient flow")
+    middle.plot(steps[1:], arrays["loss"]["predicted"][1:], label="central flow, predicted mean")
+    middle.plot(steps, arrays["loss"]["central"], label="central flow")
+    middle.plot(steps, arrays["loss"]["gradient flow"], "--", label="gradient flow")
     middle.set(xlabel="step", ylabel="training loss", title="loss")
     middle.legend()
-    right.semilogy(steps[1:], arrays["distance/central"][1:], label="to the central flow")
-    right.semilogy(steps[1:], arrays["distance/gradient flow"][1:], "--", label="to gradient flow")
+    right.semilogy(steps[1:], arrays["distance"]["central"][1:], label="to the central flow")
+    right.semilogy(steps[1:], arrays["distance"]["gradient flow"][1:], "--", label="to gradient flow")
     right.set(xlabel="step", ylabel="distance", title="distance of smoothed gradient descent")
     right.legend()
     return figure
@@ -132,40 +130,40 @@ def plot(arrays: Arrays, config: Config):
 def held_off_edge(arrays: Arrays) -> float:
     """Largest distance of the flow's sharpness over the edge from 1 while its oscillation is active."""
     active = (arrays["variance"][:, -1] > 0) & (arrays["steps"] > 0)  # the start itself may lie above the edge
-    return float(np.abs(arrays["sharpness/central"][active, -1] - 1).max()) if active.any() else float("nan")
+    return float(np.abs(arrays["sharpness"]["central"][active, -1] - 1).max()) if active.any() else float("nan")
 
 
 def distance_ratio(arrays: Arrays) -> np.ndarray:
     """Distance of descent from gradient flow over that from the central flow."""
-    return arrays["distance/gradient flow"][1:] / arrays["distance/central"][1:]
+    return arrays["distance"]["gradient flow"][1:] / arrays["distance"]["central"][1:]
 
 
-def findings(arrays: Arrays, config: Config) -> list[Finding]:
+def findings(arrays: Arrays, config: Config) -> list[Expectation]:
     """The edge is held; descent is nearer to the central flow; gradient flow leaves the edge."""
     source = "Cohen et al., arXiv 2410.24206"
     ratio, edge = distance_ratio(arrays), held_off_edge(arrays)
     # without the start, which may lie above the edge
-    mean, predicted = arrays["loss/iterates"][config.every :].mean(), arrays["loss/predicted"][1:].mean()
+    mean, predicted = arrays["loss"]["iterates"][config.every :].mean(), arrays["loss"]["predicted"][1:].mean()
     return [
-        Finding("|sharpness / edge - 1| of the central flow while active", edge, 0, 1e-4, source),
-        Finding("distance to gradient flow over that to the central flow, end", float(ratio[-1]), 10, np.inf, source),
-        Finding("mean loss of gradient descent over that predicted", float(mean / predicted), 0.9, 1.1, source),
-        Finding("residual of the complementarity problem", float(arrays["residual"].max()), 0, 1e-7, "rounding"),
+        at_most("|sharpness / edge - 1| of the central flow while active", edge, 1e-4, source=source),
+        at_least("distance to gradient flow over that to the central flow, end", ratio[-1], 10, source=source),
+        between("mean loss of gradient descent over that predicted", mean / predicted, 0.9, 1.1, source=source),
+        at_most("residual of the complementarity problem", arrays["residual"].max(), 1e-7, source="rounding"),
     ]
 
 
 def tables(arrays: Arrays, config: Config) -> list[Table]:
-    """The findings, and the median of the distances."""
+    """The median of the distances."""
     ratio = distance_ratio(arrays)
     table = Table("what", "value")
     table.add_row(
         "distance to gradient flow over distance to the central flow, median of 2nd half",
         f"{np.median(ratio[len(ratio) // 2 :]):.3g}",
     )
-    return [table, findings_table(findings(arrays, config))]
+    return [table]
 
 
-ANALYSIS = Analysis("central-flow", Config, compute, plot, tables, __doc__)
+ANALYSIS = Analysis("central-flow", Config, compute, plot, tables, findings, __doc__)
 
 if __name__ == "__main__":
     ANALYSIS.main()

@@ -8,13 +8,14 @@ group, and the control does not have it.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 from rich.progress import Progress
 from rich.table import Table
 
-from attnlab.analysis import Analysis, AnalysisConfig, Arrays, Finding, findings_table
+from attnlab.analysis import Analysis, Arrays, SinglePrecisionConfig
+from attnlab.expectation import Expectation, at_least, at_most, between
 
 OPTIMIZERS = ("Adam", "SGD with momentum")
 FITTED = 300
@@ -23,7 +24,7 @@ TEXT, CONTROL = "next word", "control: its group"
 
 
 @dataclass(frozen=True)
-class Config(AnalysisConfig):
+class Config(SinglePrecisionConfig):
     """Options of the analysis."""
 
     SMOKE: ClassVar = {
@@ -37,8 +38,6 @@ class Config(AnalysisConfig):
         "rates": (0.01, 0.1),
     }
 
-    dtype: Literal["float64", "float32"] = "float32"
-    """Precision of the computation."""
     sequences: int = 1024
     """Sequences of text."""
     length: int = 16
@@ -64,7 +63,7 @@ def compute(config: Config, progress: Progress) -> Arrays:
     import optax
 
     from attnlab.dynamics.frequency import frequency_groups, group_losses, group_prediction
-    from attnlab.dynamics.problems import next_word_prediction
+    from attnlab.risks.language import next_word_prediction
     from attnlab.training import Session, minibatches, show_progress, train
 
     def start(key):
@@ -184,22 +183,22 @@ def plot(arrays: Arrays, config: Config):
     return figure
 
 
-def findings(arrays: Arrays, config: Config) -> list[Finding]:
+def findings(arrays: Arrays, config: Config) -> list[Expectation]:
     """The law of Zipf; Adam's advantage in the rarest group, and by how much it is above that in the others; and that
     difference where the classes are balanced."""
     source, title = "Kunstner et al., arXiv 2402.19449", "that gap, rarest group minus the others"
     rarest = float(advantage(arrays, TEXT)[:, -1].mean())
     text, control = (float(excess(arrays, task).mean()) for task in (TEXT, CONTROL))
     return [
-        Finding(f"Zipf slope of the {FITTED} most frequent words", zipf_slope(arrays), -1.1, -0.8, "Zipf's law"),
-        Finding("loss, SGD minus Adam, rarest group", rarest, 1.0, np.inf, source),
-        Finding(title, text, 0.5, np.inf, source),
-        Finding(f"{title}, balanced classes", control, -np.inf, 0.25, "negative control"),
+        between(f"Zipf slope of the {FITTED} most frequent words", zipf_slope(arrays), -1.1, -0.8, source="Zipf's law"),
+        at_least("loss, SGD minus Adam, rarest group", rarest, 1.0, source=source),
+        at_least(title, text, 0.5, source=source),
+        at_most(f"{title}, balanced classes", control, 0.25, source="negative control"),
     ]
 
 
 def tables(arrays: Arrays, config: Config) -> list[Table]:
-    """The tuning; share and losses of each group with errors over the seeds; its halves; and the findings."""
+    """The tuning; share and losses of each group with errors over the seeds; its halves."""
     rates = Table("predicted", "optimizer", *(f"rate {rate:g}" for rate in config.rates))
     for task in (TEXT, CONTROL):
         for name in OPTIMIZERS:
@@ -213,7 +212,7 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
         table.add_row(str(group + 1), str(words), f"{arrays['share'][group]:.3f}", *cells)
     differences = (with_error(excess(arrays, task)) for task in (TEXT, CONTROL))
     table.add_row("rarest minus others", "", "", "", "", *differences)
-    return [rates, table, findings_table(findings(arrays, config))]
+    return [rates, table]
 
 
 def with_error(values: np.ndarray) -> str:
@@ -221,7 +220,7 @@ def with_error(values: np.ndarray) -> str:
     return f"{values.mean():.3f} ± {standard_error(values):.3f}"
 
 
-ANALYSIS = Analysis("class-imbalance", Config, compute, plot, tables, __doc__)
+ANALYSIS = Analysis("class-imbalance", Config, compute, plot, tables, findings, __doc__, slow=True)
 
 if __name__ == "__main__":
     ANALYSIS.main()

@@ -12,10 +12,11 @@ from rich.progress import Progress
 from rich.table import Table
 
 from attnlab.analysis import Analysis, AnalysisConfig, Arrays
+from attnlab.expectation import Expectation, at_least, at_most
 
 TASKS = ("digits", "addition")
 BLOCKS = {"value": "V", "query": "Q", "key": "K"}
-PARTS = {"outer": "H_o", "functional": "H_f"}
+PARTS = {"ggn": "H_o", "functional": "H_f"}
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def compute(config: Config, progress: Progress) -> Arrays:
     arrays = {}
     for number, name in enumerate(TASKS):
         keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), number), 3)
-        risk, params, measure = (digits_task if name == "digits" else addition_task)(config, keys[0], keys[1])
+        risk, params = (digits_task if name == "digits" else addition_task)(config, keys[0], keys[1])
         records = train(
             risk,
             params,
@@ -56,45 +57,37 @@ def compute(config: Config, progress: Progress) -> Arrays:
             keys[2],
             steps=config.steps,
             every=config.every,
-            probes={"layer": probe(measure)},
+            probes={"layer": probe(measurements)},
             session=Session(report=show_progress(progress, name), directory=config.scratch() / name),
         ).records
-        arrays |= {f"{name}/{key}": np.asarray(value) for key, value in records.values["layer"].items()}
-        arrays |= {f"{name}/losses": np.asarray(records.losses), "steps": np.asarray(records.steps)}
+        arrays |= {name: records.values["layer"] | {"losses": records.losses}, "steps": records.steps}
     return arrays
 
 
 def digits_task(config: Config, data_key, init_key):
     """One layer on the digits: every token regresses to the image's one-hot class."""
-    from attnlab.attention import attention_hessian
     from attnlab.data.digits import digits
     from attnlab.losses import square_loss
     from attnlab.models.adapters import from_linen
     from attnlab.models.attention import AttentionConfig, SelfAttention
-    from attnlab.objective import objective
+    from attnlab.objectives import objective
 
     data = digits(data_key, config.images, patch=(2, 2), positions="one_hot")
     layer = AttentionConfig(key_dim=config.width, value_dim=10)
     module = SelfAttention(layer)
 
-    def measure(risk, params):
-        exact = attention_hessian(layer, params, risk.inputs, risk.targets)
-        return measurements(exact, exact.functional, exact.norms()["outer"])
-
     params = module.init(init_key, data.inputs)["params"]
-    return objective(from_linen(module), square_loss, data.inputs, data.targets), params, measure
+    return objective(from_linen(module), square_loss, data.inputs, data.targets), params
 
 
 def addition_task(config: Config, data_key, init_key):
     """The attention layer of a one-block transformer; the curvature behind it acts on each token by itself."""
-    from attnlab.attention import attention_hessian_from_downstream, downstream_derivatives
-    from attnlab.attention.in_transformer import cut_at_attention
     from attnlab.data.addition import addition, answer_positions
     from attnlab.losses import cross_entropy
     from attnlab.models.adapters import at_positions, from_linen
     from attnlab.models.attention import AttentionConfig
     from attnlab.models.transformer import LanguageModel, LanguageModelConfig, TransformerConfig
-    from attnlab.objective import objective
+    from attnlab.objectives import objective
 
     width, scheme = config.width, {"init": "normal", "gain": 0.8 * config.width**-0.5}
     attention = AttentionConfig(width, width, causal=True, output_dim=width, **scheme)
@@ -102,38 +95,23 @@ def addition_task(config: Config, data_key, init_key):
     model = LanguageModel(LanguageModelConfig(blocks, 12, 18, width, embedding_std=0.3, dtype=config.dtype, **scheme))
     tokens, answers = addition(data_key, config.sequences)
     places = answer_positions()
-
-    def measure(risk, params):
-        cut = cut_at_attention(model, params, risk.inputs, "transformer/layer_0/attention")
-        loss = lambda logits: risk.loss(logits[:, list(places)], risk.targets)  # noqa: E731
-        weights, inputs = cut.point.params, cut.point.inputs
-        whole, outer = (
-            attention_hessian_from_downstream(
-                attention,
-                weights,
-                inputs,
-                *downstream_derivatives(cut.rest, loss, cut.outputs, part=part, coupled=False),
-            )
-            for part in ("full", "outer")
-        )
-        # H_f of the network: its Hessian minus its Gauss-Newton matrix, as sums of Kronecker products.
-        functional = {(n, n): whole.block(n, n) - outer.block(n, n, "outer") for n in BLOCKS}
-        return measurements(whole, functional, outer.norms()["outer"])
-
     params = model.init(init_key, tokens)["params"]
     predict = at_positions(from_linen(model), places)
-    return objective(predict, cross_entropy, tokens, answers), params, measure
+    return objective(predict, cross_entropy, tokens, answers), params
 
 
-def measurements(exact, functional, outer_norms):
-    """Block norms of H, H_o and H_f, eigenvalues of H, and the size of the moments, as a flat dict."""
+def measurements(risk, params):
+    """Block norms of H, H_o and H_f of the attention layer, eigenvalues of H, and the size of the moments."""
     import jax.numpy as jnp
 
-    full = exact.norms()["full"]
+    from attnlab.attention import attention_hessian
+
+    exact = attention_hessian(risk, params)
+    norms = exact.norms()
     eigenvalues = jnp.linalg.eigvalsh(exact.dense())
     moments = exact.moments
     probabilities = jnp.where(moments.weights > 0, moments.weights, 1)
-    values = {
+    return {
         "entropy": -jnp.mean(jnp.sum(probabilities * jnp.log(probabilities), axis=-1)),
         "second": jnp.mean(jnp.trace(moments.second, axis1=-2, axis2=-1)),
         "first": jnp.mean(jnp.sum(moments.first**2, axis=-1)),
@@ -141,12 +119,10 @@ def measurements(exact, functional, outer_norms):
         "largest": eigenvalues[-1],
         "smallest": eigenvalues[0],
         "negative": jnp.mean(eigenvalues < -1e-10 * eigenvalues[-1]),
+        "H": {name: norms["hessian"][name, name] for name in BLOCKS},
+        "H_o": {name: norms["ggn"][name, name] for name in BLOCKS},
+        "H_f": {name: norms["functional"][name, name] for name in BLOCKS},
     }
-    for name in BLOCKS:
-        values[f"H/{name}"] = full[name, name]
-        values[f"H_o/{name}"] = outer_norms[name, name]
-        values[f"H_f/{name}"] = functional[name, name].norm()
-    return values
 
 
 def plot(arrays: Arrays, config: Config):
@@ -155,8 +131,7 @@ def plot(arrays: Arrays, config: Config):
 
     figure, rows = plt.subplots(len(TASKS), 4, figsize=(14, 6.4))
     for axes, task in zip(rows, TASKS, strict=True):
-        now = {name.removeprefix(f"{task}/"): array for name, array in arrays.items() if name.startswith(f"{task}/")}
-        now["steps"] = np.maximum(arrays["steps"], config.every / 3)
+        now = arrays[task] | {"steps": np.maximum(arrays["steps"], config.every / 3)}
         plot_loss(axes[0], now, task)
         plot_norms(axes[1], now, task)
         plot_moments(axes[2], now, task)
@@ -185,9 +160,9 @@ def legend_above(axes, **options) -> None:
 
 def plot_norms(axes, now: Arrays, task: str) -> None:
     for color, (name, label) in enumerate(BLOCKS.items()):
-        axes.loglog(now["steps"], now[f"H_o/{name}"], color=f"C{color}", label=f"$H_o$, {label}{label}")
-        if np.any(now[f"H_f/{name}"] > 0):
-            axes.loglog(now["steps"], now[f"H_f/{name}"], "--", color=f"C{color}", label=f"$H_f$, {label}{label}")
+        axes.loglog(now["steps"], now["H_o"][name], color=f"C{color}", label=f"$H_o$, {label}{label}")
+        if np.any(now["H_f"][name] > 0):
+            axes.loglog(now["steps"], now["H_f"][name], "--", color=f"C{color}", label=f"$H_f$, {label}{label}")
     axes.set(ylabel="Frobenius norm", title=f"{task}: diagonal blocks")
     legend_above(axes, ncols=3, columnspacing=1, handlelength=1.6)
 
@@ -212,6 +187,20 @@ def plot_eigenvalues(axes, now: Arrays, task: str) -> None:
     legend_above(axes)
 
 
+def findings(arrays: Arrays, config: Config) -> list[Expectation]:
+    """The value block of H_f on digits, negative curvature at the start, and a Gauss-Newton matrix that takes over."""
+    source = "Ormaniec, Dangel, Singh, arXiv 2410.10986"
+    digits = arrays["digits"]
+    values = np.max(digits["H_f"]["value"] / digits["H_o"]["value"])
+    loss = [arrays[task]["losses"][-1] / arrays[task]["losses"][0] for task in TASKS]
+    negative = [arrays[task]["negative"][0] for task in TASKS]
+    return [
+        at_most("digits: ||H_f|| / ||H_o|| of the value block, at any step", values, 1e-10, source=source),
+        at_least("share of negative eigenvalues at the start: digits, addition", negative, 0.05, source=source),
+        at_most("loss at the end over that at the start: digits, addition", loss, 0.5, source="both models learn"),
+    ]
+
+
 def tables(arrays: Arrays, config: Config) -> list[Table]:
     """Beginning, middle and end of both trajectories."""
     picked = [0, len(arrays["steps"]) // 2, -1]
@@ -219,15 +208,15 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
     for task in TASKS:
         for part in ("H", "H_o", "H_f"):
             for name, label in BLOCKS.items():
-                values = arrays[f"{task}/{part}/{name}"]
+                values = arrays[task][part][name]
                 table.add_row(task, f"norm of {label}{label} of {part}", *(f"{values[i]:.3g}" for i in picked))
         for quantity in ("largest", "smallest"):
-            values = arrays[f"{task}/{quantity}"]
+            values = arrays[task][quantity]
             table.add_row(task, f"{quantity} eigenvalue of H", *(f"{values[i]:.3g}" for i in picked))
     return [table]
 
 
-ANALYSIS = Analysis("curvature-along-training", Config, compute, plot, tables, __doc__)
+ANALYSIS = Analysis("curvature-along-training", Config, compute, plot, tables, findings, __doc__, slow=True)
 
 if __name__ == "__main__":
     ANALYSIS.main()

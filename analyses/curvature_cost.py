@@ -6,13 +6,14 @@ beyond weights and data from the compiled program, each beside what one gradient
 
 import time
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 from rich.progress import Progress
 from rich.table import Table
 
-from attnlab.analysis import Analysis, AnalysisConfig, Arrays
+from attnlab.analysis import Analysis, Arrays, SinglePrecisionConfig
+from attnlab.expectation import Expectation, at_most
 
 SWEEPS = {"width": "parameters", "batch": "sequences in the batch", "steps": "Lanczos steps"}
 METHODS = {"gradient": "gradient", "density": "spectral density, one probe", "top": "highest eigenpairs"}
@@ -20,7 +21,7 @@ COLUMNS = (*SWEEPS, *(f"{method} {what}" for method in METHODS for what in ("sec
 
 
 @dataclass(frozen=True)
-class Config(AnalysisConfig):
+class Config(SinglePrecisionConfig):
     """Options of the analysis."""
 
     SMOKE: ClassVar = {"width": (4,), "batch": (1,), "steps": (2,), "layers": 1, "length": 4, "vocabulary": 8}
@@ -41,8 +42,6 @@ class Config(AnalysisConfig):
     """Eigenpairs, to a residual of a hundredth of the largest eigenvalue."""
     repeats: int = 3
     """Measurements, of which the median counts."""
-    dtype: Literal["float64", "float32"] = "float32"
-    """Precision of the computation."""
 
 
 def compute(config: Config, progress: Progress) -> Arrays:
@@ -77,7 +76,7 @@ def costs(config: Config, width: int, batch: int, steps: int) -> list[float]:
     key, operator = jax.random.key(config.seed), hessian(risk, params)
     saved = sum(leaf.nbytes for leaf in jax.tree.leaves(operator.linear))
     *gradient, _ = measured(config, lambda risk, params: jax.grad(risk)(params), risk, params)
-    *density, _ = measured(config, lambda a: spectral_density(a, key, probes=1, steps=steps).nodes, operator)
+    *density, _ = measured(config, lambda a: spectral_density(a, key, samples=1, steps=steps).nodes, operator)
     *top, pairs = measured(config, lambda a: eigenpairs(a, key, config.count, tolerance=1e-2), operator)
     density[1], top[1] = density[1] + saved, top[1] + saved
     return [dimension(params), batch, steps, *gradient, *density, *top, int(pairs.products)]
@@ -105,7 +104,7 @@ def problem(config: Config, width: int, batch: int):
     from attnlab.models.adapters import from_linen
     from attnlab.models.attention import AttentionConfig
     from attnlab.models.transformer import LanguageModel, LanguageModelConfig, TransformerConfig
-    from attnlab.objective import objective
+    from attnlab.objectives import objective
 
     heads = AttentionConfig(width // 4, width // 4, heads=4, causal=True, output_dim=width)
     blocks = TransformerConfig(heads, config.layers, mlp_width=4 * width, bias=True, final_norm=True)
@@ -143,6 +142,27 @@ def plot(arrays: Arrays, config: Config):
     return figure
 
 
+def findings(arrays: Arrays, config: Config) -> list[Expectation]:
+    """What a Lanczos step costs in gradients, and how time and memory grow with the steps."""
+    table = dict(zip(COLUMNS, arrays["steps"].T, strict=True))
+    widths = dict(zip(COLUMNS, arrays["width"].T, strict=True))
+    products = widths["density seconds"] / widths["steps"] / widths["gradient seconds"]
+    source, clock = "a product is a derivative of a gradient", "a clock on a machine that others use as well"
+    found = [
+        at_most(
+            "median seconds of a Lanczos step over those of a gradient",
+            np.median(products),
+            6.0,
+            because=clock,
+            source=source,
+        )
+    ]
+    if len(table["steps"]) > 2:
+        slope = np.polyfit(np.log(table["steps"][-3:]), np.log(table["density seconds"][-3:]), 1)[0]
+        found.append(at_most("power of the Lanczos steps in the seconds", slope, 1.4, because=clock, source=source))
+    return found
+
+
 def tables(arrays: Arrays, config: Config) -> list[Table]:
     """The numbers of the figure."""
     found = []
@@ -157,7 +177,7 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
     return found
 
 
-ANALYSIS = Analysis("curvature-cost", Config, compute, plot, tables, __doc__)
+ANALYSIS = Analysis("curvature-cost", Config, compute, plot, tables, findings, __doc__)
 
 if __name__ == "__main__":
     ANALYSIS.main()

@@ -13,17 +13,18 @@ from rich.progress import Progress
 from rich.table import Table
 
 from attnlab.analysis import Analysis, AnalysisConfig, Arrays
+from attnlab.expectation import Expectation, at_least, at_most, equal
 
 STACKS = {
     "pure": ("pure attention", {"norm": None, "residual": False}),
     "residual": ("with residual", {"norm": None, "residual": True}),
     "mlp": ("pre-LN blocks with MLP", {"norm": "pre", "residual": True, "mlp_width": 64}),
 }
-EXPONENTS = {"spread": 3, "gradient": 2, "outer": 4, "functional": 3, "value": 0}
+EXPONENTS = {"spread": 3, "gradient": 2, "ggn": 4, "functional": 3, "value": 0}
 LABELS = {
     "spread": "spread of the outputs",
     "gradient": r"gradient, $QK$",
-    "outer": r"$\|H_o[QK,QK]\|$",
+    "ggn": r"$\|H_o[QK,QK]\|$",
     "functional": r"$\|H_f[QK,QK]\|$",
     "value": r"$\|H_o[V,V]\|$",
 }
@@ -72,7 +73,7 @@ def by_depth(config: Config) -> Arrays:
     from attnlab.models.transformer import TransformerBlock, TransformerConfig
 
     attention = AttentionConfig(config.width, config.width)
-    arrays: Arrays = {}
+    spreads: Arrays = {}
     for name, (_, options) in STACKS.items():
         block = TransformerBlock(TransformerConfig(attention, **options))
         step = jax.jit(jax.vmap(lambda key, x, block=block: block.apply(block.init(key, x), x)))
@@ -82,8 +83,8 @@ def by_depth(config: Config) -> Arrays:
             centred = tokens - jnp.mean(tokens, axis=1, keepdims=True)
             rows.append(np.asarray(jnp.linalg.norm(centred, axis=(1, 2)) / jnp.linalg.norm(tokens, axis=(1, 2))))
             tokens = step(jax.random.split(jax.random.key(config.seed + 1 + layer), config.seeds), tokens)
-        arrays[f"depth/{name}"] = np.stack(rows, axis=1)
-    return arrays
+        spreads[name] = np.stack(rows, axis=1)
+    return {"depth": spreads}
 
 
 def by_spread(config: Config) -> Arrays:
@@ -95,7 +96,7 @@ def by_spread(config: Config) -> Arrays:
     from attnlab.losses import square_loss
     from attnlab.models.adapters import from_linen
     from attnlab.models.attention import AttentionConfig, SelfAttention
-    from attnlab.objective import objective
+    from attnlab.objectives import objective
 
     layer = AttentionConfig(key_dim=4, value_dim=3, merged=True)
     key = jax.random.key(config.seed)
@@ -109,17 +110,17 @@ def by_spread(config: Config) -> Arrays:
         tokens = common + spread * noise
         risk = objective(from_linen(SelfAttention(layer)), square_loss, tokens, targets)
         outputs, gradient = first_order(risk, params)
-        norms = attention_hessian(layer, params, tokens, targets).norms()
+        norms = attention_hessian(risk, params).norms()
         found = {
             "spread": jnp.linalg.norm(outputs - jnp.mean(outputs, axis=0, keepdims=True)),
             "gradient": jnp.linalg.norm(gradient["query_key"]),
-            "outer": norms["outer"][pair],
+            "ggn": norms["ggn"][pair],
             "functional": norms["functional"][pair],
-            "value": norms["outer"]["value", "value"],
+            "value": norms["ggn"]["value", "value"],
         }
         for name, value in found.items():
             rows[name].append(float(value))
-    return {"spreads": spreads, **{f"power/{name}": np.array(row) for name, row in rows.items()}}
+    return {"spreads": spreads, "power": rows}
 
 
 def by_dimension(config: Config) -> Arrays:
@@ -129,15 +130,15 @@ def by_dimension(config: Config) -> Arrays:
 
     from attnlab.attention.cumulants import saturation, saturation_constant
 
-    arrays: Arrays = {"constant": np.array(saturation_constant(config.tokens))}
+    traces: Arrays = {}
     for name, power in (("unscaled", 0.0), ("scaled", -0.5)):
         rows = []
         for dim in config.dims:
             key = jax.random.fold_in(jax.random.key(config.seed), dim)
             values = saturation(key, dim, config.tokens, config.draws, dim**power)
             rows.append([jnp.mean(values), jnp.std(values) / config.draws**0.5, jnp.median(values)])
-        arrays[f"trace/{name}"] = np.array(rows)
-    return arrays
+        traces[name] = np.array(rows)
+    return {"constant": saturation_constant(config.tokens), "trace": traces}
 
 
 def plot(arrays: Arrays, config: Config):
@@ -153,7 +154,7 @@ def plot(arrays: Arrays, config: Config):
 
 def plot_depth(axes, arrays: Arrays) -> None:
     for number, (name, (label, _)) in enumerate(STACKS.items()):
-        logs = np.log10(np.maximum(arrays[f"depth/{name}"], 1e-16))
+        logs = np.log10(np.maximum(arrays["depth"][name], 1e-16))
         mean, error = logs.mean(axis=0), logs.std(axis=0, ddof=1) / len(logs) ** 0.5
         layers = np.arange(len(mean))
         axes.semilogy(layers, 10**mean, "o-", color=f"C{number}", label=label)
@@ -168,7 +169,7 @@ def plot_depth(axes, arrays: Arrays) -> None:
 def plot_powers(axes, arrays: Arrays) -> None:
     spreads = arrays["spreads"]
     for number, (name, exponent) in enumerate(EXPONENTS.items()):
-        values = arrays[f"power/{name}"]
+        values = arrays["power"][name]
         axes.loglog(spreads, values, "o-", color=f"C{number}", label=f"{LABELS[name]}: {exponent}")
         guide = values[0] * (spreads / spreads[0]) ** exponent
         axes.loglog(spreads, guide, "--", color="black", linewidth=0.6)
@@ -180,7 +181,7 @@ def plot_powers(axes, arrays: Arrays) -> None:
 def plot_saturation(axes, arrays: Arrays, config: Config) -> None:
     dims = np.array(config.dims, float)
     for number, name in enumerate(("unscaled", "scaled")):
-        mean, error, median = arrays[f"trace/{name}"].T
+        mean, error, median = arrays["trace"][name].T
         axes.errorbar(dims, mean, 2 * error, fmt="o-", color=f"C{number}", label=f"{name}: mean")
         axes.loglog(dims, median, "s:", color=f"C{number}", markerfacecolor="none", label=f"{name}: median")
     axes.loglog(dims, arrays["constant"] / dims**0.5, "--", color="black", linewidth=0.8, label=r"$c_N / \sqrt{d}$")
@@ -190,20 +191,51 @@ def plot_saturation(axes, arrays: Arrays, config: Config) -> None:
     axes.legend(loc="lower left")
 
 
+def fitted(arrays: Arrays, name: str) -> float:
+    """Power of the spread in a quantity, over the three smallest spreads."""
+    return float(np.polyfit(np.log(arrays["spreads"][:3]), np.log(arrays["power"][name][:3]), 1)[0])
+
+
+def findings(arrays: Arrays, config: Config) -> list[Expectation]:
+    """Collapse without a residual and none with it; the powers of the spread; the mean trace at the last dimension."""
+    rank, derived = "Dong, Cordonnier, Loukas, arXiv 2103.03404", "derived here from the cumulants"
+    pure, residual = (np.median(arrays["depth"][name][:, -1]) for name in ("pure", "residual"))
+    mean, error, _ = arrays["trace"]["unscaled"][-1] * config.dims[-1] ** 0.5 / arrays["constant"]
+    return [
+        at_most(f"median spread after {config.layers} layers of pure attention", pure, 1e-6, source=rank),
+        at_least("the same with a residual, the negative control", residual, 0.1, source=rank),
+        equal(
+            f"powers of the spread in {', '.join(EXPONENTS)}",
+            [fitted(arrays, name) for name in EXPONENTS],
+            list(EXPONENTS.values()),
+            0.05,
+            because="the next order is one power of the spread further",
+            source=derived,
+        ),
+        equal(
+            "mean trace of the softmax Jacobian at the highest dimension over c_N / sqrt(d)",
+            mean,
+            1.0,
+            0.05 + 4 * error,
+            because="the next order in 1 / d, and four standard errors",
+            source="derived here",
+        ),
+    ]
+
+
 def tables(arrays: Arrays, config: Config) -> list[Table]:
     """Fitted exponents, and the mean trace over its prediction."""
     exponents = Table("quantity", "exponent", "fitted over the three smallest spreads")
     for name, exponent in EXPONENTS.items():
-        slope = np.polyfit(np.log(arrays["spreads"][:3]), np.log(arrays[f"power/{name}"][:3]), 1)[0]
-        exponents.add_row(name, str(exponent), f"{slope:.4f}")
+        exponents.add_row(name, str(exponent), f"{fitted(arrays, name):.4f}")
     ratios = Table("d", "mean trace, unscaled", "over c_N / sqrt(d)", "median, unscaled", "mean, scaled")
-    for dim, row, other in zip(config.dims, arrays["trace/unscaled"], arrays["trace/scaled"], strict=True):
+    for dim, row, other in zip(config.dims, arrays["trace"]["unscaled"], arrays["trace"]["scaled"], strict=True):
         ratio = row[0] * dim**0.5 / arrays["constant"]
         ratios.add_row(str(dim), f"{row[0]:.4g} +- {row[1]:.1g}", f"{ratio:.3f}", f"{row[2]:.3g}", f"{other[0]:.4g}")
     return [exponents, ratios]
 
 
-ANALYSIS = Analysis("depth-and-scale", Config, compute, plot, tables, __doc__)
+ANALYSIS = Analysis("depth-and-scale", Config, compute, plot, tables, findings, __doc__)
 
 if __name__ == "__main__":
     ANALYSIS.main()

@@ -14,8 +14,9 @@ import numpy as np
 from rich.progress import Progress
 from rich.table import Table
 
-from attnlab.analysis import Analysis, AnalysisConfig, Arrays, Finding, configure_jax
+from attnlab.analysis import Analysis, AnalysisConfig, Arrays, configure_jax
 from attnlab.cli import analysis_scripts, load_script
+from attnlab.expectation import Expectation
 
 MEMBERS = (
     "token-identities",
@@ -77,80 +78,92 @@ def measure(config: Config, name: str, seed: int, progress: Progress) -> Arrays:
     """Run one member at one seed; its figure is written beside the gallery's for the first seed only."""
     started = time.perf_counter()
     script = load_script(analysis_scripts()[name])
-    output = config.output if seed == config.seed else config.scratch() / f"seed-{seed}"
-    member = script.ANALYSIS.config(seed=seed, output=output, smoke=config.smoke)
+    first = seed == config.seed
+    output = config.output if first else config.scratch() / f"seed-{seed}"
+    figures = config.figures if first else None
+    member = script.ANALYSIS.config(seed=seed, output=output, figures=figures, smoke=config.smoke)
     member, arrays, _ = script.ANALYSIS.produce(member, progress)
-    fields = zip(*script.findings(arrays, member), strict=True)
-    found = {name: np.array(column) for name, column in zip(Finding._fields, fields, strict=True)}
-    owner = np.full(len(found["what"]), name)
-    return found | {"analysis": owner, "seconds": np.array([time.perf_counter() - started])}
+    found = script.ANALYSIS.findings(arrays, member)
+    columns = {field: np.array([getattr(each, field) for each in found]) for field in FIELDS}
+    return columns | {"analysis": np.full(len(found), name), "seconds": np.array([time.perf_counter() - started])}
 
 
-def findings(arrays: Arrays) -> list[list[Finding]]:
+FIELDS = ("what", "measured", "relation", "reference", "unit", "tolerance", "because", "source")
+"""Of a finding of the members: each measures one number, and its unit is absolute."""
+
+
+def rows(arrays: Arrays) -> list[list[Expectation]]:
     """Every finding again, at each seed."""
-    columns = (arrays[field] for field in Finding._fields)
+    what, measured, *others = (arrays[field].tolist() for field in FIELDS)
     return [
-        [Finding(str(what), value, float(low), float(high), str(source)) for value in values.tolist()]
-        for what, values, low, high, source in zip(*columns, strict=True)
+        [Expectation(name, value, *rest) for value in values]
+        for name, values, *rest in zip(what, measured, *others, strict=True)
     ]
 
 
-def place(finding: Finding) -> float:
-    """Where the measurement lies in its interval, 0 to 1 within; an open interval is entered at 0 and ends at 1."""
-    if np.isinf(finding.high):
-        size = max(abs(finding.low), 1e-12)
-        return float(1 - np.exp(-max(finding.measured - finding.low, 0) / size)) if finding.reproduced else -0.15
-    if finding.high == finding.low:
-        return 0.5 if finding.reproduced else 1.15
-    return float(np.clip((finding.measured - finding.low) / (finding.high - finding.low), -0.15, 1.15))
+def findings(arrays: Arrays, config: Config) -> list[Expectation]:
+    """Every finding of the members, at all seeds in one."""
+    what, measured, *others = (arrays[field].tolist() for field in FIELDS)
+    owners = arrays["analysis"].tolist()
+    return [
+        Expectation(f"{owner}: {name}", values, *rest)
+        for owner, name, values, *rest in zip(owners, what, measured, *others, strict=True)
+    ]
+
+
+def place(finding: Expectation) -> float:
+    """Where the measurement lies in its interval, 0 to 1 within. One that is open above is entered at 0 and ends at 1,
+    one that is open below the other way round."""
+    reference, tolerance = float(finding.reference), finding.allowed
+    if finding.relation == "equal":
+        offset = float(finding.measured) - reference
+        inside = 0.5 + offset / (2 * tolerance) if tolerance else 0.5 if offset == 0 else 1.15
+        return float(np.clip(inside, -0.15, 1.15))
+    side = 1 if finding.relation == "at least" else -1
+    reach = side * (float(finding.measured) - reference) + tolerance
+    inside = 1 - np.exp(-reach / max(abs(reference), 1e-12)) if reach >= 0 else -0.15
+    return float(inside if side == 1 else 1 - inside)
 
 
 def plot(arrays: Arrays, config: Config):
     """Every finding on its own interval, drawn from 0 to 1, with a mark for each seed."""
     import matplotlib.pyplot as plt
 
-    rows, owners = findings(arrays), arrays["analysis"].tolist()
+    found, owners = rows(arrays), arrays["analysis"].tolist()
     colors = {name: f"C{index}" for index, name in enumerate(dict.fromkeys(owners))}
     ends = 1.22 + 0.15 * np.arange(config.seeds)  # of the columns of numbers
-    figure, axes = plt.subplots(figsize=(10 + config.seeds, 0.9 + 0.27 * len(rows)))
+    figure, axes = plt.subplots(figsize=(10 + config.seeds, 0.9 + 0.27 * len(found)))
     axes.axvspan(0, 1, color="0.92", zorder=0)
-    for row, (seeds, owner) in enumerate(zip(rows, owners, strict=True)):
+    for row, (seeds, owner) in enumerate(zip(found, owners, strict=True)):
         heights = row + 0.22 * (np.arange(config.seeds) - (config.seeds - 1) / 2)
         for finding, height, end in zip(seeds, heights, ends, strict=True):
-            marker = "o" if finding.reproduced else "x"
+            marker = "o" if finding.passed else "x"
             axes.plot(place(finding), height, marker, color=colors[owner], ms=7 / config.seeds**0.5, mew=1.5)
             axes.text(end, row, f"{finding.measured:.3g}", va="center", ha="right", fontsize="small")
         axes.text(ends[-1] + 0.03, row, seeds[0].expected, va="center", fontsize="small", color="0.35")
-    axes.set_yticks(range(len(rows)), [seeds[0].what for seeds in rows], fontsize="small")
+    axes.set_yticks(range(len(found)), [seeds[0].what for seeds in found], fontsize="small")
     for label, owner in zip(axes.get_yticklabels(), owners, strict=True):
         label.set_color(colors[owner])
     for seed, end in zip(config.all_seeds(), ends, strict=True):
         axes.text(end, -1, f"seed {seed}", ha="right", fontsize="small")
     axes.text(ends[-1] + 0.03, -1, "expected", fontsize="small", color="0.35")
-    axes.set(xlim=(-0.2, ends[-1] + 0.25), ylim=(len(rows) - 0.4, -1.6), xticks=(0, 1))
+    axes.set(xlim=(-0.2, ends[-1] + 0.25), ylim=(len(found) - 0.4, -1.6), xticks=(0, 1))
     axes.set_xticklabels(("low end", "high end"))
     axes.set_xlabel("place of the measurement in the expected interval (cross: outside; seeds from top to bottom)")
     return figure
 
 
 def tables(arrays: Arrays, config: Config) -> list[Table]:
-    """All findings at every seed, and the time that each member took."""
-    seeds = [f"seed {seed}" for seed in config.all_seeds()]
-    found = Table("what", "expected", *seeds, "reproduced", "source")
-    times = Table("analysis", *(f"{seed} [s]" for seed in seeds), "reproduced")
-    rows, reproduced = findings(arrays), {name: [] for name in config.members}
-    for row, owner in zip(rows, arrays["analysis"].tolist(), strict=True):
-        verdicts = [finding.reproduced for finding in row]
-        reproduced[owner] += verdicts
-        measured = (f"{f.measured:.4g}" if f.reproduced else f"[red]{f.measured:.4g}[/red]" for f in row)
-        found.add_row(row[0].what, row[0].expected, *measured, f"{sum(verdicts)} of {len(row)}", row[0].source)
+    """The time that each member took, and how many of its findings are reproduced, over all seeds."""
+    table = Table("analysis", *(f"seed {seed} [s]" for seed in config.all_seeds()), "reproduced")
+    found = list(zip(arrays["analysis"].tolist(), rows(arrays), strict=True))
     for name, seconds in zip(config.members, arrays["seconds"], strict=True):
-        own = reproduced[name]
-        times.add_row(name, *(f"{second:.0f}" for second in seconds), f"{sum(own)} of {len(own)}")
-    return [found, times]
+        own = [each.passed for owner, row in found if owner == name for each in row]
+        table.add_row(name, *(f"{second:.0f}" for second in seconds), f"{sum(own)} of {len(own)}")
+    return [table]
 
 
-ANALYSIS = Analysis("dynamics-gallery", Config, compute, plot, tables, __doc__)
+ANALYSIS = Analysis("dynamics-gallery", Config, compute, plot, tables, findings, __doc__)
 
 if __name__ == "__main__":
     ANALYSIS.main()

@@ -7,13 +7,14 @@ it then stands still at one sharpness, until the edge comes down to that.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 from rich.progress import Progress
 from rich.table import Table
 
-from attnlab.analysis import Analysis, AnalysisConfig, Arrays, Finding, findings_table
+from attnlab.analysis import Analysis, Arrays, SinglePrecisionConfig
+from attnlab.expectation import Expectation, at_least, between
 
 RUNS = {
     "GD 0.05": ("gd", 0.05, 8000, {}),
@@ -35,7 +36,7 @@ PANELS = {"gradient descent": "GD", "momentum": ("heavy", "Nesterov"), "adaptive
 
 
 @dataclass(frozen=True)
-class Config(AnalysisConfig):
+class Config(SinglePrecisionConfig):
     """Options of the analysis."""
 
     SMOKE: ClassVar = {
@@ -44,8 +45,6 @@ class Config(AnalysisConfig):
         "every": 10,
     }
 
-    dtype: Literal["float64", "float32"] = "float32"
-    """Precision of the computation."""
     runs: tuple[str, ...] = tuple(RUNS)
     """Which of the runs."""
     shorten: int = 1
@@ -59,9 +58,9 @@ def compute(config: Config, progress: Progress) -> Arrays:
     import jax
 
     from attnlab.checks import check_names
-    from attnlab.dynamics.problems import digits_attention, easy_regression
     from attnlab.dynamics.rules import update_rule
     from attnlab.dynamics.sharpness import stability, top_eigenvalues
+    from attnlab.risks.digits import digits_attention, easy_regression
     from attnlab.training import DivergenceError, Session, show_progress, train
 
     check_names("run", config.runs, RUNS)
@@ -88,8 +87,8 @@ def compute(config: Config, progress: Progress) -> Arrays:
         except DivergenceError as error:
             records = error.records
         measured = {"steps": records.steps, "losses": records.losses, **records.values["edge"]}
-        measured["raw"] = records.values.get("raw", records.values["edge"])["values"][:, -1]
-        arrays |= {f"{name}/{part}": np.asarray(array) for part, array in measured.items()}
+        measured["raw"] = np.asarray(records.values.get("raw", records.values["edge"])["values"])[:, -1]
+        arrays[name] = measured
     return arrays
 
 
@@ -102,7 +101,7 @@ def plot(arrays: Arrays, config: Config):
         upper, lower = rows[:, column]
         upper.set_ylim(0, 1.6)
         for name in (name for name in config.runs if name.startswith(prefixes)):
-            steps, ratio, losses = (arrays[f"{name}/{part}"] for part in ("steps", "ratio", "losses"))
+            steps, ratio, losses = (arrays[name][part] for part in ("steps", "ratio", "losses"))
             (line,) = upper.plot(steps, ratio)
             label = name
             if not np.isfinite(losses).all():
@@ -134,12 +133,12 @@ def settled(arrays: Arrays, name: str) -> np.ndarray:
 
     At the lowest rate progressive sharpening may take more than half of the run, and is no part of the edge.
     """
-    ratio = arrays[f"{name}/ratio"]
+    ratio = arrays[name]["ratio"]
     above = np.flatnonzero(ratio >= 1)
     return ratio[max(len(ratio) // 2, above[0] if len(above) else 0) :]
 
 
-def findings(arrays: Arrays, config: Config) -> list[Finding]:
+def findings(arrays: Arrays, config: Config) -> list[Expectation]:
     """Where each run settles; that GD 1 diverges; and that for Adam the plain sharpness says nothing."""
     gd, adaptive = "Cohen et al., arXiv 2103.00065", "Cohen et al., arXiv 2207.14484"
     intervals = dict.fromkeys(("GD 0.05", "GD 0.1", "GD 0.2"), (0.98, 1.06, gd))
@@ -148,38 +147,38 @@ def findings(arrays: Arrays, config: Config) -> list[Finding]:
     intervals |= dict.fromkeys(("Adam 0.003", "Adam 0.003, b1 = 0.5", "RMSProp 0.0005"), (0.9, 1.1, adaptive))
     intervals["control: GD 0.1"] = intervals["control: GD 0.15"] = (0.0, 0.95, "negative control")
     found = [
-        Finding(f"{name}: sharpness / threshold", float(settled(arrays, name).mean()), low, high, source)
+        between(f"{name}: sharpness / threshold", settled(arrays, name).mean(), low, high, source=source)
         for name, (low, high, source) in intervals.items()
         if name in config.runs
     ]
     if "GD 1" in config.runs:
-        broken = float(np.sum(~np.isfinite(arrays["GD 1/losses"])))
-        found.append(Finding("GD 1: steps with a loss that is not finite", broken, 1, np.inf, gd))
+        broken = np.sum(~np.isfinite(arrays["GD 1"]["losses"]))
+        found.append(at_least("GD 1: steps with a loss that is not finite", broken, 1, source=gd))
     if "Adam 0.003" in config.runs:
-        raw = arrays["Adam 0.003/raw"]
+        raw = arrays["Adam 0.003"]["raw"]
         growth = float(raw[-len(raw) // 10 :].mean() / raw[0])
-        found.append(Finding("Adam 0.003: growth of the plain sharpness", growth, 1.5, np.inf, adaptive))
+        found.append(at_least("Adam 0.003: growth of the plain sharpness", growth, 1.5, source=adaptive))
     return found
 
 
 def tables(arrays: Arrays, config: Config) -> list[Table]:
-    """When each run reaches its edge, where it stands over its second half; and the findings."""
+    """When each run reaches its edge, where it stands over its second half."""
     table = Table(
         "run", "threshold", "reaches it at step", "sharpness / threshold, settled", "lambda_1(H), start to end", "loss"
     )
     for name in config.runs:
-        ratio, raw, losses = (arrays[f"{name}/{part}"] for part in ("ratio", "raw", "losses"))
+        ratio, raw, losses = (arrays[name][part] for part in ("ratio", "raw", "losses"))
         late = settled(arrays, name)
         above, broken = np.flatnonzero(ratio >= 1), not np.isfinite(losses).all()
-        reached = str(arrays[f"{name}/steps"][above[0]]) if len(above) else "never"
+        reached = str(arrays[name]["steps"][above[0]]) if len(above) else "never"
         end = f"not finite at step {first_broken(losses)}" if broken else f"{losses[-1]:.3g}"
-        threshold = arrays[f"{name}/threshold"][0]
+        threshold = arrays[name]["threshold"][0]
         settles = "diverges" if broken else f"{late.mean():.3f} ± {late.std():.3f}"
         table.add_row(name, f"{threshold:.4g}", reached, settles, f"{raw[0]:.3g} to {raw[-1]:.3g}", end)
-    return [table, findings_table(findings(arrays, config))]
+    return [table]
 
 
-ANALYSIS = Analysis("edge-of-stability", Config, compute, plot, tables, __doc__)
+ANALYSIS = Analysis("edge-of-stability", Config, compute, plot, tables, findings, __doc__, slow=True)
 
 if __name__ == "__main__":
     ANALYSIS.main()

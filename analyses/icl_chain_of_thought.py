@@ -13,6 +13,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from attnlab.analysis import Analysis, AnalysisConfig, Arrays
+from attnlab.expectation import Expectation, at_least, at_most, equal
 
 LEARNERS = {
     "least_squares": "with steps, least squares",
@@ -57,9 +58,9 @@ def compute(config: Config, progress: Progress) -> Arrays:
     key = jax.random.key(config.seed)
     prompts, all_steps = composition_prompts(key, config.dimension, config.width, config.length, config.prompts)
     steps = all_steps[:, :-1]
-    arrays: Arrays = {"lengths": lengths, "label_variance": np.asarray((prompts.target**2).mean())}
+    arrays: Arrays = {"lengths": lengths, "label_variance": (prompts.target**2).mean(), "errors": {}, "solved": {}}
     for name in LEARNERS:
-        arrays[f"errors/{name}"] = errors_by_length(name, prompts, steps, lengths, config)
+        arrays["errors"][name] = errors_by_length(name, prompts, steps, lengths, config)
         progress.advance(task)
     needed = jax.vmap(lambda s: examples_needed(s, config.dimension))(steps)
     arrays["around"] = errors_around(prompts, steps, needed, config)
@@ -69,7 +70,7 @@ def compute(config: Config, progress: Progress) -> Arrays:
             jax.random.fold_in(key, width), config.dimension, width, config.length, config.prompts
         )
         needed = jax.vmap(lambda s: examples_needed(s[:-1], config.dimension))(seen)
-        arrays[f"solved/{width}"] = (np.asarray(needed)[:, None] <= lengths[None, :]).mean(axis=0)
+        arrays["solved"][str(width)] = (np.asarray(needed)[:, None] <= lengths[None, :]).mean(axis=0)
         progress.advance(task)
     return arrays
 
@@ -139,7 +140,7 @@ def plot(arrays: Arrays, config: Config):
 
     figure, axes = plt.subplots(1, 3, figsize=(12.5, 4.1))
     for number, (name, label) in enumerate(LEARNERS.items()):
-        quartiles(axes[0], arrays["lengths"], arrays[f"errors/{name}"], f"C{number}", label)
+        quartiles(axes[0], arrays["lengths"], arrays["errors"][name], f"C{number}", label)
     axes[0].set(xlabel="context length $N$", ylabel="squared error / variance (median, quartiles)")
     axes[0].set_title(f"two-layer tasks, $d = {config.dimension}$, {config.width} steps")
     quartiles(axes[1], AROUND, arrays["around"], "C0", "least squares, step by step")
@@ -167,7 +168,7 @@ def plot_solved(axes, arrays: Arrays, config: Config) -> None:
     lengths = arrays["lengths"]
     once = binomial_tail(lengths, config.dimension)
     for number, width in enumerate(WIDTHS):
-        share = arrays[f"solved/{width}"]
+        share = arrays["solved"][str(width)]
         error = np.sqrt(share * (1 - share) / config.prompts)
         label = "1 step" if width == 1 else f"{width} steps"
         axes.errorbar(lengths, share, 2 * error, fmt="o", color=f"C{number}", markerfacecolor="none", label=label)
@@ -183,6 +184,26 @@ def binomial_tail(lengths, dimension: int) -> np.ndarray:
     return binom.sf(dimension - 1, lengths, 0.5)
 
 
+def findings(arrays: Arrays, config: Config) -> list[Expectation]:
+    """Exact from one example to the next; how often the examples are enough; and that steps are needed for it."""
+    before, after = (arrays["around"][list(AROUND).index(offset)] for offset in (-1, 0))
+    counted = "Li et al., arXiv 2305.18869, for the filter; the law derived here"
+    found = [
+        at_most("median squared error with the examples needed", np.nanmedian(after), 1e-24, source=counted),
+        at_least("the same with one example fewer", np.nanmedian(before), 1e-6, source=counted),
+        at_least(
+            "without steps, at the longest context", np.median(arrays["errors"]["plain"][-1]), 1e-3, source=counted
+        ),
+    ]
+    for width in WIDTHS:
+        law = binomial_tail(arrays["lengths"], config.dimension) ** width
+        bars = np.sqrt(np.maximum(law * (1 - law), 1 / config.prompts) / config.prompts)
+        what = f"share of prompts solved, {width} steps, by length"
+        share = arrays["solved"][str(width)]
+        found.append(equal(what, share, law, 4.5, standard_error=bars, because="a sample", source=counted))
+    return found
+
+
 def tables(arrays: Arrays, config: Config) -> list[Table]:
     """Median errors around the number of examples needed, and at the longest context."""
     around = Table("examples beyond those needed", "median squared error / variance", "share below 1e-16")
@@ -192,12 +213,12 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
         around.add_row(str(offset), f"{np.nanmedian(errors):.2g}", f"{share:.3f}")
     longest = Table("learner", "median", "mean", title=f"Squared error / variance at N = {arrays['lengths'][-1]}")
     for name, label in LEARNERS.items():
-        last = arrays[f"errors/{name}"][-1]
+        last = arrays["errors"][name][-1]
         longest.add_row(label, f"{np.median(last):.2g}", f"{last.mean():.2g} +- {last.std() / len(last) ** 0.5:.1g}")
     return [around, longest]
 
 
-ANALYSIS = Analysis("icl-chain-of-thought", Config, compute, plot, tables, __doc__)
+ANALYSIS = Analysis("icl-chain-of-thought", Config, compute, plot, tables, findings, __doc__)
 
 if __name__ == "__main__":
     ANALYSIS.main()

@@ -13,6 +13,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from attnlab.analysis import Analysis, AnalysisConfig, Arrays
+from attnlab.expectation import Expectation, equal
 
 FORGETTING = (0.7, 0.9, 0.97)
 ALIGNMENTS = np.linspace(0.0, 0.6, 25)
@@ -74,13 +75,10 @@ def drifting(config: Config) -> Arrays:
     from attnlab.icl.tasks import drifting_prompts
 
     d, noise = 10, config.noise_variance
-    arrays: Arrays = {"lengths": lengths_of(config)}
+    lengths, curves = lengths_of(config), {}
     for rate in FORGETTING:
-        rows = [
-            [f(forgetting(rate, int(n)), d, noise) for f in (state_space_risk, unweighted_risk)]
-            for n in arrays["lengths"]
-        ]
-        arrays[f"drifting/{rate}"] = np.array(rows, float)
+        rows = [[f(forgetting(rate, int(n)), d, noise) for f in (state_space_risk, unweighted_risk)] for n in lengths]
+        curves[str(rate)] = np.array(rows, float)
     found = trained(
         jax.vmap(state_space_predict, (None, 0)),
         {"filter": jnp.full(config.length, 0.01), "preconditioner": jnp.eye(d)},
@@ -88,7 +86,7 @@ def drifting(config: Config) -> Arrays:
         FORGETTING,
         config,
     )
-    return arrays | {"drifting/trained": found}
+    return {"lengths": lengths, "drifting": {"curves": curves, "trained": found}}
 
 
 def forgetting(rate: float, length: int):
@@ -110,8 +108,8 @@ def trained(predict, start, draw, settings, config: Config) -> np.ndarray:
     import jax.numpy as jnp
     import optax
 
-    from attnlab.icl.probes import estimate
-    from attnlab.objective import objective
+    from attnlab.icl.diagnostics import estimate
+    from attnlab.objectives import objective
     from attnlab.training import train
 
     def resample(key, risk):
@@ -163,7 +161,7 @@ def correlated(name: str, config: Config) -> Arrays:
         TRAINED_ALIGNMENTS,
         config,
     )
-    return {f"{name}/curves": np.array(curves), f"{name}/trained": points}
+    return {name: {"curves": np.array(curves), "trained": points}}
 
 
 def adaptation(config: Config) -> Arrays:
@@ -186,7 +184,7 @@ def adaptation(config: Config) -> Arrays:
     old = optimal_preconditioner(old_law, length)
     exact = adapted_risks(new_law, length, old)
     found = trained_factors(new_law, length, old, config)
-    return {"adapted/exact": np.asarray(exact), "adapted/trained": found}
+    return {"adapted": {"exact": exact, "trained": found}}
 
 
 def trained_factors(problem, length: int, old, config: Config) -> np.ndarray:
@@ -196,7 +194,7 @@ def trained_factors(problem, length: int, old, config: Config) -> np.ndarray:
     import optax
 
     from attnlab.icl.population import population_risk, reduced_weights
-    from attnlab.objective import objective
+    from attnlab.objectives import objective
     from attnlab.training import train
 
     d = problem.dimension
@@ -228,13 +226,9 @@ def error_map(config: Config) -> Arrays:
         exact, approximation = (getattr(laws, f"{name}_{kind}") for kind in ("moments", "risk_approximation"))
         return approximation(d, n, a) / exact(d, n, a).risk - 1
 
-    arrays: Arrays = {"dimensions": dimensions}
-    for name in LAWS:
-        arrays[f"{name}/errors"] = np.array(
-            [[relative(name, int(d), int(d), a) for a in ALIGNMENTS] for d in dimensions]
-        )
-        arrays[f"{name}/read_off"] = np.array([relative(name, 20, 20, a) for a in READ_OFF])
-    return arrays
+    errors = {name: [[relative(name, int(d), int(d), a) for a in ALIGNMENTS] for d in dimensions] for name in LAWS}
+    read_off = {name: [relative(name, 20, 20, a) for a in READ_OFF] for name in LAWS}
+    return {"dimensions": dimensions, "errors": errors, "read_off": read_off}
 
 
 def plot(arrays: Arrays, config: Config):
@@ -255,10 +249,10 @@ def plot(arrays: Arrays, config: Config):
 
 def plot_drift(axes, arrays: Arrays, config: Config) -> None:
     for number, rate in enumerate(FORGETTING):
-        weighed, equal = arrays[f"drifting/{rate}"].T
+        weighed, unweighed = arrays["drifting"]["curves"][str(rate)].T
         axes.semilogx(arrays["lengths"], weighed, "-", color=f"C{number}", label=f"correlation ${rate}^{{|i-j|}}$")
-        axes.semilogx(arrays["lengths"], equal, "--", color=f"C{number}")
-    for number, (mean, error) in enumerate(arrays["drifting/trained"]):
+        axes.semilogx(arrays["lengths"], unweighed, "--", color=f"C{number}")
+    for number, (mean, error) in enumerate(arrays["drifting"]["trained"]):
         label = "trained state-space layer" if number == 0 else None
         style = {"fmt": "o", "color": "black", "markerfacecolor": "none"}
         axes.errorbar(config.length, mean, 2 * error, label=label, **style)
@@ -273,10 +267,10 @@ def plot_drift(axes, arrays: Arrays, config: Config) -> None:
 
 
 def plot_law(axes, arrays: Arrays, name: str, title: str, config: Config) -> None:
-    exact, approximation = arrays[f"{name}/curves"].T
+    exact, approximation = arrays[name]["curves"].T
     axes.plot(ALIGNMENTS, exact, color="C0", label="exact, one step")
     axes.plot(ALIGNMENTS, approximation, "--", color="C1", label="published approximation")
-    mean, error = arrays[f"{name}/trained"].T
+    mean, error = arrays[name]["trained"].T
     places = TRAINED_ALIGNMENTS
     axes.errorbar(
         places, mean, 2 * error, fmt="o", capsize=2, color="black", markerfacecolor="none", label="trained layer"
@@ -289,9 +283,9 @@ def plot_law(axes, arrays: Arrays, name: str, title: str, config: Config) -> Non
 
 
 def plot_adaptation(axes, arrays: Arrays, config: Config) -> None:
-    exact = arrays["adapted/exact"]
+    exact = arrays["adapted"]["exact"]
     axes.semilogy(np.arange(len(exact) - 1), exact[:-1] - exact[-1], "o-", color="C0", label="Eckart and Young")
-    excess = arrays["adapted/trained"][:-1] - exact[-1]  # at full rank nothing is left
+    excess = arrays["adapted"]["trained"][:-1] - exact[-1]  # at full rank nothing is left
     axes.semilogy(
         np.arange(1, len(exact) - 1), excess, "s", color="black", markerfacecolor="none", label="trained factors"
     )
@@ -302,11 +296,11 @@ def plot_adaptation(axes, arrays: Arrays, config: Config) -> None:
 
 
 def plot_errors(axes, arrays: Arrays, name: str):
-    errors = 100 * arrays[f"{name}/errors"]
+    errors = 100 * arrays["errors"][name]
     image = axes.pcolormesh(
         ALIGNMENTS, arrays["dimensions"], errors, vmin=-100, vmax=100, cmap="RdBu_r", rasterized=True
     )
-    for alignment, value in zip(READ_OFF, 100 * arrays[f"{name}/read_off"], strict=True):
+    for alignment, value in zip(READ_OFF, 100 * arrays["read_off"][name], strict=True):
         axes.plot(alignment, 20, ".", color="black")
         axes.annotate(
             f"{value:.1f} %", (alignment, 20), textcoords="offset points", xytext=(0, 5), ha="center", fontsize=7
@@ -316,28 +310,51 @@ def plot_errors(axes, arrays: Arrays, name: str):
     return image
 
 
+def exact_risks(config: Config) -> np.ndarray:
+    """Of every layer that was trained on prompts: drifting tasks, then the alignments of each law."""
+    from attnlab.icl import correlated as laws
+
+    drifts = [laws.state_space_risk(forgetting(rate, config.length), 10, config.noise_variance) for rate in FORGETTING]
+    moments = (getattr(laws, f"{name}_moments") for name in LAWS)
+    others = [each(config.dimension, config.length, a).risk for each in moments for a in TRAINED_ALIGNMENTS]
+    return np.array([*drifts, *others], float)
+
+
+def trained_risks(arrays: Arrays) -> np.ndarray:
+    """The risks that these layers came to, with standard errors, (layers, 2)."""
+    return np.concatenate([arrays[name]["trained"] for name in ("drifting", *LAWS)])
+
+
+def findings(arrays: Arrays, config: Config) -> list[Expectation]:
+    """Trained layers come to the exact risks, factors to the least ones; the errors of the published approximation."""
+    source = "the laws are those of Li, Rawat, Oymak, arXiv 2407.10005; exact risks derived here"
+    exact, (risks, errors) = exact_risks(config), trained_risks(arrays).T
+    ranks = arrays["adapted"]["trained"] / arrays["adapted"]["exact"][1:]
+    bars, near = np.hypot(errors / exact, 0.005), "a sample of prompts, and 0.5 % for what training leaves"
+    read_off, digits = [-0.0203, -0.1072, -0.3143], "to the digits given"
+    return [
+        equal("trained over exact risk", risks / exact, 1.0, 4.5, standard_error=bars, because=near, source=source),
+        equal("trained over least risk, by rank", ranks, 1.0, 0.01, because="what training leaves", source=source),
+        equal("error under alignment", arrays["read_off"]["alignment"], read_off, 1e-4, because=digits, source=source),
+    ]
+
+
 def tables(arrays: Arrays, config: Config) -> list[Table]:
     """Trained layers beside theory, and the errors of the approximations at d = N = 20."""
     points = Table("law", "exact", "trained, on prompts", title="Layers trained on fresh prompts")
-    from attnlab.icl import correlated as laws
-
-    for rate, (mean, error) in zip(FORGETTING, arrays["drifting/trained"], strict=True):
-        exact = laws.state_space_risk(forgetting(rate, config.length), 10, config.noise_variance)
-        points.add_row(f"drifting, {rate}^|i-j|, state space", f"{float(exact):.4g}", f"{mean:.4g} +- {error:.2g}")
-    for name in LAWS:
-        moments = getattr(laws, f"{name}_moments")
-        for alignment, (mean, error) in zip(TRAINED_ALIGNMENTS, arrays[f"{name}/trained"], strict=True):
-            exact = moments(config.dimension, config.length, alignment).risk
-            points.add_row(f"{name}, {alignment}", f"{exact:.4g}", f"{mean:.4g} +- {error:.2g}")
-    for rank, value in enumerate(arrays["adapted/trained"], 1):
-        points.add_row(f"adapted, rank {rank}", f"{arrays['adapted/exact'][rank]:.6g}", f"{value:.6g}")
+    drifts = [f"drifting, {rate}^|i-j|, state space" for rate in FORGETTING]
+    others = [f"{name}, {alignment}" for name in LAWS for alignment in TRAINED_ALIGNMENTS]
+    for name, exact, (mean, error) in zip(drifts + others, exact_risks(config), trained_risks(arrays), strict=True):
+        points.add_row(name, f"{exact:.4g}", f"{mean:.4g} +- {error:.2g}")
+    for rank, value in enumerate(arrays["adapted"]["trained"], 1):
+        points.add_row(f"adapted, rank {rank}", f"{arrays['adapted']['exact'][rank]:.6g}", f"{value:.6g}")
     errors = Table("alignment", *LAWS, title="Error of the published approximations, d = N = 20 (%)")
     for number, alignment in enumerate(READ_OFF):
-        errors.add_row(str(alignment), *(f"{100 * arrays[f'{name}/read_off'][number]:+.1f}" for name in LAWS))
+        errors.add_row(str(alignment), *(f"{100 * arrays['read_off'][name][number]:+.1f}" for name in LAWS))
     return [points, errors]
 
 
-ANALYSIS = Analysis("icl-correlated", Config, compute, plot, tables, __doc__)
+ANALYSIS = Analysis("icl-correlated", Config, compute, plot, tables, findings, __doc__, slow=True)
 
 if __name__ == "__main__":
     ANALYSIS.main()

@@ -13,8 +13,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 from attnlab.analysis import Analysis, AnalysisConfig, Arrays
+from attnlab.expectation import Expectation, equal
 
-RATIOS = {"1": (1, 1), "1/2": (1, 2), "1/4": (1, 4)}
+RATIOS = {"1": (1, 1), "1 : 2": (1, 2), "1 : 4": (1, 4)}
 POWERS = (1.5, 2.0, 3.0)
 PLUS_PLUS_LAYERS = (1, 2, 3)
 KINDS = {"free": "steps of their own", "looped": "one layer, looped", "plus_plus": "GD++"}
@@ -44,9 +45,9 @@ def compute(config: Config, progress: Progress) -> Arrays:
     """The exact risks, and those on prompts."""
     task = progress.add_task("laws", total=len(RATIOS) + 2, status="")
     depths = np.unique(np.round(np.geomspace(1, config.deepest, 14)).astype(int))
-    arrays: Arrays = {"depths": depths}
+    arrays: Arrays = {"depths": depths, "law": {}}
     for name, ratio in RATIOS.items():
-        arrays[f"law/{name}"] = depth_law(ratio, depths)
+        arrays["law"][name] = depth_law(ratio, depths)
         progress.advance(task)
     arrays |= on_prompts(config)
     progress.advance(task)
@@ -73,15 +74,15 @@ def on_prompts(config: Config) -> Arrays:
 
     from attnlab.icl.constructions import gradient_descent_stack, plus_plus_stack
     from attnlab.icl.depth import depth_risk, depth_step_sizes, gauss_rule, looped_risk, wishart_moments
+    from attnlab.icl.diagnostics import risk
     from attnlab.icl.models import looped_predict, stack_predict
-    from attnlab.icl.probes import risk
     from attnlab.icl.tasks import isotropic, sample_prompts
 
     d, depths = config.dimension, range(1, config.layers + 1)
     moments = wishart_moments(d, config.length, max(2 * config.layers, 27))
     prompts = sample_prompts(jax.random.key(config.seed), isotropic(d), config.length, config.prompts)
     identity = jnp.eye(d)[None]
-    arrays: Arrays = {}
+    own, looped = {}, {}
     rows: dict[str, list[list[float]]] = {name: [] for name in KINDS}
     for layers in depths:
         steps = jnp.asarray(depth_step_sizes(moments, layers))
@@ -92,7 +93,7 @@ def on_prompts(config: Config) -> Arrays:
         (layer,) = gradient_descent_stack(step * identity)
         found = risk(lambda prompt, layer=layer, layers=layers: looped_predict(layer, prompt, layers), prompts)
         rows["looped"].append([d * value, *map(float, found)])
-        arrays |= {f"steps/{layers}": np.asarray(steps), f"looped_step/{layers}": np.asarray(step)}
+        own[str(layers)], looped[str(layers)] = steps, step
     rule = gauss_rule(moments, 14)
     for layers in PLUS_PLUS_LAYERS:
         exact, a, b = best_plus_plus(d, layers, rule)
@@ -100,9 +101,7 @@ def on_prompts(config: Config) -> Arrays:
         found = risk(lambda prompt, stack=stack: stack_predict(stack, prompt), prompts)
         rows["plus_plus"].append([exact, *map(float, found)])
     values, weights = (np.asarray(x) for x in rule)
-    return (
-        arrays | {f"risk/{name}": np.array(row) for name, row in rows.items()} | {"nodes": values, "weights": weights}
-    )
+    return {"steps": own, "looped_step": looped, "risk": rows, "nodes": values, "weights": weights}
 
 
 def best_plus_plus(dimension: int, layers: int, rule):
@@ -137,12 +136,12 @@ def power_laws(config: Config) -> Arrays:
     from attnlab.icl.optima import spectral_risk
 
     lengths = np.geomspace(10, 10_000, 16)
-    arrays: Arrays = {"lengths": lengths}
+    risks: Arrays = {}
     for power in POWERS:
         spectrum = jnp.arange(1.0, config.spectrum + 1) ** -power
         rest = config.spectrum ** (1 - power) / (power - 1)  # eigenvalues beyond the last: not learned
-        arrays[f"power/{power}"] = np.array([float(spectral_risk(spectrum, n, rest)) + rest for n in lengths])
-    return arrays
+        risks[str(power)] = [float(spectral_risk(spectrum, n, rest)) + rest for n in lengths]
+    return {"lengths": lengths, "power": risks}
 
 
 def plot(arrays: Arrays, config: Config):
@@ -162,12 +161,12 @@ def plot(arrays: Arrays, config: Config):
 def plot_laws(axes, arrays: Arrays) -> None:
     depths = arrays["depths"]
     for number, name in enumerate(RATIOS):
-        free, looped = arrays[f"law/{name}"]
+        free, looped = arrays["law"][name]
         axes.loglog(depths, free, "o-", color=f"C{number}", label=f"$d/N = {name}$")
         axes.loglog(depths, looped, "s:", color=f"C{number}", markerfacecolor="none")
     axes.loglog(depths, 1 / (depths + 1), color="black", linewidth=0.7, label="$1/(L+1)$")
     axes.loglog(depths, (np.pi * depths) ** -0.5, "--", color="black", linewidth=0.7, label=r"$(\pi L)^{-1/2}$")
-    low = max(arrays["law/1/4"][0].min(), 1e-12)
+    low = max(arrays["law"]["1 : 4"][0].min(), 1e-12)
     axes.set(ylim=(low / 2, 2), xlabel="layers $L$", ylabel="least risk / $d$")
     axes.set_title("depth at fixed $d/N$ (open squares: looped)")
     axes.legend(loc="lower left")
@@ -180,7 +179,7 @@ def local_slopes(depths, risks):
 
 def plot_exponents(axes, arrays: Arrays) -> None:
     depths = arrays["depths"].astype(float)
-    for color, risks, limit, label in zip(("C0", "C1"), arrays["law/1"], (-1, -0.5), KINDS.values(), strict=False):
+    for color, risks, limit, label in zip(("C0", "C1"), arrays["law"]["1"], (-1, -0.5), KINDS.values(), strict=False):
         axes.semilogx(*local_slopes(depths, risks), "o-", color=color, label=label)
         axes.axhline(limit, color=color, linewidth=0.7, linestyle="--", label=f"limit {limit:g}")
     ticks = 2 ** np.arange(int(np.log2(depths[-1])) + 1)
@@ -192,7 +191,7 @@ def plot_exponents(axes, arrays: Arrays) -> None:
 
 def plot_prompts(axes, arrays: Arrays, config: Config) -> None:
     for number, (name, label) in enumerate(KINDS.items()):
-        exact, mean, error = arrays[f"risk/{name}"].T
+        exact, mean, error = arrays["risk"][name].T
         depths = np.arange(1, len(exact) + 1)
         axes.semilogy(depths, exact, color=f"C{number}", label=label)
         axes.errorbar(depths, mean, 2 * error, fmt="o", capsize=2, color=f"C{number}", markerfacecolor="none")
@@ -206,9 +205,9 @@ def plot_residuals(axes, arrays: Arrays, config: Config) -> None:
     nodes, weights = arrays["nodes"], arrays["weights"]
     grid = np.linspace(0, nodes[weights > 1e-4].max(), 400)
     for layers in range(1, min(config.layers, 4) + 1):
-        residual = np.prod(1 - np.outer(grid, arrays[f"steps/{layers}"]), axis=1)
+        residual = np.prod(1 - np.outer(grid, arrays["steps"][str(layers)]), axis=1)
         axes.plot(grid, residual, color=f"C{layers - 1}", label=f"$L = {layers}$")
-        looped = (1 - grid * arrays[f"looped_step/{layers}"]) ** layers
+        looped = (1 - grid * arrays["looped_step"][str(layers)]) ** layers
         axes.plot(grid, looped, ":", color=f"C{layers - 1}", linewidth=0.9)
     axes.bar(nodes, weights, 0.03, color="0.75", zorder=0, label="spectrum")
     axes.axhline(0, color="black", linewidth=0.5)
@@ -224,12 +223,12 @@ def plot_residuals(axes, arrays: Arrays, config: Config) -> None:
 
 def plot_steps(axes, arrays: Arrays, config: Config) -> None:
     for layers in range(1, config.layers + 1):
-        steps = arrays[f"steps/{layers}"]
+        steps = arrays["steps"][str(layers)]
         axes.plot(
             np.full(len(steps), layers), 1 / steps, "o", color="C0", label="steps of their own" if layers == 1 else None
         )
         label = "looped" if layers == 1 else None
-        axes.plot(layers, 1 / arrays[f"looped_step/{layers}"], "s", color="C1", markerfacecolor="none", label=label)
+        axes.plot(layers, 1 / arrays["looped_step"][str(layers)], "s", color="C1", markerfacecolor="none", label=label)
     axes.set(xlabel="layers $L$", ylabel="1 / step size", xticks=np.arange(1, config.layers + 1))
     axes.set_title("inverse step sizes spread over the spectrum")
     axes.legend(loc="upper left")
@@ -238,7 +237,7 @@ def plot_steps(axes, arrays: Arrays, config: Config) -> None:
 def plot_powers(axes, arrays: Arrays) -> None:
     lengths = arrays["lengths"]
     for number, power in enumerate(POWERS):
-        risks = arrays[f"power/{power}"]
+        risks = arrays["power"][str(power)]
         slope = 1 / power - 1
         axes.loglog(
             lengths, risks, "o-", color=f"C{number}", label=f"$i^{{-{power:g}}}$: slope {fitted(lengths, risks):.3f}"
@@ -257,28 +256,46 @@ def fitted(lengths, risks) -> float:
     return float(np.polyfit(np.log(lengths[last]), np.log(risks[last]), 1)[0])
 
 
+def findings(arrays: Arrays, config: Config) -> list[Expectation]:
+    """Stacks on prompts have the exact risks; the exponents in depth and in the length of the context."""
+    found = []
+    for name, label in KINDS.items():
+        # the rare eigenvalues that decide GD++ of three layers are in no sample of prompts
+        exact, mean, error = arrays["risk"][name][: 2 if name == "plus_plus" else None].T
+        what, why = f"risk on prompts over the exact one, by layers: {label}", "a sample of prompts"
+        bar = {"standard_error": error / exact, "because": why, "source": "orthogonal polynomials; derived here"}
+        found.append(equal(what, mean / exact, 1.0, 4.5, **bar))
+    depths, last = arrays["depths"].astype(float), f"local exponent at {config.deepest} layers"
+    limits = {"because": "the limit is that of many layers", "source": "Catalan numbers; derived here"}
+    for (kind, limit), row in zip((("own steps", -1), ("looped", -0.5)), arrays["law"]["1"], strict=True):
+        found.append(equal(f"{last}: {kind}", local_slopes(depths, row)[1][-1], limit, 0.06, **limits))
+    slopes = [fitted(arrays["lengths"], arrays["power"][str(power)]) for power in POWERS]
+    what, laws = "exponents in the length of the context, by spectrum", 1 / np.array(POWERS) - 1
+    return [
+        *found,
+        equal(what, slopes, laws, 0.05, because="the limit is that of long contexts", source="derived here"),
+    ]
+
+
 def tables(arrays: Arrays, config: Config) -> list[Table]:
     """Exact risks beside the measured ones, and the exponents."""
     risks = Table(
         "layers", "exact", "on prompts", "errors apart", title="Risk by depth, and distance in standard errors"
     )
     for name, label in KINDS.items():
-        for layers, (exact, mean, error) in enumerate(arrays[f"risk/{name}"], 1):
+        for layers, (exact, mean, error) in enumerate(arrays["risk"][name], 1):
             apart = f"{(mean - exact) / error:+.1f}"
             risks.add_row(f"{label}, {layers}", f"{exact:.5g}", f"{mean:.5g} +- {error:.2g}", apart)
     exponents = Table("law", "theory", "last local exponent")
-    for label, theory, row in zip(("depth, free steps", "depth, looped"), (-1, -0.5), arrays["law/1"], strict=True):
+    for label, theory, row in zip(("depth, free steps", "depth, looped"), (-1, -0.5), arrays["law"]["1"], strict=True):
         exponents.add_row(label, f"{theory}", f"{local_slopes(arrays['depths'].astype(float), row)[1][-1]:.3f}")
     for power in POWERS:
-        exponents.add_row(
-            f"context, spectrum i^-{power:g}",
-            f"{1 / power - 1:.3f}",
-            f"{fitted(arrays['lengths'], arrays[f'power/{power}']):.3f}",
-        )
+        slope = fitted(arrays["lengths"], arrays["power"][str(power)])
+        exponents.add_row(f"context, spectrum i^-{power:g}", f"{1 / power - 1:.3f}", f"{slope:.3f}")
     return [risks, exponents]
 
 
-ANALYSIS = Analysis("icl-depth", Config, compute, plot, tables, __doc__)
+ANALYSIS = Analysis("icl-depth", Config, compute, plot, tables, findings, __doc__, slow=True)
 
 if __name__ == "__main__":
     ANALYSIS.main()

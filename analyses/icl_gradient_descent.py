@@ -13,6 +13,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from attnlab.analysis import Analysis, AnalysisConfig, Arrays
+from attnlab.expectation import Expectation, at_least, at_most
 
 INPUT_SCALES = np.geomspace(0.5, 2.0, 9)
 TASK_SCALES = np.geomspace(0.5, 5.0, 9)
@@ -57,7 +58,7 @@ def compute(config: Config, progress: Progress) -> Arrays:
     from attnlab.icl.optima import optimal_preconditioner, optimal_risk
     from attnlab.icl.population import population_objective
     from attnlab.icl.tasks import linear_regression, sample_prompts
-    from attnlab.training import Session, probe, train
+    from attnlab.training import Session, probe, show_progress, train
 
     problem = linear_regression(jnp.eye(config.dimension) / 12, inputs="uniform")
     exact = population_objective(problem, config.length, "layer")
@@ -70,14 +71,13 @@ def compute(config: Config, progress: Progress) -> Arrays:
     def compare(_, layer):
         return nulls(layer, descent, prompts, shuffle_key)
 
-    arrays = {"optimum": np.asarray(optimal_risk(problem, config.length) / 2), "step_size": np.asarray(best[0, 0])}
+    arrays: Arrays = {"optimum": optimal_risk(problem, config.length) / 2, "step_size": best[0, 0]}
     optimizer = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps))
     runs = {
         "exact": (exact, None, config.seeds),
         "sampled": (*on_samples(config, problem, prompts), config.sampled_seeds),
     }
     for number, (name, (risk, resample, seeds)) in enumerate(runs.items()):
-        task = progress.add_task(f"training, {name}", total=config.steps, status="")
         members = jax.random.split(keys[1 + number], seeds)
         starts = jax.vmap(lambda key: init_layer(key, config.dimension + 1, 0.3))(members)
         trained = train(
@@ -89,16 +89,10 @@ def compute(config: Config, progress: Progress) -> Arrays:
             every=config.every,
             resample=resample,
             probes={"risk": probe(lambda _, layer: exact(layer) / 2), "compare": probe(compare)},
-            session=Session(
-                report=lambda now, task=task: progress.update(task, completed=now.step, status=f"loss {now.loss:.5g}")
-            ),
+            session=Session(report=show_progress(progress, f"training, {name}")),
         )
-        arrays |= {
-            f"{name}/risk": np.asarray(trained.records.values["risk"]),
-            "steps": np.asarray(trained.records.steps),
-        }
-        measured = trained.records.values["compare"]
-        arrays |= {f"{name}/{key}": np.asarray(value) for key, value in measured.items()}
+        values = trained.records.values
+        arrays |= {name: {"risk": values["risk"], **values["compare"]}, "steps": trained.records.steps}
         if name == "exact":
             arrays |= robustness(trained.params, starts, best, descent, prompts, problem, config.length)
     return arrays
@@ -113,7 +107,7 @@ def on_samples(config: Config, problem, prompts):
 
     from attnlab.icl.models import stack_predict
     from attnlab.icl.tasks import sample_prompts
-    from attnlab.objective import objective
+    from attnlab.objectives import objective
 
     def predict(layer, prompts):
         return jax.vmap(lambda prompt: stack_predict([layer], prompt))(prompts)
@@ -130,14 +124,14 @@ def nulls(layer, descent, prompts, key):
     """The three measures of alignment with the best step: of the layer, and of the layer shown shuffled labels."""
     from functools import partial
 
+    from attnlab.icl.diagnostics import alignment
     from attnlab.icl.models import stack_predict
-    from attnlab.icl.probes import alignment
     from attnlab.icl.tasks import shuffle_labels
 
     model = partial(stack_predict, [layer])
     shown = {"model": alignment(model, descent, prompts)}
     shown["shuffled"] = alignment(model, descent, prompts, shuffle_labels(key, prompts))
-    return {f"{who}/{name}": getattr(found, name).value for who, found in shown.items() for name in MEASURES}
+    return {who: {name: getattr(found, name).value for name in MEASURES} for who, found in shown.items()}
 
 
 def robustness(layers, starts, best, descent, prompts, problem, length):
@@ -147,34 +141,32 @@ def robustness(layers, starts, best, descent, prompts, problem, length):
     import jax
     import jax.numpy as jnp
 
+    from attnlab.icl.diagnostics import interpolate, scaled_risks
     from attnlab.icl.models import effective_weights, stack_predict
     from attnlab.icl.population import population_risk, reduced_weights
-    from attnlab.icl.probes import interpolate, scaled_risks
 
-    arrays = {}
+    scaled: Arrays = {}
     for what, scales in (("inputs", INPUT_SCALES), ("tasks", TASK_SCALES)):
 
         def of_layer(layer, what=what, scales=scales):
             return scaled_risks(partial(stack_predict, [layer]), prompts, scales, what).value
 
-        arrays[f"scaled/{what}/trained"] = jax.jit(jax.vmap(of_layer))(layers)
-        arrays[f"scaled/{what}/untrained"] = jax.jit(jax.vmap(of_layer))(starts)
-        found = scaled_risks(descent, prompts, scales, what)
-        arrays[f"scaled/{what}/descent"] = jnp.stack([found.value, found.standard_error])
+        many, found = jax.jit(jax.vmap(of_layer)), scaled_risks(descent, prompts, scales, what)
+        scaled[what] = {"trained": many(layers), "untrained": many(starts)}
+        scaled[what]["descent"] = jnp.stack([found.value, found.standard_error])
 
     def to_construction(layer):
         weights = effective_weights(layer)
         # One head has a free scale between value and query_key: fix it by the label's value, 1 in the construction.
         scale = weights["value"][0, -1]
-        scaled = {"value": weights["value"] / scale, "query_key": weights["query_key"] * scale}
+        fixed = {"value": weights["value"] / scale, "query_key": weights["query_key"] * scale}
         target = reduced_weights({"preconditioner": best})
-        return jax.vmap(lambda f: population_risk(interpolate(scaled, target, f), problem, length) / 2)(
+        return jax.vmap(lambda f: population_risk(interpolate(fixed, target, f), problem, length) / 2)(
             jnp.asarray(FRACTIONS, scale.dtype)
         )
 
-    for name, ensemble in (("trained", layers), ("untrained", starts)):
-        arrays[f"interpolated/{name}"] = jax.jit(jax.vmap(to_construction))(ensemble)
-    return {name: np.asarray(array) for name, array in arrays.items()}
+    line = jax.jit(jax.vmap(to_construction))
+    return {"scaled": scaled, "interpolated": {"trained": line(layers), "untrained": line(starts)}}
 
 
 def plot(arrays: Arrays, config: Config):
@@ -194,7 +186,7 @@ def plot(arrays: Arrays, config: Config):
 def plot_loss(axes, arrays: Arrays) -> None:
     from attnlab.plotting.curves import range_band
 
-    seeds, sampled = (arrays[f"{name}/risk"].shape[1] for name in ("exact", "sampled"))
+    seeds, sampled = (arrays[name]["risk"].shape[1] for name in ("exact", "sampled"))
     optimum = float(arrays["optimum"])
     labels = {
         "exact": ("C0", f"exact gradient, {seeds} seeds", "-"),
@@ -202,7 +194,7 @@ def plot_loss(axes, arrays: Arrays) -> None:
     }
     for name, style in labels.items():
         # the difference is exact to rounding only: draw zeros at the bottom
-        range_band(axes, arrays["steps"], np.maximum(arrays[f"{name}/risk"] - optimum, 1e-17), *style)
+        range_band(axes, arrays["steps"], np.maximum(arrays[name]["risk"] - optimum, 1e-17), *style)
     axes.set_yscale("log")
     axes.set(xlabel="step", ylabel="half the risk minus that of the best step")
     axes.set_title(f"distance to the best gradient step, {optimum:.5f}")
@@ -221,11 +213,11 @@ def plot_alignment(axes, arrays: Arrays, measures) -> None:
 
     for number, measure in enumerate(measures):
         color = f"C{2 * number}"
-        range_band(axes, arrays["steps"], arrays[f"exact/model/{measure}"], color, LABELS[measure])
+        range_band(axes, arrays["steps"], arrays["exact"]["model"][measure], color, LABELS[measure])
         range_band(
             axes,
             arrays["steps"],
-            arrays[f"exact/shuffled/{measure}"],
+            arrays["exact"]["shuffled"][measure],
             f"C{2 * number + 1}",
             f"{LABELS[measure]}, shuffled labels",
             ":",
@@ -242,9 +234,9 @@ def plot_alignment(axes, arrays: Arrays, measures) -> None:
 def plot_scaled(axes, arrays: Arrays, what: str, scales) -> None:
     from attnlab.plotting.curves import range_band
 
-    range_band(axes, scales, arrays[f"scaled/{what}/untrained"].T, "C1", "untrained", ":")
-    range_band(axes, scales, arrays[f"scaled/{what}/trained"].T, "C0", "trained layer")
-    value, error = arrays[f"scaled/{what}/descent"]
+    range_band(axes, scales, arrays["scaled"][what]["untrained"].T, "C1", "untrained", ":")
+    range_band(axes, scales, arrays["scaled"][what]["trained"].T, "C0", "trained layer")
+    value, error = arrays["scaled"][what]["descent"]
     axes.errorbar(scales, value, 2 * error, fmt="o", color="black", markerfacecolor="none", label="best gradient step")
     axes.set_xscale("log")
     ticks = [tick for tick in (0.5, 1, 2, 5) if tick <= scales[-1] * 1.001]
@@ -260,7 +252,7 @@ def plot_interpolated(axes, arrays: Arrays) -> None:
     from attnlab.plotting.curves import range_band
 
     for color, name, style in (("C0", "trained", "-"), ("C1", "untrained", ":")):
-        range_band(axes, FRACTIONS, arrays[f"interpolated/{name}"].T, color, name, style)
+        range_band(axes, FRACTIONS, arrays["interpolated"][name].T, color, name, style)
     axes.axhline(float(arrays["optimum"]), color="black", linewidth=0.8, linestyle="--", label="best gradient step")
     axes.set_yscale("log")
     axes.set(xlabel="fraction of the construction", ylabel="half the exact risk")
@@ -268,25 +260,42 @@ def plot_interpolated(axes, arrays: Arrays) -> None:
     axes.legend(loc="best")
 
 
+def findings(arrays: Arrays, config: Config) -> list[Expectation]:
+    """The trained layer has the risk of the best step and its sensitivities; its nulls do not."""
+    source = "von Oswald et al., arXiv 2212.07677; nulls as Shen, Mishra, Khashabi, arXiv 2311.07772, ask for"
+    above = {name: float(np.max(arrays[name]["risk"][-1] / arrays["optimum"] - 1)) for name in ("exact", "sampled")}
+    cosines = {who: arrays["exact"][who]["sensitivity_cosine"] for who in ("model", "shuffled")}
+    trained, shuffled, untrained = (
+        float(np.median(1 - values)) for values in (cosines["model"][-1], cosines["shuffled"][-1], cosines["model"][0])
+    )
+    return [
+        at_most("risk above that of the best step, relative: exact gradient", above["exact"], 1e-4, source=source),
+        at_most("the same: fresh prompts", above["sampled"], 0.02, source=source),
+        at_most("1 - cosine of the sensitivities, median over seeds", trained, 1e-4, source=source),
+        at_least("the same on shuffled labels", shuffled, 0.3, source="null"),
+        at_least("the same of the untrained layer", untrained, 0.3, source="null"),
+    ]
+
+
 def tables(arrays: Arrays, config: Config) -> list[Table]:
     """Final losses beside theory, and the measures beside their nulls."""
     losses = Table("half the risk", "value", title="One layer against one step of gradient descent")
     losses.add_row("best gradient step (theory)", f"{float(arrays['optimum']):.6f}")
     for name in ("exact", "sampled"):
-        last = arrays[f"{name}/risk"][-1]
+        last = arrays[name]["risk"][-1]
         losses.add_row(
             f"trained, {name}: mean, largest deviation",
             f"{last.mean():.6f}, {np.abs(last - arrays['optimum']).max():.1e}",
         )
     measures = Table("measure (median over seeds)", "trained", "trained, shuffled labels", "untrained")
     for measure in MEASURES:
-        trained, shuffled = (arrays[f"exact/{who}/{measure}"] for who in ("model", "shuffled"))
+        trained, shuffled = (arrays["exact"][who][measure] for who in ("model", "shuffled"))
         values = (trained[-1], shuffled[-1], trained[0])
         measures.add_row(measure.replace("_", " "), *(f"{np.median(value):.3g}" for value in values))
     return [losses, measures]
 
 
-ANALYSIS = Analysis("icl-gradient-descent", Config, compute, plot, tables, __doc__)
+ANALYSIS = Analysis("icl-gradient-descent", Config, compute, plot, tables, findings, __doc__, slow=True)
 
 if __name__ == "__main__":
     ANALYSIS.main()

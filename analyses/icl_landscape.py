@@ -13,6 +13,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from attnlab.analysis import Analysis, AnalysisConfig, Arrays
+from attnlab.expectation import Expectation, at_least, between, equal
 
 LENGTHS = (5, 10, 20, 40, 80, 160)
 POWERS = (0.0, 0.5, 1.0, 1.5, 2.0)
@@ -64,7 +65,7 @@ def compute(config: Config, progress: Progress) -> Arrays:
         ],
         "start": [(anisotropic, 20, model, size) for model in MODELS for size in SIZES[:: config.stride]],
     }
-    arrays: Arrays = {}
+    shares: Arrays = {}
     optimizer = adam(config)
     for name, settings in maps.items():
         task = progress.add_task(name, total=len(settings), status="")
@@ -74,8 +75,8 @@ def compute(config: Config, progress: Progress) -> Arrays:
             found.append(ends(train_from_random(problem, length, model, size, starts, config.steps, optimizer, key)))
             progress.update(task, advance=1, status=f"{found[-1][0]:.0%} bad")
         rows = len(settings) // len(SIZES[:: config.stride] if name == "start" else lengths)
-        arrays[f"{name}/shares"] = np.array(found).reshape(rows, -1, 2)
-    return arrays | close_up(anisotropic, config, optimizer, key)
+        shares[name] = np.array(found).reshape(rows, -1, 2)
+    return {"shares": shares} | close_up(anisotropic, config, optimizer, key)
 
 
 def adam(config: Config):
@@ -147,16 +148,16 @@ def close_up(problem, config: Config, optimizer, key) -> Arrays:
         "bad": swapped_start(problem, 20),
         "best": reduced_weights({"preconditioner": optimal_preconditioner(problem, 20)}),
     }
-    arrays = {"losses": np.asarray(trained.records.losses), "least": np.asarray(best)}
+    arrays: Arrays = {"losses": trained.records.losses, "least": best}
     for name, params in start.items():
         point = newton(risk, balance(params))
         minimum = balance(point.params)
-        arrays |= {
-            f"{name}/risk": np.asarray(point.risk),
-            f"{name}/gradient": np.asarray(point.gradient_norm),
-            f"{name}/eigenvalues": np.asarray(jnp.linalg.eigvalsh(hessian(risk, minimum).dense())),
-            f"{name}/usual": np.asarray(minimum["query_key"][0, :-1] * minimum["value"][0, -1]),
-            f"{name}/swapped": np.asarray(jnp.outer(minimum["value"][0, :-1], minimum["query_key"][0, -1])),
+        arrays[name] = {
+            "risk": point.risk,
+            "gradient": point.gradient_norm,
+            "eigenvalues": jnp.linalg.eigvalsh(hessian(risk, minimum).dense()),
+            "usual": minimum["query_key"][0, :-1] * minimum["value"][0, -1],
+            "swapped": jnp.outer(minimum["value"][0, :-1], minimum["query_key"][0, -1]),
         }
     return arrays
 
@@ -168,11 +169,11 @@ def plot(arrays: Arrays, config: Config):
     figure, axes = plt.subplots(2, 3, figsize=(12.5, 7))
     lengths = LENGTHS[:: config.stride]
     powers = [f"{power:g}" for power in POWERS[:: config.stride]]
-    image = share_map(axes[0, 0], arrays["anisotropy/shares"], powers, lengths)
+    image = share_map(axes[0, 0], arrays["shares"]["anisotropy"], powers, lengths)
     axes[0, 0].set(xlabel="context length $N$", ylabel="power $p$ of the spectrum $i^{-p}$")
     axes[0, 0].set_title("anisotropic inputs, $d = 4$ (*: not all stationary)")
     dimensions = [str(d) for d in DIMENSIONS[:: config.stride]]
-    share_map(axes[0, 1], arrays["isotropic/shares"], dimensions, lengths)
+    share_map(axes[0, 1], arrays["shares"]["isotropic"], dimensions, lengths)
     axes[0, 1].set(xlabel="context length $N$", ylabel="dimension $d$", title="isotropic inputs")
     figure.colorbar(image, ax=axes[0, :2], label="ends in a bad minimum (%)")
     plot_start(axes[0, 2], arrays, config)
@@ -198,7 +199,7 @@ def share_map(axes, shares, rows, columns):
 
 def plot_start(axes, arrays: Arrays, config: Config) -> None:
     sizes = np.array(SIZES[:: config.stride])
-    for number, (shares, label) in enumerate(zip(arrays["start/shares"], MODELS.values(), strict=True)):
+    for number, (shares, label) in enumerate(zip(arrays["shares"]["start"], MODELS.values(), strict=True)):
         share = np.where(shares[:, 1] > 0.1, np.nan, shares[:, 0])
         error = np.sqrt(np.maximum(share * (1 - share), 1 / config.starts) / config.starts)
         places = sizes * 1.06 ** (number - 1)
@@ -222,7 +223,7 @@ def plot_losses(axes, arrays: Arrays) -> None:
             axes.loglog(steps, losses[:, members], color=color, linewidth=0.6, alpha=0.6)
             axes.plot([], [], color=color, label=f"{members.sum()} of {len(bad)} starts {label}")
     for name, label in (("bad", "exact risk of either"), ("best", None)):
-        axes.axhline(float(arrays[f"{name}/risk"]), color="black", linewidth=0.8, linestyle="--", label=label)
+        axes.axhline(float(arrays[name]["risk"]), color="black", linewidth=0.8, linestyle="--", label=label)
     axes.set(xlabel="step", ylabel="exact risk", title="training from random starts")
     axes.set_ylim(0.35 * float(arrays["least"]))  # room for the legend
     axes.legend(loc="lower left")
@@ -230,11 +231,11 @@ def plot_losses(axes, arrays: Arrays) -> None:
 
 def plot_hessians(axes, arrays: Arrays) -> None:
     for number, (name, label) in enumerate((("bad", "bad minimum"), ("best", "optimum"))):
-        eigenvalues = arrays[f"{name}/eigenvalues"][::-1]
+        eigenvalues = arrays[name]["eigenvalues"][::-1]
         curved = eigenvalues > 1e-9 * eigenvalues[0]
         rank = np.arange(1, len(eigenvalues) + 1)
         smallest = eigenvalues[curved].min()
-        label = f"{label}, risk {float(arrays[f'{name}/risk']):.4f}, $\\lambda_{{\\min}}$ {smallest:.2g}"
+        label = f"{label}, risk {float(arrays[name]['risk']):.4f}, $\\lambda_{{\\min}}$ {smallest:.2g}"
         axes.semilogy(rank[curved], eigenvalues[curved], "ov"[number], color=f"C{1 - number}", label=label)
     axes.set(xlabel="rank (the flat direction of scale is left out)", ylabel="eigenvalue of the Hessian")
     axes.set_title("exact Hessian at both ends (balanced)")
@@ -243,14 +244,34 @@ def plot_hessians(axes, arrays: Arrays) -> None:
 
 def plot_paths(axes, arrays: Arrays) -> None:
     places = np.arange(len(SPECTRUM))
-    bars = {"best/usual": "optimum", "bad/usual": "bad, usual path", "bad/swapped": "bad, swapped path"}
-    for number, (name, label) in enumerate(bars.items()):
-        axes.bar(places + 0.27 * (number - 1), np.diag(arrays[name]), 0.25, color=f"C{number}", label=label)
+    bars = {("best", "usual"): "optimum", ("bad", "usual"): "bad, usual path", ("bad", "swapped"): "bad, swapped path"}
+    for number, ((name, path), label) in enumerate(bars.items()):
+        axes.bar(places + 0.27 * (number - 1), np.diag(arrays[name][path]), 0.25, color=f"C{number}", label=label)
     axes.axhline(0, color="black", linewidth=0.6)
     axes.set_xticks(places, [f"{value:g}" for value in SPECTRUM])
     axes.set(xlabel="eigenvalue of the inputs' covariance", ylabel="step size along its eigenvector")
     axes.set_title("step sizes along the eigenvectors, by path")
     axes.legend(loc="best")
+
+
+def findings(arrays: Arrays, config: Config) -> list[Expectation]:
+    """Both minima of the anisotropic problem, how strict the bad one is, and that random starts find both."""
+    bad, best = arrays["bad"], arrays["best"]
+    relative = bad["eigenvalues"] / bad["eigenvalues"][-1]
+    share = np.mean(arrays["losses"][-1] > BAD * arrays["least"])
+    derived = {"source": "derived here"}
+    found = [
+        equal("flat Hessian eigenvalues of the bad minimum", np.sum(np.abs(relative) <= 1e-9), 1, 0.0, **derived),
+        at_least(
+            "its lowest other eigenvalue over the highest", relative[1], 1e-9, because="beyond rounding", **derived
+        ),
+        between("share of random starts that end there", share, 0.1, 0.6, because="32 starts", **derived),
+    ]
+    if config.noise_variance == 0.1:
+        values = [bad["risk"], best["risk"]]
+        digits = equal("risks of both", values, [1.935972, 0.792426], 1e-5, because="to the digits given", **derived)
+        found.insert(0, digits)
+    return found
 
 
 def tables(arrays: Arrays, config: Config) -> list[Table]:
@@ -264,22 +285,22 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
     }
     for name, (row_name, rows, column_name, columns) in labels.items():
         rows = rows if name == "start" else rows[:: config.stride]
-        for row, values in zip(rows, arrays[f"{name}/shares"], strict=True):
+        for row, values in zip(rows, arrays["shares"][name], strict=True):
             for column, (bad, unfinished) in zip(columns, values, strict=True):
                 shares.add_row(
                     f"{name}, {row_name} {row}, {column_name} {column}", f"{100 * bad:.0f}", f"{100 * unfinished:.0f}"
                 )
     minima = Table("minimum", "risk", "gradient norm", "flat", "least curved eigenvalue", "largest")
     for name in ("bad", "best"):
-        eigenvalues = arrays[f"{name}/eigenvalues"]
+        eigenvalues = arrays[name]["eigenvalues"]
         curved = np.abs(eigenvalues) > 1e-9 * eigenvalues[-1]
-        values = (arrays[f"{name}/risk"], arrays[f"{name}/gradient"], eigenvalues[curved][0], eigenvalues[-1])
+        values = (arrays[name]["risk"], arrays[name]["gradient"], eigenvalues[curved][0], eigenvalues[-1])
         risk, gradient, least, largest = (f"{float(value):.4g}" for value in values)
         minima.add_row(name, risk, gradient, str(int((~curved).sum())), least, largest)
     return [shares, minima]
 
 
-ANALYSIS = Analysis("icl-landscape", Config, compute, plot, tables, __doc__)
+ANALYSIS = Analysis("icl-landscape", Config, compute, plot, tables, findings, __doc__, slow=True)
 
 if __name__ == "__main__":
     ANALYSIS.main()

@@ -13,6 +13,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from attnlab.analysis import Analysis, AnalysisConfig, Arrays
+from attnlab.expectation import Expectation, at_most, equal
 
 STEPS = {
     "best": "best preconditioner",
@@ -59,11 +60,11 @@ def compute(config: Config, progress: Progress) -> Arrays:
     optimizer = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps))
     spectrum = power_spectrum(config.dimension, config.power)
     problem = linear_regression(jnp.diag(spectrum), noise_variance=config.noise_variance)
-    arrays: Arrays = {"spectrum": np.asarray(spectrum)}
+    arrays: Arrays = {"spectrum": spectrum, "trained": {}}
     task = progress.add_task("training", total=len(config.lengths), status="")
     for number, length in enumerate(config.lengths):
-        found = trained_layers(problem, length, optimizer, config, jax.random.fold_in(key, number))
-        arrays |= {f"trained/{length}/{name}": array for name, array in found.items()}
+        member_key = jax.random.fold_in(key, number)
+        arrays["trained"][str(length)] = trained_layers(problem, length, optimizer, config, member_key)
         progress.advance(task)
     return arrays | risk_curves(problem, config) | shifted_risks(problem, config)
 
@@ -83,10 +84,10 @@ def trained_layers(problem, length: int, optimizer, config: Config, key) -> Arra
     import jax
     import jax.numpy as jnp
 
+    from attnlab.icl.diagnostics import risk
     from attnlab.icl.models import layer_predict
     from attnlab.icl.optima import optimal_preconditioner, optimal_risk
     from attnlab.icl.population import population_objective
-    from attnlab.icl.probes import risk
     from attnlab.icl.tasks import sample_prompts
     from attnlab.training import train
 
@@ -184,7 +185,7 @@ def plot(arrays: Arrays, config: Config):
 def plot_steps(axes, arrays: Arrays, config: Config) -> None:
     spectrum = arrays["spectrum"]
     for number, length in enumerate(config.lengths):
-        best, steps = (arrays[f"trained/{length}/{name}"] for name in ("best", "steps"))
+        best, steps = (arrays["trained"][str(length)][name] for name in ("best", "steps"))
         axes.loglog(spectrum, np.diag(best), color=f"C{number}", label=f"$N = {length}$")
         for layer in steps:
             axes.loglog(spectrum, np.diag(layer), "o", color=f"C{number}", markerfacecolor="none")
@@ -198,7 +199,7 @@ def plot_risks(axes, arrays: Arrays, config: Config) -> None:
     for number, label in enumerate(STEPS.values()):
         axes.loglog(arrays["lengths"], arrays["risks"][:, number], color=f"C{number}", label=label)
     for length in config.lengths:
-        mean, error = arrays[f"trained/{length}/on_prompts"]
+        mean, error = arrays["trained"][str(length)]["on_prompts"]
         label = "trained layer on prompts" if length == config.lengths[0] else None
         axes.errorbar(length, mean, 2 * error, fmt="o", capsize=2, color="black", markerfacecolor="none", label=label)
     low, high = arrays["risks"][:, 0].min(), arrays["risks"][:, 1].max()
@@ -217,22 +218,41 @@ def plot_shifts(axes, arrays: Arrays, config: Config) -> None:
     axes.legend(loc="upper left")
 
 
+def deviations(now: Arrays) -> tuple[float, float]:
+    """Largest error of a step, over the largest step, and largest relative excess of the risk, of trained layers."""
+    off = np.abs(now["steps"] - now["best"]).max() / np.abs(now["best"]).max()
+    return float(off), float((now["risks"] / now["least"] - 1).max())
+
+
+def findings(arrays: Arrays, config: Config) -> list[Expectation]:
+    """Trained layers take the optimal step, with the least risk, also on prompts."""
+    source = "Zhang, Frei, Bartlett, arXiv 2306.09927, theorem 4.1; Ahn et al., arXiv 2306.00297, theorem 1"
+    trained = arrays["trained"].values()
+    steps, excess = zip(*map(deviations, trained), strict=True)
+    means, errors = np.array([now["on_prompts"] / now["least"] for now in trained]).T
+    enough = {"because": "what 3,000 steps of Adam leave", "source": source}
+    sample = {"standard_error": errors, "because": "a sample of prompts", "source": source}
+    return [
+        at_most("largest error of a step over the largest step, by length", steps, 0.01, **enough),
+        at_most("largest excess over the least risk, by length", excess, 1e-4, **enough),
+        equal("risk on prompts over the least one, by length", means, 1.0, 4.5, **sample),
+    ]
+
+
 def tables(arrays: Arrays, config: Config) -> list[Table]:
     """Trained layers beside theory at every length."""
     table = Table(
         "N", "least risk", "trained: largest excess", "on prompts", "largest error of a step", title="One trained layer"
     )
     for length in config.lengths:
-        best, steps, risks, least, (mean, error) = (
-            arrays[f"trained/{length}/{name}"] for name in ("best", "steps", "risks", "least", "on_prompts")
-        )
-        off = np.abs(steps - best).max() / np.abs(best).max()
-        excess = (risks / least - 1).max()
+        now = arrays["trained"][str(length)]
+        (mean, error), least = now["on_prompts"], now["least"]
+        off, excess = deviations(now)
         table.add_row(str(length), f"{least:.6g}", f"{excess:.1e}", f"{mean:.4g} +- {error:.2g}", f"{off:.1e}")
     return [table]
 
 
-ANALYSIS = Analysis("icl-preconditioner", Config, compute, plot, tables, __doc__)
+ANALYSIS = Analysis("icl-preconditioner", Config, compute, plot, tables, findings, __doc__)
 
 if __name__ == "__main__":
     ANALYSIS.main()

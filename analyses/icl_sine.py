@@ -7,13 +7,14 @@ that step, in its own features with the layer's inner product, and without it; a
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 from rich.progress import Progress
 from rich.table import Table
 
-from attnlab.analysis import Analysis, AnalysisConfig, Arrays
+from attnlab.analysis import Analysis, Arrays, SinglePrecisionConfig
+from attnlab.expectation import Expectation, at_least, at_most
 
 AMPLITUDE = (0.1, 0.5)
 MEAN_SQUARE = (AMPLITUDE[1] ** 3 - AMPLITUDE[0] ** 3) / (6 * (AMPLITUDE[1] - AMPLITUDE[0]))  # of y: E a^2 / 2
@@ -33,13 +34,11 @@ CURVES = {  # label, color, line
 
 
 @dataclass(frozen=True)
-class Config(AnalysisConfig):
+class Config(SinglePrecisionConfig):
     """Options of the analysis."""
 
     SMOKE: ClassVar = {"hidden": 4, "features": 3, "steps": 4, "every": 2, "batch": 4, "prompts": 12, "lengths": (10,)}
 
-    dtype: Literal["float64", "float32"] = "float32"
-    """Precision of the computation."""
     hidden: int = 32
     """Width of the two hidden layers of the MLP."""
     features: int = 16
@@ -86,17 +85,16 @@ def compute(config: Config, progress: Progress) -> Arrays:
     arrays = jax.jit(lambda recorded, *rest: jax.lax.map(lambda params: measure(params, *rest), recorded))(
         trained.records.values["params"], reference, fit, test, keys[4]
     )
-    arrays["steps"] = trained.records.steps
+    arrays |= {"steps": trained.records.steps, "after": {}, "floor": {}}
     task = progress.add_task("context lengths", total=len(config.lengths), status="")
     for length in config.lengths:
         members = jax.jit(
             jax.vmap(partial(after, key=jax.random.fold_in(keys[0], length), length=length, config=config))
         )
-        arrays |= {f"{name}/{length}": found for name, found in members(trained.params, starts, steps).items()}
-        arrays[f"floor/{length}"] = best_sine_risk(length, AMPLITUDE) / MEAN_SQUARE
+        arrays["after"][str(length)] = members(trained.params, starts, steps)
+        arrays["floor"][str(length)] = best_sine_risk(length, AMPLITUDE) / MEAN_SQUARE
         progress.advance(task)
-    arrays |= jax.jit(partial(shapes, config=config))(trained.params, test)
-    return {name: np.asarray(array) for name, array in arrays.items()}
+    return arrays | jax.jit(partial(shapes, config=config))(trained.params, test)
 
 
 def sines(key, length: int, count: int):
@@ -132,10 +130,10 @@ def fitted(config: Config, progress: Progress, name: str, model, starts, key, te
     import jax
     import optax
 
-    from attnlab.icl.probes import predictions
+    from attnlab.icl.diagnostics import predictions
     from attnlab.losses import square_loss
-    from attnlab.objective import objective
-    from attnlab.training import Session, train
+    from attnlab.objectives import objective
+    from attnlab.training import Session, show_progress, train
 
     def draw(key, risk):
         prompts = sines(key, config.length, config.batch)
@@ -144,7 +142,6 @@ def fitted(config: Config, progress: Progress, name: str, model, starts, key, te
     def predict(params, prompts):
         return predictions(model(params, config), prompts)
 
-    task = progress.add_task(f"training, {name}", total=config.steps, status="")
     return train(
         objective(predict, square_loss, test, test.target),
         starts,
@@ -154,7 +151,7 @@ def fitted(config: Config, progress: Progress, name: str, model, starts, key, te
         every=config.every,
         resample=draw,
         probes=probes,
-        session=Session(report=lambda now: progress.update(task, completed=now.step, status=f"loss {now.loss:.5g}")),
+        session=Session(report=show_progress(progress, f"training, {name}")),
     )
 
 
@@ -183,13 +180,15 @@ def own(params, fit, config: Config):
 def along(params, reference, fit, test, key, config: Config):
     """Risks, and alignment with one step, along training; inputs are numbers, so that the cosine of two sensitivities
     says whether their signs agree."""
-    from attnlab.icl.probes import alignment, risk
+    from attnlab.icl.diagnostics import alignment, risk
     from attnlab.icl.tasks import shuffle_labels
 
     models, _, found = own(params, fit, config)
     step = one_step(reference, config)
-    for name, function in {**models, "learned descent": step}.items():
-        found[f"risk/{name}"] = risk(function, test).value / MEAN_SQUARE
+    found["risk"] = {
+        name: risk(function, test).value / MEAN_SQUARE for name, function in {**models, "learned descent": step}.items()
+    }
+    found |= {"difference": {}, "cosine": {}}
     pairs = {
         "learned descent": (step, test),
         "own descent": (models["own descent"], test),
@@ -197,8 +196,8 @@ def along(params, reference, fit, test, key, config: Config):
     }
     for name, (algorithm, shown) in pairs.items():
         pair = alignment(models["model"], algorithm, test, shown)
-        found[f"difference/{name}"] = pair.prediction_difference.value / MEAN_SQUARE**0.5
-        found[f"cosine/{name}"] = pair.sensitivity_cosine.value
+        found["difference"][name] = pair.prediction_difference.value / MEAN_SQUARE**0.5
+        found["cosine"][name] = pair.sensitivity_cosine.value
     return found
 
 
@@ -209,8 +208,8 @@ def after(params, start, descent, key, length: int, config: Config):
 
     from attnlab.icl.baselines import baseline, least_squares, ridge
     from attnlab.icl.composition import with_features
+    from attnlab.icl.diagnostics import risk
     from attnlab.icl.learned_features import best_step_size, learned_features
-    from attnlab.icl.probes import risk
     from attnlab.icl.tasks import sine_features
 
     fit_key, test_key = jax.random.split(key)
@@ -231,7 +230,7 @@ def after(params, start, descent, key, length: int, config: Config):
         ),
         "least squares": with_features(sine_features, least_squares),
     }
-    return {name: jnp.stack(risk(function, test)) / MEAN_SQUARE for name, function in models.items()}
+    return {name: jnp.stack([*risk(function, test)]) / MEAN_SQUARE for name, function in models.items()}
 
 
 def shapes(params, test, config: Config):
@@ -241,8 +240,8 @@ def shapes(params, test, config: Config):
 
     from attnlab.icl.baselines import least_squares
     from attnlab.icl.composition import with_features
+    from attnlab.icl.diagnostics import predictions
     from attnlab.icl.learned_features import layer_kernel, learned_features
-    from attnlab.icl.probes import predictions
     from attnlab.icl.tasks import sine_features
 
     grid = jnp.linspace(-5.0, 5.0, 101)[:, None]
@@ -261,8 +260,8 @@ def shapes(params, test, config: Config):
     for number in range(2):
         prompt = jax.tree.map(lambda leaf, at=number: jnp.repeat(leaf[at][None], len(grid), axis=0), test)
         queries = replace(prompt, query=grid)
-        arrays |= {f"task {number}/{name}": predictions(function, queries) for name, function in functions.items()}
-        arrays[f"task {number}/context"] = jnp.stack([test.inputs[number, :, 0], test.labels[number]])
+        arrays[f"task {number}"] = {name: predictions(function, queries) for name, function in functions.items()}
+        arrays[f"task {number}"]["context"] = jnp.stack([test.inputs[number, :, 0], test.labels[number]])
     return arrays
 
 
@@ -272,9 +271,9 @@ def plot(arrays: Arrays, config: Config):
 
     figure, axes = plt.subplots(2, 3, figsize=(13, 7.4))
     plot_training(axes[0, 0], arrays, "risk", ("plain descent", "own descent", "model"))
-    step = arrays["risk/learned descent"][-1, 0]
+    step = arrays["risk"]["learned descent"][-1, 0]
     axes[0, 0].axhline(step, color="C1", linestyle="--", label=CURVES["learned descent"][0])
-    axes[0, 0].axhline(arrays[f"floor/{config.length}"], color="black", linewidth=0.8, label=FLOOR)
+    axes[0, 0].axhline(arrays["floor"][str(config.length)], color="black", linewidth=0.8, label=FLOOR)
     axes[0, 0].set(yscale="log", ylabel="risk / mean square of $y$", title=f"{config.length} examples in a context")
     axes[0, 0].legend()
     plot_lengths(axes[0, 1], arrays, config)
@@ -296,7 +295,7 @@ def plot_training(axes, arrays: Arrays, measure: str, names) -> None:
 
     for name in names:
         label, color, line = CURVES[name]
-        range_band(axes, arrays["steps"], arrays[f"{measure}/{name}"], color, label, line)
+        range_band(axes, arrays["steps"], arrays[measure][name], color, label, line)
     axes.set_xlabel("training step (step 0: the untrained model)")
 
 
@@ -304,9 +303,9 @@ def plot_lengths(axes, arrays: Arrays, config: Config) -> None:
     from attnlab.plotting.curves import range_band
 
     for name, (label, color, line) in list(CURVES.items())[:7]:
-        risks = np.stack([arrays[f"{name}/{length}"][:, 0] for length in config.lengths])
+        risks = np.stack([arrays["after"][str(length)][name][:, 0] for length in config.lengths])
         range_band(axes, config.lengths, risks, color, label, "." + line)
-    axes.plot(config.lengths, [arrays[f"floor/{n}"] for n in config.lengths], "k", linewidth=0.8, label=FLOOR)
+    axes.plot(config.lengths, [arrays["floor"][str(n)] for n in config.lengths], "k", linewidth=0.8, label=FLOOR)
     axes.set(xscale="log", yscale="log", xlabel="context length $N$", ylabel="risk / mean square of $y$")
     axes.set_xticks(config.lengths, [str(length) for length in config.lengths])
     axes.minorticks_off()
@@ -316,14 +315,41 @@ def plot_lengths(axes, arrays: Arrays, config: Config) -> None:
 
 
 def plot_task(axes, arrays: Arrays, number: int) -> None:
-    axes.plot(arrays["grid"], arrays[f"task {number}/task"], color="black", linewidth=0.8, label="the task")
+    axes.plot(arrays["grid"], arrays[f"task {number}"]["task"], color="black", linewidth=0.8, label="the task")
     for name in ("start", "model", "own descent"):
         label, color, line = CURVES[name]
-        axes.plot(arrays["grid"], arrays[f"task {number}/{name}"], line, color=color, label=label)
-    axes.plot(*arrays[f"task {number}/context"], "ko", markerfacecolor="none", label="context")
+        axes.plot(arrays["grid"], arrays[f"task {number}"][name], line, color=color, label=label)
+    axes.plot(*arrays[f"task {number}"]["context"], "ko", markerfacecolor="none", label="context")
     axes.set(xlabel="$x$", ylabel="$y$", title=f"test prompt {number + 1}, one model")
     axes.set_ylim(top=1.7 * axes.get_ylim()[1])  # room for the legend, of which each panel shows a half
     axes.legend(handles=axes.lines[-1:] + axes.lines[:2] if number == 0 else axes.lines[2:-1], loc="upper left")
+
+
+def findings(arrays: Arrays, config: Config) -> list[Expectation]:
+    """The trained model against one step in learned features, its null, and one step on the input itself."""
+    source = "von Oswald et al., arXiv 2212.07677"
+    risks = {name: found[:, 0].mean() for name, found in arrays["after"][str(config.length)].items()}
+    difference = {name: found[-1].mean() for name, found in arrays["difference"].items()}
+    floor = arrays["floor"][str(config.length)]
+    own = difference["own descent"] / difference["shuffled"]
+    return [
+        at_least(
+            "risk of one step on the input over that of the model", risks["inputs"] / risks["model"], 2.0, source=source
+        ),
+        at_most(
+            "risk of the model over that of the step trained for",
+            risks["model"] / risks["learned descent"],
+            1.2,
+            source=source,
+        ),
+        at_least(
+            "risk of the step trained for over the least one",
+            risks["learned descent"] / floor,
+            0.9,
+            source="derived here",
+        ),
+        at_most("difference from a step in its features, over that on shuffled labels", own, 0.5, source="null"),
+    ]
 
 
 def tables(arrays: Arrays, config: Config) -> list[Table]:
@@ -331,20 +357,20 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
     risks = Table("risk / mean square of y", *(f"N = {n}" for n in config.lengths))
     names = {name: label for name, (label, *_) in CURVES.items() if name not in ("shuffled", "start")}
     for name, label in (names | {"least squares": r"least squares on $(\sin x, \cos x)$"}).items():
-        found = [arrays[f"{name}/{length}"].mean(axis=0) for length in config.lengths]
+        found = [arrays["after"][str(length)][name].mean(axis=0) for length in config.lengths]
         risks.add_row(label, *(f"{value:.3g} +- {error:.1g}" for value, error in found))
-    risks.add_row(FLOOR, *(f"{arrays[f'floor/{length}']:.3g}" for length in config.lengths))
+    risks.add_row(FLOOR, *(f"{arrays['floor'][str(length)]:.3g}" for length in config.lengths))
     last = Table("of the trained models", "mean", "least", "largest", "untrained")
-    for name, found in arrays.items():
-        if name.startswith(("difference/", "cosine/")) or name in ("step size", "kernel distance"):
-            values = (found[-1].mean(), found[-1].min(), found[-1].max(), found[0].mean())
-            last.add_row(name, *(f"{value:.4f}" for value in values))
+    measures = {f"{what}, {name}": found for what in ("difference", "cosine") for name, found in arrays[what].items()}
+    for name, found in (measures | {name: arrays[name] for name in ("step size", "kernel distance")}).items():
+        values = (found[-1].mean(), found[-1].min(), found[-1].max(), found[0].mean())
+        last.add_row(name, *(f"{value:.4f}" for value in values))
     share = arrays["share of kernel"]
     last.add_row("share of kernel in span", *(f"{value:.4f}" for value in (share.mean(), share.min(), share.max())))
     return [risks, last]
 
 
-ANALYSIS = Analysis("icl-sine", Config, compute, plot, tables, __doc__)
+ANALYSIS = Analysis("icl-sine", Config, compute, plot, tables, findings, __doc__, slow=True)
 
 if __name__ == "__main__":
     ANALYSIS.main()

@@ -14,6 +14,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from attnlab.analysis import Analysis, AnalysisConfig, Arrays
+from attnlab.expectation import Expectation, at_least, at_most
 
 TASKS = ("own", "fresh")
 RISKS = {"model": "transformer", "bayes": "discrete Bayes", "ridge": "ridge"}
@@ -71,7 +72,7 @@ def compute(config: Config, progress: Progress) -> Arrays:
     task = progress.add_task("comparing", total=1, status="")
     found = compared(keys[1].ravel(), starts, ends, tasks, model, config)
     progress.advance(task)
-    return {name: np.reshape(array, (*shape, 2)) for name, array in found.items()} | {"losses": np.asarray(losses)}
+    return jax.tree.map(lambda array: np.reshape(array, (*shape, 2)), found) | {"losses": losses}
 
 
 def draw_tasks(keys, count: int, config: Config):
@@ -104,7 +105,7 @@ def train_models(keys, tasks, model, config: Config, progress: Progress):
 
     from attnlab.icl.models import init_transformer, transformer_predict
     from attnlab.icl.tasks import sample_prompts
-    from attnlab.objective import objective
+    from attnlab.objectives import objective
     from attnlab.training import Session, show_progress, train
 
     def draw(key, tasks):
@@ -146,9 +147,10 @@ def compared(keys, starts, ends, tasks, model, config: Config):
     import jax
 
     from attnlab.icl.baselines import baseline
+    from attnlab.icl.diagnostics import estimate, predictions
     from attnlab.icl.models import transformer_predict
-    from attnlab.icl.probes import estimate, predictions
     from attnlab.icl.tasks import isotropic, sample_prompts, shuffle_labels
+    from attnlab.statistics import Estimate
 
     noise = config.noise_variance
 
@@ -167,21 +169,21 @@ def compared(keys, starts, ends, tasks, model, config: Config):
             }
             outputs = {who: predictions(function, prompts) for who, function in models.items()}
             outputs["shuffled"] = predictions(models["model"], shuffle_labels(key_labels, prompts))
-            squares = {f"risk/{who}": (output - prompts.target) ** 2 for who, output in outputs.items()}
+            squares = {"risk": {who: (output - prompts.target) ** 2 for who, output in outputs.items()}, "distance": {}}
             for pair in (*DISTANCES, *(f"{null}_{who}" for null in NULLS for who in ("bayes", "ridge"))):
                 one, two = pair.split("_")
-                squares[f"distance/{pair}"] = (outputs[one] - outputs[two]) ** 2
-            found |= {f"{name}/{what}": estimate(square / config.dimension) for what, square in squares.items()}
+                squares["distance"][pair] = (outputs[one] - outputs[two]) ** 2
+            found[name] = jax.tree.map(lambda square: estimate(square / config.dimension), squares)
         return found
 
     # one member after the other: the posterior over the tasks of all prompts takes memory
     found = jax.jit(lambda members: jax.lax.map(compare, members))((keys, starts, ends, tasks))
-    return {name: np.stack(value, axis=-1) for name, value in found.items()}
+    return jax.tree.map(lambda one: np.stack(one, axis=-1), found, is_leaf=lambda one: isinstance(one, Estimate))
 
 
-def series(arrays: Arrays, config: Config, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Means over seeds for every number of tasks, and their standard errors: over prompts and between seeds."""
-    rows = arrays[name]  # (numbers, seeds, 2)
+def series(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Means over seeds for every number of tasks, and their standard errors: over prompts and between seeds; of
+    (numbers, seeds, 2)."""
     seeds = rows.shape[1]
     between = rows[:, :, 0].var(axis=1, ddof=1) / seeds if seeds > 1 else 0.0
     return rows[:, :, 0].mean(axis=1), np.sqrt((rows[:, :, 1] ** 2).sum(axis=1) / seeds**2 + between)
@@ -194,14 +196,14 @@ def plot(arrays: Arrays, config: Config):
     figure, axes = plt.subplots(1, 3, figsize=(12.5, 3.9))
     styles = (("o-", "C0"), ("s-", "C1"), ("--", "black"))
     for (name, label), (style, color) in zip(DISTANCES.items(), styles, strict=True):
-        draw_series(axes[0], arrays, config, f"fresh/distance/{name}", style, color, label)
+        draw_series(axes[0], arrays["fresh"]["distance"][name], config, style, color, label)
     axes[0].set_title("predictions on fresh tasks")
     axes[0].set_ylabel("mean squared distance / $d$")
     for panel, where in zip(axes[1:], TASKS, strict=True):
         for (name, label), (style, color) in zip(RISKS.items(), (("o-", "C2"), *styles[:2]), strict=True):
-            draw_series(panel, arrays, config, f"{where}/risk/{name}", style, color, label)
+            draw_series(panel, arrays[where]["risk"][name], config, style, color, label)
         for (name, label), style in zip(NULLS.items(), (":", "-."), strict=True):
-            draw_series(panel, arrays, config, f"{where}/risk/{name}", style, "0.5", label)
+            draw_series(panel, arrays[where]["risk"][name], config, style, "0.5", label)
         panel.set(
             ylabel="risk / $d$", ylim=(1e-3, 3), title=f"risk on {'its own' if where == 'own' else 'fresh'} tasks"
         )
@@ -215,30 +217,57 @@ def plot(arrays: Arrays, config: Config):
     return figure
 
 
-def draw_series(axes, arrays: Arrays, config: Config, name: str, style: str, color: str, label: str) -> None:
+def draw_series(axes, rows: np.ndarray, config: Config, style: str, color: str, label: str) -> None:
     """Means over seeds with a band of two standard errors."""
-    mean, error = series(arrays, config, name)
+    mean, error = series(rows)
     low = np.maximum(mean - 2 * error, mean / 10)
     axes.fill_between(config.tasks, low, mean + 2 * error, color=color, alpha=0.2, linewidth=0)
     axes.plot(config.tasks, mean, style, color=color, label=label)
+
+
+def findings(arrays: Arrays, config: Config) -> list[Expectation]:
+    """On fresh tasks nearer to discrete Bayes with the fewest training tasks, to ridge with the most; and the nulls."""
+    source = "Raventos et al., arXiv 2306.15063"
+    distances = {name: series(arrays["fresh"]["distance"][name])[0] for name in DISTANCES}
+    bayes, ridge = distances["model_bayes"], distances["model_ridge"]
+    risks = {name: series(arrays["fresh"]["risk"][name])[0] for name in (*RISKS, *NULLS)}
+    few, many = min(config.tasks), max(config.tasks)
+    return [
+        at_most(f"distance to discrete Bayes over that to ridge, {few} tasks", bayes[0] / ridge[0], 0.5, source=source),
+        at_most(
+            f"distance to ridge over that to discrete Bayes, {many} tasks", ridge[-1] / bayes[-1], 1.0, source=source
+        ),
+        at_least(
+            "risk on shuffled labels over that of the model, most tasks",
+            risks["shuffled"][-1] / risks["model"][-1],
+            2.0,
+            source="null",
+        ),
+        at_least(
+            "risk of the untrained model over that of the trained one, most tasks",
+            risks["untrained"][-1] / risks["model"][-1],
+            2.0,
+            source="null",
+        ),
+    ]
 
 
 def tables(arrays: Arrays, config: Config) -> list[Table]:
     """Distances on fresh tasks and risks on both kinds of tasks."""
     distances = Table("M", *DISTANCES.values(), title="Squared distance / d on fresh tasks")
     risks = Table("M", *(f"{where}, {label}" for where in TASKS for label in RISKS.values()), title="Risk / d")
-    found = {name: series(arrays, config, f"fresh/distance/{name}") for name in DISTANCES}
-    scored = [series(arrays, config, f"{where}/risk/{who}") for where in TASKS for who in RISKS]
+    found = {name: series(arrays["fresh"]["distance"][name]) for name in DISTANCES}
+    scored = [series(arrays[where]["risk"][who]) for where in TASKS for who in RISKS]
     for row, count in enumerate(config.tasks):
         distances.add_row(str(count), *(f"{m[row]:.4f} +- {e[row]:.4f}" for m, e in found.values()))
         risks.add_row(str(count), *(f"{mean[row]:.4f}" for mean, _ in scored))
     nulls = Table("null, fresh tasks, mean over M", "risk / d", title="Nulls")
     for name, label in NULLS.items():
-        nulls.add_row(label, f"{series(arrays, config, f'fresh/risk/{name}')[0].mean():.4f}")
+        nulls.add_row(label, f"{series(arrays['fresh']['risk'][name])[0].mean():.4f}")
     return [distances, risks, nulls]
 
 
-ANALYSIS = Analysis("icl-task-crossover", Config, compute, plot, tables, __doc__)
+ANALYSIS = Analysis("icl-task-crossover", Config, compute, plot, tables, findings, __doc__, slow=True)
 
 if __name__ == "__main__":
     ANALYSIS.main()

@@ -12,6 +12,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from attnlab.analysis import Analysis, AnalysisConfig, Arrays
+from attnlab.expectation import Expectation, between, equal
 
 MODELS = {"reduced": "preconditioner, from zero", "full": "whole layer, from a small random start"}
 
@@ -60,8 +61,9 @@ def compute(config: Config, progress: Progress) -> Arrays:
     progress.advance(task)
     arrays |= trained_on_tasks(config)
     progress.advance(task)
+    arrays["fits"] = {}
     for dimension in config.dimensions:
-        arrays[f"fits/{dimension}"] = fitted_risks(dimension, config)
+        arrays["fits"][str(dimension)] = fitted_risks(dimension, config)
         progress.advance(task)
     return arrays
 
@@ -75,8 +77,8 @@ def diversity(config: Config) -> Arrays:
     import jax
     import jax.numpy as jnp
 
+    from attnlab.icl.diagnostics import estimate
     from attnlab.icl.optima import optimal_risk, task_diversity_risk
-    from attnlab.icl.probes import estimate
     from attnlab.icl.tasks import isotropic
 
     d, largest = config.dimension, 2 * config.dimension
@@ -122,7 +124,7 @@ def trained_on_tasks(config: Config) -> Arrays:
         "full": jax.jit(jax.vmap(lambda key: init_effective(key, d, 0.1)))(keys),
     }
     optimizer = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps))
-    arrays: Arrays = {}
+    risks: Arrays = {}
     for name, start in starts.items():
         kind = "reduced" if name == "reduced" else "merged"
         build = jax.jit(
@@ -135,8 +137,8 @@ def trained_on_tasks(config: Config) -> Arrays:
         options = {"steps": config.steps, "every": config.steps, "own_risks": True}
         params = train(build(keys, counts), start, optimizer, keys, **options).params
         tested = jax.jit(jax.vmap(population_objective(fresh, length, kind)))(params) / d
-        arrays[f"trained/{name}"] = np.reshape(tested, (-1, config.seeds))
-    return arrays
+        risks[name] = np.reshape(tested, (-1, config.seeds))
+    return {"trained": risks}
 
 
 def fit_sizes(dimension: int, config: Config) -> np.ndarray:
@@ -201,7 +203,7 @@ def plot_law(axes, config: Config) -> None:
 def plot_trained(axes, arrays: Arrays, config: Config) -> None:
     places = np.array(config.trained) / config.dimension
     for number, (name, label) in enumerate(MODELS.items()):
-        risks = arrays[f"trained/{name}"]
+        risks = arrays["trained"][name]
         marker = "os"[number]
         for seed in range(risks.shape[1]):
             shown = label if seed == 0 else None
@@ -214,14 +216,14 @@ def plot_trained(axes, arrays: Arrays, config: Config) -> None:
                 label=shown,
             )
     plot_law(axes, config)
-    axes.set_ylim(top=1.4 * max(arrays[f"trained/{name}"].max() for name in MODELS))
+    axes.set_ylim(top=1.4 * max(arrays["trained"][name].max() for name in MODELS))
     axes.set_title(f"layers trained on $M$ tasks, $N = {max(config.lengths)}$")
 
 
 def plot_fits(axes, arrays: Arrays, config: Config) -> None:
     for number, dimension in enumerate(config.dimensions):
         ratios = fit_sizes(dimension, config) / dimension**2
-        low, middle, high = np.quantile(arrays[f"fits/{dimension}"], (0.25, 0.5, 0.75), axis=1)
+        low, middle, high = np.quantile(arrays["fits"][str(dimension)], (0.25, 0.5, 0.75), axis=1)
         axes.fill_between(ratios, low, high, color=f"C{number}", alpha=0.2, linewidth=0)
         axes.loglog(ratios, middle, ".-", color=f"C{number}", label=f"$d = {dimension}$")
     axes.axvline(1, color="black", linewidth=0.6, linestyle="--")
@@ -234,6 +236,48 @@ def plot_fits(axes, arrays: Arrays, config: Config) -> None:
     axes.legend(loc="best")
 
 
+def peaks(arrays: Arrays, config: Config) -> list[float]:
+    """Number of prompts at which the median risk of the fits is the highest, over d^2, by dimension."""
+    medians = {dim: np.median(arrays["fits"][str(dim)], axis=1) for dim in config.dimensions}
+    return [float(fit_sizes(dim, config)[np.argmax(median)] / dim**2) for dim, median in medians.items()]
+
+
+def findings(arrays: Arrays, config: Config) -> list[Expectation]:
+    """The law in M / d at the longest context, layers trained on M tasks, and where the risk of the fits peaks."""
+    ratios, trained = counts_of(config) / config.dimension, np.array(config.trained) / config.dimension
+    longest = int(np.argmax(config.lengths))
+    law, learned = (np.maximum(1 - x, 0) for x in (ratios, trained))
+    source, why = "the best preconditioner acts on the span of the tasks; derived here", "of order d / N"
+    few = ratios <= 0.75  # beyond, the condition number of M random tasks counts
+    mean = arrays["diversity"][longest, few, 0]
+    return [
+        equal(
+            "risk over d, by M up to 3 d / 4",
+            mean,
+            law[few],
+            0.06,
+            because=why,
+            source=source,
+        ),
+        equal(
+            "risk over d of preconditioners trained on M tasks, median",
+            np.median(arrays["trained"]["reduced"], axis=1)[trained <= 0.75],
+            learned[trained <= 0.75],
+            0.15,
+            because="of order d / N, and four random sets of tasks",
+            source=source,
+        ),
+        between(
+            "prompts at the highest risk over d^2, by dimension",
+            peaks(arrays, config),
+            0.7,
+            1.4,
+            because="neighbouring sizes",
+            source="double descent; derived here",
+        ),
+    ]
+
+
 def tables(arrays: Arrays, config: Config) -> list[Table]:
     """The law at the longest context beside what was found, and where the risk of the fits peaks."""
     law = Table("M", "1 - M/d", *(f"N = {n}" for n in config.lengths), title="Risk on fresh tasks / d")
@@ -242,17 +286,17 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
         law.add_row(str(count), f"{max(1 - count / config.dimension, 0):.3f}", *found)
     trained = Table("M", *MODELS.values(), title="Trained on M tasks: risk on fresh tasks / d, range over seeds")
     for number, count in enumerate(config.trained):
-        rows = (arrays[f"trained/{name}"][number] for name in MODELS)
+        rows = (arrays["trained"][name][number] for name in MODELS)
         trained.add_row(str(count), *(f"{row.min():.4f} to {row.max():.4f}" for row in rows))
     peaks = Table("d", "d^2", "n of the highest median", "risk / d there", "at 4 d^2", title="Double descent")
     for dimension in config.dimensions:
-        median = np.median(arrays[f"fits/{dimension}"], axis=1)
+        median = np.median(arrays["fits"][str(dimension)], axis=1)
         peak = fit_sizes(dimension, config)[np.argmax(median)]
         peaks.add_row(*map(str, (dimension, dimension**2, peak)), f"{median.max():.3g}", f"{median[-1]:.3g}")
     return [law, trained, peaks]
 
 
-ANALYSIS = Analysis("icl-task-diversity", Config, compute, plot, tables, __doc__)
+ANALYSIS = Analysis("icl-task-diversity", Config, compute, plot, tables, findings, __doc__, slow=True)
 
 if __name__ == "__main__":
     ANALYSIS.main()

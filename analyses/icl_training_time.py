@@ -12,6 +12,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from attnlab.analysis import Analysis, AnalysisConfig, Arrays
+from attnlab.expectation import Expectation, at_most, equal
 
 SPECTRUM = (4.0, 2.0, 1.0, 0.5)
 
@@ -89,7 +90,7 @@ def merged(config: Config) -> Arrays:
     params = values["params"]
     growth = params["value"][:, :, 0, -1] * params["query_key"][:, :, 0, 0, 0]
     theory = [merged_growth(jnp.asarray(times), size**2 / d**0.5, d, config.length) for size in config.merged_starts]
-    return {"merged/times": times, "merged/growth": np.asarray(growth.T), "merged/theory": np.array(theory)}
+    return {"merged": {"times": times, "growth": growth.T, "theory": theory}}
 
 
 def staircase(config: Config) -> Arrays:
@@ -117,10 +118,10 @@ def staircase(config: Config) -> Arrays:
         "times": times[shown],
         "risks": np.asarray(values["risk"])[shown],
         "plateaus": np.asarray(adapted_risks(law, config.length)),
-        "half_times": np.array(
-            [[crossing(times, levels[:, s, m], halves[m]) for m in range(d)] for s in range(len(sizes))]
-        ),
-        "half_times/theory": np.array(theory),
+        "half_times": {
+            "measured": [[crossing(times, levels[:, s, m], halves[m]) for m in range(d)] for s in range(len(sizes))],
+            "theory": theory,
+        },
     }
 
 
@@ -145,11 +146,13 @@ def plot(arrays: Arrays, config: Config):
 
 
 def plot_growth(axes, arrays: Arrays, config: Config) -> None:
-    times = arrays["merged/times"]
+    times = arrays["merged"]["times"]
     every = slice(None, None, max(len(times) // 25, 1))
     for number, size in enumerate(config.merged_starts):
-        axes.plot(times, arrays["merged/theory"][number], color=f"C{number}", label=f"start {size:g}")
-        axes.plot(times[every], arrays["merged/growth"][number][every], "o", color=f"C{number}", markerfacecolor="none")
+        axes.plot(times, arrays["merged"]["theory"][number], color=f"C{number}", label=f"start {size:g}")
+        axes.plot(
+            times[every], arrays["merged"]["growth"][number][every], "o", color=f"C{number}", markerfacecolor="none"
+        )
     axes.set(xlabel="time $t$ = steps × learning rate", ylabel="step size $g(t)$ of the layer")
     axes.set_title("merged keys and queries: logistic (circles: descent)")
     axes.legend(loc="lower right")
@@ -169,7 +172,7 @@ def plot_staircase(axes, arrays: Arrays, config: Config) -> None:
 def plot_times(axes, arrays: Arrays, config: Config) -> None:
     starts = np.array(config.starts)
     for number, eigenvalue in enumerate(SPECTRUM):
-        theory, found = arrays["half_times/theory"][:, number], arrays["half_times"][:, number]
+        theory, found = (arrays["half_times"][kind][:, number] for kind in ("theory", "measured"))
         axes.loglog(starts, theory, color=f"C{number}", label=rf"$\lambda = {eigenvalue:g}$")
         axes.loglog(starts, found, "o", color=f"C{number}", markerfacecolor="none")
     axes.set_xticks(starts, [f"{start:g}" for start in starts])
@@ -178,21 +181,38 @@ def plot_times(axes, arrays: Arrays, config: Config) -> None:
     axes.legend(loc="best")
 
 
+def findings(arrays: Arrays, config: Config) -> list[Expectation]:
+    """Descent with a small step on the logistic curve, and the times of the staircase."""
+    source, step = "Zhang, Singh, Latham, Saxe, arXiv 2501.16265", "descent with a small step in place of the flow"
+    growth, theory = arrays["merged"]["growth"], arrays["merged"]["theory"]
+    measured, times = (arrays["half_times"][name] for name in ("measured", "theory"))
+    reached = np.isfinite(measured)
+    what = "time to half of a step over that of the closed form, where it is reached"
+    end = arrays["risks"][-1] / arrays["plateaus"][-1]
+    return [
+        equal("g(t) of the merged layer", growth, theory, 0.01, unit="relative", because=step, source=source),
+        equal(what, measured[reached] / times[reached], 1.0, 0.01, because=step, source=source),
+        at_most(
+            "risk at the end over the last plateau, by start", end, 1.05, because="what time leaves", source=source
+        ),
+    ]
+
+
 def tables(arrays: Arrays, config: Config) -> list[Table]:
     """Plateaus, and measured times beside the closed form."""
     plateaus = Table("rank", "risk", title="Plateaus of the staircase")
     for rank, value in enumerate(arrays["plateaus"]):
         plateaus.add_row(str(rank), f"{value:.4f}")
     times = Table("start", *(f"eigenvalue {value:g}" for value in SPECTRUM), title="Half times: descent (closed form)")
-    for size, found, theory in zip(config.starts, arrays["half_times"], arrays["half_times/theory"], strict=True):
+    for size, found, theory in zip(config.starts, *arrays["half_times"].values(), strict=True):
         times.add_row(f"{size:g}", *(f"{t:.3f} ({e:.3f})" for t, e in zip(found, theory, strict=True)))
-    apart = np.abs(arrays["merged/growth"] - arrays["merged/theory"]).max()
+    apart = np.abs(arrays["merged"]["growth"] - arrays["merged"]["theory"]).max()
     growth = Table("merged layer: largest distance from the logistic curve", title="Growth")
     growth.add_row(f"{apart:.2e}")
     return [plateaus, times, growth]
 
 
-ANALYSIS = Analysis("icl-training-time", Config, compute, plot, tables, __doc__)
+ANALYSIS = Analysis("icl-training-time", Config, compute, plot, tables, findings, __doc__)
 
 if __name__ == "__main__":
     ANALYSIS.main()

@@ -12,6 +12,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from attnlab.analysis import Analysis, AnalysisConfig, Arrays
+from attnlab.expectation import Expectation, at_least, at_most
 
 DIRECTIONS = {
     "selected": "patches it selects",
@@ -46,7 +47,7 @@ def compute(config: Config, progress: Progress) -> Arrays:
     import jax.numpy as jnp
 
     from attnlab.margin import attention_matrix, attention_risk, normalized_descent, rescaled, selected_probability
-    from attnlab.training import Session, probe, train
+    from attnlab.training import Session, probe, show_progress, train
 
     images, labels = draw(config)
     tokens, queries = sequences(images, config.patch)
@@ -54,7 +55,6 @@ def compute(config: Config, progress: Progress) -> Arrays:
     risk = attention_risk(
         jnp.asarray(tokens), jnp.asarray(labels), queries=jnp.asarray(queries), readout=jnp.asarray(readout)
     )
-    task = progress.add_task("descent", total=config.steps, status="")
     key = jax.random.key(config.seed)
     trained = train(
         rescaled(risk),
@@ -64,7 +64,7 @@ def compute(config: Config, progress: Progress) -> Arrays:
         steps=config.steps,
         every=config.every,
         probes={"matrix": probe(lambda risk, params: attention_matrix(params))},
-        session=Session(report=lambda now: progress.update(task, completed=now.step)),
+        session=Session(report=show_progress(progress, "descent")),
     )
     path = np.asarray(trained.records.values["matrix"])
     scores = np.einsum("ntd,rde,ne->rnt", tokens, path, queries)
@@ -87,13 +87,16 @@ def compute(config: Config, progress: Progress) -> Arrays:
         "rank": ranks(values, choices["selected"]),
         "exceptions": exceptions(values, choices["selected"], found["selected"].support),
     }
+    lengths = np.linalg.norm(path, axis=(-2, -1)).clip(1e-300)
     for name, solution in found.items():
-        lengths = np.linalg.norm(path, axis=(-2, -1)).clip(1e-300)
-        arrays[f"{name}/choice"] = choices[name]
-        arrays[f"{name}/cosine"] = np.sum(path * solution.direction, (-2, -1)) / lengths
-        arrays[f"{name}/margin"], arrays[f"{name}/gap"] = solution.margin, solution.gap
-        arrays[f"{name}/support"] = np.count_nonzero(solution.support)
-    return {name: np.asarray(array) for name, array in arrays.items()}
+        arrays[name] = {
+            "choice": choices[name],
+            "cosine": np.sum(path * solution.direction, (-2, -1)) / lengths,
+            "margin": solution.margin,
+            "gap": solution.gap,
+            "support": np.count_nonzero(solution.support),
+        }
+    return arrays
 
 
 def draw(config: Config) -> tuple[np.ndarray, np.ndarray]:
@@ -162,13 +165,13 @@ def plot(arrays: Arrays, config: Config):
 
     figure = plt.figure(figsize=(12, 7.6))
     rows = figure.add_gridspec(2, 1, height_ratios=(1, 1.5))
-    shown = min(8, config.images)
+    shown, choice = min(8, config.images), arrays["selected"]["choice"]
     top = rows[0].subgridspec(2, shown + 1, width_ratios=[1] * shown + [1.5])
     for line, label in enumerate((-1, 1)):
         ours = np.flatnonzero(arrays["labels"] == label)
         for column, i in enumerate(ours[:shown]):
-            plot_image(figure.add_subplot(top[line, column]), arrays["images"][i], arrays["selected/choice"][i], config)
-        plot_places(figure.add_subplot(top[line, shown]), arrays["selected/choice"][ours], config, line)
+            plot_image(figure.add_subplot(top[line, column]), arrays["images"][i], choice[i], config)
+        plot_places(figure.add_subplot(top[line, shown]), choice[ours], config, line)
     bottom = rows[1].subgridspec(1, 2)
     plot_direction(figure.add_subplot(bottom[0]), arrays)
     plot_margin(figure.add_subplot(bottom[1]), arrays)
@@ -205,10 +208,10 @@ def plot_direction(axes, arrays: Arrays) -> None:
     """One less the cosine of W with each selection's solution, against the norm of W."""
     norms = arrays["norms"][1:]
     for color, (name, label) in enumerate(DIRECTIONS.items()):
-        angle = 1 - arrays[f"{name}/cosine"][1:]
+        angle = 1 - arrays[name]["cosine"][1:]
         axes.loglog(norms, angle, color=f"C{color}", label=f"solution for the {label}")
     late = norms[norms > norms[-1] / 50]
-    last = 1 - arrays["selected/cosine"][-1]
+    last = 1 - arrays["selected"]["cosine"][-1]
     axes.loglog(late, last * (late[-1] / late) ** 2, ":", color="black", label=r"$\|W\|^{-2}$")
     axes.set(xlabel=r"$\|W\|_F$", ylabel="1 - cosine of $W$ with the solution", title="direction of the trained $W$")
     axes.legend(loc="lower left")
@@ -223,20 +226,51 @@ def plot_margin(axes, arrays: Arrays) -> None:
     ):
         above = np.where(values > 1e-14, values, np.nan)  # beneath it, 1 - probability is rounding
         axes.loglog(norms, above, style, color="C3", label=f"attention off the selected patch, {label}")
-    short = 1 - arrays["smallest margin"][1:] / arrays["selected/margin"]
+    short = 1 - arrays["smallest margin"][1:] / arrays["selected"]["margin"]
     axes.loglog(norms, np.where(short < 1, short, np.nan), color="C4", label="1 - margin of $W$ / maximal margin")
     axes.set(xlabel=r"$\|W\|_F$", ylabel="share", title="saturation and margin")
     axes.set_ylim(bottom=1e-18)  # room for the legend under the curves
     axes.legend(loc="lower left")
 
 
+def findings(arrays: Arrays, config: Config) -> list[Expectation]:
+    """W comes to the solution of the patches it selects, not to those of others, and attends to them alone."""
+    source, limit = (
+        "Tarzanagh, Li, Thrampoulidis, Oymak, arXiv 2308.16898",
+        "a limit: what is left falls with the steps",
+    )
+    angles = {name: 1 - arrays[name]["cosine"][-1] for name in DIRECTIONS}
+    median = np.median(1 - arrays["probability"][-1])
+    others = [angles["best"], angles["random"]]
+    better = np.count_nonzero(arrays["exceptions"])
+    return [
+        at_most(
+            "certified gap of the solution", arrays["selected"]["gap"], 1e-6, because="of the solver", source=source
+        ),
+        at_most(
+            "1 - cosine with the solution of the selected patches",
+            angles["selected"],
+            1e-2,
+            because=limit,
+            source=source,
+        ),
+        at_least(
+            "the same over it: best, random patches", np.array(others) / angles["selected"], 2.0, source="control"
+        ),
+        at_most("attention off the selected patch, median image", median, 0.01, because=limit, source=source),
+        at_most(
+            "images with a better support vector", better, 0.1 * len(arrays["labels"]), because=limit, source=source
+        ),
+    ]
+
+
 def tables(arrays: Arrays, config: Config) -> list[Table]:
     """The three selections; what is selected."""
     table = Table("solution of the", "cosine with the trained W", "margin", "support vectors", "certified gap")
     for name, label in DIRECTIONS.items():
-        numbers = (arrays[f"{name}/{what}"] for what in ("margin", "support", "gap"))
+        numbers = (arrays[name][what] for what in ("margin", "support", "gap"))
         margin, support, gap = (array.item() for array in numbers)
-        cosine = arrays[f"{name}/cosine"][-1]
+        cosine = arrays[name]["cosine"][-1]
         table.add_row(label.replace("$", ""), f"{cosine:.6f}", f"{margin:.4g}", str(support), f"{gap:.0e}")
     patches = Table(
         "images", "best patch selected", "least attention to the selected", "images with a better support vector"
@@ -248,7 +282,7 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
     return [table, patches]
 
 
-ANALYSIS = Analysis("margin-digits", Config, compute, plot, tables, __doc__)
+ANALYSIS = Analysis("margin-digits", Config, compute, plot, tables, findings, __doc__)
 
 if __name__ == "__main__":
     ANALYSIS.main()

@@ -12,6 +12,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from attnlab.analysis import Analysis, AnalysisConfig, Arrays
+from attnlab.expectation import Expectation, at_least, at_most
 
 NORMS = {"frobenius": "Frobenius", "nuclear": "nuclear"}
 RUNS = {"weights": "$W$", "factors": "$KQ^\\top$"}
@@ -46,9 +47,9 @@ def compute(config: Config, progress: Progress) -> Arrays:
 
     keys = jax.random.split(jax.random.key(config.seed), 3)
     task = progress.add_task("plane, convergence, curvature", total=3, status="")
-    arrays = {}
+    arrays: Arrays = {}
     for key, part in zip(keys, (plane, convergence, curvature), strict=True):
-        arrays |= {f"{part.__name__}/{name}": np.asarray(array) for name, array in part(config, key).items()}
+        arrays[part.__name__] = part(config, key)
         progress.advance(task)
     return arrays
 
@@ -147,13 +148,13 @@ def convergence(config: Config, key):
         )
         matrices = np.asarray(trained.records.values["matrix"])
         chosen = np.einsum("mntd,mde,mne->mnt", tokens, matrices[-1], queries).argmax(-1)
-        measured |= {"steps": trained.records.steps, f"{run}/global": (chosen == best).all(-1)}
-        measured[f"{run}/norm"] = np.linalg.norm(matrices, axis=(-2, -1))
+        measured["steps"] = trained.records.steps
+        measured[run] = {"global": (chosen == best).all(-1), "norm": np.linalg.norm(matrices, axis=(-2, -1))}
         for norm in NORMS:
             problems = (attention_problem(x, z, c, norm=norm) for x, z, c in zip(tokens, queries, chosen, strict=True))
             directions = np.stack([max_margin(problem).direction for problem in problems])
-            lengths = np.linalg.norm(directions, axis=(-2, -1)) * np.maximum(measured[f"{run}/norm"], 1e-300)
-            measured[f"{run}/{norm}"] = np.sum(matrices * directions, (-2, -1)) / lengths
+            lengths = np.linalg.norm(directions, axis=(-2, -1)) * np.maximum(measured[run]["norm"], 1e-300)
+            measured[run][norm] = np.sum(matrices * directions, (-2, -1)) / lengths
     return measured
 
 
@@ -203,15 +204,11 @@ def plot(arrays: Arrays, config: Config):
     """The plane; the cosines; the curvature."""
     import matplotlib.pyplot as plt
 
-    parts = {
-        part: {name.removeprefix(f"{part}/"): array for name, array in arrays.items() if name.startswith(f"{part}/")}
-        for part in ("plane", "convergence", "curvature")
-    }
     figure, axes = plt.subplots(2, 2, figsize=(11, 9.4))
-    plot_tokens(axes[0, 0], parts["plane"])
-    plot_path(axes[0, 1], parts["plane"])
-    plot_convergence(axes[1, 0], parts["convergence"], config)
-    plot_curvature(axes[1, 1], parts["curvature"])
+    plot_tokens(axes[0, 0], arrays["plane"])
+    plot_path(axes[0, 1], arrays["plane"])
+    plot_convergence(axes[1, 0], arrays["convergence"], config)
+    plot_curvature(axes[1, 1], arrays["curvature"])
     return figure
 
 
@@ -257,10 +254,10 @@ def plot_convergence(axes, now: Arrays, config: Config) -> None:
     steps = now["steps"][1:]
     for color, (run, label) in enumerate(RUNS.items()):
         for norm, style in zip(NORMS, ("-", "--"), strict=True):
-            quartiles = np.quantile(1 - now[f"{run}/{norm}"][1:], (0.25, 0.5, 0.75), axis=1)
+            quartiles = np.quantile(1 - now[run][norm][1:], (0.25, 0.5, 0.75), axis=1)
             axes.loglog(steps, quartiles[1], style, color=f"C{color}", label=f"{label}, {NORMS[norm]} solution")
             axes.fill_between(steps, quartiles[0], quartiles[2], color=f"C{color}", alpha=0.2, linewidth=0)
-    own = np.median(1 - now["weights/frobenius"][-1])
+    own = np.median(1 - now["weights"]["frobenius"][-1])
     axes.loglog(steps, own * (steps[-1] / steps) ** 2, ":", color="black", label="$t^{-2}$")
     axes.set(xlabel="step of normalised descent $t$", ylabel="1 - cosine with the solution")
     axes.set_title(f"direction: median and middle half of {config.problems} problems")
@@ -280,24 +277,64 @@ def plot_curvature(axes, now: Arrays) -> None:
     axes.legend(loc="best")
 
 
+def findings(arrays: Arrays, config: Config) -> list[Expectation]:
+    """W turns to the Frobenius solution, its factors to the nuclear one; and the curvature vanishes on the way."""
+    source, limit = (
+        "Tarzanagh, Li, Thrampoulidis, Oymak, arXiv 2308.16898",
+        "a limit: what is left falls with the steps",
+    )
+    angles = {run: {norm: np.median(1 - arrays["convergence"][run][norm][-1]) for norm in NORMS} for run in RUNS}
+    weights, factors = angles["weights"], angles["factors"]
+    other = weights["nuclear"] / weights["frobenius"]
+    own = factors["nuclear"] / factors["frobenius"]
+    now = arrays["curvature"]
+    path = arrays["plane"]["path"][-1]
+    prompt = np.min(path @ arrays["plane"]["direction"] / np.linalg.norm(path, axis=-1))
+    return [
+        at_least("plane: least cosine of the prompt with its solution", prompt, 0.99, because=limit, source=source),
+        at_most(
+            "W: 1 - cosine with the Frobenius solution, median",
+            weights["frobenius"],
+            1e-3,
+            because=limit,
+            source=source,
+        ),
+        at_least("W: the nuclear solution over that", other, 5.0, because=limit, source="control"),
+        at_most(
+            "K Q^T: 1 - cosine with the nuclear solution over that with the Frobenius one",
+            own,
+            0.2,
+            because=limit,
+            source=source,
+        ),
+        at_most(
+            "norm of H at the end over the largest",
+            now["hessian"][-1] / now["hessian"].max(),
+            0.5,
+            because=limit,
+            source="derived here",
+        ),
+    ]
+
+
 def tables(arrays: Arrays, config: Config) -> list[Table]:
     """Cosines at the end, shares of global solutions, curvature at the end."""
     table = Table(
         "run", "global solutions", "cosine with Frobenius", "cosine with nuclear", title="medians over problems"
     )
     for run in RUNS:
-        share = arrays[f"convergence/{run}/global"]
-        cosines = (f"{np.median(arrays[f'convergence/{run}/{norm}'][-1]):.5f}" for norm in NORMS)
+        share = arrays["convergence"][run]["global"]
+        cosines = (f"{np.median(arrays['convergence'][run][norm][-1]):.5f}" for norm in NORMS)
         error = np.sqrt(share.mean() * (1 - share.mean()) / len(share))
         table.add_row({"weights": "W", "factors": "K Q^T"}[run], f"{share.mean():.2f} +- {error:.2f}", *cosines)
     curve = Table("quantity", "at the start", "at the end", title="curvature in W along gradient descent")
     for name in ("largest", "smallest", *PARTS, "norm", "probability"):
-        values = arrays[f"curvature/{name}"]
+        values = arrays["curvature"][name]
         curve.add_row(name, f"{values[0]:.3g}", f"{values[-1]:.3g}")
     return [table, curve]
 
 
-ANALYSIS = Analysis("margin-path", Config, compute, plot, tables, __doc__)
+ANALYSIS = Analysis("margin-path", Config, compute, plot, tables, findings, __doc__, slow=True)
 
 if __name__ == "__main__":
     ANALYSIS.main()

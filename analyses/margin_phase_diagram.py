@@ -12,6 +12,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from attnlab.analysis import Analysis, AnalysisConfig, Arrays
+from attnlab.expectation import Expectation, at_least, at_most
 
 OUTCOMES = ("global", "local", "unsettled")
 SATURATED = 0.99
@@ -118,6 +119,20 @@ def plot(arrays: Arrays, config: Config):
     return figure
 
 
+def findings(arrays: Arrays, config: Config) -> list[Expectation]:
+    """Every best token is found in high dimensions and few in low ones; nearly all runs settle."""
+    source = "Tarzanagh, Li, Thrampoulidis, Oymak, arXiv 2308.16898: over-parametrisation makes descent global"
+    shares = dict(zip(OUTCOMES, np.moveaxis(arrays["shares"], -1, 0), strict=True))
+    low, high = min(config.dims), max(config.dims)
+    return [
+        at_least(f"share of global outcomes at d = {high}, by shape", shares["global"][:, -1], 0.9, source=source),
+        at_most(f"the same at d = {low}, the control", shares["global"][:, 0], 0.5, source=source),
+        at_most(
+            "share of unsettled outcomes at the highest dimension", shares["unsettled"][:, -1], 0.05, source=source
+        ),
+    ]
+
+
 def tables(arrays: Arrays, config: Config) -> list[Table]:
     """Shares of the outcomes of every cell."""
     table = Table("n", "T", "d", *OUTCOMES, title=f"outcomes of {config.seeds} problems a cell")
@@ -128,7 +143,7 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
     return [table]
 
 
-ANALYSIS = Analysis("margin-phase-diagram", Config, compute, plot, tables, __doc__)
+ANALYSIS = Analysis("margin-phase-diagram", Config, compute, plot, tables, findings, __doc__, slow=True)
 
 if __name__ == "__main__":
     ANALYSIS.main()

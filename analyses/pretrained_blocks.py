@@ -9,13 +9,14 @@ H_f beside those at BERT's initialisation: the value block's lead over query and
 import itertools
 import string
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 from rich.progress import Progress
 from rich.table import Table
 
-from attnlab.analysis import Analysis, AnalysisConfig, Arrays
+from attnlab.analysis import Analysis, Arrays, SinglePrecisionConfig
+from attnlab.expectation import Expectation, at_least, at_most
 
 MATRICES = ("query", "key", "value")
 PARTS = {"hessian": "H", "ggn": "H_o", "functional": "H_f"}
@@ -24,27 +25,25 @@ SCALE = 20.0  # of the cosines, as in this model's training
 
 
 @dataclass(frozen=True)
-class Config(AnalysisConfig):
+class Config(SinglePrecisionConfig):
     """Options of the analysis."""
 
-    SMOKE: ClassVar = {"pairs": 3, "length": 8, "probes": 2, "steps": 4, "tiny": True}
+    SMOKE: ClassVar = {"pairs": 3, "length": 8, "samples": 2, "steps": 4, "tiny": True}
 
     pairs: int = 12
     """Pairs of neighbouring sentences."""
     length: int = 24
     """Tokens that are read of each sentence."""
-    probes: int = 4
+    samples: int = 4
     """Random vectors of each spectrum."""
     steps: int = 8
     """Lanczos steps of each."""
     tiny: bool = False
     """A random encoder of one small layer in place of the pretrained one."""
-    dtype: Literal["float64", "float32"] = "float32"
-    """Precision of the computation; that of the published weights by default."""
 
 
 def compute(config: Config, progress: Progress) -> Arrays:
-    """Gauss rules (probes, steps) of every block, by weights, layer, part and matrix."""
+    """Gauss rules (samples, steps) of every block, by weights, layer, part and matrix."""
     import jax
 
     from attnlab.curvature import functional, ggn, hessian, spectral_density
@@ -52,16 +51,18 @@ def compute(config: Config, progress: Progress) -> Arrays:
     build = {"hessian": hessian, "ggn": ggn, "functional": functional}
     encoder, weights, pairs = problem(config)
     risk, key, layers = contrastive_risk(encoder, pairs), jax.random.key(config.seed), encoder.config.transformer.layers
-    arrays: Arrays = {"dimension": np.array(encoder.config.width**2)}
-    arrays |= {f"{name}/loss": np.array(loss_and_accuracy(risk, params)) for name, params in weights.items()}
+    arrays: Arrays = {"dimension": encoder.config.width**2}
+    for name, params in weights.items():
+        blocks = {str(layer): {part: {} for part in PARTS} for layer in range(layers)}
+        arrays[name] = {"loss": loss_and_accuracy(risk, params), "layers": blocks}
     cases = list(itertools.product(range(layers), PARTS, WEIGHTS, range(len(MATRICES))))
     task = progress.add_task("blocks", total=len(cases), status="")
     for layer, part, name, number in cases:
         progress.update(task, status=f"layer {layer + 1}, {PARTS[part]}, {MATRICES[number]}, {WEIGHTS[name]}")
         operator = build[part](*in_one_matrix(risk, weights[name], f"layer_{layer}", number))
-        found = spectral_density(operator, key, probes=config.probes, steps=config.steps)
-        where = f"{name}/{layer}/{part}/{MATRICES[number]}"
-        arrays |= {f"{where}/nodes": np.asarray(found.nodes), f"{where}/weights": np.asarray(found.weights)}
+        found = spectral_density(operator, key, samples=config.samples, steps=config.steps)
+        place = arrays[name]["layers"][str(layer)][part]
+        place[MATRICES[number]] = {"nodes": found.nodes, "weights": found.weights}
         progress.advance(task)
     return arrays
 
@@ -99,7 +100,7 @@ def contrastive_risk(encoder, pairs):
     from attnlab.losses import cross_entropy
     from attnlab.models.adapters import from_linen
     from attnlab.models.text_encoder import pair_logits
-    from attnlab.objective import objective
+    from attnlab.objectives import objective
 
     return objective(pair_logits(from_linen(encoder), SCALE), cross_entropy, pairs, jnp.arange(len(pairs.mask[0])))
 
@@ -121,7 +122,7 @@ def in_one_matrix(risk, params, layer: str, number: int):
     """
     from jax.tree_util import Partial
 
-    from attnlab.objective import Objective
+    from attnlab.objectives import Objective
 
     point = params["transformer"][layer]["attention"][MATRICES[number]]
     predict = Partial(PredictFromMatrix(layer), np.asarray(number), params, risk.predict)
@@ -145,34 +146,34 @@ class PredictFromMatrix:
         return predict(params | {"transformer": transformer | {self.layer: layer}}, inputs)
 
 
-def density(arrays: Arrays, where: str):
+def density(arrays: Arrays, name: str, layer: int, part: str, matrix: str):
     """The spectral density of a block."""
     from attnlab.curvature import SpectralDensity
 
-    return SpectralDensity(arrays[f"{where}/nodes"], arrays[f"{where}/weights"])
+    return SpectralDensity(**arrays[name]["layers"][str(layer)][part][matrix])
 
 
-def norm(arrays: Arrays, where: str) -> tuple[float, float]:
+def norm(arrays: Arrays, *where) -> tuple[float, float]:
     """Frobenius norm of a block from its density's second moment, and its standard error to first order."""
     from attnlab.curvature.estimators import square_root
 
-    root, n = square_root(density(arrays, where).moment(2)), int(arrays["dimension"])
+    root, n = square_root(density(arrays, *where).moment(2)), int(arrays["dimension"])
     return float(n**0.5 * root.value), float(n**0.5 * root.standard_error)
 
 
 def norms(arrays: Arrays, name: str, part: str, matrix: str) -> np.ndarray:
     """Norm and standard error in every layer, (2, layers)."""
-    return np.array([norm(arrays, f"{name}/{layer}/{part}/{matrix}") for layer in range(layers_of(arrays))]).T
+    return np.array([norm(arrays, name, layer, part, matrix) for layer in range(layers_of(arrays))]).T
 
 
 def layers_of(arrays: Arrays) -> int:
-    return len({name.split("/")[1] for name in arrays if name.endswith("/nodes")})
+    return len(arrays["trained"]["layers"])
 
 
 def lead(arrays: Arrays, name: str, part: str) -> np.ndarray:
     """Norm of the value block over the geometric mean of query's and key's in every layer, and its standard error.
 
-    The three share their probes but are taken as independent, which if anything widens the bars."""
+    The three share their samples but are taken as independent, which if anything widens the bars."""
     found = {matrix: norms(arrays, name, part, matrix) for matrix in MATRICES}
     (value, _), (query, _), (key, _) = (found[matrix] for matrix in ("value", "query", "key"))
     ratio = value / np.sqrt(query * key)
@@ -184,8 +185,7 @@ def lead(arrays: Arrays, name: str, part: str) -> np.ndarray:
 
 def negative_shares(arrays: Arrays, name: str, part: str, matrix: str) -> np.ndarray:
     """Share of the negative eigenvalues in the sum of moduli and its standard error in every layer, (2, layers)."""
-    places = (f"{name}/{layer}/{part}/{matrix}" for layer in range(layers_of(arrays)))
-    found = [density(arrays, where).negative_share() for where in places]
+    found = [density(arrays, name, layer, part, matrix).negative_share() for layer in range(layers_of(arrays))]
     return np.array([(share.value, share.standard_error) for share in found]).T
 
 
@@ -255,13 +255,13 @@ def draw(axes, layers, value, error, color: str, line: str, face: str | None, la
 
 
 def plot_ends(axes, arrays: Arrays) -> None:
-    """The largest and the lowest Ritz value of every trained block, over the probes, and how far the others reach: the
+    """The largest and the lowest Ritz value of every trained block, over the samples, and how far the others reach: the
     eigenvalues lie at these or beyond."""
     layers = 1 + np.arange(layers_of(arrays))
     for color, matrix in enumerate(MATRICES):
-        nodes = np.array([arrays[f"trained/{layer - 1}/hessian/{matrix}/nodes"] for layer in layers])
+        nodes = np.array([density(arrays, "trained", layer - 1, "hessian", matrix).nodes for layer in layers])
         for sign, line, face in ((1, "o-", None), (-1, "o:", "none")):
-            reached = np.max(sign * nodes, axis=2)  # (layers, probes)
+            reached = np.max(sign * nodes, axis=2)  # (layers, samples)
             furthest = np.max(reached, axis=1)
             bars = (furthest - np.min(reached, axis=1), np.zeros(len(layers)))
             axes.errorbar(layers, furthest, bars, fmt=line, color=f"C{color}", markerfacecolor=face, capsize=2)
@@ -281,16 +281,16 @@ def plot_shares(axes, arrays: Arrays) -> None:
 
 def plot_counts(axes, arrays: Arrays) -> None:
     """How many eigenvalues are above a value in modulus, for the positive and the negative ones of the middle layer,
-    with bands of two standard errors over the probes."""
+    with bands of two standard errors over the samples."""
     layer, n = layers_of(arrays) // 2, int(arrays["dimension"])
     for color, matrix in enumerate(MATRICES):
-        found = density(arrays, f"trained/{layer}/hessian/{matrix}")
+        found = density(arrays, "trained", layer, "hessian", matrix)
         for sign, line in ((1, "-"), (-1, ":")):
             values, counts, error = counts_above(found, sign)
             axes.step(values, n * counts, line, where="post", color=f"C{color}", label=matrix if sign == 1 else None)
             low, high = (n * np.maximum(counts + side * error, 1e-9) for side in (-2, 2))
             axes.fill_between(values, low, high, step="post", color=f"C{color}", alpha=0.12, linewidth=0)
-    top = max(np.abs(arrays[f"trained/{layer}/hessian/{matrix}/nodes"]).max() for matrix in MATRICES)
+    top = max(np.abs(density(arrays, "trained", layer, "hessian", matrix).nodes).max() for matrix in MATRICES)
     axes.set(
         xscale="log",
         yscale="log",
@@ -313,11 +313,25 @@ def counts_above(found, sign: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return values, *map(np.asarray, found.integral(beyond))
 
 
+def findings(arrays: Arrays, config: Config) -> list[Expectation]:
+    """The value block's lead: large at initialisation, smaller and still there in the trained network."""
+    source, few = "Ormaniec, Dangel, Singh, arXiv 2410.10986, for the start; measured here", "from few samples"
+    leads = {name: lead(arrays, name, "hessian")[0] for name in WEIGHTS}
+    outer = np.min(lead(arrays, "initial", "ggn")[0])
+    what = "norm of the value block over that of query and key, H"
+    return [
+        at_least(f"{what}, trained: least of the layers", leads["trained"].min(), 3.0, because=few, source=source),
+        at_most(f"{what}, trained: largest", leads["trained"].max(), 12.0, because=few, source=source),
+        at_least(f"{what}, at initialisation: least", leads["initial"].min(), 20.0, because=few, source=source),
+        at_least("the same of H_o at initialisation", outer, 200.0, because=few, source=source),
+    ]
+
+
 def tables(arrays: Arrays, config: Config) -> list[Table]:
     """Norms by layer, part and matrix with their standard errors, and the lead of the value block."""
     found = []
     for name, caption in WEIGHTS.items():
-        loss, accuracy = arrays[f"{name}/loss"]
+        loss, accuracy = arrays[name]["loss"]
         title = f"{caption}: loss {loss:.3g} (chance {np.log(config.pairs):.3g}), {accuracy:.0%} of pairs found"
         heads = [f"|{matrix}|" for matrix in MATRICES]
         table = Table("layer", "part", *heads, "value / sqrt(query key)", "negative share Q, K, V", title=title)
@@ -331,7 +345,7 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
     return found
 
 
-ANALYSIS = Analysis("pretrained-blocks", Config, compute, plot, tables, __doc__)
+ANALYSIS = Analysis("pretrained-blocks", Config, compute, plot, tables, findings, __doc__, slow=True)
 
 if __name__ == "__main__":
     ANALYSIS.main()

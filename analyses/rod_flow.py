@@ -5,13 +5,14 @@ the same without the rod's length, run for the same time.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 from rich.progress import Progress
 from rich.table import Table
 
-from attnlab.analysis import Analysis, AnalysisConfig, Arrays, Finding, findings_table
+from attnlab.analysis import Analysis, AnalysisConfig, Arrays
+from attnlab.expectation import Expectation, at_least, at_most, between
 
 FLOWS = ("rod flow", "stable flow")
 
@@ -22,8 +23,6 @@ class Config(AnalysisConfig):
 
     SMOKE: ClassVar = {"after": 8, "steps": 8, "images": 8}
 
-    dtype: Literal["float64", "float32"] = "float64"
-    """Precision of the computation."""
     learning_rate: float = 0.005
     """Of Adam."""
     b2: float = 0.99
@@ -44,9 +43,9 @@ def compute(config: Config, progress: Progress) -> Arrays:
     import jax.numpy as jnp
     import optax
 
-    from attnlab.dynamics.problems import digits_attention
     from attnlab.dynamics.rods import rod_between, rod_flow
     from attnlab.dynamics.rules import update_rule
+    from attnlab.risks.digits import digits_attention
     from attnlab.training import Probe, Session, show_progress, train
     from attnlab.trees import ravel
 
@@ -70,19 +69,20 @@ def compute(config: Config, progress: Progress) -> Arrays:
     start = rod_between(rule, *(jax.tree.map(lambda leaf, i=i: leaf[i], late[:2]) for i in (0, 1)))
 
     task = progress.add_task("flows", total=2, status="")
-    arrays = {
+    arrays: Arrays = {
         "steps": np.arange(0, config.steps + 1, config.every),
-        "loss/Adam": (losses[:-1] + losses[1:])[:: config.every] / 2,
-        "length/Adam": jnp.linalg.norm(halves, axis=1)[:: config.every],
+        "loss": {"Adam": (losses[:-1] + losses[1:])[:: config.every] / 2},
+        "length": {"Adam": jnp.linalg.norm(halves, axis=1)[:: config.every]},
+        "distance": {},
     }
     starts = dict(zip(FLOWS, (start, start._replace(half=jnp.zeros_like(start.half))), strict=True))
     for name, rod in starts.items():
         flow = rod_flow(risk, params, rod, rule, steps=config.steps, every=config.every)
-        distance = jnp.linalg.norm(jax.vmap(ravel)(flow.params) - centres[:: config.every], axis=1)
-        arrays |= {f"loss/{name}": flow.loss, f"distance/{name}": distance}
-        arrays[f"length/{name}"] = jnp.linalg.norm(flow.half, axis=1)
+        away = jax.vmap(ravel)(flow.params) - centres[:: config.every]
+        arrays["loss"][name], arrays["distance"][name] = flow.loss, jnp.linalg.norm(away, axis=1)
+        arrays["length"][name] = jnp.linalg.norm(flow.half, axis=1)
         progress.advance(task)
-    return {name: np.asarray(array) for name, array in arrays.items()}
+    return arrays
 
 
 def plot(arrays: Arrays, config: Config):
@@ -91,13 +91,13 @@ def plot(arrays: Arrays, config: Config):
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.6))
     steps = arrays["steps"]
-    left.plot(steps, arrays["loss/Adam"], color="0.6", label="Adam, two steps")
+    left.plot(steps, arrays["loss"]["Adam"], color="0.6", label="Adam, two steps")
     for position, name in enumerate(FLOWS):
         style = {"color": f"C{position}", "ls": ("-", "--")[position], "label": name}
-        left.plot(steps, arrays[f"loss/{name}"], **style)
-        middle.semilogy(steps[1:], arrays[f"distance/{name}"][1:], **style)
-    right.semilogy(steps, arrays["length/Adam"], color="0.6", label="Adam, with its drift")
-    right.semilogy(steps, arrays["length/rod flow"], color="C0", label="rod flow")
+        left.plot(steps, arrays["loss"][name], **style)
+        middle.semilogy(steps[1:], arrays["distance"][name][1:], **style)
+    right.semilogy(steps, arrays["length"]["Adam"], color="0.6", label="Adam, with its drift")
+    right.semilogy(steps, arrays["length"]["rod flow"], color="C0", label="rod flow")
     left.set(xlabel="step", ylabel="mean training loss", title="loss")
     middle.set(xlabel="step", ylabel="distance", title="distance from the mean of two iterates of Adam")
     right.set(xlabel="step", ylabel="half distance of two iterates", title="length of the rod")
@@ -106,33 +106,27 @@ def plot(arrays: Arrays, config: Config):
     return figure
 
 
-def findings(arrays: Arrays, config: Config) -> list[Finding]:
+def findings(arrays: Arrays, config: Config) -> list[Expectation]:
     """Adam stays with the rod flow, in place and in mean loss."""
     source = "Regis, Chewi, arXiv 2605.06821"
-    ratio = float(arrays["distance/stable flow"][-1] / arrays["distance/rod flow"][-1])
+    ratio = float(arrays["distance"]["stable flow"][-1] / arrays["distance"]["rod flow"][-1])
     late = slice(len(arrays["steps"]) // 2, None)
-    loss = {name: float(arrays[f"loss/{name}"][late].mean()) for name in ("Adam", *FLOWS)}
+    loss = {name: float(arrays["loss"][name][late].mean()) for name in ("Adam", *FLOWS)}
+    rod, stable = (loss[name] / loss["Adam"] for name in FLOWS)
+    left = "negative control: it leaves the edge"
     return [
-        Finding("distance of Adam to the stable flow over that to the rod flow, end", ratio, 3, np.inf, source),
-        Finding(
-            "mean loss of the rod flow over that of Adam, 2nd half", loss[FLOWS[0]] / loss["Adam"], 0.9, 1.1, source
-        ),
-        Finding(
-            "the same of the stable flow",
-            loss[FLOWS[1]] / loss["Adam"],
-            0,
-            0.99,
-            "negative control: it leaves the edge",
-        ),
+        at_least("distance of Adam to the stable flow over that to the rod flow, end", ratio, 3, source=source),
+        between("mean loss of the rod flow over that of Adam, 2nd half", rod, 0.9, 1.1, source=source),
+        at_most("the same of the stable flow", stable, 0.99, source=left),
     ]
 
 
 def tables(arrays: Arrays, config: Config) -> list[Table]:
-    """The findings."""
-    return [findings_table(findings(arrays, config))]
+    """None but the findings."""
+    return []
 
 
-ANALYSIS = Analysis("rod-flow", Config, compute, plot, tables, __doc__)
+ANALYSIS = Analysis("rod-flow", Config, compute, plot, tables, findings, __doc__)
 
 if __name__ == "__main__":
     ANALYSIS.main()

@@ -13,9 +13,10 @@ import numpy as np
 from rich.progress import Progress
 from rich.table import Table
 
-from attnlab.analysis import Analysis, AnalysisConfig, Arrays, Finding, findings_table, log_mean
+from attnlab.analysis import Analysis, AnalysisConfig, Arrays, log_mean
+from attnlab.expectation import Expectation, at_least, at_most
 
-STACKS = {"no skip connection": (False, False), "skip, branches / sqrt(depth)": (True, True), "skip": (True, False)}
+STACKS = {"no skip connection": (False, False), "skip, branches over sqrt(depth)": (True, True), "skip": (True, False)}
 """Name of the stack: whether it has skip connections, whether its branches are scaled down."""
 
 
@@ -49,7 +50,7 @@ def compute(config: Config, progress: Progress) -> Arrays:
     task = progress.add_task("identities", total=len(parts), status="")
     arrays: Arrays = {}
     for part in parts:
-        arrays |= {name: np.asarray(value) for name, value in part(config, jax.random.key(config.seed)).items()}
+        arrays[part.__name__] = part(config, jax.random.key(config.seed))
         progress.advance(task)
     return arrays
 
@@ -60,7 +61,8 @@ def entropies(config: Config, key):
     import jax.numpy as jnp
 
     from attnlab.dynamics.tokens import attention_calls, entropy, entropy_bound, least_entropy
-    from attnlab.models.attention import AttentionConfig, SelfAttention, attention_maps
+    from attnlab.models.adapters import from_linen
+    from attnlab.models.attention import AttentionConfig, SelfAttention
 
     module = SelfAttention(AttentionConfig(config.width, config.width))
     tokens = jax.random.normal(key, (8, config.length, config.width))
@@ -68,9 +70,8 @@ def entropies(config: Config, key):
 
     @jax.jit
     def measure(scale):
-        (call,) = attention_calls(module, params, scale * tokens).values()
-        (weights,) = attention_maps(module, params, scale * tokens).values()
-        found, bound = entropy(weights), entropy_bound(call)
+        (call,) = attention_calls(from_linen(module), params, scale * tokens).values()
+        found, bound = entropy(call.attention), entropy_bound(call)
         return jnp.mean(found), jnp.mean(bound), jnp.min(found - bound)
 
     scales = jnp.geomspace(0.02, 2.0, 13)
@@ -80,11 +81,11 @@ def entropies(config: Config, key):
     extremal = jnp.full(count, -1 / (count * (count - 1)) ** 0.5).at[0].set(((count - 1) / count) ** 0.5)
     attained = jax.vmap(lambda size: entropy(jax.nn.softmax(size * extremal)))(sizes)
     return {
-        "entropy/scales": scales,
-        "entropy/mean": found,
-        "entropy/bound": bound,
-        "entropy/slack": slack,
-        "entropy/extremal": jnp.abs(attained / least_entropy(sizes, float(count)) - 1),
+        "scales": scales,
+        "mean": found,
+        "bound": bound,
+        "slack": slack,
+        "extremal": jnp.abs(attained / least_entropy(sizes, float(count)) - 1),
     }
 
 
@@ -94,6 +95,7 @@ def collapse(config: Config, key):
     import jax.numpy as jnp
 
     from attnlab.dynamics.tokens import rank_residual, representations
+    from attnlab.models.adapters import from_linen
     from attnlab.models.attention import AttentionConfig
     from attnlab.models.transformer import Transformer, TransformerConfig
 
@@ -105,13 +107,13 @@ def collapse(config: Config, key):
         factor = config.depth**-0.5 if scaled else 1.0
         for layer in params.values():
             layer["attention"]["output"] = factor * layer["attention"]["output"]
-        found = representations(stack, params, tokens)
+        found = representations(from_linen(stack), params, tokens)
         layers = [found[f"layer_{index}"] for index in range(config.depth)]
         return jnp.stack([rank_residual(tokens), *(rank_residual(layer) for layer in layers)])
 
     keys = jax.random.split(key, config.starts)
     measure = jax.jit(lambda key, skip, scaled: residuals(key, skip, scaled), static_argnums=(1, 2))
-    return {f"collapse/{name}": jnp.stack([measure(key, *stack) for key in keys]) for name, stack in STACKS.items()}
+    return {name: jnp.stack([measure(key, *stack) for key in keys]) for name, stack in STACKS.items()}
 
 
 def kernels(config: Config, key):
@@ -121,8 +123,8 @@ def kernels(config: Config, key):
 
     from attnlab.curvature import ggn
     from attnlab.dynamics.kernel import empirical_ntk
-    from attnlab.dynamics.problems import digits_attention
     from attnlab.krylov.tracking import cold_top_pairs
+    from attnlab.risks.digits import digits_attention
     from attnlab.training import probe, train
 
     risk, params = digits_attention(key, key, config.images)
@@ -137,7 +139,7 @@ def kernels(config: Config, key):
     options = {"steps": config.steps, "every": config.every, "probes": {"top": probe(measure)}}
     records = train(risk, params, optax.sgd(0.1), key, **options).records
     found = records.values["top"]
-    return {"kernel/steps": records.steps, "kernel/ntk": found["kernel"], "kernel/ggn": found["gauss_newton"]}
+    return {"steps": records.steps, "ntk": found["kernel"], "ggn": found["gauss_newton"]}
 
 
 def plot(arrays: Arrays, config: Config):
@@ -145,59 +147,67 @@ def plot(arrays: Arrays, config: Config):
     import matplotlib.pyplot as plt
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8))
-    scales = arrays["entropy/scales"]
-    left.semilogx(scales, arrays["entropy/mean"], "o-", label="entropy, mean of the rows")
-    left.semilogx(scales, arrays["entropy/bound"], "s--", label="lower bound, mean")
+    scales = arrays["entropies"]["scales"]
+    left.semilogx(scales, arrays["entropies"]["mean"], "o-", label="entropy, mean of the rows")
+    left.semilogx(scales, arrays["entropies"]["bound"], "s--", label="lower bound, mean")
     left.axhline(np.log(config.length), color="0.4", ls=":", label="uniform attention")
     left.set(xlabel="scale of the tokens", ylabel="entropy [nats]", title="entropy above its spectral bound")
     for name in STACKS:
-        values = arrays[f"collapse/{name}"]
+        values = arrays["collapse"][name]
         mean, factor = log_mean(np.maximum(values, 1e-17))
         depth = np.arange(len(mean))
         middle.semilogy(depth, mean, ".-", label=name)
         middle.fill_between(depth, mean / factor, mean * factor, alpha=0.2)
     middle.set(xlabel="layer", ylabel=r"$\|X - 1\bar{x}^\top\| / \|X\|$")
     middle.set_title(f"disagreement of the tokens: geometric mean of {config.starts}, band: standard error", fontsize=9)
-    right.plot(arrays["kernel/steps"], arrays["kernel/ntk"], label=r"$\lambda_1$(tangent kernel) / images")
-    right.plot(arrays["kernel/steps"], arrays["kernel/ggn"], "--", label=r"$\lambda_1$(Gauss-Newton)")
+    right.plot(arrays["kernels"]["steps"], arrays["kernels"]["ntk"], label=r"$\lambda_1$(tangent kernel) / images")
+    right.plot(arrays["kernels"]["steps"], arrays["kernels"]["ggn"], "--", label=r"$\lambda_1$(Gauss-Newton)")
     right.set(xlabel="step of gradient descent", ylabel="largest eigenvalue", title="two matrices, one spectrum")
     for axes in (left, middle, right):
         axes.legend(fontsize="small")
     return figure
 
 
-def findings(arrays: Arrays, config: Config) -> list[Finding]:
+def findings(arrays: Arrays, config: Config) -> list[Expectation]:
     """The identities to rounding, and how fast the tokens of a stack agree."""
     bound, rank = "Zhai et al., arXiv 2303.06296", "Dong et al., arXiv 2103.03404"
-    difference = float(np.max(np.abs(arrays["kernel/ntk"] / arrays["kernel/ggn"] - 1)))
-    means = {name: arrays[f"collapse/{name}"].mean(axis=0) for name in STACKS}
+    difference = float(np.max(np.abs(arrays["kernels"]["ntk"] / arrays["kernels"]["ggn"] - 1)))
+    means = {name: arrays["collapse"][name].mean(axis=0) for name in STACKS}
     bare, scaled, _ = means.values()
+    bounds, rounding = arrays["entropies"], "rounding"
     return [
-        Finding("least entropy over its bound [nats]", float(arrays["entropy/slack"].min()), -1e-12, np.inf, bound),
-        Finding("extremal scores off the bound", float(arrays["entropy/extremal"].max()), 0, 1e-10, bound),
-        Finding("rank residual of the inputs", float(bare[0]), 0.9, 1.0, rank),
-        Finding("rank residual after 4 layers without skip", float(bare[4]), 0, 0.01, rank),
-        Finding(
-            f"rank residual after {config.depth} layers, branches / sqrt(depth)",
-            float(scaled[-1]),
-            0.8,
-            1.0,
-            "Noci et al., arXiv 2206.03126: negative control",
+        at_least(
+            "least entropy over its bound [nats]", bounds["slack"].min(), 0.0, 1e-12, because=rounding, source=bound
         ),
-        Finding("tangent kernel off Gauss-Newton, at any step", difference, 0, 1e-5, "Jacot et al., arXiv 1806.07572"),
+        at_most("extremal scores off the bound", bounds["extremal"].max(), 1e-10, because=rounding, source=bound),
+        at_least("rank residual of the inputs", bare[0], 0.9, source=rank),
+        at_most("rank residual after 4 layers without skip", bare[4], 0.01, source=rank),
+        at_least(
+            f"rank residual after {config.depth} layers, branches over sqrt(depth)",
+            scaled[-1],
+            0.8,
+            source="Noci et al., arXiv 2206.03126: negative control",
+        ),
+        at_most(
+            "tangent kernel off Gauss-Newton, at any step",
+            difference,
+            1e-5,
+            because="the tolerance of the tracking",
+            source="Jacot et al., arXiv 1806.07572",
+        ),
     ]
 
 
 def tables(arrays: Arrays, config: Config) -> list[Table]:
-    """Rank residuals by depth; and the findings."""
+    """Rank residuals by depth."""
     table = Table("stack", *(f"after {depth}" for depth in (0, 1, 2, 4, config.depth)))
     for name in STACKS:
-        mean = arrays[f"collapse/{name}"].mean(axis=0)
+        mean = arrays["collapse"][name].mean(axis=0)
         table.add_row(name, *(f"{mean[depth]:.3g}" for depth in (0, 1, 2, 4, config.depth)))
-    return [table, findings_table(findings(arrays, config))]
+    return [table]
 
 
-ANALYSIS = Analysis("token-identities", Config, compute, plot, tables, __doc__)
+ANALYSIS = Analysis("token-identities", Config, compute, plot, tables, findings, __doc__)
 
 if __name__ == "__main__":
     ANALYSIS.main()

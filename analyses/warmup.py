@@ -7,26 +7,25 @@ every seed: at 1 and 2 that run stays finite, at 3 it overflows too.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 from rich.progress import Progress
 from rich.table import Table
 
-from attnlab.analysis import Analysis, AnalysisConfig, Arrays, Finding, findings_table
+from attnlab.analysis import Analysis, Arrays, SinglePrecisionConfig
+from attnlab.expectation import Expectation, at_least, between, equal
 
 RUNS = {"no warm-up": (False, False), "warm-up": (True, False), "no warm-up, final LayerNorm": (False, True)}
 """Name of the run: whether it warms up, whether its model has a final LayerNorm."""
 
 
 @dataclass(frozen=True)
-class Config(AnalysisConfig):
+class Config(SinglePrecisionConfig):
     """Options of the analysis."""
 
     SMOKE: ClassVar = {"steps": 20, "warmup": 10, "every": 10, "images": 16, "runs": ("warm-up",)}
 
-    dtype: Literal["float64", "float32"] = "float32"
-    """Precision of the computation."""
     excess: float = 6.7
     """Learning rate over the stable one, 2 / sharpness, at the start."""
     steps: int = 1200
@@ -47,9 +46,9 @@ def compute(config: Config, progress: Progress) -> Arrays:
     import optax
 
     from attnlab.checks import check_names
-    from attnlab.dynamics.problems import digits_transformer
     from attnlab.dynamics.rules import update_rule
     from attnlab.dynamics.sharpness import stability
+    from attnlab.risks.digits import digits_transformer
     from attnlab.training import DivergenceError, Session, show_progress, train
 
     check_names("run", config.runs, RUNS)
@@ -70,12 +69,12 @@ def compute(config: Config, progress: Progress) -> Arrays:
             ).records
         except DivergenceError as error:
             records = error.records
-        arrays |= {
-            f"{name}/rate": np.asarray(rate),
-            f"{name}/steps": np.asarray(records.steps),
-            f"{name}/losses": np.asarray(records.losses),
-            f"{name}/sharpness": np.asarray(records.values["edge"]["values"][:, -1]),
-            f"{name}/ratio": np.asarray(records.values["edge"]["ratio"]),
+        arrays[name] = {
+            "rate": rate,
+            "steps": records.steps,
+            "losses": records.losses,
+            "sharpness": records.values["edge"]["values"][:, -1],
+            "ratio": records.values["edge"]["ratio"],
         }
     return arrays
 
@@ -93,16 +92,16 @@ def plot(arrays: Arrays, config: Config):
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8))
     for position, name in enumerate(config.runs):
-        losses, steps = arrays[f"{name}/losses"], arrays[f"{name}/steps"]
+        losses, steps = arrays[name]["losses"], arrays[name]["steps"]
         finite = np.isfinite(losses)
         color = f"C{position}"
         left.semilogy(np.flatnonzero(finite), losses[finite], color=color, label=name)
         if not finite.all():
             left.semilogy(0, losses[0], "x", color=color, ms=9, mew=2)
             for axes, what in ((middle, "sharpness"), (right, "ratio")):  # of which there is the start alone
-                axes.plot(0, arrays[f"{name}/{what}"][0], "x", color=color, ms=9, mew=2)
-        middle.semilogy(steps, arrays[f"{name}/sharpness"], ".-", color=color, ms=3)
-        right.plot(steps, arrays[f"{name}/ratio"], ".-", color=color, ms=3)
+                axes.plot(0, arrays[name][what][0], "x", color=color, ms=9, mew=2)
+        middle.semilogy(steps, arrays[name]["sharpness"], ".-", color=color, ms=3)
+        right.plot(steps, arrays[name]["ratio"], ".-", color=color, ms=3)
     left.set(xlabel="step", ylabel="training loss", title="loss (cross: overflow follows)", ylim=(1e-2, 1e3))
     left.legend()
     middle.set(xlabel="step", ylabel=r"$\lambda_1(H)$", title="sharpness")
@@ -111,35 +110,36 @@ def plot(arrays: Arrays, config: Config):
     return figure
 
 
-def findings(arrays: Arrays, config: Config) -> list[Finding]:
+def findings(arrays: Arrays, config: Config) -> list[Expectation]:
     """Overflow without warm-up, the edge with it, survival with a final LayerNorm."""
     source, found = "Gilmer et al., arXiv 2110.04369", []
     for name in config.runs:
-        losses, ratio = arrays[f"{name}/losses"], arrays[f"{name}/ratio"]
+        losses, ratio = arrays[name]["losses"], arrays[name]["ratio"]
         broken = int(np.sum(~np.isfinite(losses)))
         if name == "no warm-up":
-            found.append(Finding(f"{name}: steps with a loss that is not finite", broken, 1, np.inf, source))
+            found.append(at_least(f"{name}: steps with a loss that is not finite", broken, 1, source=source))
         elif name == "warm-up":
             settled = float(ratio[-len(ratio) // 3 :].mean())
-            found.append(Finding(f"{name}: sharpness over the edge, last third", settled, 0.95, 1.1, source))
+            found.append(between(f"{name}: sharpness over the edge, last third", settled, 0.95, 1.1, source=source))
         else:
-            found.append(Finding(f"{name}: steps with a loss that is not finite", broken, 0, 0, "negative control"))
+            what, control = f"{name}: steps with a loss that is not finite", "negative control"
+            found.append(equal(what, broken, 0, 0.0, because="a count", source=control))
     return found
 
 
 def tables(arrays: Arrays, config: Config) -> list[Table]:
-    """Rate, start and end of every run; and the findings."""
+    """Rate, start and end of every run."""
     table = Table("run", "learning rate", "sharpness at the start", "loss at the start", "loss at the end")
     for name in config.runs:
-        losses = arrays[f"{name}/losses"]
+        losses = arrays[name]["losses"]
         finite = np.isfinite(losses)
         end = f"{losses[-1]:.3g}" if finite.all() else f"not finite at step {int(np.argmin(finite))}"
-        sharpness = arrays[f"{name}/sharpness"][0]
-        table.add_row(name, f"{arrays[f'{name}/rate']:.4g}", f"{sharpness:.4g}", f"{losses[0]:.3g}", end)
-    return [table, findings_table(findings(arrays, config))]
+        sharpness = arrays[name]["sharpness"][0]
+        table.add_row(name, f"{arrays[name]['rate']:.4g}", f"{sharpness:.4g}", f"{losses[0]:.3g}", end)
+    return [table]
 
 
-ANALYSIS = Analysis("warmup", Config, compute, plot, tables, __doc__)
+ANALYSIS = Analysis("warmup", Config, compute, plot, tables, findings, __doc__, slow=True)
 
 if __name__ == "__main__":
     ANALYSIS.main()

@@ -27,7 +27,9 @@ from rich.table import Table
 
 from attnlab.attention import attention_hessian
 from attnlab.losses import square_loss
+from attnlab.models.adapters import from_linen
 from attnlab.models.attention import AttentionConfig, SelfAttention
+from attnlab.objectives import objective
 
 CHUNKS = (32, 128)
 FULL = [(length, width) for length in (16, 32, 64) for width in (8, 16, 32)]
@@ -44,9 +46,13 @@ def problem(length, width, dtype):
     return config, (params, inputs, jax.random.normal(keys[2], inputs.shape, dtype))
 
 
+def layer_objective(config, inputs, targets):
+    return objective(from_linen(SelfAttention(config)), square_loss, inputs, targets)
+
+
 def our_norms(config, parts):
     def norms(params, inputs, targets):
-        hessian = attention_hessian(config, params, inputs, targets)
+        hessian = attention_hessian(layer_objective(config, inputs, targets), params)
         names = hessian.names
         return jnp.stack([_matrix(lambda r, c, p=p: hessian.block(r, c, p).norm(), names) for p in parts])
 
@@ -59,7 +65,7 @@ def _matrix(entry, names):
 
 
 def our_dense(config):
-    return lambda params, inputs, targets: attention_hessian(config, params, inputs, targets).dense()
+    return lambda params, *data: attention_hessian(layer_objective(config, *data), params).dense()
 
 
 def flat_functions(config, params, inputs, targets):
@@ -91,7 +97,7 @@ def autodiff_norms(config):
 def product(config, data, part):
     """v -> H v, or G v = J^T H_loss J v, linearized once."""
     flat, outputs, loss = flat_functions(config, *data)
-    if part == "full":
+    if part == "hessian":
         return flat, jax.linearize(jax.grad(lambda vector: loss(outputs(vector))), flat)[1]
     out, push = jax.linearize(outputs, flat)
     pull = jax.linear_transpose(push, flat)
@@ -101,7 +107,7 @@ def product(config, data, part):
 
 def column_dense(config, chunk):
     def dense(*data):
-        flat, apply = product(config, data, "full")
+        flat, apply = product(config, data, "hessian")
         column = lambda i: apply(jax.nn.one_hot(i, flat.size, dtype=flat.dtype))  # noqa: E731
         return jax.lax.map(column, jnp.arange(flat.size), batch_size=chunk)
 
@@ -112,8 +118,8 @@ def column_norms(config, chunk, parts):
     """Squares of the columns summed block by block: the matrix is never stored."""
 
     def norms(*data):
-        flat, full = product(config, data, "full")
-        outer = product(config, data, "outer")[1] if "outer" in parts else None
+        flat, full = product(config, data, "hessian")
+        outer = product(config, data, "ggn")[1] if "ggn" in parts else None
 
         def squares(i):
             unit = jax.nn.one_hot(i, flat.size, dtype=flat.dtype)
@@ -168,14 +174,14 @@ def interleaved(contenders, data, rounds):
 
 def questions(config):
     """question -> ours, {peer: function}."""
-    parts = ("full", "outer", "functional")
+    parts = ("hessian", "ggn", "functional")
     columns = lambda make: {f"HVP columns, chunks of {chunk}": make(chunk) for chunk in CHUNKS}  # noqa: E731
     autodiff = "jax.hessian"
     return {
         "norms": (our_norms(config, parts), columns(lambda chunk: column_norms(config, chunk, parts))),
         "norms of H": (
-            our_norms(config, ("full",)),
-            {autodiff: autodiff_norms(config), **columns(lambda chunk: column_norms(config, chunk, ("full",)))},
+            our_norms(config, ("hessian",)),
+            {autodiff: autodiff_norms(config), **columns(lambda chunk: column_norms(config, chunk, ("hessian",)))},
         ),
         "dense": (
             our_dense(config),
@@ -203,11 +209,11 @@ def compare_large(dtype, rounds):
     length, width = LARGE
     config, data = problem(length, width, dtype)
     size, columns = BLOCKS * width**2, 64
-    parts = ("full", "outer", "functional")
+    parts = ("hessian", "ggn", "functional")
 
     def some_columns(*data):
-        flat, full = product(config, data, "full")
-        outer = product(config, data, "outer")[1]
+        flat, full = product(config, data, "hessian")
+        outer = product(config, data, "ggn")[1]
         both = lambda i: jnp.sum((v := jax.nn.one_hot(i, flat.size, dtype=flat.dtype)) * (full(v) - outer(v)))  # noqa: E731
         return jax.lax.map(both, jnp.arange(columns), batch_size=32)
 

@@ -38,7 +38,6 @@ from peers.client import peer_versions, peers_of
 
 from attnlab.attention import attention_hessian
 from attnlab.curvature import block_densities, eigenpairs, ggn, hessian, spectral_density
-from attnlab.models.attention import AttentionConfig
 from attnlab.runs.session import Session
 from attnlab.trees import dimension, leaf_names
 
@@ -117,7 +116,7 @@ def comparable(library, what, error):
 
 
 def our_density(risk, params, probes, steps):
-    return spectral_density(hessian(risk, params), jax.random.key(0), probes=probes, steps=steps)
+    return spectral_density(hessian(risk, params), jax.random.key(0), samples=probes, steps=steps)
 
 
 def compare_densities(table, case, peer, rounds, scale):
@@ -237,11 +236,11 @@ def long_run_cost(table, case, rounds):
             where = Path(folder) / str(next(number))
             reports: list = []
             return spectral_density(
-                operator, key, probes=probes, steps=steps, session=Session(directory=where, report=reports.append)
+                operator, key, samples=probes, steps=steps, session=Session(directory=where, report=reports.append)
             ).nodes
 
         times = alternate(
-            rounds, single=lambda: spectral_density(operator, key, probes=probes, steps=steps).nodes, saved=saved
+            rounds, single=lambda: spectral_density(operator, key, samples=probes, steps=steps).nodes, saved=saved
         )
     for clock, column in (("", 0), ("CPU time, ", 1)):
         ratio = times["single"][column] / times["saved"][column]
@@ -253,8 +252,8 @@ def block_costs(table, rounds):
     key, steps, blocks = jax.random.key(0), 32, len(leaf_names(params))
     times = alternate(
         rounds,
-        blocks=lambda: [d.nodes for d in block_densities(risk, params, key, probes=1, steps=steps).values()],
-        whole=lambda: spectral_density(hessian(risk, params), key, probes=1, steps=steps).nodes,
+        blocks=lambda: [d.nodes for d in block_densities(risk, params, key, samples=1, steps=steps).values()],
+        whole=lambda: spectral_density(hessian(risk, params), key, samples=1, steps=steps).nodes,
     )
     ratio = blocks * times["whole"][1] / times["blocks"][1]
     table.add(f"CPU time, {blocks} x a full density / densities of all {blocks} blocks: gpt, {steps} steps", ratio)
@@ -263,12 +262,11 @@ def block_costs(table, rounds):
 def dense_costs(table, rounds):
     risk, params = attention(width=16)
     flat, unravel = ravel_pytree(params)
-    config = AttentionConfig(key_dim=16, value_dim=16, output_dim=16)
     autodiff = jax.jit(lambda risk, flat: jax.hessian(lambda vector: risk(unravel(vector)))(flat))
     functions = {
         "autodiff": lambda: autodiff(risk, flat),
         "products": lambda: hessian(risk, params).dense(),
-        "closed form": lambda: attention_hessian(config, params, risk.inputs, risk.targets).dense(),
+        "closed form": lambda: attention_hessian(risk, params).dense(),
     }
     expected = functions["autodiff"]()
     times = alternate(rounds, **functions)

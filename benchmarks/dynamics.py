@@ -28,13 +28,13 @@ from rich.table import Table
 
 from attnlab.curvature.operators import hessian
 from attnlab.data.digits import digits
-from attnlab.dynamics.problems import digits_attention
 from attnlab.dynamics.sharpness import Tracking, fastest_batching, top_eigenvalues
 from attnlab.losses import square_loss
 from attnlab.models.adapters import from_linen
 from attnlab.models.attention import AttentionConfig
 from attnlab.models.transformer import Transformer, TransformerConfig
-from attnlab.objective import objective
+from attnlab.objectives import objective
+from attnlab.risks.digits import digits_attention
 from attnlab.runs import manifest
 from attnlab.training import probe, train
 from attnlab.trees import dimension, ravel

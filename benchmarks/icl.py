@@ -25,7 +25,7 @@ import optax
 from attnlab.icl.models import Layer, effective_weights, init_layer, layer_predict
 from attnlab.icl.population import population_objective
 from attnlab.icl.tasks import Prompt, linear_regression, sample_prompts
-from attnlab.objective import Objective, objective
+from attnlab.objectives import Objective, objective
 from attnlab.training import train
 from attnlab.types import PRNGKey
 

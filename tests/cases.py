@@ -16,7 +16,7 @@ from attnlab.models.adapters import from_linen
 from attnlab.models.attention import AttentionConfig, SelfAttention
 from attnlab.models.networks import MLP, ConvNet, ConvNetConfig, MLPConfig
 from attnlab.models.transformer import LanguageModel, LanguageModelConfig, Transformer, TransformerConfig
-from attnlab.objective import objective
+from attnlab.objectives import objective
 
 BATCH, LENGTH, DIM = 2, 3, 3
 VOCABULARY = 5

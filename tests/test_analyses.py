@@ -15,6 +15,7 @@ from rich.table import Table
 
 from attnlab.analysis import Analysis, AnalysisConfig
 from attnlab.cli import analysis_scripts, first_sentence, load_script
+from attnlab.expectation import at_most
 from attnlab.plotting.style import save_figure, style
 from attnlab.runs import load_arrays
 
@@ -28,30 +29,11 @@ def double_precision_again():
     jax.config.update("jax_enable_x64", True)
 
 
-NIGHTLY = {
-    "adam-on-linear-attention",
-    "block-growth",
-    "block-heterogeneity",
-    "class-imbalance",
-    "curvature-along-training",
-    "edge-of-stability",
-    "icl-correlated",
-    "icl-depth",
-    "icl-gradient-descent",
-    "icl-landscape",
-    "icl-sine",
-    "icl-task-crossover",
-    "icl-task-diversity",
-    "margin-path",
-    "margin-phase-diagram",
-    "pretrained-blocks",
-    "warmup",
-}
-"""Analyses that compile for 8 seconds and more even at a small size."""
+ANALYSES = {name: load_script(script).ANALYSIS for name, script in analysis_scripts().items()}
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in NIGHTLY else name for name in analysis_scripts()]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * each.slow) for name, each in ANALYSES.items()]
 )
 def test_smoke_run_writes_a_whole_result(name, tmp_path):
     script = analysis_scripts()[name]
@@ -59,12 +41,11 @@ def test_smoke_run_writes_a_whole_result(name, tmp_path):
     assert isinstance(analysis, Analysis)
     assert analysis.name == name
     assert len(first_sentence(script)) > 20
-    config = analysis.config(smoke=True, output=tmp_path)
+    config = analysis.config(smoke=True, output=tmp_path, figures=tmp_path / "figures")
     arrays = analysis.run(config, Console(quiet=True))
     assert arrays
     saved = load_arrays(tmp_path / "results" / f"{name}-smoke")
-    for key, array in arrays.items():
-        np.testing.assert_array_equal(saved[key], array)
+    jax.tree.map(np.testing.assert_array_equal, saved, arrays)
     figures = tmp_path / "figures"
     members = {name, *arrays.get("analysis", np.array([])).tolist()}  # a gallery writes the figures of its members
     expected = {f"{member}-smoke.{kind}" for member in members for kind in ("png", "pdf", "json")}
@@ -73,6 +54,8 @@ def test_smoke_run_writes_a_whole_result(name, tmp_path):
     assert record["analysis"] == name
     assert record["config"]["smoke"] is True
     assert record["config"]["seed"] == config.seed
+    assert all(finding["what"] and finding["source"] for finding in record["findings"])
+    assert record["findings"]
     check_axes(analysis, arrays, dataclasses.replace(config, **config.SMOKE), tmp_path)
 
 
@@ -103,9 +86,10 @@ def test_the_manifest_says_whether_a_run_was_resumed(tmp_path):
         return figure
 
     def resumed(compute):
-        analysis = Analysis("toy", AnalysisConfig, compute, plot, lambda arrays, config: [], "A toy.")
+        none = lambda arrays, config: []  # noqa: E731
+        analysis = Analysis("toy", AnalysisConfig, compute, plot, none, none, "A toy.")
         analysis.run(config, Console(quiet=True))
-        return json.loads((tmp_path / "figures" / "toy.json").read_text())["resumed"]
+        return json.loads((tmp_path / "results" / "toy" / "toy.json").read_text())["resumed"]
 
     with pytest.raises(KeyboardInterrupt):
         resumed(compute)
@@ -130,7 +114,8 @@ class TinyConfig(AnalysisConfig):
 
 def tiny(compute=lambda config, progress: {"x": np.arange(3.0)}, plot=lambda arrays, config: Figure()):
     tables = lambda arrays, config: [Table("[/b] and [red]")]  # noqa: E731
-    return Analysis("tiny", TinyConfig, compute, plot, tables, "Of no use.")
+    findings = lambda arrays, config: [at_most("[/b] and [red]", arrays["x"].max(), 1.0)]  # noqa: E731
+    return Analysis("tiny", TinyConfig, compute, plot, tables, findings, "Of no use.")
 
 
 def test_paths_and_messages_are_no_markup(tmp_path, capsys):
@@ -145,6 +130,27 @@ def test_paths_and_messages_are_no_markup(tmp_path, capsys):
         tiny(fails).main(["--output", str(tmp_path)])
     assert end.value.code == 1
     assert capsys.readouterr().err == 'error: run pip install "attnlab[real]" [/b]\n'
+
+
+def test_the_findings_are_shown_and_kept_and_the_figure_is_where_it_was_asked_for(tmp_path, capsys):
+    tiny().main(["--output", str(tmp_path)])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "≤ 1" in shown
+    assert {path.name for path in (tmp_path / "results" / "tiny").iterdir()} == {
+        "arrays.npz", "manifest.json", "tiny.json", "tiny.pdf", "tiny.png"
+    }  # fmt: skip
+    (finding,) = json.loads((tmp_path / "results" / "tiny" / "manifest.json").read_text())["findings"]
+    assert (finding["measured"], finding["passed"]) == ("2", False)
+    tiny().main(["--output", str(tmp_path / "b"), "--figures", str(tmp_path / "figures")])
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"tiny.json", "tiny.pdf", "tiny.png"}
+    assert {path.name for path in (tmp_path / "b" / "results" / "tiny").iterdir()} == {"arrays.npz", "manifest.json"}
+
+
+def test_arrays_are_dicts_within_dicts(tmp_path):
+    tiny(lambda config, progress: {"x": [1.0], "a": {"b": {"c": 2.0}}}).main(["--output", str(tmp_path)])
+    assert load_arrays(tmp_path / "results" / "tiny")["a"]["b"]["c"] == 2.0
+    with pytest.raises(SystemExit):
+        tiny(lambda config, progress: {"x": [1.0], "a/b": 2.0}).main(["--output", str(tmp_path / "c")])
 
 
 def test_arrays_outlive_a_picture_that_fails(tmp_path):

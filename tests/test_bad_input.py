@@ -16,7 +16,7 @@ from attnlab.icl.identification import fit_family
 from attnlab.icl.tasks import isotropic, sample_prompts
 from attnlab.losses import square_loss
 from attnlab.models.attention import AttentionConfig
-from attnlab.objective import objective
+from attnlab.objectives import objective
 from attnlab.training import probe, train
 
 KEY = jax.random.key(0)
@@ -40,9 +40,9 @@ CASES = {
     "a string": (lambda: check_finite("inputs", "abc"), "inputs is 'abc', a str; expected an array"),
     "an object": (lambda: check_finite("inputs", {"x": object()}), "inputs: x is .*, a object; expected an array"),
     "a string in a range": (lambda: check_range("count", "3", 1, 5, ""), "count is '3', a str; expected 1 <= count"),
-    "not a number": (lambda: check_positive(probes=float("nan")), "probes is nan; expected a positive whole number"),
-    "infinitely many": (lambda: check_positive(probes=float("inf")), "probes is inf; expected a positive whole"),
-    "a number as a string": (lambda: check_positive(probes="2"), "probes is '2'; expected a positive whole number"),
+    "not a number": (lambda: check_positive(samples=float("nan")), "samples is nan; expected a positive whole number"),
+    "infinitely many": (lambda: check_positive(samples=float("inf")), "samples is inf; expected a positive whole"),
+    "a number as a string": (lambda: check_positive(samples="2"), "samples is '2'; expected a positive whole number"),
     "parameters with a function": (lambda: train(RISK, {"w": jnp.tanh}, optax.sgd(0.1), KEY, steps=2), "params: w is"),
     "a risk that is none": (lambda: train(PARAMS, PARAMS, optax.sgd(0.1), KEY, steps=2), "risk is a dict; expected"),
     "a probe that raises": (lambda: run(probes=probing(lambda r, p: p["no"])), "probe 'mine': KeyError: 'no'"),

@@ -56,12 +56,12 @@ def test_bad_input_fails_with_one_line_and_leaves_nothing(tmp_path):
 
 
 CLAIM = """
-from attnlab.claims import Comparison, claim
+from attnlab.claims import claim, equal
 
 @claim(statement="1 = 1", source="arithmetic", tolerance=1e-9, because="an identity")
 def own_{name}(key):
     {body}
-    return Comparison(1.0, 1.0)
+    return equal("one", 1.0, 1.0)
 """
 
 

@@ -5,8 +5,17 @@ import pytest
 from rich.progress import Progress
 
 from attnlab.cli import analysis_scripts, load_script
+from attnlab.expectation import at_least, at_most, between, equal
 
-EXPECTED = {"what": ["a", "b"], "low": [0.0, 1.0], "high": [1.0, np.inf], "source": ["s", "s"]}
+EXPECTED = {
+    "what": ["a", "b"],
+    "relation": ["equal", "at least"],
+    "reference": [0.5, 1.0],
+    "unit": ["absolute", "absolute"],
+    "tolerance": [0.5, 0.0],
+    "because": ["", ""],
+    "source": ["s", "s"],
+}
 
 
 @pytest.fixture
@@ -36,11 +45,28 @@ def test_a_stopped_run_resumes_and_every_seed_has_its_column(gallery, tmp_path, 
     np.testing.assert_array_equal(arrays["measured"], [[1, 1.25], [0, 0], [1, 1.25], [1, 1]])
     assert arrays["analysis"].tolist() == ["one", "one", "two", "two"]
     assert arrays["seconds"].shape == (2, 2)
-    verdicts = [[finding.reproduced for finding in row] for row in gallery.findings(arrays)]
+    verdicts = [[finding.passed for finding in row] for row in gallery.rows(arrays)]
     assert verdicts == [[True, False], [False, False], [True, False], [True, True]]
-    found, times = gallery.tables(arrays, config)
-    assert list(found.columns[4].cells) == ["1 of 2", "0 of 2", "1 of 2", "2 of 2"]
+    assert [finding.passed for finding in gallery.findings(arrays, config)] == [False, False, False, True]
+    (times,) = gallery.tables(arrays, config)
     assert list(times.columns[3].cells) == ["1 of 4", "3 of 4"]
+
+
+@pytest.mark.parametrize(
+    ("finding", "place"),
+    [
+        (between("a", 0.25, 0.0, 1.0), 0.25),
+        (between("a", 7.0, 0.0, 1.0), 1.15),
+        (equal("a", 2.0, 2.0, 0.0), 0.5),
+        (equal("a", 3.0, 2.0, 0.0), 1.15),
+        (at_least("a", 2.0, 2.0), 0.0),
+        (at_least("a", 1.0, 2.0), -0.15),
+        (at_most("a", 2.0, 2.0), 1.0),
+        (at_most("a", 3.0, 2.0), 1.15),
+    ],
+)
+def test_the_place_of_a_measurement_in_its_interval(gallery, finding, place):
+    assert gallery.place(finding) == pytest.approx(place)
 
 
 def test_no_seed_is_an_error(gallery):

@@ -13,7 +13,7 @@ from attnlab.dynamics.gradients import gradient_noise
 from attnlab.losses import LOSSES, cross_entropy, square_loss
 from attnlab.models.adapters import from_linen
 from attnlab.models.attention import AttentionConfig, SelfAttention
-from attnlab.objective import batched, objective
+from attnlab.objectives import batched, objective
 from attnlab.training import minibatches, train
 from compare import assert_close
 
@@ -239,10 +239,10 @@ def test_the_closed_form_weighs_as_autodiff_does(layer, name, weighting):
     loss, weights = LOSSES[name], WEIGHTS[weighting]
     if name == "cross_entropy":
         loss, targets = loss.ignoring(-1), np.where(WEIGHTS["mask"], targets, -1)
-    exact = attention_hessian(config, params, inputs, targets, loss, weights=weights)
     risk = objective(from_linen(module), loss, inputs, targets, weights=weights)
+    exact = attention_hessian(risk, params)
     assert_close(exact.dense(), dense(risk, params), 1e-12)
-    assert_close(exact.dense("outer"), ggn(risk, params, check=False).dense(), 1e-12)
+    assert_close(exact.dense("ggn"), ggn(risk, params, check=False).dense(), 1e-12)
 
 
 @pytest.mark.parametrize(
@@ -264,13 +264,13 @@ def test_labels_that_are_no_class(labels, message):
     import optax
 
     params, inputs, _ = problem("cross_entropy")
-    config, layer = LAYERS["softmax"], SelfAttention(LAYERS["softmax"])
+    layer = SelfAttention(LAYERS["softmax"])
     weights = layer.init(jax.random.key(1), jnp.asarray(inputs[0]))["params"]
     risk = objective(predict, cross_entropy, inputs[0], labels)
     for refused in (
         lambda: risk(params),
         lambda: hessian(risk, params, check=False),
-        lambda: attention_hessian(config, weights, inputs[0], labels, "cross_entropy"),
+        lambda: attention_hessian(objective(from_linen(layer), cross_entropy, inputs[0], labels), weights),
         lambda: train(risk, params, optax.sgd(0.1), jax.random.key(0), steps=1),
     ):
         with pytest.raises(ValueError, match=message):
@@ -288,9 +288,10 @@ def test_under_jit_a_label_that_is_no_class_makes_everything_nan():
     )
     assert all(np.isnan(part).any() for part in loss_and_curvature(bad))
     assert all(np.isfinite(part).all() for part in loss_and_curvature(jnp.asarray(labels)))
-    config, layer = LAYERS["softmax"], SelfAttention(LAYERS["softmax"])
+    layer = SelfAttention(LAYERS["softmax"])
     weights = layer.init(jax.random.key(1), jnp.asarray(inputs))["params"]
-    closed = jax.jit(lambda labels: attention_hessian(config, weights, inputs, labels, "cross_entropy").dense())
+    around = lambda labels: objective(from_linen(layer), cross_entropy, inputs, labels)  # noqa: E731
+    closed = jax.jit(lambda labels: attention_hessian(around(labels), weights).dense())
     assert np.isnan(closed(bad)).any()
 
 

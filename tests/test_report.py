@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from fontTools.ttLib import TTFont
 
-from attnlab.claims import load_claims
+from attnlab.claims import at_most, load_claims
 from attnlab.cli import analysis_scripts
 from attnlab.report import staleness, write_report
 from attnlab.report.mathematics import mathematics
@@ -49,12 +49,8 @@ def row(**changes):
         "statement": r"\alpha < \tfrac{1}{2} \text{ & more}",
         "source": "a <source> & co",
         "instance": "Draws one.",
-        "relation": "at most",
-        "tolerance": 0.1,
-        "because": "rounding",
+        "parts": [at_most("one", 1.0, 1.0, 0.1, because="rounding").record()],
         "seed": 1,
-        "predicted": "1",
-        "measured": "1",
         "error": 0.0,
         "passed": True,
         "problem": "",
@@ -140,11 +136,18 @@ def script():
 
 def test_digests_cover_what_a_script_imports(script):
     names = set(source_digests(script))
-    needed = ("icl/depth.py", "icl/tasks.py", "objective/in_memory.py")
+    needed = ("icl/depth.py", "icl/tasks.py", "objectives/in_memory.py")
     assert {"analyses/icl_depth.py", *(f"attnlab/{name}" for name in needed)} <= names
     unneeded = {"cli.py", "runs/files.py", "margin/solve.py", "icl/landscape.py"}
     assert not {f"attnlab/{name}" for name in unneeded} & names
+    assert "attnlab/__init__.py" not in names  # the front door names every room
     assert "attnlab/runs/session.py" in source_digests(analysis_scripts()["central-flow"])  # it drives a training run
+
+
+def test_digests_of_a_script_that_comes_by_the_front_door(tmp_path):
+    script = tmp_path / "mine.py"
+    script.write_text("import attnlab as al")
+    assert {"attnlab/__init__.py", "attnlab/margin/solve.py", "attnlab/icl/tasks.py"} <= set(source_digests(script))
 
 
 def test_a_figure_is_stale_when_its_code_changed(script):

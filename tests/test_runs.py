@@ -6,16 +6,15 @@ import json
 import numpy as np
 import pytest
 
-from attnlab.runs import load_arrays, manifest, replace_directory, replace_file, save_result, stored_arrays
+from attnlab.runs import flat, load_arrays, manifest, replace_directory, replace_file, save_result, stored_arrays
 
 
 def test_arrays_come_back_as_they_went(tmp_path):
-    arrays = {"a/b": np.arange(6.0).reshape(2, 3), "flag": np.array(True)}
+    arrays = {"a": {"b": np.arange(6.0).reshape(2, 3), "c": {"d": np.ones(2)}}, "flag": np.array(True)}
     save_result(tmp_path / "deep" / "run", arrays, {"seed": 1})
     found = load_arrays(tmp_path / "deep" / "run")
-    assert set(found) == set(arrays)
-    for name, array in arrays.items():
-        np.testing.assert_array_equal(found[name], array)
+    np.testing.assert_equal(found, arrays)
+    assert set(flat(arrays)) == {"a/b", "a/c/d", "flag"}
     assert json.loads((tmp_path / "deep" / "run" / "manifest.json").read_text()) == {"seed": 1}
 
 

@@ -9,7 +9,7 @@ from flax import linen as nn
 from attnlab.curvature.operators import ggn, hessian
 from attnlab.losses import square_loss
 from attnlab.models.adapters import from_linen
-from attnlab.objective import objective
+from attnlab.objectives import objective
 from attnlab.trees import block_slices, leaf_names, select
 from compare import assert_close
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from attnlab.claims import REGISTRY, Comparison, claim
+from attnlab.claims import REGISTRY, at_most, claim, equal
 from attnlab.verification import Check, default_workers, verify_all, write_junit, write_verdicts
 
 ATTNLAB = Path(sys.executable).with_name("attnlab")
@@ -21,7 +21,7 @@ OPTIONS = {"source": "arithmetic", "tolerance": 1e-9, "because": "an identity"}
 OWN = '''
 import os
 
-from attnlab.claims import Comparison, claim
+from attnlab.claims import claim, equal
 
 OPTIONS = {"source": "arithmetic", "tolerance": 1e-9, "because": "an identity"}
 
@@ -29,7 +29,7 @@ OPTIONS = {"source": "arithmetic", "tolerance": 1e-9, "because": "an identity"}
 @claim(statement="1 = 1", **OPTIONS)
 def size_is_one(key, size=1):
     """Holds at the default size alone."""
-    return Comparison(1.0, size)
+    return equal("the size", size, 1.0)
 
 
 @claim(statement="1 = 1", **OPTIONS)
@@ -52,11 +52,11 @@ def some_claims():
 
     @claim(statement="a", **OPTIONS)
     def a_claim_with_sizes(key, size=1):
-        return Comparison(1.0, size)
+        return equal("the size", size, 1.0)
 
-    @claim(statement="b", relation="at most", **OPTIONS)
+    @claim(statement="b", **OPTIONS)
     def a_claim_without_sizes(key):
-        return Comparison(np.ones(9), np.ones(9))
+        return [at_most("ones", np.ones(9), np.ones(9)), at_most("two", 1.0, 2.0)]
 
     @claim(statement="c < d & e", **OPTIONS)
     def a_claim_that_raises(key):
@@ -91,7 +91,9 @@ def test_json_and_junit_hold_every_verdict(some_claims, tmp_path):
     assert content["seconds"] == 1.5
     assert content["config"] == {"seeds": [1, 2], "size": 1}
     assert [row["passed"] for row in content["verdicts"]] == [v.passed for v in verdicts]
-    assert content["verdicts"][2]["predicted"] == "9 numbers, norm 3"
+    ones, _ = content["verdicts"][2]["parts"]
+    assert (ones["what"], ones["expected"], ones["passed"]) == ("ones", "≤ 9 numbers, norm 3", True)
+    assert content["verdicts"][2]["worst"] == "ones"
     assert content["verdicts"][-1]["error"] is None
 
     write_junit(tmp_path / "v.xml", verdicts, 1.5)

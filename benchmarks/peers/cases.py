@@ -8,7 +8,7 @@ from attnlab.losses import cross_entropy, square_loss
 from attnlab.models.adapters import from_linen
 from attnlab.models.attention import AttentionConfig, SelfAttention
 from attnlab.models.transformer import LanguageModel, LanguageModelConfig, TransformerConfig
-from attnlab.objective import objective
+from attnlab.objectives import objective
 from attnlab.trees import leaf_names
 
 ENDS = (32, 64, 70)

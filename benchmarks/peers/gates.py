@@ -11,7 +11,7 @@ from jax.tree_util import Partial
 from peers.cases import ENDS
 
 from attnlab.curvature import batched, eigenpairs, hessian, spectral_density, trace
-from attnlab.objective import objective
+from attnlab.objectives import objective
 
 
 def _pair(found):
@@ -69,7 +69,7 @@ class Ours:
 
     def density(self, probes, steps):
         """The top of a spectral density, and how far its weights are from a probability."""
-        found = spectral_density(self.operator, jax.random.key(0), probes=probes, steps=steps)
+        found = spectral_density(self.operator, jax.random.key(0), samples=probes, steps=steps)
         mass = np.max(np.abs(np.sum(found.weights, axis=1, dtype=np.float64) - 1))
         return {"top": float(jnp.max(found.nodes)), "mass": mass, "imaginary": np.max(np.abs(np.imag(found.weights)))}
 
@@ -80,7 +80,7 @@ class Ours:
     def traces(self, seeds, products):
         """Estimates of the trace and their standard errors."""
         keys = map(jax.random.key, range(seeds))
-        return {"traces": [_pair(trace(self.operator, key, probes=products)) for key in keys]}
+        return {"traces": [_pair(trace(self.operator, key, samples=products)) for key in keys]}
 
 
 def measure(ask, vectors, images, exact_trace):

@@ -6,14 +6,13 @@ No heavy import at the top: `--help` answers at once. Scripts import JAX inside 
 import dataclasses
 import hashlib
 import json
-import math
 import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import tyro
 from rich.console import Console
@@ -22,12 +21,14 @@ from rich.table import Table
 from rich.text import Text
 
 from attnlab.compiled import keep_compiled_programs
+from attnlab.expectation import Expectation, expectations_table
 
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure
 
-Arrays = dict[str, "np.ndarray"]
+Arrays = dict[str, Any]
+"""NumPy arrays by name, in dicts within dicts; on disk a name is the path to its array, parted by "/"."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,14 @@ class AnalysisConfig:
     smoke: bool = False
     """Tiny sizes, in seconds, to see that it runs; the files' names then end in -smoke."""
     output: Path = Path()
-    """Folder under which results/ and figures/ are written."""
+    """Folder under which results/ is written."""
+    figures: Path | None = None
+    """Folder of the figure and its manifest; beside the arrays, in results/NAME/, if none is named."""
 
     def scratch(self) -> Path:
         """Where a long run of this very config keeps what it needs to resume; removed when the analysis is done."""
         options = {**dataclasses.asdict(self), "kind": type(self).__qualname__, "module": type(self).__module__}
+        del options["figures"]  # no number depends on it
         digest = hashlib.sha256(json.dumps(options, default=str, sort_keys=True).encode()).hexdigest()[:16]
         return self.output / "results" / ".running" / digest
 
@@ -56,38 +60,11 @@ class AnalysisConfig:
         return self.scratch().exists()
 
 
-class Finding(NamedTuple):
-    """One number that an analysis puts to the test: reproduced where it lies within [low, high].
+@dataclass(frozen=True)
+class SinglePrecisionConfig(AnalysisConfig):
+    """Options of an analysis that is computed in single precision unless told otherwise."""
 
-    `source` says whose expectation that is; an infinite end leaves a side open.
-    """
-
-    what: str
-    measured: float
-    low: float
-    high: float
-    source: str
-
-    @property
-    def reproduced(self) -> bool:
-        """Whether the measurement lies where it was expected; never so for NaN."""
-        return self.low <= self.measured <= self.high
-
-    @property
-    def expected(self) -> str:
-        """The interval in words."""
-        if math.isinf(self.high):
-            return f"at least {self.low:.4g}"
-        return f"at most {self.high:.4g}" if math.isinf(self.low) else f"{self.low:.4g} to {self.high:.4g}"
-
-
-def findings_table(findings: Sequence[Finding]) -> Table:
-    """What was measured beside what was expected."""
-    table = Table("what", "expected", "measured", "reproduced", "source")
-    for finding in findings:
-        verdict = Text("yes") if finding.reproduced else Text("no", style="red")
-        table.add_row(finding.what, finding.expected, f"{finding.measured:.4g}", verdict, finding.source)
-    return table
+    dtype: Literal["float64", "float32"] = "float32"
 
 
 def log_mean(values: "np.ndarray", axis: int = 0) -> tuple["np.ndarray", "np.ndarray"]:
@@ -108,7 +85,10 @@ class Analysis:
         compute: `compute(config, progress) -> arrays`, under a rich progress display.
         plot: `plot(arrays, config) -> Figure`, from the arrays alone.
         tables: `tables(arrays, config) -> rich tables` for the terminal.
+        findings: `findings(arrays, config) -> expectations` that the analysis puts to the test: shown behind the tables
+            and kept in the manifest.
         description: what the command's help says first.
+        slow: whether it compiles for many seconds even at smoke size: the quick tests leave it to the nightly ones.
     """
 
     name: str
@@ -116,10 +96,12 @@ class Analysis:
     compute: Callable[[Any, Progress], Arrays]
     plot: Callable[[Arrays, Any], "Figure"]
     tables: Callable[[Arrays, Any], Sequence[Table]]
+    findings: Callable[[Arrays, Any], Sequence[Expectation]]
     description: str
+    slow: bool = False
 
     def main(self, arguments: Sequence[str] | None = None) -> None:
-        """Parse the command line, compute, and write results/NAME and figures/NAME.{png,pdf,json}.
+        """Parse the command line, compute, and write the arrays to results/NAME and the figure NAME.{png,pdf,json}.
 
         Ends with status 1 and one line on standard error when the input or the training is at fault.
         """
@@ -140,7 +122,7 @@ class Analysis:
         """
         with progress_display(console) as progress:
             config, arrays, written = self.produce(config, progress)
-        for table in self.tables(arrays, config):
+        for table in (*self.tables(arrays, config), expectations_table(self.findings(arrays, config))):
             console.print(table)
         for path in written:
             console.print(f"wrote {path}", highlight=False, soft_wrap=True, markup=False)
@@ -151,12 +133,13 @@ class Analysis:
         used, the arrays, and what was written."""
         from attnlab.runs import check_writable
 
-        for folder in ("results", "figures"):
-            check_writable(config.output / folder / self.name)
+        for place in (config.output / "results" / self.name, config.figures):
+            if place is not None:
+                check_writable(place)
         configure_jax(config.dtype)
         config = dataclasses.replace(config, **config.SMOKE) if config.smoke else config
         resumed, started = config.resumes(), time.perf_counter()
-        arrays = self.compute(config, progress)
+        arrays = as_numpy(self.compute(config, progress))
         written = self._write(arrays, config, time.perf_counter() - started, resumed)
         shutil.rmtree(config.scratch(), ignore_errors=True)
         return config, arrays, written
@@ -168,15 +151,29 @@ class Analysis:
         name = self.name + ("-smoke" if config.smoke else "")
         # Of a resumed run the seconds are those of its last session alone.
         record = {"analysis": self.name, "resumed": resumed, **manifest(config, seconds, self._script())}
-        save_result(config.output / "results" / name, arrays, record)  # first: it is what took the time
+        record["findings"] = [finding.record() for finding in self.findings(arrays, config)]
+        results = config.output / "results" / name
+        save_result(results, arrays, record)  # first: it is what took the time
         with style():
             figure = self.plot(arrays, config)
-            png, pdf = save_figure(figure, config.output / "figures" / name)
+            png, pdf = save_figure(figure, (config.figures or results) / name)
         write_json(png.with_suffix(".json"), record)
-        return [png, pdf, config.output / "results" / name]
+        return [png, pdf, results]
 
     def _script(self) -> Path:
         return Path(str(sys.modules[self.config.__module__].__file__))
+
+
+def as_numpy(arrays: Mapping[str, Any]) -> Arrays:
+    """The same dicts, their leaves NumPy arrays. Raises `ValueError` for a name that no path on disk can hold."""
+    import numpy as np
+
+    for name in arrays:
+        if "/" in name or not name:
+            raise ValueError(f"an array is named {name!r}; expected a name without '/': put it into a dict within.")
+    return {
+        name: as_numpy(value) if isinstance(value, Mapping) else np.asarray(value) for name, value in arrays.items()
+    }
 
 
 def progress_display(console: Console) -> Progress:

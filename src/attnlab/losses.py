@@ -38,6 +38,16 @@ class Loss:
         likelihood: of which distribution of the targets l_n is the negative logarithm, up to a constant.
         check: `check(outputs, targets)` raises for targets that do not fit outputs of this shape.
         ignored: the label whose positions do not count; None if all do.
+
+    Example:
+        >>> import attnlab as al
+        >>> import jax.numpy as jnp
+        >>> outputs, labels = jnp.zeros((3, 4)), jnp.array([0, 2, -1])
+        >>> loss = al.cross_entropy.ignoring(-1)
+        >>> round(float(loss(outputs, labels)), 4)  # log 4, of the two that count
+        1.3863
+        >>> round(float(loss(outputs, labels, jnp.array([1.0, 0.0, 1.0]))), 4)
+        1.3863
     """
 
     name: str

@@ -25,6 +25,13 @@ class Estimate:
         samples: how many.
         bound: shaped alike: what the value may be off by beside chance, as truncation or a residual brings it; None
             where there is no such error.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from attnlab.statistics import estimate
+        >>> found = estimate(jnp.array([1.0, 2.0, 3.0]))
+        >>> float(found.value), round(float(found.standard_error), 4)
+        (2.0, 0.5774)
     """
 
     value: PyTree
@@ -55,7 +62,7 @@ class Estimate:
         """Lower and upper end of the interval that covers with probability `level`, by Student's t with samples - 1
         degrees of freedom, on both sides wider by the `bound`.
 
-        It supposes samples that are nearly normal. Where one of many eigenvectors carries the sum and few probes meet
+        It supposes samples that are nearly normal. Where one of many eigenvectors carries the sum and few samples meet
         it (a spike), they are not, and it covers less often: see `curvature.trace`. Raises `ValueError` for a level
         that is not between 0 and 1.
         """

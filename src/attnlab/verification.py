@@ -19,11 +19,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 from rich.text import Text
 
-from attnlab.claims import Claim, Verdict, claim_by_name
+from attnlab.claims import Verdict, claim_by_name
+from attnlab.expectation import Expectation, shown
 from attnlab.runs import manifest, replace_file, write_json
 
-COLUMNS = ("seed", "predicted", "measured", "error (allowed)", "seconds", "verdict")
-SIGNS = {"equal": "", "at most": "≤ ", "at least": "≥ "}
+COLUMNS = ("expected", "measured", "error", "seconds", "verdict")
 STRICT_SIZE = 2
 
 
@@ -90,13 +90,19 @@ def _shown(found: Named, check: Check, console: Console) -> Named:
 
 
 def line_of(verdict: Verdict) -> str:
-    """One verdict in plain text."""
-    claim = verdict.claim
-    if verdict.problem:
-        return f"{claim.name} seed {verdict.seed}: {word_of(verdict)}: {verdict.problem}"
-    numbers = f"predicted {SIGNS[claim.relation]}{shown(verdict.predicted)}, measured {shown(verdict.measured)}"
-    error = f"error {verdict.error:.1e} ({claim.tolerance:.0e})"
-    return f"{claim.name} seed {verdict.seed}: {word_of(verdict)}: {numbers}, {error}, {verdict.seconds:.1f} s"
+    """One verdict in plain text, with its worst part."""
+    start = f"{verdict.claim.name} seed {verdict.seed}: {word_of(verdict)}: "
+    part = verdict.worst
+    if part is None:
+        return f"{start}{verdict.problem}"
+    others = f"the worst of {len(verdict.parts)} parts, " if len(verdict.parts) > 1 else ""
+    return f"{start}{said(part)} ({others}{verdict.seconds:.1f} s)"
+
+
+def said(part: Expectation) -> str:
+    """What was expected and measured, and by how much it is off."""
+    numbers = f"expected {part.expected}, measured {shown(part.measured)}"
+    return f"{part.what}: {numbers}, error {part.error:.1e} of the allowed"
 
 
 def word_of(verdict: Verdict) -> str:
@@ -154,8 +160,7 @@ def _check_one(name: str, seeds: Sequence[int], size: int) -> list[Verdict]:
 
 
 def _failure(seed: int, problem: str, seconds: float) -> Verdict:
-    nothing = np.array(np.nan)
-    return Verdict(None, seed, nothing, nothing, np.inf, seconds, problem)  # type: ignore[arg-type]
+    return Verdict(None, seed, (), seconds, problem)  # type: ignore[arg-type]
 
 
 def _with_claim(verdict: Verdict, name: str) -> Verdict:
@@ -163,55 +168,43 @@ def _with_claim(verdict: Verdict, name: str) -> Verdict:
 
 
 def table_of(verdicts: Sequence[Verdict]) -> Table:
-    """One row a verdict."""
-    table = Table(Column("claim and source", overflow="fold", ratio=2), *COLUMNS, show_lines=True)
+    """One row a part of a verdict, under one that names its claim; errors in units of the tolerance."""
+    table = Table(Column("claim, source and what is measured", overflow="fold", ratio=2), *COLUMNS)
     for verdict in verdicts:
-        table.add_row(*cells(verdict))
+        for row in rows_of(verdict):
+            table.add_row(*row)
+        table.add_section()
     return table
 
 
 STYLES = {"passed": "green", "failed": "red", "skipped": "yellow"}
 
 
-def cells(verdict: Verdict) -> tuple[str | Text, ...]:
-    """One row of the table."""
-    claim: Claim = verdict.claim
-    word = word_of(verdict)
-    problem = f"\n{verdict.problem}" if verdict.problem else ""
-    return (
-        Text.assemble(claim.name, "\n", (claim.source, "dim"), (problem, STYLES[word])),
-        str(verdict.seed),
-        SIGNS[claim.relation] + shown(verdict.predicted),
-        shown(verdict.measured),
-        f"{verdict.error:.1e} ({claim.tolerance:.0e})",
-        f"{verdict.seconds:.1f}",
-        Text(word, style=STYLES[word]),
-    )
-
-
-def shown(values: np.ndarray) -> str:
-    """A number or a few; of a long array its size and norm."""
-    if values.size > 6:
-        return f"{values.size} numbers, norm {np.linalg.norm(values):.4g}"
-    return ", ".join(f"{value:.4g}" for value in np.ravel(values))
+def rows_of(verdict: Verdict) -> Iterator[tuple[str | Text, ...]]:
+    """The rows of a verdict in the table."""
+    word, claim = word_of(verdict), verdict.claim
+    problem = (f"\n{verdict.problem}" if verdict.problem else "", STYLES[word])
+    name = Text.assemble(f"{claim.name}, seed {verdict.seed}\n", (claim.source, "dim"), problem)
+    yield name, "", "", "", f"{verdict.seconds:.1f}", Text(word, style=STYLES[word])
+    for part in verdict.parts:
+        style = "" if part.passed else STYLES["failed"]
+        numbers = (part.expected, shown(part.measured), f"{part.error:.1e}")
+        yield Text(f"  {part.what}", style=style), *(Text(number, style=style) for number in numbers)
 
 
 def record(verdict: Verdict) -> dict[str, Any]:
     """A verdict and its claim in values of JSON; numbers that are not finite become null."""
-    claim = verdict.claim
+    claim, worst = verdict.claim, verdict.worst
     return {
         "claim": claim.name,
-        "strand": claim.compare.__module__.rpartition(".")[2],
+        "strand": claim.measure.__module__.rpartition(".")[2],
         "statement": claim.statement,
         "source": claim.source,
-        "instance": (claim.compare.__doc__ or "").strip(),
-        "relation": claim.relation,
-        "tolerance": claim.tolerance,
-        "because": claim.because,
+        "instance": (claim.measure.__doc__ or "").strip(),
         "seed": verdict.seed,
-        "predicted": shown(verdict.predicted),
-        "measured": shown(verdict.measured),
+        "parts": [part.record() for part in verdict.parts],
         "error": verdict.error if np.isfinite(verdict.error) else None,
+        "worst": None if worst is None else worst.what,
         "passed": verdict.passed,
         "skipped": verdict.skipped,
         "problem": verdict.problem,
@@ -239,8 +232,7 @@ def write_junit(path: Path, verdicts: Sequence[Verdict], seconds: float) -> None
         if verdict.skipped:
             ElementTree.SubElement(case, "skipped", {"message": row["problem"]})
         elif not verdict.passed:
-            sign = SIGNS[verdict.claim.relation]
-            message = row["problem"] or f"predicted {sign}{row['predicted']}, measured {row['measured']}"
+            message = row["problem"] or "; ".join(said(part) for part in verdict.parts if not part.passed)
             ElementTree.SubElement(case, "failure", {"message": message}).text = f"{row['statement']}\n{row['source']}"
     ElementTree.indent(suites)
     with replace_file(path) as partial:

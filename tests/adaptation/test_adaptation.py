@@ -14,7 +14,7 @@ from attnlab.data.contextual import contextual_mixture, pooling_error
 from attnlab.losses import square_loss
 from attnlab.models.adapters import from_linen, mean_over_tokens
 from attnlab.models.attention import AttentionConfig, SelfAttention
-from attnlab.objective import objective
+from attnlab.objectives import objective
 from cases import CASES
 from compare import assert_close
 from oracles import hessian as naive_hessian

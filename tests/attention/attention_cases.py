@@ -3,9 +3,11 @@
 import jax
 import jax.numpy as jnp
 
+from attnlab.attention import attention_hessian
 from attnlab.losses import LOSSES
+from attnlab.models.adapters import from_linen
 from attnlab.models.attention import AttentionConfig, SelfAttention
-from attnlab.objective import objective
+from attnlab.objectives import objective
 
 LENGTH, WIDTH = 5, 4
 
@@ -34,8 +36,17 @@ CASES = {
     "linear": (layer_config(weights="linear"), "square", (2,), None),
     "linear_causal": (layer_config(weights="linear", causal=True), "cross_entropy", (2,), None),
     "linear_merged": (layer_config(weights="linear", merged=True), "square", (2,), "per_sequence"),
+    "sink_causal": (layer_config(weights="softmax_sink", causal=True), "square", (2,), None),
+    "sink_merged": (layer_config(weights="softmax_sink", merged=True, heads=2), "square", (2,), "shared"),
+    "sigmoid": (layer_config(weights="sigmoid", heads=2, output_dim=3), "cross_entropy", (2,), None),
+    "sigmoid_mask": (layer_config(weights="sigmoid"), "square", (2,), "per_sequence"),
     "linear_heads_projection": (layer_config(weights="linear", heads=2, output_dim=3), "square", (2,), None),
 }
+
+
+def closed_form_of(config, loss, params, inputs, targets, mask=None, **options):
+    """The closed form of the layer by itself."""
+    return attention_hessian(risk_of(config, loss, inputs, targets, mask, **options), params)
 
 
 def output_features(config):
@@ -65,9 +76,7 @@ def problem(name, key, dtype=jnp.float64, offset=0.0):
     return config, loss, params, inputs, targets, random_mask(keys[3], config, batch, mask_kind)
 
 
-def risk_of(config, loss, inputs, targets, mask):
+def risk_of(config, loss, inputs, targets, mask=None, **options):
     """The empirical risk by way of the Flax module: all that the oracles see."""
-    module = SelfAttention(config)
-    predict = lambda params, inputs: module.apply({"params": params}, inputs["tokens"], inputs.get("mask"))  # noqa: E731
-    data = {"tokens": inputs} if mask is None else {"tokens": inputs, "mask": mask}
-    return objective(predict, LOSSES[loss], data, targets)
+    masks = {} if mask is None else {"mask": mask}
+    return objective(from_linen(SelfAttention(config), **masks), LOSSES[loss], inputs, targets, **options)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from attention_cases import layer_config
 
-from attnlab.attention import attention_hessian_from_downstream, downstream_derivatives
-from attnlab.attention.downstream import loss_derivatives
+from attnlab.attention import SecondOrder, attention_hessian, downstream_derivatives, second_order
 from attnlab.losses import LOSSES, cross_entropy
+from attnlab.models.adapters import from_linen
 from attnlab.models.attention import SelfAttention
-from attnlab.objective import objective
+from attnlab.objectives import objective
 from compare import assert_close
 from oracles import ggn, hessian
 
@@ -53,6 +53,10 @@ def rest_that_pools(weights, x, out):
     return jnp.broadcast_to(jnp.mean(jnp.tanh(x + out), axis=1, keepdims=True), x.shape) @ weights["unembed"]
 
 
+def layer_objective(tokens, behind):
+    return objective(from_linen(SelfAttention(CONFIG)), second_order, tokens, behind)
+
+
 RESTS = {
     "last_block": (rest_of_the_last_block, False),
     "another_layer": (rest_with_another_layer, True),
@@ -67,16 +71,19 @@ def test_layer_inside_a_network(name, key):
     layer, params, seen = SelfAttention(CONFIG), weights["first"], normalized(x)
     predict = lambda params, x: rest(weights, x, layer.apply({"params": params}, normalized(x)))  # noqa: E731
     risk = objective(predict, cross_entropy, x, labels)
-    expected = {"full": hessian(risk, params), "outer": ggn(risk, params)}
+    expected = {"hessian": hessian(risk, params), "ggn": ggn(risk, params)}
     out, loss = layer.apply({"params": params}, seen), partial(cross_entropy, targets=labels)
     for part, matrix in expected.items():
         behind = downstream_derivatives(partial(rest, weights, x), loss, out, part=part, coupled=coupled)
-        closed_form = attention_hessian_from_downstream(CONFIG, params, seen, *behind)
+        around = layer_objective(seen, SecondOrder(out, *behind))
+        closed_form = attention_hessian(around, params)
+        oracle = {"hessian": hessian, "ggn": ggn}[part]
+        assert_close(oracle(around, params), matrix)  # the second-order loss stands for the network
         assert_close(closed_form.dense(part), matrix)
         sizes = {n: np.size(w) for n, w in params.items()}
         key_key = np.asarray(matrix)[: sizes["key"], : sizes["key"]]
         assert_close(closed_form.norms()[part]["key", "key"], np.linalg.norm(key_key))
-        product = closed_form.mv(params, part)
+        product = closed_form.operator(part).mv(params)
         flat = np.concatenate([np.ravel(params[n]) for n in sorted(params)])
         assert_close(np.concatenate([np.ravel(product[n]) for n in sorted(params)]), matrix @ flat)
 
@@ -89,7 +96,7 @@ def test_coupled_and_token_diagonal_agree_where_both_hold(key):
     norms, traces = [], []
     for coupled in (True, False):
         behind = downstream_derivatives(rest, loss, out, coupled=coupled)
-        closed_form = attention_hessian_from_downstream(CONFIG, params, seen, *behind)
+        closed_form = attention_hessian(layer_objective(seen, SecondOrder(out, *behind)), params)
         norms.append(closed_form.norms())
         traces.append(closed_form.traces())
     assert_close(norms[0], norms[1], 1e-12)
@@ -103,7 +110,7 @@ def test_loss_derivatives(loss, key):
     if loss == "cross_entropy":
         targets = jnp.argmax(targets, axis=-1)
     name = "cross_entropy" if loss == "soft_labels" else loss
-    gradient, curvature = loss_derivatives(name, outputs, targets)
+    gradient, curvature = LOSSES[name].derivatives(outputs, targets)
     function = lambda out: LOSSES[name](out, targets)  # noqa: E731
     assert_close(gradient, jax.grad(function)(outputs), 1e-12)
     dense = jax.jit(jax.hessian(function))(outputs)
@@ -113,14 +120,28 @@ def test_loss_derivatives(loss, key):
     assert_close(np.einsum("blop,blcm->blocmp", curvature, tokens), dense, 1e-12)
 
 
-def test_shapes_of_what_stands_behind(key):
+def test_away_from_where_the_derivatives_were_taken(key):
+    """The loss is a quadratic of its own: its gradient at other outputs is that of the quadratic."""
     weights, x, _ = network(key)
     params = weights["first"]
-    build = partial(attention_hessian_from_downstream, CONFIG, params, x)
-    gradient = jnp.zeros((BATCH, LENGTH, WIDTH))
-    with pytest.raises(ValueError, match=r"gradient has shape .* expected that of the output"):
-        build(gradient[0], 1.0)
+    gradient = jax.random.normal(key, (BATCH, LENGTH, WIDTH))
+    square = jax.random.normal(key, (BATCH, LENGTH, WIDTH, LENGTH, WIDTH))
+    coupled = square + jnp.einsum("blomp->bmplo", square)
+    for curvature in (0.7, jnp.einsum("bloLp,lL->blop", coupled, jnp.eye(LENGTH)), coupled):
+        curvature = curvature if jnp.ndim(curvature) != 4 else curvature + jnp.swapaxes(curvature, 2, 3)
+        risk = layer_objective(x, SecondOrder(jnp.ones_like(gradient), gradient, curvature))
+        assert_close(attention_hessian(risk, params).dense(), hessian(risk, params))
+
+
+def test_shapes_of_what_stands_behind(key):
+    weights, x, _ = network(key)
+    params, zero = weights["first"], jnp.zeros((BATCH, LENGTH, WIDTH))
+    build = lambda *behind: attention_hessian(layer_objective(x, SecondOrder(*behind)), params)  # noqa: E731
+    with pytest.raises(ValueError, match=r"gradient has shape .* expected that of the layer's output"):
+        build(zero, zero[0], 1.0)
     with pytest.raises(ValueError, match=r"curvature has shape \(3, 3\); expected one of"):
-        build(gradient, jnp.eye(3))
-    with pytest.raises(ValueError, match="curvature has 1 non-finite"):
-        build(gradient, jnp.nan)
+        build(zero, zero, jnp.eye(3))
+    with pytest.raises(ValueError, match=r"targets: .*1 non-finite"):
+        build(zero, zero, jnp.nan)
+    with pytest.raises(TypeError, match=r"targets is a .*; expected a SecondOrder\(outputs, gradient, curvature\)"):
+        attention_hessian(layer_objective(x, zero), params)

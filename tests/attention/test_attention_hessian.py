@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import CASES, problem, risk_of
+from attention_cases import CASES, closed_form_of, problem, risk_of
 
-from attnlab.attention import PARTS, attention_hessian
+from attnlab.attention import PARTS
 from attnlab.trees import block_slices, ravel
 from compare import assert_close
 from oracles import ggn, hessian
@@ -16,15 +16,15 @@ from oracles import ggn, hessian
 def answers(closed_form, vector):
     return {
         "dense": {part: closed_form.dense(part) for part in PARTS},
-        "products": {part: closed_form.mv(vector, part) for part in PARTS},
+        "products": {part: closed_form.operator(part).mv(vector) for part in PARTS},
         "norms": closed_form.norms(),
         "traces": closed_form.traces(),
     }
 
 
 def autodiff_parts(risk, params):
-    full, outer = hessian(risk, params), ggn(risk, params)
-    return {"full": full, "outer": outer, "functional": full - outer}
+    whole, outer = hessian(risk, params), ggn(risk, params)
+    return {"hessian": whole, "ggn": outer, "functional": whole - outer}
 
 
 # They differ in one choice each from one that runs every time.
@@ -44,12 +44,12 @@ NIGHTLY = (
 )
 def test_equals_autodiff(name, key):
     config, loss, params, inputs, targets, mask = problem(name, key)
-    closed_form = attention_hessian(config, params, inputs, targets, loss, mask=mask)
+    closed_form = closed_form_of(config, loss, params, inputs, targets, mask)
     expected = autodiff_parts(risk_of(config, loss, inputs, targets, mask), params)
     vector = jax.tree.map(lambda leaf: jnp.cos(3 + jnp.arange(leaf.size, dtype=leaf.dtype)).reshape(leaf.shape), params)
     found, places = answers(closed_form, vector), block_slices(params)
     for part, matrix in expected.items():
-        scale = np.linalg.norm(expected["full"])
+        scale = np.linalg.norm(expected["hessian"])
         assert_close(found["dense"][part], matrix)
         assert_close(ravel(found["products"][part]), matrix @ ravel(vector))
         for row in params:
@@ -64,39 +64,39 @@ def test_equals_autodiff(name, key):
 SCORES = {("key", "key"), ("key", "query"), ("query", "query"), ("query_key", "query_key")}
 
 
-@pytest.mark.parametrize("name", ["heads_projection", "merged_heads", "linear"])
-def test_score_parameters_of_softmax_share_their_vectors(name, key):
+@pytest.mark.parametrize("name", ["heads_projection", "merged_heads", "linear", "sink_merged", "sigmoid"])
+def test_score_parameters_share_their_vectors(name, key):
     """There, and only there, a full block has one term less than its parts have together."""
     config, loss, params, inputs, targets, mask = problem(name, key)
 
     def blocks(params):
-        closed_form = attention_hessian(config, params, inputs, targets, loss, mask=mask)
-        return {part: {pair: closed_form.block(*pair, part) for pair in closed_form.outer} for part in PARTS}
+        closed_form = closed_form_of(config, loss, params, inputs, targets, mask)
+        return {part: {pair: closed_form.block(*pair, part) for pair in closed_form.ggn} for part in PARTS}
 
     found = jax.eval_shape(blocks, params)
     terms = {part: {pair: len(block.terms) for pair, block in found[part].items()} for part in PARTS}
-    fewer = {pair for pair, n in terms["full"].items() if n < terms["outer"][pair] + terms["functional"][pair]}
-    assert fewer == (SCORES & set(terms["full"]) if config.weights == "softmax" else set())
+    fewer = {pair for pair, n in terms["hessian"].items() if n < terms["ggn"][pair] + terms["functional"][pair]}
+    assert fewer == (SCORES & set(terms["hessian"]) if config.weights != "linear" else set())
 
 
 def test_zero_blocks_are_exactly_zero(key):
     """The layer is linear in the values, and linear attention in each of query and key."""
     for name, zero in (("one_head", ["value"]), ("linear", ["value", "query", "key"])):
         config, loss, params, inputs, targets, mask = problem(name, key)
-        norms = attention_hessian(config, params, inputs, targets, loss, mask=mask).norms()
+        norms = closed_form_of(config, loss, params, inputs, targets, mask).norms()
         assert [norms["functional"][block, block] for block in zero] == [0.0] * len(zero)
 
 
 def test_heads_meet_in_the_outer_part_only(key):
     config, loss, params, inputs, targets, mask = problem("heads_projection", key)
-    closed_form = attention_hessian(config, params, inputs, targets, loss, mask=mask)
+    closed_form = closed_form_of(config, loss, params, inputs, targets, mask)
     across = {}
-    for part in ("outer", "functional"):
+    for part in ("ggn", "functional"):
         dense = closed_form.block("query", "value", part).dense()
         split = dense.reshape(inputs.shape[-1], config.heads, config.key_dim, inputs.shape[-1], config.heads, -1)
         across[part] = jnp.linalg.norm(split[:, 0, :, :, 1])
     assert across["functional"] == 0
-    assert across["outer"] > 1e-3
+    assert across["ggn"] > 1e-3
 
 
 def test_differentiable_and_vmappable(key):
@@ -104,7 +104,7 @@ def test_differentiable_and_vmappable(key):
     config, loss, params, inputs, targets, _ = problem("cross_entropy", key)
 
     def sharpness_proxy(params):
-        return attention_hessian(config, params, inputs, targets, loss).norms()["full"]["query", "query"]
+        return closed_form_of(config, loss, params, inputs, targets).norms()["hessian"]["query", "query"]
 
     step = 1e-5
     direction = jax.tree.map(jnp.ones_like, params)
@@ -124,8 +124,8 @@ def test_a_permutation_of_the_heads_permutes_the_blocks(key):
         return leaf.reshape(leaf.shape[0], 3, -1)[:, order].reshape(leaf.shape)
 
     moved = {name: permuted(name, leaf) for name, leaf in params.items()}
-    before = attention_hessian(config, params, inputs, targets, loss, mask=mask)
-    after = attention_hessian(config, moved, inputs, targets, loss, mask=mask)
+    before = closed_form_of(config, loss, params, inputs, targets, mask)
+    after = closed_form_of(config, loss, moved, inputs, targets, mask)
     assert_close(after.norms(), before.norms(), 1e-12)
-    product = after.mv({name: permuted(name, leaf) for name, leaf in params.items()})
-    assert_close(product, {name: permuted(name, leaf) for name, leaf in before.mv(params).items()}, 1e-12)
+    product = after.operator().mv({name: permuted(name, leaf) for name, leaf in params.items()})
+    assert_close(product, {name: permuted(name, leaf) for name, leaf in before.operator().mv(params).items()}, 1e-12)

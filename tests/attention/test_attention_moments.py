@@ -19,15 +19,19 @@ def derivatives(tokens, natural, visible, kind):
 
     def average(z):
         scores = tokens @ z
-        weights = (
-            jax.nn.softmax(jnp.where(visible, scores, -jnp.inf)) if kind == "softmax" else jnp.where(visible, scores, 0)
-        )
+        powers = jnp.where(visible, jnp.exp(scores), 0)
+        weights = {
+            "softmax": powers / jnp.sum(powers),
+            "softmax_sink": powers / (1 + jnp.sum(powers)),
+            "linear": jnp.where(visible, scores, 0),
+            "sigmoid": powers / (powers + len(tokens)),
+        }[kind]
         return weights @ tokens
 
     return average(natural), jax.jacfwd(average)(natural), jax.jacfwd(jax.jacfwd(average))(natural)
 
 
-@pytest.mark.parametrize("name", ["mask_per_sequence", "heads", "linear_causal"])
+@pytest.mark.parametrize("name", ["mask_per_sequence", "heads", "linear_causal", "sink_causal", "sigmoid_mask"])
 def test_are_derivatives_in_the_natural_parameter(name, key):
     config, _, params, inputs, _, mask = problem(name, key)
     moments = attention_moments(config, params, inputs, mask)

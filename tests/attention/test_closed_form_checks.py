@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import problem
+from attention_cases import closed_form_of, problem
 
-from attnlab.attention import attention_hessian, attention_hessian_in, nearest_kronecker
-from attnlab.attention.cross_layer import cross_layer_outer
-from attnlab.attention.downstream import downstream_derivatives
+from attnlab.attention import attention_hessian, cross_layer_ggn, downstream_derivatives, nearest_kronecker
+from attnlab.models.adapters import from_linen
 from attnlab.models.attention import AttentionConfig
 from attnlab.models.transformer import Transformer, TransformerConfig
+from attnlab.objectives import objective
 from compare import assert_close
 
 
@@ -22,19 +22,21 @@ def couples_tokens(outputs):
     return jnp.mean(outputs**2) + jnp.mean(jnp.mean(outputs, axis=1) ** 2)
 
 
-def network(layers):
+def network(layers, loss):
     module = Transformer(
         TransformerConfig(AttentionConfig(key_dim=2, value_dim=2, output_dim=3), layers, mlp_width=4, norm=None)
     )
-    tokens = jax.random.normal(jax.random.key(0), (2, 3, 3))
-    return module, module.init(jax.random.key(1), tokens)["params"], tokens
+    risk = objective(from_linen(module), lambda outputs, targets: loss(outputs), TOKENS, TOKENS)
+    return risk, module.init(jax.random.key(1), TOKENS)["params"]
 
 
+TOKENS = jax.random.normal(jax.random.key(0), (2, 3, 3))
 ENTRIES = {
-    "cross_layer_outer": lambda loss: cross_layer_outer(*network(2), loss, "layer_0/attention", "layer_1/attention"),
-    "attention_hessian_in": lambda loss: attention_hessian_in(*network(1), loss, "layer_0/attention"),
-    "downstream coupled": lambda loss: downstream_derivatives(lambda x: x, loss, network(1)[2]),
-    "downstream outer": lambda loss: downstream_derivatives(lambda x: x, loss, network(1)[2], part="outer"),
+    "cross layer": lambda loss: cross_layer_ggn(*network(2, loss), "layer_0/attention", "layer_1/attention"),
+    "last layer": lambda loss: attention_hessian(*network(1, loss)),
+    "coupled": lambda loss: attention_hessian(*network(2, loss), "layer_0/attention"),
+    "downstream coupled": lambda loss: downstream_derivatives(lambda x: x, loss, TOKENS),
+    "downstream ggn": lambda loss: downstream_derivatives(lambda x: x, loss, TOKENS, part="ggn"),
 }
 
 
@@ -45,7 +47,7 @@ def test_a_loss_that_couples_sequences_is_refused(entry):
 
 
 def test_tokens_may_be_coupled_where_that_is_said():
-    outputs = network(1)[2]
+    outputs = TOKENS
     gradient, curvature = downstream_derivatives(lambda x: x, couples_tokens, outputs)
     expected = jax.hessian(couples_tokens)(outputs)
     assert_close(gradient, jax.grad(couples_tokens)(outputs), 1e-14)
@@ -54,31 +56,17 @@ def test_tokens_may_be_coupled_where_that_is_said():
         downstream_derivatives(lambda x: x, couples_tokens, outputs, coupled=False)
 
 
-@pytest.mark.parametrize(
-    ("positions", "error", "message"),
-    [
-        ([1, 1], ValueError, r"positions are \[1, 1\]; expected each token once"),
-        ([], TypeError, r"positions are \[\]; expected a list of whole numbers"),
-        ([0.5], TypeError, "expected a list of whole numbers"),
-        ([3], ValueError, "an entry of positions is 3; expected 0 <= an entry of positions <= 2"),
-    ],
-)
-def test_positions_that_are_refused(positions, error, message):
-    with pytest.raises(error, match=message):
-        attention_hessian_in(*network(1), lambda o: jnp.mean(o[:, 1] ** 2), "layer_0/attention", positions=positions)
-
-
 @pytest.mark.parametrize("exponent", [-12, -3, 0, 3])
 @pytest.mark.parametrize("name", ["heads_projection", "cross_entropy"])
 def test_norms_in_single_precision_at_any_scale(name, exponent):
     """Tokens scaled, against the same in 64 bits: where the norm is a number of the dtype, it is right."""
     config, loss, params, inputs, targets, mask = problem(name, jax.random.key(3))
     scaled = inputs * 10.0**exponent
-    exact = attention_hessian(config, params, scaled, targets, loss, mask=mask).norms()
+    exact = closed_form_of(config, loss, params, scaled, targets, mask).norms()
     single = lambda tree: jax.tree.map(  # noqa: E731
         lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
     )
-    half = attention_hessian(config, single(params), single(scaled), single(targets), loss, mask=mask)
+    half = closed_form_of(config, loss, single(params), single(scaled), single(targets), mask)
     compared = 0
     for part, norms in half.norms().items():
         for pair, norm in norms.items():
@@ -94,7 +82,7 @@ def test_norms_in_single_precision_at_any_scale(name, exponent):
 
 def test_nearest_kronecker_product_of_a_small_block():
     config, loss, params, inputs, targets, mask = problem("one_head", jax.random.key(3))
-    block = attention_hessian(config, params, inputs, targets, loss, mask=mask).block("query", "query")
+    block = closed_form_of(config, loss, params, inputs, targets, mask).block("query", "query")
     tiny = 1e-200 * block
     expected, found = nearest_kronecker(block), nearest_kronecker(tiny)
     assert_close(found.relative_error, expected.relative_error, 1e-12)

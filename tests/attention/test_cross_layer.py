@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 import oracles
-from attnlab.attention import cross_layer_outer
-from attnlab.losses import loss_by_name
+from attnlab.attention import cross_layer_ggn
 from attnlab.trees import block_slices
 from cases import CASES
 from compare import assert_close
@@ -19,11 +18,7 @@ LAYERS = ("layer_0/attention", "layer_1/attention")
 def test_blocks_between_layers_equal_autodiff(loss, row, column, key):
     risk, params = CASES[f"two_layers/{loss}"](key)
     dense, slices = oracles.ggn(risk, params), block_slices(params)
-    module = risk.predict.func.module
-    loss_of_outputs = lambda outputs: loss_by_name(loss)(outputs, risk.targets)  # noqa: E731
-    blocks = jax.jit(lambda params: cross_layer_outer(module, params, risk.inputs, loss_of_outputs, row, column))(
-        params
-    )
+    blocks = jax.jit(cross_layer_ggn, static_argnums=(2, 3))(risk, params, row, column)
     assert len(blocks) == 16
     for (mine, other), block in blocks.items():
         expected = dense[slices[f"{row}/{mine}"], slices[f"{column}/{other}"]]
@@ -33,7 +28,5 @@ def test_blocks_between_layers_equal_autodiff(loss, row, column, key):
 
 def test_unknown_layer(key):
     risk, params = CASES["two_layers/square"](key)
-    with pytest.raises(ValueError, match=r"path is 'layer_2/attention'"):
-        cross_layer_outer(
-            risk.predict.func.module, params, risk.inputs, lambda out: out.sum(), *LAYERS[:1], "layer_2/attention"
-        )
+    with pytest.raises(ValueError, match=r"there is no attention layer 'layer_2/attention'"):
+        cross_layer_ggn(risk, params, LAYERS[0], "layer_2/attention")

@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import problem
+from attention_cases import closed_form_of, problem
 
-from attnlab.attention import KroneckerSum, Leaf, Term, attention_hessian, nearest_kronecker
+from attnlab.attention import KroneckerSum, Leaf, Term, nearest_kronecker
 from attnlab.attention import kronecker as module
+from attnlab.trees import ravel
 from compare import assert_close
 
 LAYERS = ("heads_projection", "merged_heads", "linear_causal")
@@ -16,8 +17,10 @@ LAYERS = ("heads_projection", "merged_heads", "linear_causal")
 def blocks_of(name, key):
     """All blocks of a case, every part."""
     config, loss, params, inputs, targets, mask = problem(name, key)
-    hessian = attention_hessian(config, params, inputs, targets, loss, mask=mask)
-    return [hessian.block(row, column, part) for row in params for column in params for part in ("full", "functional")]
+    hessian = closed_form_of(config, loss, params, inputs, targets, mask)
+    return [
+        hessian.block(row, column, part) for row in params for column in params for part in ("hessian", "functional")
+    ]
 
 
 def rearranged(block, pairing):
@@ -36,6 +39,10 @@ def test_operations_against_the_dense_block(name, key):
         dense = np.asarray(block.dense())
         vector = jnp.sin(jnp.arange(block.column.size, dtype=float)).reshape(block.column.shape)
         assert_close(block.mv(vector).ravel(), dense @ np.ravel(vector), 1e-12, 1 + np.linalg.norm(dense))
+        if block.row == block.column and block.terms:
+            operator = block.operator()
+            assert_close(ravel(operator.mv(vector)), operator.dense() @ np.ravel(vector), 1e-12)
+            assert_close(operator.dense(), dense, 1e-14)
         assert_close(block.T.dense(), dense.T, 1e-14, 1 + np.linalg.norm(dense))
     first, second = blocks[0], blocks[1]
     dense = [np.asarray(block.dense()) for block in (first, second)]
@@ -68,7 +75,7 @@ def test_nearest_kronecker_against_the_dense_svd(name, pairing):
 def test_one_kronecker_product_is_its_own_nearest(key):
     """Square loss, one head: the value block is M^T M ⊗ I, so K-FAC is exact there."""
     config, loss, params, inputs, targets, _ = problem("batch", key)
-    block = attention_hessian(config, params, inputs, targets, loss).block("value", "value")
+    block = closed_form_of(config, loss, params, inputs, targets).block("value", "value")
     nearest = nearest_kronecker(block)
     assert nearest.relative_error < 1e-7
     assert_close(np.kron(nearest.left, nearest.right), block.dense())
@@ -77,8 +84,8 @@ def test_one_kronecker_product_is_its_own_nearest(key):
 def test_a_user_can_measure_k_fac(key):
     """The K-FAC pair of a block, and its error, without the block: never below the nearest product's."""
     config, loss, params, inputs, targets, _ = problem("cross_entropy", key)
-    hessian = attention_hessian(config, params, inputs, targets, loss)
-    block = hessian.block("value", "value", "outer")
+    hessian = closed_form_of(config, loss, params, inputs, targets)
+    block = hessian.block("value", "value", "ggn")
     tokens = hessian.moments.first[:, 0].reshape(-1, inputs.shape[-1])
     curvature = hessian.curvature.reshape(-1, config.value_dim, config.value_dim)
     k_fac = block.product(tokens.T @ tokens, jnp.mean(curvature, axis=0))
@@ -112,6 +119,8 @@ def test_bad_input(key):
         block.mv(jnp.ones((2, 2)))
     with pytest.raises(ValueError, match="only a diagonal block has a trace"):
         KroneckerSum((), Leaf((4, 3)), Leaf((4, 2)), "float64").trace()
+    with pytest.raises(ValueError, match="only a diagonal block is an operator"):
+        KroneckerSum((), Leaf((4, 3)), Leaf((4, 2)), "float64").operator()
     with pytest.raises(ValueError, match="expected the same parameters"):
         block.inner(KroneckerSum((), Leaf((4, 3)), Leaf((4, 1)), "float64"))
     with pytest.raises(ValueError, match="straight product for parameters"):

@@ -12,7 +12,7 @@ from attnlab.curvature.spectrum import eigenpairs, spectral_density
 from attnlab.losses import cross_entropy, square_loss
 from attnlab.models.adapters import from_linen
 from attnlab.models.networks import MLP, MLPConfig
-from attnlab.objective import batched, objective
+from attnlab.objectives import batched, objective
 from compare import assert_close
 
 OPERATORS = {**PARTS, **FISHERS}
@@ -89,7 +89,7 @@ def test_spectra_of_batches(key):
     whole = hessian(objective(PREDICT, cross_entropy, inputs, labels), params)
     parts = hessian(batched(PREDICT, cross_entropy, Dataset(inputs, labels, [32, 64, 70])), params)
     assert_close(eigenpairs(parts, key, 3).values, eigenpairs(whole, key, 3).values, 1e-12)
-    densities = [spectral_density(operator, key, probes=2, steps=5) for operator in (whole, parts)]
+    densities = [spectral_density(operator, key, samples=2, steps=5) for operator in (whole, parts)]
     assert_close(densities[1].nodes, densities[0].nodes, 1e-9)
 
 

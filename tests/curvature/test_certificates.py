@@ -84,8 +84,8 @@ def test_log_determinants_of_low_rank_lie_in_their_intervals(damping):
 @pytest.mark.parametrize("steps", [1, None])
 def test_operators_that_vanish(steps):
     zero, key = diagonal_operator(np.zeros(30)), jax.random.key(0)
-    assert log_determinant(zero, key, damping=2.0, steps=steps, probes=3).value == pytest.approx(30 * np.log(2.0))
-    share = spectral_density(zero, key, probes=3, steps=steps).negative_share()
+    assert log_determinant(zero, key, damping=2.0, steps=steps, samples=3).value == pytest.approx(30 * np.log(2.0))
+    share = spectral_density(zero, key, samples=3, steps=steps).negative_share()
     assert (share.value, share.standard_error) == (0, 0)
     assert condition_number(zero, key, damping=1.0).value == 1
     assert trace(zero, key).value == xtrace(zero, key).value == frobenius_norm(zero, key).value == 0
@@ -98,8 +98,8 @@ MEASURES = {
     "xtrace": lambda operator, key: xtrace(operator, key).value,
     "norm": lambda operator, key: frobenius_norm(operator, key).value,
     "eigenpairs": lambda operator, key: eigenpairs(operator, key, 3, which="both").values,
-    "mean": lambda operator, key: spectral_density(operator, key, probes=3).moment(1).value,
-    "nodes": lambda operator, key: jnp.max(spectral_density(operator, key, probes=3).nodes, axis=1),
+    "mean": lambda operator, key: spectral_density(operator, key, samples=3).moment(1).value,
+    "nodes": lambda operator, key: jnp.max(spectral_density(operator, key, samples=3).nodes, axis=1),
 }
 
 
@@ -132,7 +132,7 @@ def test_low_precision_is_right_to_its_precision(n, dtype):
     operator, key, epsilon = diagonal_operator(values, dtype), jax.random.key(1), float(jnp.finfo(dtype).eps)
     assert_close(eigenpairs(operator, key, 2).values, np.array([2.0, 4.0], np.float32), epsilon)
     assert_close(trace(operator, key).value, np.float32(values.sum()), epsilon)
-    moment = spectral_density(operator, key, probes=3).moment(2).value
+    moment = spectral_density(operator, key, samples=3).moment(2).value
     assert_close(moment, np.float32(np.mean(values**2)), 4 * epsilon)
     assert (
         solve(operator, operator.unravel(jnp.asarray(values, jnp.float32)), tolerance=epsilon).residual <= 2 * epsilon
@@ -146,7 +146,7 @@ SPIKE = np.r_[np.full(199, 1e-3), 1.0]
 def test_intervals_of_the_trace_cover(name, least, values):
     basis = np.linalg.qr(np.random.default_rng(0).standard_normal((200, 200)))[0]
     operator = Operator(Partial(jnp.dot, jnp.asarray((basis * values) @ basis.T)), jnp.zeros(200))
-    for estimator, options in ((trace, {"probes": 10}), (xtrace, {"products": 48})):
+    for estimator, options in ((trace, {"samples": 10}), (xtrace, {"products": 48})):
         found = [estimator(operator, jax.random.key(seed), **options).interval() for seed in range(80)]
         covered = np.mean([low <= values.sum() <= high for low, high in found])
         assert covered >= least - 3 * (0.1 * 0.9 / 80) ** 0.5
@@ -158,7 +158,7 @@ BAD = {
     "an old key": (TypeError, "key is an array of jax.random.PRNGKey", lambda o: trace(o, jax.random.PRNGKey(0))),
     "an integer key": (TypeError, "key is 0, a int", lambda o: spectral_density(o, 0)),
     "a float count": (TypeError, r"count is 2\.0, a float", lambda o: eigenpairs(o, jax.random.key(0), 2.0)),
-    "no probe": (ValueError, "probes is 0", lambda o: trace(o, jax.random.key(0), probes=0)),
+    "no sample": (ValueError, "samples is 0", lambda o: trace(o, jax.random.key(0), samples=0)),
     "a float of steps": (TypeError, r"steps is 4\.5", lambda o: spectral_density(o, jax.random.key(0), steps=4.5)),
     "a wrong end": (ValueError, "end of the spectrum 'top'", lambda o: eigenpairs(o, jax.random.key(0), which="top")),
     "damping": (ValueError, "damping is nan", lambda o: log_determinant(o, jax.random.key(0), damping=float("nan"))),

@@ -25,7 +25,7 @@ from attnlab.curvature.spectrum import spectral_density
 from attnlab.losses import square_loss
 from attnlab.models.adapters import from_linen
 from attnlab.models.attention import AttentionConfig, SelfAttention
-from attnlab.objective import objective
+from attnlab.objectives import objective
 from attnlab.statistics import Estimate
 from compare import assert_close
 
@@ -67,7 +67,7 @@ def test_bars_of_two_standard_errors_cover_as_often_as_they_should(name):
 
 def test_one_probe_bounds_nothing():
     operators, _ = layer()
-    assert np.isinf(trace(operators["hessian"], jax.random.key(1), probes=1).standard_error)
+    assert np.isinf(trace(operators["hessian"], jax.random.key(1), samples=1).standard_error)
 
 
 def test_the_root_of_an_estimate():
@@ -82,7 +82,7 @@ def test_the_root_of_an_estimate():
 
 def test_the_trace_of_a_diagonal_operator_is_exact(key):
     matrix = Operator(Partial(lambda d, v: d * v, jnp.arange(1.0, 21.0)), jnp.zeros(20))
-    found = trace(matrix, key, probes=3)
+    found = trace(matrix, key, samples=3)
     assert_close(found.value, 210.0, 1e-14)
     assert found.standard_error <= 1e-12
 
@@ -102,8 +102,16 @@ def test_log_determinant_lies_in_its_error(damping):
 def test_the_log_determinant_says_what_a_short_quadrature_misses(each_key):
     operators, matrices = layer()
     _, exact = np.linalg.slogdet(matrices["ggn"] + 1e-6 * np.eye(144))
-    found = log_determinant(operators["ggn"], each_key, damping=1e-6, steps=8, probes=100)
+    found = log_determinant(operators["ggn"], each_key, damping=1e-6, steps=8, samples=100)
     assert abs(found.value - exact) <= 1.2 * np.hypot(found.standard_error, found.bound)
+
+
+def test_the_log_determinant_of_a_whole_krylov_space_is_exact(key):
+    """As many steps as rows leave nothing out: no bracket is left, and no error but that of the samples."""
+    operator = Operator(Partial(jnp.multiply, jnp.arange(1.0, 7.0)), jnp.zeros(6))
+    found = log_determinant(operator, key, damping=0.5, steps=6, samples=3)
+    assert_close(found.value, np.sum(np.log(np.arange(1.0, 7.0) + 0.5)), 1e-12)
+    assert found.bound == 0
 
 
 def test_an_indefinite_matrix_has_no_log_determinant(key):
@@ -125,11 +133,11 @@ def test_negative_share(each_key):
     operators, matrices = layer()
     values = np.linalg.eigvalsh(matrices["hessian"])
     exact = -values[values < 0].sum() / np.abs(values).sum()
-    found = spectral_density(operators["hessian"], each_key, probes=30, steps=40).negative_share()
+    found = spectral_density(operators["hessian"], each_key, samples=30, steps=40).negative_share()
     share, error = found.value, found.standard_error
     assert abs(share - exact) <= 3 * error
     assert 0 < error < 0.1
-    positive = spectral_density(operators["ggn"], each_key, probes=3, steps=20).negative_share()
+    positive = spectral_density(operators["ggn"], each_key, samples=3, steps=20).negative_share()
     assert positive.value <= 1e-10
 
 
@@ -191,7 +199,7 @@ def test_a_right_hand_side_of_zeros():
 def test_products_that_are_not_finite(key):
     risk = objective(lambda params, x: jnp.sqrt(params) * x, square_loss, jnp.ones(4), jnp.zeros(4))
     operator = hessian(risk, jnp.array([0.0, 1.0, 2.0, 3.0]))
-    with pytest.raises(NonFiniteProductError, match="not finite for probe 0 of 48") as caught:
+    with pytest.raises(NonFiniteProductError, match="not finite for sample 0 of 48") as caught:
         trace(operator, key)
     assert caught.value.partial is None
     with pytest.raises(NonFiniteProductError, match="not finite within"):
@@ -201,29 +209,29 @@ def test_products_that_are_not_finite(key):
 
 
 def test_probes_before_a_failure_are_kept(key):
-    probes = jax.vmap(lambda key: jax.random.rademacher(key, (20,), float))(jax.random.split(key, 8))
+    samples = jax.vmap(lambda key: jax.random.rademacher(key, (20,), float))(jax.random.split(key, 8))
     matrix = jax.random.normal(key, (20, 20))
     matrix = matrix + matrix.T
 
     def product(matrix, bad, vector):
         return jnp.where(jnp.all(vector == bad), jnp.nan, matrix @ vector)
 
-    operator = Operator(Partial(product, matrix, probes[5]), jnp.zeros(20))
-    for estimate, samples in ((trace, np.sum), (diagonal, np.asarray)):
-        rows = np.array([samples(z * (matrix @ z)) for z in probes[:5]])
-        with pytest.raises(NonFiniteProductError, match="not finite for probe 5 of 8") as caught:
-            estimate(operator, key, probes=8)
+    operator = Operator(Partial(product, matrix, samples[5]), jnp.zeros(20))
+    for estimate, of_each in ((trace, np.sum), (diagonal, np.asarray)):
+        rows = np.array([of_each(z * (matrix @ z)) for z in samples[:5]])
+        with pytest.raises(NonFiniteProductError, match="not finite for sample 5 of 8") as caught:
+            estimate(operator, key, samples=8)
         assert_close(caught.value.partial.value, rows.mean(axis=0), 1e-12)
         assert_close(caught.value.partial.standard_error, rows.std(axis=0, ddof=1) / 5**0.5, 1e-12)
-    found = jax.jit(lambda operator: trace(operator, key, probes=8))(operator)
+    found = jax.jit(lambda operator: trace(operator, key, samples=8))(operator)
     assert np.isnan(found.value)
     assert np.isnan(found.standard_error)
 
 
 def test_numbers_that_make_no_sense(key):
     operator = Operator(Partial(lambda d, v: d * v, jnp.arange(1.0, 21.0)), jnp.zeros(20))
-    with pytest.raises(ValueError, match="probes is 0; expected a positive whole number"):
-        trace(operator, key, probes=0)
+    with pytest.raises(ValueError, match="samples is 0; expected a positive whole number"):
+        trace(operator, key, samples=0)
     with pytest.raises(ValueError, match="steps is 0; expected a positive whole number"):
         solve(operator, jnp.ones(20), steps=0)
     for wrong in (-1e-5, float("nan")):

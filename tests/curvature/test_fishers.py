@@ -11,7 +11,7 @@ import oracles
 from attnlab.curvature.operators import empirical_fisher, fisher, hessian
 from attnlab.curvature.transforms import cross, precondition
 from attnlab.losses import square_loss
-from attnlab.objective import objective
+from attnlab.objectives import objective
 from attnlab.trees import block_slices
 from cases import CASES
 from compare import assert_close

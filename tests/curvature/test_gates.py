@@ -12,7 +12,7 @@ from attnlab.losses import cross_entropy
 from attnlab.models.adapters import from_linen
 from attnlab.models.attention import AttentionConfig
 from attnlab.models.transformer import LanguageModel, LanguageModelConfig, TransformerConfig
-from attnlab.objective import objective
+from attnlab.objectives import objective
 
 
 @cache
@@ -33,7 +33,7 @@ def density(scale=1.0):
     risk, params = language_model()
     loss = risk.loss if scale == 1.0 else lambda o, t: jnp.float32(scale) * cross_entropy(o, t)
     operator = hessian(objective(risk.predict, loss, risk.inputs, risk.targets), params)
-    return operator, spectral_density(operator, jax.random.key(0), probes=4, steps=32)
+    return operator, spectral_density(operator, jax.random.key(0), samples=4, steps=32)
 
 
 def test_products_are_symmetric(key):

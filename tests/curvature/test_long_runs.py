@@ -25,7 +25,7 @@ from attnlab.curvature.guards import NonFiniteProductError
 from attnlab.curvature.operators import Operator, ggn, hessian
 from attnlab.curvature.spectrum import eigenpairs, spectral_density
 from attnlab.losses import square_loss
-from attnlab.objective import batched, objective
+from attnlab.objectives import batched, objective
 from attnlab.runs import progress as progress_module
 from attnlab.runs import session as session_module
 from attnlab.runs.progress import Progress, print_progress
@@ -62,8 +62,8 @@ def kill_after(calls):
 
 
 RUNS = {
-    "density": (partial(spectral_density, probes=4, steps=40), Session(), 5),
-    "density_together": (partial(spectral_density, probes=4, steps=40), Session(together=2), 2),
+    "density": (partial(spectral_density, samples=4, steps=40), Session(), 5),
+    "density_together": (partial(spectral_density, samples=4, steps=40), Session(together=2), 2),
     "eigenpairs": (partial(eigenpairs, count=2), Session(), 3),
 }
 
@@ -111,7 +111,7 @@ def some_blocks():
 
 def test_densities_of_blocks_resume_at_the_block_that_was_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(session_module, "SAVE_SECONDS", 0.0)
-    run = partial(block_densities, *some_blocks(), jax.random.key(1), blocks=["in", "out/w"], probes=2)
+    run = partial(block_densities, *some_blocks(), jax.random.key(1), blocks=["in", "out/w"], samples=2)
     untouched = run(session=Session(directory=tmp_path / "untouched"))
     with pytest.raises(Killed):
         # The first of four reports on the second block.
@@ -141,7 +141,7 @@ def test_one_directory_serves_every_damping(tmp_path, monkeypatch):
     matrix, key = operator(), jax.random.key(1)
     values = 2 * np.linspace(-1, 1, DIMENSION) ** 9
     runs = {
-        "determinant": (partial(log_determinant, probes=4, steps=40), lambda d: np.sum(np.log(values + d))),
+        "determinant": (partial(log_determinant, samples=4, steps=40), lambda d: np.sum(np.log(values + d))),
         "condition": (condition_number, lambda d: (2 + d) / (d - 2)),
     }
     for name, (estimate, exact) in runs.items():
@@ -151,7 +151,7 @@ def test_one_directory_serves_every_damping(tmp_path, monkeypatch):
         seen: list[Progress] = []
         for damping in (3.0, 4.0):
             found = run(damping=damping, session=replace(session, report=seen.append))
-            # Four probes give Student's t with 3 degrees of freedom.
+            # Four samples give Student's t with 3 degrees of freedom.
             assert abs(found.value - exact(damping)) <= 8 * found.error
             if damping == 3.0:
                 assert seen[0].products > 26  # what was done is not done again
@@ -168,7 +168,7 @@ def test_a_directory_belongs_to_one_operator(tmp_path):
 
     data, others = ([(x[i : i + 4], x[i : i + 4, 0] + shift) for i in (0, 4, 8)] for shift in (0.0, 1.0))
     risk, other = (batched(predict, square_loss, batches) for batches in (data, others))
-    run = partial(spectral_density, key=jax.random.key(1), probes=2, steps=2)
+    run = partial(spectral_density, key=jax.random.key(1), samples=2, steps=2)
     pairs = [
         (hessian(risk, params), ggn(risk, params)),
         (hessian(risk, params) + ggn(risk, params), hessian(other, params) + ggn(other, params)),
@@ -192,7 +192,7 @@ def test_long_runs_give_the_numbers_of_short_ones(name, key, tmp_path):
 
 def test_progress_counts_products_and_foresees_the_end(capsys):
     seen: list[Progress] = []
-    spectral_density(operator(), jax.random.key(1), probes=2, steps=40, session=Session(report=seen.append))
+    spectral_density(operator(), jax.random.key(1), samples=2, steps=40, session=Session(report=seen.append))
     assert [progress.products for progress in seen] == [16, 32, 40, 56, 72, 80]
     assert all(progress.total == 80 for progress in seen)
     assert seen[-1].left == 0
@@ -242,12 +242,12 @@ def test_a_bad_batch_is_named():
     with pytest.raises(ValueError, match="batch 1: the loss is nan at these parameters"):
         hessian(batched(lambda params, x: jnp.tanh(x @ params), Fails(), batches), jnp.ones(3))
     risk = batched(lambda params, x: jnp.tanh(x @ params), FailsTwice(), batches)
-    with pytest.raises(NonFiniteProductError, match="step 0 of probe 0; the first batch that gives one is batch 1"):
-        spectral_density(hessian(risk, jnp.ones(3), check=False), jax.random.key(1), probes=1, steps=2)
+    with pytest.raises(NonFiniteProductError, match="step 0 of sample 0; the first batch that gives one is batch 1"):
+        spectral_density(hessian(risk, jnp.ones(3), check=False), jax.random.key(1), samples=1, steps=2)
 
 
 def late_nan(matrix, vector):
-    # A coordinate vector is met by no probe before the Krylov space is exhausted; a threshold on an entry is.
+    # A coordinate vector is met by no sample before the Krylov space is exhausted; a threshold on an entry is.
     image = matrix @ vector
     return jnp.where(jnp.abs(vector[0]) > 0.5, jnp.nan, image)
 
@@ -257,8 +257,8 @@ def test_a_failure_in_the_first_probe_is_named_alike_by_both_paths(tmp_path):
     failing = Operator(Partial(late_nan, matrix), jnp.zeros(DIMENSION))
     messages = []
     for options in ({}, {"session": Session(directory=tmp_path / "run")}):
-        with pytest.raises(NonFiniteProductError, match=r"at step \d+ of probe 0") as caught:
-            spectral_density(failing, jax.random.key(1), probes=2, steps=20, **options)
+        with pytest.raises(NonFiniteProductError, match=r"at step \d+ of sample 0") as caught:
+            spectral_density(failing, jax.random.key(1), samples=2, steps=20, **options)
         messages.append(str(caught.value).split(".")[0])
         assert caught.value.partial is None
     assert messages[0] == messages[1]
@@ -289,7 +289,7 @@ def test_pairs_before_a_failure_are_kept(long, tmp_path):
 def test_finished_probes_come_with_the_error(monkeypatch, tmp_path):
     matrix = operator()
     reference = spectral_density(
-        matrix, jax.random.key(1), probes=2, steps=20, session=Session(directory=tmp_path / "reference")
+        matrix, jax.random.key(1), samples=2, steps=20, session=Session(directory=tmp_path / "reference")
     )
     real, calls = density_module._advance_jitted, []
 
@@ -302,8 +302,8 @@ def test_finished_probes_come_with_the_error(monkeypatch, tmp_path):
 
     monkeypatch.setattr(density_module, "_advance_jitted", advance)
     keys = jax.random.key(1)
-    with pytest.raises(NonFiniteProductError, match="at step 16 of probe 1") as caught:
-        spectral_density(matrix, keys, probes=2, steps=20, session=Session(directory=tmp_path / "run"))
+    with pytest.raises(NonFiniteProductError, match="at step 16 of sample 1") as caught:
+        spectral_density(matrix, keys, samples=2, steps=20, session=Session(directory=tmp_path / "run"))
     np.testing.assert_array_equal(caught.value.partial.nodes, reference.nodes[:1])
     np.testing.assert_array_equal(caught.value.partial.weights, reference.weights[:1])
 
@@ -324,7 +324,7 @@ def test_estimates_and_solutions_refuse_them_too(estimate):
     twist = np.random.default_rng(0).standard_normal((40, 40)) / 40**0.5
     crooked = Operator(Partial(dense_product, jnp.eye(40) + 0.02 * (twist - twist.T)), jnp.zeros(40))
     with pytest.raises(ValueError, match="the operator is not symmetric"):
-        estimate(crooked, jax.random.key(1), probes=4)
+        estimate(crooked, jax.random.key(1), samples=4)
     with pytest.raises(ValueError, match="the operator is not symmetric"):
         solve(crooked, jnp.arange(40.0))
 
@@ -338,12 +338,12 @@ def test_an_operator_with_noise_is_refused():
 
     matrix = jnp.diag(jnp.linspace(-1, 1, DIMENSION))
     with pytest.raises(ValueError, match="two products with it disagree"):
-        spectral_density(Operator(Partial(noisy, matrix), jnp.zeros(DIMENSION)), jax.random.key(1), probes=1, steps=10)
+        spectral_density(Operator(Partial(noisy, matrix), jnp.zeros(DIMENSION)), jax.random.key(1), samples=1, steps=10)
 
 
 def test_computations_that_do_not_fit_are_refused_before_they_start(monkeypatch):
     monkeypatch.setattr(guards, "_available_bytes", lambda: 100_000)
     with pytest.raises(MemoryError, match=r"a basis of 41 vectors of 600 numbers.*Ask for fewer eigenpairs"):
         eigenpairs(operator(), jax.random.key(1), 10)
-    with pytest.raises(MemoryError, match=r"10 probes of 600 numbers at once.*Run fewer together"):
+    with pytest.raises(MemoryError, match=r"10 samples of 600 numbers at once.*Run fewer together"):
         spectral_density(operator(), jax.random.key(1), session=Session(together=10))

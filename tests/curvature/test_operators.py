@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 import oracles
 from attnlab.curvature.operators import PARTS, functional, ggn, hessian, restrict
 from attnlab.losses import cross_entropy, square_loss
-from attnlab.objective import objective
+from attnlab.objectives import objective
 from attnlab.trees import block_slices
 from cases import CASES, build
 from compare import assert_close

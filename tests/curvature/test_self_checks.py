@@ -18,7 +18,7 @@ from attnlab.curvature import (
     self_checks,
 )
 from attnlab.losses import cross_entropy, square_loss
-from attnlab.objective import objective
+from attnlab.objectives import objective
 from cases import CASES
 
 INPUTS = np.random.default_rng(0).standard_normal((6, 3))

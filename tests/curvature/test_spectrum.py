@@ -17,7 +17,7 @@ from attnlab.curvature.spectrum import eigenpairs, spectral_density
 from attnlab.losses import square_loss
 from attnlab.models.adapters import from_linen
 from attnlab.models.attention import AttentionConfig, SelfAttention
-from attnlab.objective import objective
+from attnlab.objectives import objective
 from attnlab.runs.session import Session
 from attnlab.statistics import standard_error
 from cases import CASES
@@ -66,7 +66,7 @@ def test_moments_of_the_density_lie_in_their_own_error_band():
     operator, exact = wide_attention()
     deviations = []
     for seed in range(20):
-        density = spectral_density(operator, jax.random.key(seed), probes=12, steps=12)
+        density = spectral_density(operator, jax.random.key(seed), samples=12, steps=12)
         for power in (1, 2, 3, 4):
             found = density.moment(power)
             deviations.append((found.value - np.mean(exact**power)) / found.standard_error)
@@ -78,7 +78,7 @@ def test_moments_of_the_density_lie_in_their_own_error_band():
 def test_first_two_moments_are_exact_for_each_probe(each_key):
     # <z, A z> and |A z|^2 by the Gauss rule: degrees 1 and 2 need two steps.
     operator, _ = wide_attention()
-    density = spectral_density(operator, each_key, probes=3, steps=2)
+    density = spectral_density(operator, each_key, samples=3, steps=2)
     keys = jax.random.split(each_key, 3)
     for row, probe_key in enumerate(keys):
         z = jax.random.rademacher(probe_key, (operator.dimension,), float)
@@ -89,7 +89,7 @@ def test_first_two_moments_are_exact_for_each_probe(each_key):
 
 def test_density_and_cumulative_agree_with_the_exact_spectrum(each_key):
     operator, exact = wide_attention()
-    density = spectral_density(operator, each_key, probes=40, steps=60)
+    density = spectral_density(operator, each_key, samples=40, steps=60)
     grid = jnp.linspace(1.1 * exact[0], 1.1 * exact[-1], 200)
     width = 0.05 * (exact[-1] - exact[0])
     found = density.density(grid, width)
@@ -106,10 +106,10 @@ def test_density_and_cumulative_agree_with_the_exact_spectrum(each_key):
 
 
 def test_copies_of_a_converged_node_share_its_weight(each_key):
-    """On a diagonal operator every probe of signs has the weight 1/n at each eigenvalue."""
+    """On a diagonal operator every sample of signs has the weight 1/n at each eigenvalue."""
     values = np.concatenate([np.linspace(0, 1, 198), [5.0, 10.0]])
     operator = Operator(Partial(jnp.multiply, jnp.asarray(values)), jnp.zeros(200))
-    density = spectral_density(operator, each_key, probes=2, steps=60)
+    density = spectral_density(operator, each_key, samples=2, steps=60)
     for value in (5.0, 10.0):
         copies = np.abs(density.nodes - value) <= 1e-6
         assert np.all(np.sum(copies, axis=1) > 1)
@@ -120,7 +120,7 @@ def test_copies_of_a_converged_node_share_its_weight(each_key):
 def test_scaling_the_loss_scales_the_spectrum(key):
     risk, params = CASES["softmax/square"](key)
     tiny = objective(risk.predict, lambda o, t: 1e-6 * square_loss(o, t), risk.inputs, risk.targets)
-    whole, scaled = (spectral_density(hessian(r, params), key, probes=2, steps=10) for r in (risk, tiny))
+    whole, scaled = (spectral_density(hessian(r, params), key, samples=2, steps=10) for r in (risk, tiny))
     assert_close(1e6 * scaled.nodes, whole.nodes, 1e-8)
     assert_close(scaled.weights, whole.weights, 1e-6)
 
@@ -131,10 +131,10 @@ def test_one_probe_bounds_nothing():
 
 def test_a_second_point_compiles_nothing(key):
     risk, params = CASES["softmax/square"](key)
-    spectral_density(hessian(risk, params), key, probes=2, steps=5)
+    spectral_density(hessian(risk, params), key, samples=2, steps=5)
     compiled = density._in_one_program._cache_size()
     moved = jax.tree.map(lambda leaf: 2.0 * leaf, params)
-    spectral_density(hessian(risk, moved), key, probes=2, steps=5)
+    spectral_density(hessian(risk, moved), key, samples=2, steps=5)
     assert density._in_one_program._cache_size() == compiled
 
 
@@ -145,8 +145,8 @@ class TestBadInput:
             spectral_density(operator, key, steps=19)
 
     def test_no_probe(self, key):
-        with pytest.raises(ValueError, match="probes is 0"):
-            spectral_density(ggn(*CASES["softmax/square"](key)), key, probes=0)
+        with pytest.raises(ValueError, match="samples is 0"):
+            spectral_density(ggn(*CASES["softmax/square"](key)), key, samples=0)
 
     @pytest.mark.parametrize(("which", "count"), [("high", 19), ("both", 10), ("low", 0)])
     def test_counts_that_do_not_fit(self, which, count, key):
@@ -160,13 +160,13 @@ class TestBadInput:
     def test_a_product_that_is_not_finite(self, key):
         risk = objective(lambda params, x: jnp.sqrt(params) * x, square_loss, jnp.ones(4), jnp.zeros(4))
         operator = hessian(risk, jnp.array([0.0, 1.0, 2.0, 3.0]))
-        with pytest.raises(NonFiniteProductError, match="not finite at step 0 of probe 0"):
+        with pytest.raises(NonFiniteProductError, match="not finite at step 0 of sample 0"):
             spectral_density(operator, key, steps=3)
         with pytest.raises(NonFiniteProductError, match="not finite within 4 products"):
             eigenpairs(operator, key)
 
     def test_probes_that_do_not_run_together_evenly(self, key):
-        with pytest.raises(ValueError, match="together is 3; expected a divisor of probes, which is 10"):
+        with pytest.raises(ValueError, match="together is 3; expected a divisor of samples, which is 10"):
             spectral_density(ggn(*CASES["softmax/square"](key)), key, steps=3, session=Session(together=3))
 
 

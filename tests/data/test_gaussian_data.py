@@ -11,7 +11,7 @@ from attnlab.data.gaussian import gaussian_tokens, taught
 from attnlab.losses import square_loss
 from attnlab.models.adapters import from_linen
 from attnlab.models.attention import AttentionConfig, SelfAttention
-from attnlab.objective import objective
+from attnlab.objectives import objective
 from compare import assert_close
 
 COUNT, LENGTH, DIM = 400, 5, 3

@@ -1,7 +1,7 @@
 """Curvature of one model on the devices of this program; prints the numbers as JSON, from process 0.
 
 Run with `--simulate N` for N simulated devices of one process, or `--process I --of N --port P` for one of N processes.
-Without arguments: one device. `--spread N` takes N of the devices for probes, the rest for data.
+Without arguments: one device. `--spread N` takes N of the devices for samples, the rest for data.
 """
 
 import argparse
@@ -58,11 +58,11 @@ def curvature(devices: int, spread: int) -> dict:
     from attnlab.losses import square_loss
     from attnlab.models.adapters import from_linen
     from attnlab.models.attention import AttentionConfig, SelfAttention
-    from attnlab.objective import objective
+    from attnlab.objectives import objective
     from attnlab.runs.session import Session
 
-    mesh = jax.make_mesh((devices // spread, spread), ("data", "probes"), axis_types=(AxisType.Auto,) * 2)
-    by_data, by_probes = (NamedSharding(mesh, PartitionSpec(axis)) for axis in ("data", "probes"))
+    mesh = jax.make_mesh((devices // spread, spread), ("data", "samples"), axis_types=(AxisType.Auto,) * 2)
+    by_data, by_samples = (NamedSharding(mesh, PartitionSpec(axis)) for axis in ("data", "samples"))
     random = np.random.default_rng(0)
     inputs, targets = (put(random.standard_normal((8, 6, 16)), by_data) for _ in range(2))
     module = SelfAttention(AttentionConfig(key_dim=15, value_dim=16))
@@ -72,10 +72,10 @@ def curvature(devices: int, spread: int) -> dict:
     risk = objective(from_linen(module), square_loss, inputs, targets)
     operator, key = hessian(risk, params), jax.random.key(1)
     assert inputs.sharding.num_devices == devices
-    density = spectral_density(operator, key, probes=4, steps=10, session=Session(together=4, sharding=by_probes))
+    density = spectral_density(operator, key, samples=4, steps=10, session=Session(together=4, sharding=by_samples))
     seen: list = []
     long = spectral_density(
-        operator, key, probes=2, steps=18, session=Session(together=2, sharding=by_probes, report=seen.append)
+        operator, key, samples=2, steps=18, session=Session(together=2, sharding=by_samples, report=seen.append)
     )
     fisher, part = empirical_fisher(risk, params), functional(risk, params)
     found = {
@@ -83,11 +83,11 @@ def curvature(devices: int, spread: int) -> dict:
         "weights": density.weights,
         "long": long.nodes,
         "eigenvalues": eigenpairs(operator, key, 2).values,
-        "trace": trace(ggn(risk, params), key, probes=4).value,
-        "diagonal": ravel_pytree(diagonal(fisher, key, probes=4).value)[0],
-        "norm": squared_frobenius_norm(part, key, probes=4).value,
+        "trace": trace(ggn(risk, params), key, samples=4).value,
+        "diagonal": ravel_pytree(diagonal(fisher, key, samples=4).value)[0],
+        "norm": squared_frobenius_norm(part, key, samples=4).value,
         "product": ravel_pytree(part.mv(params))[0],
-        "log-determinant": log_determinant(fisher, key, damping=0.1, probes=2, steps=8).value,
+        "log-determinant": log_determinant(fisher, key, damping=0.1, samples=2, steps=8).value,
         "condition": condition_number(fisher, key, damping=0.1).value,
         "solution": ravel_pytree(solve(fisher, params, damping=0.1, tolerance=1e-9).vector)[0],
     }

@@ -1,6 +1,5 @@
 """The exact probes of an attention layer's blocks, alone and in a network, against dense autodiff."""
 
-from contextlib import nullcontext
 from dataclasses import replace
 
 import jax
@@ -10,14 +9,14 @@ import optax
 import pytest
 
 import oracles
-from attnlab.attention.in_transformer import cut_at_attention
+from attnlab.attention import cut_at_attention
 from attnlab.curvature.operators import ggn, hessian
-from attnlab.dynamics.closed_form import attention_blocks, attention_blocks_in
+from attnlab.dynamics.closed_form import attention_blocks
 from attnlab.losses import cross_entropy, square_loss
 from attnlab.models.adapters import at_positions, from_linen
 from attnlab.models.attention import AttentionConfig, SelfAttention, attention_maps
 from attnlab.models.transformer import LanguageModel, LanguageModelConfig, TransformerConfig
-from attnlab.objective import objective
+from attnlab.objectives import objective
 from attnlab.training import TrainingState, train
 from attnlab.trees import block_slices
 from compare import assert_close
@@ -34,7 +33,7 @@ def problem(key, loss):
 @pytest.mark.parametrize("loss", [square_loss, cross_entropy])
 def test_blocks_are_those_of_autodiff_along_training(loss, key):
     risk, params = problem(key, loss)
-    run = train(risk, params, optax.sgd(0.5), key, steps=2, every=2, probes={"blocks": attention_blocks(LAYER)})
+    run = train(risk, params, optax.sgd(0.5), key, steps=2, every=2, probes={"blocks": attention_blocks()})
     values = jax.tree.map(lambda leaf: leaf[-1], run.records.values["blocks"])
     check_norms(values, oracles.hessian(risk, run.params), oracles.ggn(risk, run.params), block_slices(run.params))
     check_moments(values["moments"], LAYER, run.params, risk.inputs)
@@ -42,7 +41,7 @@ def test_blocks_are_those_of_autodiff_along_training(loss, key):
 
 def check_norms(values, whole, outer, rows):
     """Every recorded norm against the block of the dense matrices; `rows` by name of the weights."""
-    for part, matrix in {"full": whole, "outer": outer, "functional": whole - outer}.items():
+    for part, matrix in {"hessian": whole, "ggn": outer, "functional": whole - outer}.items():
         assert set(values[part]) == {f"{first}/{second}" for first in rows for second in rows}
         scale = np.linalg.norm(matrix)
         for pair, norm in values[part].items():
@@ -71,7 +70,7 @@ def network_problem(read):
     predict = from_linen(module) if read is None else at_positions(from_linen(module), read)
     risk = objective(predict, cross_entropy, words, words if read is None else words[:, jnp.array(read)])
     params = jax.jit(module.init)(key, words)["params"]
-    return module, risk, params, attention_blocks_in(module, LAST, positions=read)
+    return module, risk, params, attention_blocks(LAST)
 
 
 LAST = "transformer/layer_1/attention"
@@ -83,8 +82,8 @@ def check_network_values(values, module, risk, params):
     rows = {name: slice(a, b) for name, a, b in zip(sorted(weights), ends, ends[1:], strict=False)}
     whole, outer = (part(risk, params, block=LAST).dense() for part in (hessian, ggn))
     check_norms(values, whole, outer, rows)
-    cut = cut_at_attention(module, params, risk.inputs, LAST)
-    check_moments(values["moments"], cut.point.config, cut.point.params, cut.point.inputs)
+    layer = cut_at_attention(risk, params, LAST).layer
+    check_moments(values["moments"], layer.config, layer.params, layer.inputs)
 
 
 def test_blocks_of_a_layer_in_a_network_are_those_of_autodiff():
@@ -105,51 +104,15 @@ def test_blocks_of_a_layer_in_a_network_along_training(read):
 
 def test_a_layer_that_is_not_there_is_refused_before_training(key):
     risk, params = problem(key, square_loss)
-    probes = {"blocks": attention_blocks_in(SelfAttention(LAYER), "layer_7/attention")}
-    with pytest.raises(
-        ValueError, match="path is 'layer_7/attention'; the model called such an attention layer 0 times"
-    ):
+    probes = {"blocks": attention_blocks("layer_7/attention")}
+    with pytest.raises(ValueError, match="there is no attention layer 'layer_7/attention'"):
         train(risk, params, optax.sgd(0.5), key, steps=1, probes=probes)
 
 
-def same_layer(params, inputs):
-    """The layer, written again."""
-    query, key = inputs @ params["query"], inputs @ params["key"]
-    scores = jnp.where(jnp.tri(4, dtype=bool)[None], query @ key.mT / 2**0.5, -jnp.inf)
-    return jax.nn.softmax(scores) @ inputs @ params["value"]
-
-
-@pytest.mark.parametrize(
-    ("predict", "config", "bare"),
-    [
-        (same_layer, LAYER, True),
-        (from_linen(SelfAttention(LAYER)), replace(LAYER, init="normal"), True),
-        (lambda params, inputs: inputs + same_layer(params, inputs), LAYER, False),
-        (from_linen(SelfAttention(LAYER)), replace(LAYER, causal=False), False),
-    ],
-    ids=["by hand", "other init", "residual", "not causal"],
-)
-def test_a_model_that_is_not_the_bare_layer_is_refused(predict, config, bare):
-    """Before training starts: all values are tracers."""
-    risk, params = problem(jax.random.key(1), square_loss)
-    risk, state = replace(risk, predict=jax.tree_util.Partial(predict)), TrainingState(0, params, (), None, {})
-    measure = jax.vmap(attention_blocks(config).measure, in_axes=(0, None, None, None))
-    run = jax.tree.map(lambda leaf: leaf[None], risk), state, (), None
-    with nullcontext() if bare else pytest.raises(ValueError, match=r"does not predict what SelfAttention\(config\)"):
-        jax.eval_shape(measure, *run)
-
-
-def test_a_network_that_reads_other_positions_is_refused():
-    module, risk, params, _ = network_problem((1, 3))
-    state = TrainingState(0, params, (), None, {})
-    with pytest.raises(ValueError, match="does not predict what module does at positions"):
-        jax.eval_shape(attention_blocks_in(module, LAST, positions=(1, 2)).measure, risk, state, (), None)
-
-
-def test_other_losses_are_refused(key):
+def test_an_attention_written_by_hand_is_refused_before_training(key):
+    """Its formula is not known to be a layer's."""
     risk, params = problem(key, square_loss)
-    other = objective(
-        risk.predict, lambda outputs, targets: square_loss(outputs, targets) / 2, risk.inputs, risk.targets
-    )
-    with pytest.raises(ValueError, match="the closed form knows those of"):
-        train(other, params, optax.sgd(0.5), key, steps=1, probes={"blocks": attention_blocks(LAYER)})
+    by_hand = lambda params, inputs: inputs @ params["value"]  # noqa: E731
+    other = replace(risk, predict=jax.tree_util.Partial(by_hand))
+    with pytest.raises(ValueError, match=r"the objective's model calls no SelfAttention of attnlab.models"):
+        train(other, params, optax.sgd(0.5), key, steps=1, probes={"blocks": attention_blocks()})

@@ -1,6 +1,6 @@
 """Each probe against its definition, written out densely; one row a probe."""
 
-from contextlib import nullcontext
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +27,10 @@ from attnlab.dynamics.tokens import (
 from attnlab.losses import cross_entropy, square_loss
 from attnlab.models.adapters import from_linen
 from attnlab.models.attention import AttentionConfig, SelfAttention
-from attnlab.objective import objective
+from attnlab.objectives import objective
 from attnlab.training import TrainingState, minibatches, train
 from attnlab.trees import block_slices, ravel
-from cases import CASES, MODELS
+from cases import CASES
 from compare import assert_close
 
 
@@ -176,9 +176,8 @@ def test_least_entropy_at_its_ends():
 
 @pytest.mark.parametrize("model", ["softmax", "temperature", "merged", "causal", "multi_head", "two_layers"])
 def test_entropy_of_a_layer_is_above_its_bound(model, key):
-    module, _ = MODELS[model]
-    values, risk, params = measured(attention_entropy(module), f"{model}/square", key)
-    assert set(values) == set(attention_calls(module, params, risk.inputs))
+    values, risk, params = measured(attention_entropy(), f"{model}/square", key)
+    assert set(values) == set(attention_calls(risk.predict, params, risk.inputs))
     for layer in values.values():
         assert layer["slack"] >= 0
         assert np.all(layer["entropy"] >= layer["bound"])
@@ -186,37 +185,26 @@ def test_entropy_of_a_layer_is_above_its_bound(model, key):
         assert next(iter(values.values()))["entropy"].shape == (2,)
 
 
-def read(predict, params, inputs):
-    return jnp.sum(predict(params, inputs), axis=-2)
+def around(predict, params, inputs):
+    return jnp.sum(predict(params, jnp.tanh(inputs)), axis=-2)
 
 
-def behind_its_inputs(predict, params, inputs):
-    return predict(params, jnp.tanh(inputs))
-
-
-def with_more_layers(predict, params, inputs):
-    return inputs + predict(params, predict(params, inputs))
-
-
-@pytest.mark.parametrize(
-    ("probe", "around", "same"),
-    [
-        (attention_entropy, read, True),
-        (attention_entropy, behind_its_inputs, False),
-        (attention_entropy, with_more_layers, False),
-        (token_geometry, behind_its_inputs, False),
-    ],
-)
-def test_a_module_that_the_objective_does_not_call_as_it_is_is_refused(probe, around, same):
-    """What reads the module's outputs may be anything; its inputs are the objective's."""
-    key = jax.random.key(1)
+@pytest.mark.parametrize("probe", [attention_entropy, token_geometry])
+def test_what_stands_around_the_layers_may_be_anything(probe, key):
+    """The layers are looked at where the objective's model calls them, on what it gives them."""
     risk, params = CASES["block_no_norm/square"](key)
-    risk = objective(jax.tree_util.Partial(around, risk.predict), risk.loss, risk.inputs, jnp.ones((2, 3)))
-    measure = probe(MODELS["block_no_norm"][0]).measure
-    with (
-        nullcontext() if same else pytest.raises(ValueError, match="do not see and return what those of the objective")
-    ):
-        jax.eval_shape(measure, risk, TrainingState(0, params, (), key, {}), (), key)
+    state = TrainingState(0, params, (), key, {})
+    inside = dataclasses.replace(risk, inputs=jnp.tanh(risk.inputs))
+    outside = objective(jax.tree_util.Partial(around, risk.predict), risk.loss, risk.inputs, jnp.ones((2, 3)))
+    found, expected = (probe().measure(each, state, (), key)[0] for each in (outside, inside))
+    assert_close(found, expected, 1e-14)
+
+
+@pytest.mark.parametrize("probe", [attention_entropy, token_geometry])
+def test_a_model_without_attention_is_refused(probe, key):
+    risk, params = CASES["mlp/square"](key)
+    with pytest.raises(ValueError, match=r"the objective's model calls no .* of attnlab.models; expected at least one"):
+        jax.eval_shape(probe().measure, risk, TrainingState(0, params, (), key, {}), (), key)
 
 
 # representations
@@ -245,9 +233,8 @@ def test_cosine_is_the_mean_over_pairs(key):
 
 
 def test_representations_leave_the_blocks_in_order(key):
-    module, _ = MODELS["two_layers"]
-    values, risk, params = measured(token_geometry(module), "two_layers/square", key)
-    found = representations(module, params, risk.inputs)
+    values, risk, params = measured(token_geometry(), "two_layers/square", key)
+    found = representations(risk.predict, params, risk.inputs)
     assert list(found) == ["layer_0", "layer_1"]
     assert_close(found["layer_1"], risk.outputs(params), 1e-12)
     assert_close(values["layer_0"]["cosine"], mean_cosine(found["layer_0"]), 1e-12)
@@ -278,7 +265,7 @@ def test_groups_as_targets_are_classes_of_the_first_outputs(key):
 class TestBadInput:
     def test_entropy_of_linear_attention(self, key):
         with pytest.raises(ValueError, match="weights='linear'"):
-            measured(attention_entropy(MODELS["linear"][0]), "linear/square", key)
+            measured(attention_entropy(), "linear/square", key)
 
     def test_group_losses_without_labels(self, key):
         with pytest.raises(TypeError, match="losses by group expect labels"):
@@ -316,7 +303,7 @@ def test_probes_run_inside_an_ensemble(key):
     risk = objective(from_linen(module), square_loss, inputs, jnp.ones((2, 3, 2)))
     keys = jax.random.split(key, 2)
     points = jax.vmap(lambda key: module.init(key, inputs)["params"])(keys)
-    probes = {"entropy": attention_entropy(module), "noise": gradient_noise(), "ntk": ntk()}
+    probes = {"entropy": attention_entropy(), "noise": gradient_noise(), "ntk": ntk()}
     values = train(risk, points, optax.sgd(0.1), keys, steps=2, every=1, probes=probes).records.values
     assert values["entropy"][""]["entropy"].shape == (3, 2, 1)
     assert values["ntk"]["distance"].shape == values["noise"]["trace"].shape == (3, 2)

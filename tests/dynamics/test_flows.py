@@ -11,7 +11,7 @@ import oracles
 from attnlab.dynamics.complementarity import basis, solve_complementarity
 from attnlab.dynamics.flows import central_flow, gradient_flow, hessian_gradients, smoothed
 from attnlab.dynamics.rules import RULES, RMSProp, update_rule
-from attnlab.objective import objective
+from attnlab.objectives import objective
 from attnlab.trees import ravel
 from cases import CASES
 from compare import assert_close

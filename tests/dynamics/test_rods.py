@@ -6,10 +6,10 @@ import numpy as np
 import optax
 import pytest
 
-from attnlab.dynamics.problems import digits_attention
 from attnlab.dynamics.rods import Rod, rod_between, rod_flow, rod_velocity
 from attnlab.dynamics.rules import RULES, Adam
-from attnlab.objective import objective
+from attnlab.objectives import objective
+from attnlab.risks.digits import digits_attention
 from attnlab.trees import ravel
 from compare import assert_close
 from update_rules import rule_of

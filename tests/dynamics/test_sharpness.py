@@ -21,7 +21,7 @@ from attnlab.dynamics.sharpness import (
     top_eigenvalues,
 )
 from attnlab.krylov.tracking import Course, cold_top_pairs, followed_top_pairs, warm_top_pairs
-from attnlab.objective import objective
+from attnlab.objectives import objective
 from attnlab.training import Probe, TrainingState, probe, train
 from attnlab.trees import block_slices, leaf_names, ravel
 from cases import CASES

@@ -9,6 +9,7 @@ import pytest
 
 from attnlab.icl.baselines import baseline
 from attnlab.icl.composition import with_features
+from attnlab.icl.diagnostics import risk
 from attnlab.icl.learned_features import (
     best_kernel_risk,
     best_sine_risk,
@@ -20,7 +21,6 @@ from attnlab.icl.learned_features import (
     learned_features,
     own_preconditioner,
 )
-from attnlab.icl.probes import risk
 from attnlab.icl.tasks import sine_features, sine_prompts
 from attnlab.models.networks import MLPConfig
 from compare import assert_close

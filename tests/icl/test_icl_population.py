@@ -8,7 +8,7 @@ from icl_cases import DIMENSION, PROBLEMS, assert_within_error
 from attnlab.icl.models import effective_weights, init_layer, layer_predict, stack_predict
 from attnlab.icl.population import PARAMETRIZATIONS, population_objective, population_risk, reduced_weights
 from attnlab.icl.tasks import isotropic, linear_regression, sample_prompts, with_tasks
-from attnlab.objective import check_objective
+from attnlab.objectives import check_objective
 from compare import assert_close
 
 LENGTH, SAMPLES = 5, 50_000

@@ -14,17 +14,22 @@ def attention(params, tokens, config, mask=None):
         for i in range(length):
             scores = [score(params, tokens, config, head, i, j) for j in range(length)]
             seen = [(not config.causal or j <= i) and (mask is None or bool(mask[i, j])) for j in range(length)]
-            if config.weights == "softmax":
-                powers = [math.exp(s) if see else 0.0 for s, see in zip(scores, seen, strict=True)]
-                weights = [p / sum(powers) for p in powers]
-            else:
-                weights = [s if see else 0.0 for s, see in zip(scores, seen, strict=True)]
+            weights = attention_weights(config.weights, scores, seen)
             values = [columns(params, "value", head, config.value_dim, tokens[j]) for j in range(length)]
             outputs[i].append(sum(w * v for w, v in zip(weights, values, strict=True)))
     merged = np.array([np.concatenate(parts) for parts in outputs])
     if config.output_dim is None:
         return merged
     return merged @ params["output"] + params.get("output_bias", 0)
+
+
+def attention_weights(kind, scores, seen):
+    """The weights of one query on every token, by the definition of each kind."""
+    if kind in ("softmax", "softmax_sink"):
+        powers = [math.exp(s) if see else 0.0 for s, see in zip(scores, seen, strict=True)]
+        return [p / (sum(powers) + (kind == "softmax_sink")) for p in powers]
+    act = {"linear": lambda s: s, "sigmoid": lambda s: 1 / (1 + len(scores) * math.exp(-s))}[kind]
+    return [act(s) if see else 0.0 for s, see in zip(scores, seen, strict=True)]
 
 
 def columns(params, name, head, width, token):

@@ -13,7 +13,7 @@ from attnlab.losses import cross_entropy, square_loss
 from attnlab.models import heads
 from attnlab.models.adapters import at_positions, from_equinox, from_function, from_linen, from_nnx, mean_over_tokens
 from attnlab.models.attention import AttentionConfig, SelfAttention
-from attnlab.objective import objective
+from attnlab.objectives import objective
 from attnlab.trees import leaf_names
 from compare import assert_close
 

@@ -27,6 +27,8 @@ CONFIGS = {
     "biases": {"heads": 2, "output_dim": 5, "bias": True},
     "causal": {"causal": True, "heads": 2},
     "causal_linear": {"causal": True, "weights": "linear"},
+    "sink": {"weights": "softmax_sink"},
+    "sigmoid": {"weights": "sigmoid", "heads": 2},
 }
 
 
@@ -49,7 +51,7 @@ def test_layer_is_the_loop(key, options):
     assert_close(jax.jit(module.apply)({"params": params}, tokens), expected, 1e-13)
 
 
-@pytest.mark.parametrize("name", ["softmax", "linear", "causal", "causal_linear"])
+@pytest.mark.parametrize("name", ["softmax", "linear", "causal", "causal_linear", "sink", "sigmoid"])
 def test_masked_layer_is_the_loop(key, name):
     module, params, tokens = layer(key, **CONFIGS[name])
     mask = random_mask(key)

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from attnlab.objective import check_objective
+from attnlab.objectives import check_objective
 from attnlab.trees import dimension
 from cases import CASES
 

@@ -13,7 +13,7 @@ from attnlab.models.adapters import from_linen
 from attnlab.models.pretrained import PACKAGE, bert_config, minilm
 from attnlab.models.text_encoder import TextEncoder, pair_logits
 from attnlab.models.wordpiece import TokenBatch, split_words, wordpiece
-from attnlab.objective import objective
+from attnlab.objectives import objective
 from attnlab.trees import dimension
 from cases import generator, generic_params
 from compare import assert_close

@@ -15,7 +15,7 @@ from attnlab.losses import cross_entropy
 from attnlab.models.adapters import at_positions, from_linen
 from attnlab.models.attention import AttentionConfig, attention_maps
 from attnlab.models.transformer import LanguageModel, LanguageModelConfig, Transformer, TransformerConfig
-from attnlab.objective import check_objective, objective
+from attnlab.objectives import check_objective, objective
 from attnlab.trees import dimension, leaf_names
 from cases import generator, generic_params
 from compare import assert_close

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from attnlab.losses import square_loss
-from attnlab.objective import batched, objective
+from attnlab.objectives import batched, objective
 from attnlab.runs.session import Session
 from attnlab.training import minibatches, probe, train
 from compare import assert_close

@@ -8,7 +8,7 @@ import pytest
 from jax.tree_util import Partial
 
 from attnlab.losses import square_loss
-from attnlab.objective import objective
+from attnlab.objectives import objective
 from attnlab.runs.checkpoint import fingerprint
 from attnlab.runs.session import Session
 from attnlab.training import Records, load_records, probe, train

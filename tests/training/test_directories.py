@@ -13,7 +13,7 @@ import pytest
 from attnlab.curvature import spectral_density
 from attnlab.curvature.operators import Operator
 from attnlab.losses import square_loss
-from attnlab.objective import objective
+from attnlab.objectives import objective
 from attnlab.runs import owned_directory
 from attnlab.runs.checkpoint import fingerprint
 from attnlab.runs.session import Session
@@ -122,11 +122,11 @@ def test_the_lock_of_a_killed_process_is_gone(tmp_path):
 def test_a_density_has_its_directory_for_itself(tmp_path):
     matrix = Operator(jax.tree_util.Partial(lambda m, v: m @ v, jnp.diag(jnp.arange(1.0, 9.0))), jnp.zeros(8))
     with owned_directory(tmp_path), pytest.raises(BlockingIOError, match="belongs to a run"):
-        spectral_density(matrix, jax.random.key(0), probes=2, steps=4, session=Session(directory=tmp_path))
-    spectral_density(matrix, jax.random.key(0), probes=2, steps=4, session=Session(directory=tmp_path))
+        spectral_density(matrix, jax.random.key(0), samples=2, steps=4, session=Session(directory=tmp_path))
+    spectral_density(matrix, jax.random.key(0), samples=2, steps=4, session=Session(directory=tmp_path))
     damage(tmp_path / "state.npz", "truncated")
     with pytest.raises(DamagedFileError, match=r"state\.npz is damaged"):
-        spectral_density(matrix, jax.random.key(0), probes=2, steps=4, session=Session(directory=tmp_path))
+        spectral_density(matrix, jax.random.key(0), samples=2, steps=4, session=Session(directory=tmp_path))
 
 
 def assert_same_run(found, whole):

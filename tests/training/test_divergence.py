@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from attnlab.losses import square_loss
-from attnlab.objective import objective
+from attnlab.objectives import objective
 from attnlab.runs.session import Session
 from attnlab.training import DivergenceError, load_records, probe, train
 

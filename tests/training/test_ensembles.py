@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn
 
 from attnlab.losses import square_loss
-from attnlab.objective import objective
+from attnlab.objectives import objective
 from attnlab.runs.session import Session
 from attnlab.training import DivergenceError, Probe, minibatches, probe, show_progress, train
 from attnlab.training.probe import summary

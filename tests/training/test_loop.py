@@ -9,7 +9,7 @@ import pytest
 import oracles
 from attnlab.dynamics.sharpness import Tracking, top_eigenvalues
 from attnlab.losses import square_loss
-from attnlab.objective import objective
+from attnlab.objectives import objective
 from attnlab.runs import files
 from attnlab.runs.session import Session
 from attnlab.training import Probe, probe, train

@@ -10,7 +10,7 @@ import pytest
 from attnlab.curvature import hessian, precondition
 from attnlab.dynamics.rules import Adam
 from attnlab.losses import square_loss
-from attnlab.objective import objective
+from attnlab.objectives import objective
 from attnlab.training import train
 
 INPUTS = jnp.linspace(-1.0, 1.0, 24).reshape(8, 3)

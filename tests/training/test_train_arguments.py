@@ -9,7 +9,7 @@ import pytest
 
 from attnlab.dynamics.rules import update_rule
 from attnlab.losses import square_loss
-from attnlab.objective import objective
+from attnlab.objectives import objective
 from attnlab.training import probe, train
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from attnlab.adaptation.lora import Factors
 from attnlab.checks import check_positive
-from attnlab.objective import Objective
+from attnlab.objectives import Objective
 from attnlab.trees import dimension
 from attnlab.types import Params, Real
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
-from attnlab.objective import Objective
+from attnlab.objectives import Objective
 from attnlab.types import Params, Predict
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from attnlab.approximation.approximate import Attention
 from attnlab.curvature import hessian
 from attnlab.losses import square_loss
-from attnlab.objective import Objective, objective
+from attnlab.objectives import Objective, objective
 from attnlab.trees import ravel
 from attnlab.types import Params, PRNGKey
 

@@ -10,42 +10,37 @@ part has no such form here: it needs derivatives of layer b's Jacobian in the to
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jaxtyping import Array, Float
 
 from attnlab.attention.blocks import Pair
-from attnlab.attention.downstream import check_apart
-from attnlab.attention.in_transformer import Cut, cut_at_attention
+from attnlab.attention.cut import Cut, cut_at_attention
+from attnlab.attention.downstream import columns
 from attnlab.attention.kronecker import KroneckerSum
 from attnlab.attention.moments import moments_of
 from attnlab.attention.terms import TokenJacobian, leaves, outer_term, token_jacobians, token_quantities
 from attnlab.derivatives import Route, choose_route, hessian_product, jacobian
-from attnlab.types import Params, PyTree
+from attnlab.objectives import Objective
+from attnlab.types import Params
 
 
-def cross_layer_outer(
-    module: nn.Module, params: Params, inputs: PyTree, loss: Callable[[PyTree], Array], row: str, column: str
-) -> dict[Pair, KroneckerSum]:
-    """The blocks of H_o between every weight of attention layer `row` and every weight of attention layer `column`.
+def cross_layer_ggn(risk: Objective, params: Params, row: str, column: str) -> dict[Pair, KroneckerSum]:
+    """The blocks of the Gauss-Newton matrix between every weight of attention layer `row` and every one of `column`.
 
     Args:
-        module: a model around `SelfAttention`, whose outputs are (B, L, C).
+        risk: the objective, whose model calls both layers with tokens of shape (B, L, D).
         params: its parameters.
-        inputs: its inputs.
-        loss: the scalar loss of the outputs.
-        row: path of a layer in the parameters, such as `layer_0/attention`.
+        row: path of a layer in the module, such as `layer_0/attention`.
         column: path of another, or of the same.
 
     Takes L x O products with the network for the coupling Λ, (B, L, O, L, O) numbers. Raises `ValueError` for a path
     that is not an attention layer's and, outside of `jit`, for a loss or a model that couples sequences.
     """
-    first, second = (cut_at_attention(module, params, inputs, path) for path in (row, column))
-    coupling = _coupling(first, second, loss)
+    first, second = (cut_at_attention(risk, params, path) for path in (row, column))
+    coupling = _coupling(first, second, risk)
     ours, theirs = _jacobians(first), _jacobians(second)
-    shapes, others = leaves(first.point), leaves(second.point)
-    dtype = str(first.point.inputs.dtype)
+    shapes, others = leaves(first.layer), leaves(second.layer)
+    dtype = str(first.layer.inputs.dtype)
     return {
         (mine, other): KroneckerSum(
             (outer_term(ours[mine], theirs[other], coupling),), shapes[mine], others[other], dtype
@@ -57,24 +52,19 @@ def cross_layer_outer(
 
 def _jacobians(cut: Cut) -> dict[str, TokenJacobian]:
     # The Jacobian of the layer alone: the gradient behind it plays no part.
-    tokens = token_quantities(cut.point, moments_of(cut.point), jnp.zeros_like(cut.outputs))
-    jacobians = token_jacobians(cut.point, tokens)
-    return {name: jacobians[name] for name in cut.point.names}
+    tokens = token_quantities(cut.layer, moments_of(cut.layer), jnp.zeros_like(cut.outputs))
+    jacobians = token_jacobians(cut.layer, tokens)
+    return {name: jacobians[name] for name in cut.layer.names}
 
 
-def _coupling(first: Cut, second: Cut, loss: Callable[[PyTree], Array]) -> Float[Array, "B L O L P"]:
+def _coupling(first: Cut, second: Cut, risk: Objective) -> Float[Array, "B L O L P"]:
     """Λ_ab, one unit vector of layer b's output (of all sequences at once) after another."""
 
     def build(route: Route) -> Callable[[Array], Array]:
         logits, behind = jacobian(second.rest, second.outputs, route)
-        _, _, curve = hessian_product(loss, logits, route)
+        _, _, curve = hessian_product(risk.score, logits, route)
         _, outer = jacobian(first.rest, first.outputs, route)
         return lambda probe: outer.pull(curve(behind.push(probe)), first.outputs)
 
     product = build(choose_route(lambda route, outputs: build(route)(outputs), second.outputs))
-    check_apart("the loss or the model", product, second.outputs, "sequences")
-    _, length, width = second.outputs.shape
-    units = jnp.eye(length * width, dtype=second.outputs.dtype).reshape(-1, 1, length, width)
-    probes = jnp.broadcast_to(units, (length * width, *second.outputs.shape))
-    columns = jax.lax.map(product, probes)
-    return jnp.moveaxis(columns, 0, -1).reshape(*first.outputs.shape, length, width)
+    return columns(product, second.outputs, "the loss or the model", coupled=True)

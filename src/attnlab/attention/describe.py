@@ -51,15 +51,25 @@ class TermDescription:
 
 
 def describe(hessian: AttentionHessian) -> tuple[TermDescription, ...]:
-    """Every term of the outer and the functional blocks of `hessian`, each pair of parameters once.
+    """Every term of the `ggn` and the `functional` blocks of `hessian`, each pair of parameters once.
 
     Formulas are per head; ⊗ pairs the parameters' axes as `pairing` says. Here γ_i = W_O g_i is the gradient at the
-    head's values, κ̂_i the third moment along W_V γ_i, and τ the scale of the scores. For the layer of
-    `attention_hessian_in` Λ_i is Λ_o and Λf_i is Λ_f, and what has an index i holds the tokens that the loss reads.
+    head's values, κ̂_i the third moment along W_V γ_i, and τ the scale of the scores. For a layer inside a network
+    Λ_i is Λ_o and Λf_i is Λ_f, and what has an index i holds the tokens that the loss reads.
+
+    Example:
+        >>> import attnlab as al
+        >>> import jax
+        >>> layer = al.SelfAttention(al.AttentionConfig(key_dim=2, value_dim=3, merged=True))
+        >>> tokens = jax.random.normal(jax.random.key(0), (1, 4, 3))
+        >>> params = layer.init(jax.random.key(1), tokens)["params"]
+        >>> risk = al.objective(al.from_linen(layer), al.square_loss, tokens, 0 * tokens)
+        >>> al.describe(al.attention_hessian(risk, params))[0].formula
+        'sum_i τ x_i (τ x_i)ᵀ ⊗ Σ_i W_V Λ_i W_Vᵀ Σ_i'
     """
     known = _factors(hessian)
     rows = []
-    for part, blocks in (("outer", hessian.outer), ("functional", hessian.functional)):
+    for part, blocks in (("ggn", hessian.ggn), ("functional", hessian.functional)):
         for (row, column), block in blocks.items():
             for term in block.terms:
                 symbols = _symbols(term.formula)

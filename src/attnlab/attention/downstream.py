@@ -5,35 +5,82 @@ written out; for a layer inside a network they come from automatic differentiati
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attnlab.checks import is_concrete, unknown_name
+from attnlab.checks import is_concrete
 from attnlab.derivatives import Route, choose_route, hessian_product, jacobian
-from attnlab.losses import LOSSES, Loss
-from attnlab.types import PyTree
+from attnlab.types import PyTree, Scalar
 
 
-def loss_derivatives(
-    loss: str | Loss, outputs: Float[Array, "B L O"], targets: Array, weights: Array | None = None
-) -> tuple[Array, Array]:
-    """Gradient (B, L, O) and curvature (a scalar, or B, L, O, O) of a loss of `attnlab.losses` at the outputs.
+class SecondOrder(NamedTuple):
+    """What stands behind a layer, to second order, as the targets of the loss `second_order`.
 
-    Raises `ValueError` for another loss, targets or weights that do not fit, labels that are no class.
+    Attributes:
+        outputs: f0, (*B, L, O), the layer's output where the derivatives were taken.
+        gradient: g, of the same shape.
+        curvature: a number times the identity, (*B, L, O, O) where tokens go one by one, or (*B, L, O, L, O).
     """
-    return named_loss(loss).derivatives(outputs, targets, weights)
+
+    outputs: Float[Array, "*B L O"]
+    gradient: Float[Array, "*B L O"]
+    curvature: Array | float
 
 
-def named_loss(loss: str | Loss) -> Loss:
-    """A loss with a closed-form curvature, given by its name or itself; raises `ValueError` for another."""
-    if isinstance(loss, Loss):
-        return loss
-    if not isinstance(loss, str) or loss not in LOSSES:
-        raise unknown_name("loss with a closed-form curvature", loss if isinstance(loss, str) else repr(loss), LOSSES)
-    return LOSSES[loss]
+def second_order(outputs: Float[Array, "*B L O"], targets: SecondOrder) -> Scalar:
+    """The loss <g, f - f0> + (f - f0)^T Curvature (f - f0) / 2 of the layer's outputs f, a sum over all tokens.
+
+    For a layer inside a network of which only the derivatives behind the layer are at hand:
+    `objective(from_linen(SelfAttention(config)), second_order, tokens, SecondOrder(outputs, gradient, curvature))`.
+    Its Hessian in the layer's weights at f = f0 is the network's where Curvature is the Hessian of everything behind
+    the layer, and the network's Gauss-Newton matrix is its `ggn` where Curvature is the Gauss-Newton matrix of that.
+
+    Example:
+        >>> import attnlab as al
+        >>> import jax
+        >>> layer = al.SelfAttention(al.AttentionConfig(key_dim=2, value_dim=3))
+        >>> tokens = jax.random.normal(jax.random.key(0), (1, 4, 3))
+        >>> params = layer.init(jax.random.key(1), tokens)["params"]
+        >>> from attnlab.attention import SecondOrder, second_order
+        >>> outputs = layer.apply({"params": params}, tokens)
+        >>> behind = SecondOrder(outputs, gradient=0 * outputs, curvature=1.0)
+        >>> risk = al.objective(al.from_linen(layer), second_order, tokens, behind)
+        >>> float(risk(params)), al.attention_hessian(risk, params).dense().shape
+        (0.0, (21, 21))
+    """
+    gradient, _ = second_order_derivatives(outputs, targets)
+    change = outputs - targets.outputs
+    return jnp.vdot(targets.gradient + (gradient - targets.gradient) / 2, change)
+
+
+def second_order_derivatives(outputs: Float[Array, "*B L O"], targets: SecondOrder) -> tuple[Array, Array]:
+    """Gradient and curvature of `second_order` at `outputs`; raises `ValueError` for shapes that do not fit."""
+    check_second_order(outputs, targets)
+    curvature = jnp.asarray(targets.curvature, outputs.dtype)
+    product = _PRODUCTS[curvature.ndim and curvature.ndim - outputs.ndim + 2]
+    return targets.gradient + jnp.einsum(product, curvature, outputs - targets.outputs), curvature
+
+
+def check_second_order(outputs: Any, targets: SecondOrder) -> None:
+    """Raise `ValueError` for shapes that do not fit those of the layer's `outputs`, `TypeError` for other targets."""
+    if not isinstance(targets, SecondOrder):
+        raise TypeError(f"targets is a {type(targets).__name__}; expected a SecondOrder(outputs, gradient, curvature).")
+    for name in ("outputs", "gradient"):
+        shape = jnp.shape(getattr(targets, name))
+        if shape != outputs.shape:
+            raise ValueError(f"{name} has shape {shape}; expected that of the layer's output, {outputs.shape}.")
+    *batch, length, features = outputs.shape
+    known = ((), (*batch, length, features, features), (*batch, length, features, length, features))
+    shape = jnp.shape(targets.curvature)
+    if shape not in known:
+        raise ValueError(f"curvature has shape {shape}; expected one of {', '.join(map(str, known))}.")
+
+
+_PRODUCTS = {0: ",...lo->...lo", 3: "...lop,...lp->...lo", 4: "...lomp,...mp->...lo"}
+"""Curvature times a change of the outputs, by the number of its axes behind those of the sequences."""
 
 
 def downstream_derivatives(
@@ -41,18 +88,19 @@ def downstream_derivatives(
     loss: Callable[[PyTree], Array],
     outputs: Float[Array, "B L O"],
     *,
-    part: Literal["full", "outer"] = "full",
+    part: Literal["hessian", "ggn"] = "hessian",
     coupled: bool = True,
 ) -> tuple[Float[Array, "B L O"], Array]:
     """Gradient and curvature, at the layer's output, of the rest of a network.
 
     `rest(outputs)` is everything behind the layer up to the logits (residual stream, later layers), `loss` the scalar
-    loss of the logits (B sequences that do not see each other). Pass the result to `attention_hessian_from_downstream`:
+    loss of the logits (B sequences that do not see each other). `attention_hessian` of an objective does all this for a
+    layer inside a linen model; for another, pass the result on as `SecondOrder(outputs, gradient, curvature)`:
 
-    - `part="full"`: Λ is the Hessian of loss(rest(.)); the closed form's full blocks are then those of the network's
-      Hessian. Its outer part is J^T Λ J of this layer, which holds the curvature of the rest.
-    - `part="outer"`: Λ = J_rest^T H_loss J_rest; the closed form's outer blocks are then those of the network's
-      generalised Gauss-Newton matrix (the outer-product Hessian of the whole network).
+    - `part="hessian"`: Λ is the Hessian of loss(rest(.)); the closed form's `hessian` is then that of the network. Its
+      `ggn` is J^T Λ J of this layer, which holds the curvature of the rest.
+    - `part="ggn"`: Λ = J_rest^T H_loss J_rest; the closed form's `ggn` is then that of the network (the outer-product
+      Hessian of the whole network).
 
     `coupled=False` is for a rest that treats every token by itself, such as the MLP, norm and unembedding of the last
     block: Λ is (B, L, O, O), from O products. Otherwise (B, L, O, L, O), from L O products. Outside of `jit`, raises
@@ -62,19 +110,27 @@ def downstream_derivatives(
 
     def build(route: Route) -> tuple[Array, Callable[[Array], Array]]:
         _, gradient, product = hessian_product(scalar, outputs, route)
-        return gradient, product if part == "full" else gauss_newton_product(rest, loss, outputs, route)
+        return gradient, product if part == "hessian" else gauss_newton_product(rest, loss, outputs, route)
 
     gradient, product = build(choose_route(lambda route, outputs: build(route)[1](outputs), outputs))
-    check_apart("what stands behind the attention layer", product, outputs, "sequences" if coupled else "tokens")
+    return gradient, columns(product, outputs, "what stands behind the attention layer", coupled=coupled)
+
+
+def columns(product: Callable[[Array], Array], outputs: Float[Array, "B L O"], name: str, *, coupled: bool) -> Array:
+    """The matrix of a linear map of arrays like `outputs`: (B, L, O, O), or coupled (B, L, O, L, O), its columns last.
+
+    Raises `ValueError` where sequences see each other, or tokens where they are not `coupled`; not under `jit`.
+    """
+    check_apart(name, product, outputs, "sequences" if coupled else "tokens")
     _, length, width = outputs.shape
     if not coupled:
         # one probe for all tokens at once: no token answers for another
         probes = jnp.broadcast_to(jnp.eye(width, dtype=outputs.dtype)[:, None, None], (width, *outputs.shape))
-        return gradient, jnp.moveaxis(jax.lax.map(product, probes), 0, -1)
+        return jnp.moveaxis(jax.lax.map(product, probes), 0, -1)
     units = jnp.eye(length * width, dtype=outputs.dtype).reshape(-1, 1, length, width)
     probes = jnp.broadcast_to(units, (length * width, *outputs.shape))
-    columns = jnp.moveaxis(jax.lax.map(product, probes), 0, -1)
-    return gradient, columns.reshape(*outputs.shape, length, width)
+    found = jnp.moveaxis(jax.lax.map(product, probes), 0, -1)
+    return found.reshape(*found.shape[:-1], length, width)
 
 
 def gauss_newton_product(
@@ -114,6 +170,6 @@ def check_apart(
 
 
 REMEDIES = {
-    "tokens": "Use downstream_derivatives(..., coupled=True).",
+    "tokens": "Pass coupled=True.",
     "sequences": "Take a loss that is a mean over sequences, or the matrix-free operators of attnlab.curvature.",
 }

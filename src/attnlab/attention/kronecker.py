@@ -22,7 +22,10 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
+
+from attnlab.curvature.operators import Operator
 
 Pairing = Literal["straight", "crossed"]
 
@@ -134,6 +137,12 @@ class KroneckerSum:
         products = (contract((*t.indices, "gsd"), "hrc", (*t.operands, heads)) for t in self.terms)
         return sum(map(self.row.merge, products), jnp.zeros(self.row.shape, self.dtype))
 
+    def operator(self) -> Operator:
+        """A diagonal block as an operator on its parameter matrix; raises `ValueError` for another block."""
+        if self.row != self.column:
+            raise ValueError(f"the block couples {self.row} with {self.column}; only a diagonal block is an operator.")
+        return Operator(Partial(_Product(), self), jnp.zeros(self.row.shape, self.dtype))
+
     def inner(self, other: "KroneckerSum") -> Float[Array, ""]:
         """Frobenius inner product of two blocks of the same parameters."""
         self._check_same_parameters(other)
@@ -234,6 +243,18 @@ class KroneckerSum:
                 f"the blocks couple {self.row} with {self.column} and {other.row} with {other.column}; "
                 "expected the same parameters. Is one to be transposed?"
             )
+
+
+@dataclass(frozen=True)
+class _Product:
+    """The linear map of a diagonal block."""
+
+    def __call__(self, block: KroneckerSum, matrix: Float[Array, "R C"]) -> Float[Array, "R C"]:
+        return block.mv(matrix)
+
+    def dense(self, block: KroneckerSum) -> Float[Array, "n n"]:
+        """The matrix without a product a row."""
+        return block.dense()
 
 
 def brought_to_scale(*blocks: KroneckerSum) -> tuple[tuple[KroneckerSum, ...], Int[Array, ""]]:

@@ -9,15 +9,17 @@ from jaxtyping import Array, Bool, Float
 from attnlab.checks import check_finite, check_floating, check_not_empty, is_concrete
 from attnlab.models import heads as equations
 from attnlab.models.attention import AttentionConfig
+from attnlab.models.weightings import weighting
 from attnlab.types import Params
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Layer:
+class AttentionLayer:
     """Weights, B sequences of L tokens of dimension D, and the mask of an attention layer.
 
-    Build it with `layer(...)`. The properties give the weights per head: H heads, K key, V value, O output features.
+    Build it with `checked_layer(...)`. The properties give the weights per head: H heads, K key, V value, O output
+    features.
     """
 
     params: dict[str, Array]
@@ -73,12 +75,12 @@ def expected_shapes(config: AttentionConfig, width: int) -> dict[str, tuple[int,
     return shapes
 
 
-def layer(
+def checked_layer(
     config: AttentionConfig,
     params: Params,
     inputs: Float[Array, "*B L D"],
     mask: Bool[Array, "..."] | None = None,
-) -> Layer:
+) -> AttentionLayer:
     """The layer of `config` with the weights `params` on `inputs`.
 
     `params` is `SelfAttention(config).init(key, inputs)["params"]`, `mask` as in `SelfAttention`: boolean, broadcast
@@ -99,7 +101,7 @@ def layer(
         check_finite(name, arrays)
     full = _full_mask(config, inputs.shape, mask)
     inputs = inputs.reshape(-1, *inputs.shape[-2:])
-    return Layer({name: jnp.asarray(params[name]) for name in sorted(params)}, inputs, full, config)
+    return AttentionLayer({name: jnp.asarray(params[name]) for name in sorted(params)}, inputs, full, config)
 
 
 def _check_covered(config: AttentionConfig) -> None:
@@ -138,7 +140,7 @@ def _full_mask(
     if mask is None:
         return None
     full = jnp.broadcast_to(mask, target).reshape(-1, *target[-3:])
-    if config.weights == "softmax" and is_concrete(full):
+    if weighting(config.weights).normalised and is_concrete(full):
         _check_no_empty_row(full)
     return full
 

@@ -7,7 +7,7 @@ exponential family with natural parameter z_i over the tokens, so the derivative
 
 the mean, the covariance and the third central moment (Ormaniec, Dangel, Singh, arXiv 2410.10986, write them as Z_1 and
 Z_2). Linear attention has m_i = (sum_j x_j x_j^T) z_i, hence Sigma_i = sum_j x_j x_j^T over the visible tokens and
-kappa = 0.
+kappa = 0. What they are for each kind of attention stands in `attnlab.models.weightings`.
 """
 
 from dataclasses import dataclass, field
@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from attnlab.attention.layer import Layer, layer
+from attnlab.attention.layer import AttentionLayer, checked_layer
 from attnlab.models import heads as equations
 from attnlab.models.attention import AttentionConfig
+from attnlab.models.weightings import weighting
 from attnlab.types import Params
 
 _QUERIES_AT_ONCE = 64
@@ -35,13 +36,17 @@ class AttentionMoments:
         weights: the attention matrix A (the bare scores for linear attention).
         first: m_i = sum_j A_ij x_j.
         second: Sigma_i = dm_i/dz_i; the covariance under A_i (linear attention: the sum of x_j x_j^T).
-        kind: `softmax` or `linear`.
+        bends: weights of the third moment; None where it is zero.
+        rest: weight of the sink, a token at the origin; None where there is none.
+        kind: the row of `attnlab.models.weightings`.
     """
 
     tokens: Float[Array, "B L D"]
     weights: Float[Array, "B H L L"]
     first: Float[Array, "B H L D"]
     second: Float[Array, "B H L D D"]
+    bends: Float[Array, "B H L L"] | None
+    rest: Float[Array, "B H L"] | None
     kind: str = field(metadata={"static": True})
 
     def third_along(self, direction: Float[Array, "B H L D"]) -> Float[Array, "B H L D D"]:
@@ -49,12 +54,15 @@ class AttentionMoments:
 
         Zero for linear attention.
         """
-        if self.kind == "linear":
+        if self.bends is None:
             return jnp.zeros_like(self.second)
-        # sum_j A_ij (y_ij . w_i) y_ij y_ij^T, y_ij = x_j - m_i; the bracket is split so that it stays centred.
+        # sum_j t_ij (y_ij . w_i) y_ij y_ij^T, y_ij = x_j - c_i; the bracket is split so that it stays centred.
         along = jnp.einsum("bjd,bhid->bhij", self.tokens, direction)
-        along = along - jnp.einsum("bhid,bhid->bhi", self.first, direction)[..., None]
-        return _weighted_squares(self.weights * along, self.tokens, self.first)
+        if not weighting(self.kind).centred:
+            return _weighted_squares(self.bends * along, self.tokens, jnp.zeros_like(self.first))
+        centre_along = jnp.einsum("bhid,bhid->bhi", self.first, direction)
+        third = _weighted_squares(self.bends * (along - centre_along[..., None]), self.tokens, self.first)
+        return third if self.rest is None else third - _squares(self.rest * centre_along, self.first)
 
     def third(self) -> Float[Array, "B H L D D D"]:
         """kappa_i in full, for small D."""
@@ -72,34 +80,51 @@ def attention_moments(
     """Moments of the attention of one layer; leading axes of `inputs` are flattened into B.
 
     Arguments and errors as for `attnlab.attention.attention_hessian`.
+
+    Example:
+        >>> import attnlab as al
+        >>> import jax
+        >>> layer = al.SelfAttention(al.AttentionConfig(key_dim=2, value_dim=3))
+        >>> tokens = jax.random.normal(jax.random.key(0), (1, 4, 3))
+        >>> params = layer.init(jax.random.key(1), tokens)["params"]
+        >>> from attnlab.attention import attention_moments
+        >>> moments = attention_moments(layer.config, params, tokens)
+        >>> moments.first.shape, moments.second.shape
+        ((1, 1, 4, 3), (1, 1, 4, 3, 3))
     """
-    return moments_of(layer(config, params, inputs, mask))
+    return moments_of(checked_layer(config, params, inputs, mask))
 
 
 @jax.jit
-def moments_of(point: Layer) -> AttentionMoments:
+def moments_of(point: AttentionLayer) -> AttentionMoments:
     """Moments of a checked layer."""
-    weights = _attention_weights(point)
+    kind = weighting(point.config.weights)
+    weights, slopes, bends, rest = kind.derivatives(_scores(point), point.mask)
     first = jnp.einsum("bhij,bjd->bhid", weights, point.inputs)
-    if point.config.weights == "linear":
+    if slopes is None:
         second = _visible_squares(point)
     else:
-        second = _weighted_squares(weights, point.inputs, first)
-    return AttentionMoments(point.inputs, weights, first, second, point.config.weights)
+        second = _weighted_squares(slopes, point.inputs, first if kind.centred else jnp.zeros_like(first))
+    if rest is not None:
+        second = second + _squares(rest, first)
+    return AttentionMoments(point.inputs, weights, first, second, bends, rest, point.config.weights)
 
 
-def _attention_weights(point: Layer) -> Float[Array, "B H L L"]:
+def _scores(point: AttentionLayer) -> Float[Array, "B H L L"]:
     tokens = point.inputs
-    if point.config.weights == "softmax":
-        # softmax does not see a shift of all keys; without their mean the scores keep their digits.
+    if weighting(point.config.weights).normalised:
+        # The weights do not see a shift of all keys; without their mean the scores keep their digits.
         tokens = tokens - jnp.mean(tokens, axis=1, keepdims=True)
     queries = jnp.einsum("bid,hdk->bhik", point.inputs, point.query)
     keys = jnp.einsum("bjd,hdk->bhjk", tokens, point.key)
-    scores = equations.attention_scores(queries, keys, point.config.score_scale)
-    return equations.WEIGHTS[point.config.weights](scores, point.mask)
+    return equations.attention_scores(queries, keys, point.config.score_scale)
 
 
-def _visible_squares(point: Layer) -> Float[Array, "B H L D D"]:
+def _squares(weights: Float[Array, "B H L"], vectors: Float[Array, "B H L D"]) -> Float[Array, "B H L D D"]:
+    return jnp.einsum("bhi,bhia,bhic->bhiac", weights, vectors, vectors)
+
+
+def _visible_squares(point: AttentionLayer) -> Float[Array, "B H L D D"]:
     batch, length, width = point.inputs.shape
     if point.mask is None:
         gram = jnp.einsum("bja,bjc->bac", point.inputs, point.inputs)

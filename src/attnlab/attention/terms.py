@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from attnlab.attention.kronecker import KroneckerSum, Leaf, Pairing, Term, contract
-from attnlab.attention.layer import Layer, expected_shapes
+from attnlab.attention.layer import AttentionLayer, expected_shapes
 from attnlab.attention.moments import AttentionMoments
 
 
@@ -36,14 +36,14 @@ class TokenQuantities:
     """What the terms are made of, tokens of all sequences in one axis N.
 
     x, q (scaled by the score scale), first and second moments, gradient g at the layer's output, and g pulled back to
-    the values (gamma = W_O g), with the third moment along W_V W_O g.
+    the values (gamma = W_O g), with the third moment along W_V W_O g (None where it is zero).
     """
 
     x: Float[Array, "N D"]
     q: Float[Array, "N H K"]
     first: Float[Array, "N H D"]
     second: Float[Array, "N H D D"]
-    third: Float[Array, "N H D D"]
+    third: Float[Array, "N H D D"] | None
     gradient: Float[Array, "N O"]
     gamma: Float[Array, "N H V"]
 
@@ -74,24 +74,28 @@ def by_token(per_head: Float[Array, "B H L *rest"]) -> Float[Array, "N H *rest"]
     return moved.reshape(-1, *moved.shape[2:])
 
 
-def token_quantities(point: Layer, moments: AttentionMoments, gradient: Float[Array, "B L O"]) -> TokenQuantities:
+def token_quantities(
+    point: AttentionLayer, moments: AttentionMoments, gradient: Float[Array, "B L O"]
+) -> TokenQuantities:
     """The quantities of all tokens; O(L^2 D^2) operations a head."""
     scale = point.config.score_scale
     gamma = jnp.einsum("hvo,bio->bhiv", point.output, gradient)
-    third = moments.third_along(jnp.einsum("hav,bhiv->bhia", point.value, gamma))
+    third = None
+    if moments.bends is not None:
+        third = by_token(moments.third_along(jnp.einsum("hav,bhiv->bhia", point.value, gamma)))
     x = point.inputs.reshape(-1, point.inputs.shape[-1])
     q = scale * jnp.einsum("na,hak->nhk", x, point.query)
-    first, second, third, gamma = map(by_token, (moments.first, moments.second, third, gamma))
+    first, second, gamma = map(by_token, (moments.first, moments.second, gamma))
     return TokenQuantities(scale * x, q, first, second, third, gradient.reshape(-1, gradient.shape[-1]), gamma)
 
 
-def leaves(point: Layer) -> dict[str, Leaf]:
+def leaves(point: AttentionLayer) -> dict[str, Leaf]:
     """How every parameter holds its heads."""
     heads, shapes = point.config.heads, expected_shapes(point.config, point.inputs.shape[-1])
     return {name: Leaf(shapes[name], heads, 0 if name == "output" else 1) for name in point.names}
 
 
-def token_jacobians(point: Layer, tokens: TokenQuantities) -> dict[str, TokenJacobian]:
+def token_jacobians(point: AttentionLayer, tokens: TokenQuantities) -> dict[str, TokenJacobian]:
     """The table of the module docstring."""
     values = jnp.einsum("hav,hvo->hao", point.value, point.output)
     moved = jnp.einsum("nhab,hbo->nhao", tokens.second, values)  # Σ_i W_V W_O, shared by queries and keys
@@ -134,6 +138,12 @@ def outer_term(row: TokenJacobian, column: TokenJacobian, curvature: Array) -> T
     return Term((row.vector, column.vector, matrix), (*vectors, indices), pairing, formula)
 
 
+def bent_term(row: TokenJacobian, column: TokenJacobian, bend: Array) -> Term:
+    """The same with Λ_f, the curvature in H_f of what stands behind the layer."""
+    term = outer_term(row, column, bend)
+    return replace(term, formula=term.formula.replace("Λ_i", "Λf_i"))
+
+
 def _coupled_term(row: TokenJacobian, column: TokenJacobian, curvature: Array, pairing: Pairing) -> Term:
     """Σ_ij (l_i l'_j^T) (x) (M_i^T Λ_ij M'_j), kept in factors: the sandwich would hold N^2 matrices."""
     second_token = str.maketrans("hrcno", "gsdmp")
@@ -154,7 +164,7 @@ def _coupled_term(row: TokenJacobian, column: TokenJacobian, curvature: Array, p
     return Term(tuple(operands), tuple(indices), pairing, formula)
 
 
-def functional_terms(point: Layer, tokens: TokenQuantities) -> dict[tuple[str, str], tuple[Term, ...]]:
+def functional_terms(point: AttentionLayer, tokens: TokenQuantities) -> dict[tuple[str, str], tuple[Term, ...]]:
     """H_f = Σ_i g_i . d²f_i for every pair of different or equal parameters, in one order each; absent pairs are zero.
 
     d²(g.f)/dz² = κ̂_i (the third moment along W_V W_O g_i), d²z/dQdK = scale x_i (x) 1, and the layer is linear in the
@@ -166,27 +176,28 @@ def functional_terms(point: Layer, tokens: TokenQuantities) -> dict[tuple[str, s
     return table
 
 
-def _with_heads(point: Layer, *factors: tuple[Array, str], pairing: Pairing, formula: str) -> tuple[Term, ...]:
+def _with_heads(point: AttentionLayer, *factors: tuple[Array, str], pairing: Pairing, formula: str) -> tuple[Term, ...]:
     same_head = (jnp.eye(point.config.heads, dtype=point.inputs.dtype), "hg")
     operands, indices = zip(*factors, *([same_head] if point.config.heads > 1 else []), strict=True)
     return (Term(operands, indices, pairing, formula),)
 
 
-def _score_terms(point: Layer, tokens: TokenQuantities) -> dict[tuple[str, str], tuple[Term, ...]]:
+def _score_terms(point: AttentionLayer, tokens: TokenQuantities) -> dict[tuple[str, str], tuple[Term, ...]]:
     """Second derivatives in query and key (or in their product), by way of z_i = scale W_K q_i."""
     x, q, third = tokens.x, tokens.q, tokens.third
-    softmax = point.config.weights == "softmax"
     if point.config.merged:
+        if third is None:
+            return {}
         term = _with_heads(
             point, (x, "nr"), (x, "ns"), (third, "nhcd"), pairing="straight", formula="sum_i τ x_i (τ x_i)ᵀ ⊗ κ̂_i"
         )
-        return {("query_key", "query_key"): term} if softmax else {}
+        return {("query_key", "query_key"): term}
     slope = jnp.einsum("nhab,hbv,nhv->nha", tokens.second, point.value, tokens.gamma)
     mixed = jnp.einsum("nr,nhs->hrs", x, slope)
     identity = jnp.eye(point.config.key_dim, dtype=x.dtype)
     formula = "(sum_i τ x_i (Σ_i W_V γ_i)ᵀ) ⊗ I"
     delta = _with_heads(point, (mixed, "hrs"), (identity, "cd"), pairing="straight", formula=formula)
-    if not softmax:
+    if third is None:
         return {("query", "key"): delta}
     half = jnp.einsum("nhab,hak->nhkb", third, point.key)  # W_K^T κ̂
     full = jnp.einsum("nhkb,hbl->nhkl", half, point.key)
@@ -203,7 +214,7 @@ def _score_terms(point: Layer, tokens: TokenQuantities) -> dict[tuple[str, str],
 
 
 def _score_directions(
-    point: Layer, tokens: TokenQuantities
+    point: AttentionLayer, tokens: TokenQuantities
 ) -> dict[str, tuple[tuple[Array, str], Array, str, Pairing]]:
     """dz_i/dP for the score parameters as a column: its vector; Σ_i times its matrix, whose column axis comes last;
     that matrix's symbol; and the pairing of a term that couples the vector with a column axis of the row parameter."""
@@ -218,7 +229,12 @@ def _score_directions(
 
 
 def _mixed_terms(
-    point: Layer, tokens: TokenQuantities, name: str, vector: tuple[Array, str], symbol: str, values: Array | None
+    point: AttentionLayer,
+    tokens: TokenQuantities,
+    name: str,
+    vector: tuple[Array, str],
+    symbol: str,
+    values: Array | None,
 ) -> dict[tuple[str, str], tuple[Term, ...]]:
     """Second derivatives in `name` (value or output, entering linearly through `vector`) and the score parameters."""
     table = {}
@@ -231,12 +247,12 @@ def _mixed_terms(
     return table
 
 
-def _value_terms(point: Layer, tokens: TokenQuantities) -> dict[tuple[str, str], tuple[Term, ...]]:
+def _value_terms(point: AttentionLayer, tokens: TokenQuantities) -> dict[tuple[str, str], tuple[Term, ...]]:
     """g.f = Σ_h m^T W_V gamma: its derivative in z is Σ_i W_V gamma."""
     return _mixed_terms(point, tokens, "value", (tokens.gamma, "nhc"), "γ_i", None)
 
 
-def _output_terms(point: Layer, tokens: TokenQuantities) -> dict[tuple[str, str], tuple[Term, ...]]:
+def _output_terms(point: AttentionLayer, tokens: TokenQuantities) -> dict[tuple[str, str], tuple[Term, ...]]:
     """g.f = Σ_h (W_V^T m)^T W_O g."""
     table = _mixed_terms(point, tokens, "output", (tokens.gradient, "nc"), "g_i", point.value)
     gradient_by_mean = jnp.einsum("no,nha->hoa", tokens.gradient, tokens.first)
@@ -253,8 +269,8 @@ def same_vectors(outer: KroneckerSum, functional: KroneckerSum) -> bool:
     has one vector l on each of its axes: where the axes agree (in either order: a block may be transposed), the vectors
     do.
     """
-    if not functional.terms:
-        return False
+    if not functional.terms or any("m" in index for index in outer.terms[0].indices):
+        return False  # nothing there, or a double sum over tokens, which stays in its factors
     ours, theirs = outer.terms[0], functional.terms[0]
     return set(ours.indices[:2]) == set(theirs.indices[:2])
 

@@ -1,11 +1,24 @@
-"""Claims of the literature, each with a random instance, a prediction and a measurement."""
+"""Claims of the literature, each with a random instance, and what is expected of it."""
 
 import importlib
 import pkgutil
 
-from attnlab.claims.registry import REGISTRY, Claim, Comparison, Verdict, claim, claim_by_name
+from attnlab.claims.registry import REGISTRY, Claim, Verdict, claim, claim_by_name
+from attnlab.expectation import Expectation, at_least, at_most, between, equal
 
-__all__ = ["REGISTRY", "Claim", "Comparison", "Verdict", "claim", "claim_by_name", "load_claims"]
+__all__ = [
+    "REGISTRY",
+    "Claim",
+    "Expectation",
+    "Verdict",
+    "at_least",
+    "at_most",
+    "between",
+    "claim",
+    "claim_by_name",
+    "equal",
+    "load_claims",
+]
 
 
 def load_claims() -> dict[str, Claim]:

@@ -16,17 +16,33 @@ from jaxtyping import Array
 
 from attnlab.attention import attention_hessian
 from attnlab.attention.blocks import Part
-from attnlab.attention.growth import crossings
 from attnlab.claims.curvature import written_out
-from attnlab.claims.instances import KK, LINEAR, PAPER, QK, QQ, SOFTMAX, TOKENS, VK, VQ, VV, WIDTH, Pair, instance
-from attnlab.claims.registry import Comparison, claim
+from attnlab.claims.instances import (
+    KK,
+    LINEAR,
+    PAPER,
+    QK,
+    QQ,
+    SOFTMAX,
+    TOKENS,
+    VK,
+    VQ,
+    VV,
+    WIDTH,
+    Pair,
+    instance,
+    layer_objective,
+)
+from attnlab.claims.registry import claim
 from attnlab.curvature import Operator, ggn, hessian
+from attnlab.expectation import Expectation, at_most, equal
 from attnlab.losses import square_loss
 from attnlab.models.adapters import from_linen
 from attnlab.models.attention import AttentionConfig
 from attnlab.models.networks import MLP, MLPConfig
 from attnlab.models.transformer import Transformer, TransformerConfig
-from attnlab.objective import objective
+from attnlab.objectives import objective
+from attnlab.risks.growth import crossings
 from attnlab.trees import block_slices
 from attnlab.types import Params, PRNGKey
 
@@ -34,7 +50,8 @@ from attnlab.types import Params, PRNGKey
 def slopes(key: PRNGKey, config: AttentionConfig, part: Part, pairs: list[Pair], scales: np.ndarray) -> np.ndarray:
     """Least-squares slopes of log block norm against log embedding scale."""
     params, inputs, targets = instance(key, config)
-    norms = [attention_hessian(config, params, scale * inputs, targets).norms()[part] for scale in scales]
+    risks = [layer_objective(config, scale * inputs, targets) for scale in scales]
+    norms = [attention_hessian(risk, params).norms()[part] for risk in risks]
     return np.polyfit(np.log(scales), np.log([[blocks[pair] for pair in pairs] for blocks in norms]), 1)[0]
 
 
@@ -48,10 +65,15 @@ ASYMPTOTIC = "the next order in sigma is two powers up, so the fit over sigma in
     tolerance=1e-3,
     because=ASYMPTOTIC,
 )
-def softmax_outer_exponents(key: PRNGKey) -> Comparison:
+def softmax_outer_exponents(key: PRNGKey) -> Expectation:
     """Growth of the outer-product blocks of softmax attention with the embedding scale."""
     predicted = {VV: 2, VQ: 4, VK: 4, QQ: 6, KK: 6, QK: 6}
-    return Comparison(list(predicted.values()), slopes(key, SOFTMAX, "outer", list(predicted), SMALL_SCALES))
+    return equal(
+        "exponents of VV, VQ, VK, QQ, KK, QK",
+        slopes(key, SOFTMAX, "ggn", list(predicted), SMALL_SCALES),
+        list(predicted.values()),
+        unit="relative",
+    )
 
 
 @claim(
@@ -60,10 +82,15 @@ def softmax_outer_exponents(key: PRNGKey) -> Comparison:
     tolerance=1e-3,
     because=ASYMPTOTIC + "; the residual tends to minus the targets, so it is held fixed to that order",
 )
-def softmax_functional_exponents(key: PRNGKey) -> Comparison:
+def softmax_functional_exponents(key: PRNGKey) -> Expectation:
     """Growth of the functional blocks of softmax attention with the embedding scale."""
     predicted = {VQ: 3, VK: 3, QQ: 5, KK: 5, QK: 3}
-    return Comparison(list(predicted.values()), slopes(key, SOFTMAX, "functional", list(predicted), SMALL_SCALES))
+    return equal(
+        "exponents of VQ, VK, QQ, KK, QK",
+        slopes(key, SOFTMAX, "functional", list(predicted), SMALL_SCALES),
+        list(predicted.values()),
+        unit="relative",
+    )
 
 
 @claim(
@@ -71,11 +98,17 @@ def softmax_functional_exponents(key: PRNGKey) -> Comparison:
     source=f"{PAPER}, section 4.2",
     tolerance=1e-9,
     because="the blocks are homogeneous in the tokens: rounding is all that is left",
+    slow=True,
 )
-def linear_outer_exponents(key: PRNGKey) -> Comparison:
+def linear_outer_exponents(key: PRNGKey) -> Expectation:
     """Growth of the outer-product blocks of linear attention."""
     pairs = [VV, VQ, VK, QQ, KK, QK]
-    return Comparison([6] * 6, slopes(key, LINEAR, "outer", pairs, np.geomspace(0.1, 1, 4)))
+    return equal(
+        "exponents of VV, VQ, VK, QQ, KK, QK",
+        slopes(key, LINEAR, "ggn", pairs, np.geomspace(0.1, 1, 4)),
+        [6] * 6,
+        unit="relative",
+    )
 
 
 @claim(
@@ -83,10 +116,16 @@ def linear_outer_exponents(key: PRNGKey) -> Comparison:
     source=f"{PAPER}, section 4.2",
     tolerance=1e-4,
     because="the residual F - Y has a part of order sigma^3 beside the targets: at sigma <= 0.01 it shifts a slope by 1e-5",
+    slow=True,
 )
-def linear_functional_exponents(key: PRNGKey) -> Comparison:
+def linear_functional_exponents(key: PRNGKey) -> Expectation:
     """Growth of the functional blocks of linear attention."""
-    return Comparison([3] * 3, slopes(key, LINEAR, "functional", [VQ, VK, QK], SMALL_SCALES))
+    return equal(
+        "exponents of VQ, VK, QK",
+        slopes(key, LINEAR, "functional", [VQ, VK, QK], SMALL_SCALES),
+        [3] * 3,
+        unit="relative",
+    )
 
 
 @claim(
@@ -94,12 +133,18 @@ def linear_functional_exponents(key: PRNGKey) -> Comparison:
     source=f"{PAPER}, section 4.2",
     tolerance=1e-8,
     because="the network is homogeneous of degree 3^D in the tokens",
+    slow=True,
 )
-def depth_of_linear_attention_cubes_the_exponent(key: PRNGKey) -> Comparison:
+def depth_of_linear_attention_cubes_the_exponent(key: PRNGKey) -> Expectation:
     """Growth of the Gauss-Newton blocks of query, key and value in a stack of linear-attention layers."""
     scales = np.geomspace(0.5, 1.0, 3)
     measured = [linear_stack_slopes(key, depth, depth - 1, ggn, scales) for depth in (1, 2, 3)]
-    return Comparison([[2 * 3**depth] * 3 for depth in (1, 2, 3)], measured)
+    return equal(
+        "exponents of QQ, KK, VV at depths 1, 2, 3",
+        measured,
+        [[2 * 3**depth] * 3 for depth in (1, 2, 3)],
+        unit="relative",
+    )
 
 
 @claim(
@@ -108,11 +153,12 @@ def depth_of_linear_attention_cubes_the_exponent(key: PRNGKey) -> Comparison:
     source="derived here: behind the layer its output enters cubically, so that H_f, residual times outputs, is not zero",
     tolerance=1e-5,
     because="H_o, and the outputs in the residual, are sigma^9 smaller: at sigma <= 0.1 they shift a slope by about 1e-6",
+    slow=True,
 )
-def earlier_linear_layers_grow_with_half_the_exponent(key: PRNGKey) -> Comparison:
+def earlier_linear_layers_grow_with_half_the_exponent(key: PRNGKey) -> Expectation:
     """Growth of the blocks of query, key and value of the whole Hessian and of H_o, in the first of two layers."""
     measured = [linear_stack_slopes(key, 2, 0, part, np.array([0.05, 0.1])) for part in (hessian, ggn)]
-    return Comparison([[9] * 3, [18] * 3], measured)
+    return equal("exponents of QQ, KK, VV: of H, and of H_o", measured, [[9] * 3, [18] * 3], unit="relative")
 
 
 def linear_stack_slopes(
@@ -133,8 +179,9 @@ def linear_stack_slopes(
     source=f"{PAPER}, section 4.4",
     tolerance=1e-3,
     because="LayerNorm's epsilon of 1e-12 relative to token variances of order 0.01 and more; rounding in the fit",
+    slow=True,
 )
-def pre_norm_removes_the_growth(key: PRNGKey) -> Comparison:
+def pre_norm_removes_the_growth(key: PRNGKey) -> Expectation:
     """Growth of the blocks of a pre-norm attention layer without residual, diagonal and off it."""
     attention = AttentionConfig(key_dim=3, value_dim=WIDTH)
     block = Transformer(
@@ -143,8 +190,10 @@ def pre_norm_removes_the_growth(key: PRNGKey) -> Comparison:
     inputs, targets = jax.random.normal(key, (2, TOKENS, WIDTH))
     params = block.init(key, inputs)["params"]
     pairs = [VV, QQ, KK, QK, VQ, VK]
-    return Comparison(
-        np.zeros(6), block_slopes(block, params, inputs, targets, np.geomspace(0.1, 10, 3), pairs), scale=1
+    return equal(
+        "exponents of VV, QQ, KK, QK, VQ, VK",
+        block_slopes(block, params, inputs, targets, np.geomspace(0.1, 10, 3), pairs),
+        0.0,
     )
 
 
@@ -173,11 +222,11 @@ def block_slopes(
     r"\ \text{ and in linear attention at none}",
     source=f"{PAPER}, section 4.1, where the orders are sigma^5 and sigma^2",
     tolerance=0.01,
-    because="the logarithm of sigma_* between two of twelve scales a 24th of a decade apart, against the root of the ratio of the blocks by autodiff; "
-    "1 for a smaller query block at sigma = 0.01, 1 for no crossing in linear attention, the control",
+    because="the logarithm of sigma_* between two of twelve scales a 24th of a decade apart, against the root of the ratio of the blocks by autodiff",
+    slow=True,
 )
-def queries_overtake_values_at_a_finite_scale(key: PRNGKey) -> Comparison:
-    """log sigma_* of softmax attention, and the two signs."""
+def queries_overtake_values_at_a_finite_scale(key: PRNGKey) -> list[Expectation]:
+    """log sigma_* of softmax attention, the ratio of the blocks at the smallest scale, and the crossings of the control."""
     params, inputs, targets = instance(key, SOFTMAX)
     scales = np.geomspace(0.01, 3, 12)
     softmax, linear = (_queries_and_values(config, params, inputs, targets, scales) for config in (SOFTMAX, LINEAR))
@@ -193,14 +242,18 @@ def queries_overtake_values_at_a_finite_scale(key: PRNGKey) -> Comparison:
         return jnp.log(jnp.linalg.norm(blocks["query"]["query"]) / jnp.linalg.norm(blocks["value"]["value"]))
 
     root = scipy.optimize.brentq(lambda x: float(log_ratio(x)), *np.log(fine[[0, -1]]))
-    signs = float(softmax[0][0, 0] < softmax[1][0, 0]), float(np.isnan(none))
-    return Comparison([root, 1, 1], [np.log(crossing), *signs], scale=1)
+    return [
+        equal("log sigma_* of softmax attention", np.log(crossing), root),
+        at_most("||H[Q,Q]|| / ||H[V,V]|| of softmax at sigma = 0.01", softmax[0][0, 0] / softmax[1][0, 0], 1.0),
+        equal("crossings of linear attention, the control", np.isfinite(none).sum(), 0.0, 0.0, because="a count"),
+    ]
 
 
 def _queries_and_values(
     config: AttentionConfig, params: Params, inputs: Array, targets: Array, scales: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    norms = [attention_hessian(config, params, scale * inputs, targets).norms()["full"] for scale in scales]
+    risks = [layer_objective(config, scale * inputs, targets) for scale in scales]
+    norms = [attention_hessian(risk, params).norms()["hessian"] for risk in risks]
     queries, values = (np.array([[float(blocks[pair]) for blocks in norms]]) for pair in (QQ, VV))
     return queries, values
 
@@ -210,8 +263,9 @@ def _queries_and_values(
     source=f"{PAPER}, section 4.2",
     tolerance=1e-10,
     because="homogeneous of degree two in the inputs",
+    slow=True,
 )
-def linear_mlp_blocks_grow_quadratically(key: PRNGKey) -> Comparison:
+def linear_mlp_blocks_grow_quadratically(key: PRNGKey) -> Expectation:
     """Growth of the diagonal blocks of linear networks of depth 1 to 4."""
     measured = []
     for depth in (1, 2, 3, 4):
@@ -223,4 +277,4 @@ def linear_mlp_blocks_grow_quadratically(key: PRNGKey) -> Comparison:
             risk = objective(from_linen(network), square_loss, scale * inputs, targets)
             norms.append([jnp.linalg.norm(hessian(risk, params, block=name, check=False).dense()) for name in params])
         measured.extend(np.log10(np.array(norms[1]) / np.array(norms[0])))
-    return Comparison(np.full(10, 2.0), measured)
+    return equal("exponents of the layers at depths 1 to 4", measured, np.full(10, 2.0), unit="relative")

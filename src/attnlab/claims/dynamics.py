@@ -9,18 +9,19 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from attnlab.claims.registry import Comparison, claim
+from attnlab.claims.registry import claim
 from attnlab.curvature import ggn
 from attnlab.dynamics.flows import central_flow, gradient_flow, smoothed
 from attnlab.dynamics.kernel import empirical_ntk
-from attnlab.dynamics.problems import digits_attention, easy_regression
 from attnlab.dynamics.rules import update_rule
 from attnlab.dynamics.sharpness import stability
 from attnlab.dynamics.tokens import attention_calls, entropy, entropy_bound
+from attnlab.expectation import Expectation, at_least, at_most, equal
 from attnlab.losses import square_loss
 from attnlab.models.adapters import from_linen
-from attnlab.models.attention import AttentionConfig, SelfAttention, attention_maps
-from attnlab.objective import Objective, objective
+from attnlab.models.attention import AttentionConfig, SelfAttention
+from attnlab.objectives import Objective, objective
+from attnlab.risks.digits import digits_attention, easy_regression
 from attnlab.training import probe, train
 from attnlab.trees import ravel
 from attnlab.types import Params, PRNGKey
@@ -49,29 +50,37 @@ def _edge_run(
     source=f"{EDGE}, section 3",
     tolerance=0.06,
     because="the sharpness oscillates above the edge; its mean lies 0 to 5 % over it, the more the larger the rate",
+    slow=True,
 )
-def gradient_descent_settles_at_the_edge(key: PRNGKey) -> Comparison:
+def gradient_descent_settles_at_the_edge(key: PRNGKey) -> Expectation:
     """Mean of sharpness over 2 / eta in the second half of 2,500 steps at rate 0.1."""
-    return Comparison(1.0, settled_ratio(*digits_attention(key, key), "gd", 0.1, 2500, key))
+    return equal(
+        "mean of sharpness over 2 / eta",
+        settled_ratio(*digits_attention(key, key), "gd", 0.1, 2500, key),
+        1.0,
+        unit="relative",
+    )
 
 
 @claim(
     statement=r"\lambda_1(H) < 2 / \eta \text{ where the loss is fitted before the edge is reached}",
     source="derived here: the negative control of the edge of stability",
-    tolerance=0.0,
-    because="one-sided: over seeds 0 to 9 the mean ratio was 0.32 to 0.59. Twice its own dense eigenvalue by autodiff, the control, "
-    "would be at the edge and is held from both sides, to 1 %",
-    relation="at most",
+    because="over seeds 0 to 9 the mean ratio was 0.32 to 0.59",
+    slow=True,
 )
-def an_easy_regression_stays_below_the_edge(key: PRNGKey) -> Comparison:
+def an_easy_regression_stays_below_the_edge(key: PRNGKey) -> list[Expectation]:
     """The same measurement on a regression with an attention teacher, at the same rate, 0.1; and the last ratio over
-    that of the largest eigenvalue of the dense Hessian at the end, from above and from below."""
+    that of the largest eigenvalue of the dense Hessian at the end."""
     risk, params = easy_regression(key)
     records, end = _edge_run(risk, params, "gd", 0.1, 2000, key)
     flat, unravel = jax.flatten_util.ravel_pytree(end)
     dense = jax.jit(jax.hessian(lambda vector: risk(unravel(vector))))(flat)
     relative = records[-1] / (0.1 / 2 * np.linalg.eigvalsh(dense)[-1])
-    return Comparison([0.95, 1.01, -0.99], [records[len(records) // 2 :].mean(), relative, -relative], scale=1)
+    control = "the tracked sharpness is the largest eigenvalue by autodiff, up to what the tracking leaves"
+    return [
+        at_most("mean of sharpness over 2 / eta", records[len(records) // 2 :].mean(), 0.95),
+        equal("last sharpness over the dense Hessian's", relative, 1.0, 0.01, because=control),
+    ]
 
 
 @claim(
@@ -79,15 +88,21 @@ def an_easy_regression_stays_below_the_edge(key: PRNGKey) -> Comparison:
     source="Cohen, Damian, Talwalkar, Kolter, Lee, arXiv 2410.24206, section 3",
     tolerance=1e-4,
     because="the complementarity problem is solved to 1e-9, and each Euler substep is corrected by the next",
+    slow=True,
 )
-def central_flow_holds_the_edge(key: PRNGKey) -> Comparison:
+def central_flow_holds_the_edge(key: PRNGKey) -> Expectation:
     """A quartic with progressive sharpening, a^2 (1 + b^2) / 2 - slope b, from a random start below the edge 4."""
     slope = 0.05 + 0.1 * jax.random.uniform(key)
     risk = objective(_sharpening_outputs, _total, slope[None], jnp.zeros(1))
     flow = central_flow(risk, jnp.array([0.0, 1.65]), update_rule("gd", 0.5), key, steps=40, count=1, substeps=8)
     settled = flow.params[-1, 1], flow.sharpness[-1, 0], flow.variance[-1, 0]
     # at the edge 1 + b^2 = 4, and b stands still where the oscillation's pull s b equals the slope
-    return Comparison(np.array([3**0.5, 4.0, float(slope) / 3**0.5]), np.array(settled))
+    return equal(
+        "place, sharpness and variance of the flow at the edge",
+        np.array(settled),
+        np.array([3**0.5, 4.0, float(slope) / 3**0.5]),
+        unit="relative",
+    )
 
 
 def _sharpening_outputs(point: jax.Array, slope: jax.Array) -> jax.Array:
@@ -106,12 +121,11 @@ DESCENT, ITERATES = optax.sgd(FLOW_RATE), {"point": probe(lambda risk, params: p
     statement=r"\|w_{\mathrm{GD}} - w_{\mathrm{gradient\ flow}}\| \ge 10\, \|w_{\mathrm{GD}} - w_{\mathrm{central\ flow}}\|"
     r" \text{ beyond the edge},\quad \le 2.5\, \|w_{\mathrm{GD}} - w_{\mathrm{central\ flow}}\| \text{ below it}",
     source="Cohen, Damian, Talwalkar, Kolter, Lee, arXiv 2410.24206, section 3",
-    tolerance=0.0,
-    because="one-sided in both entries; below the edge, the negative control (turned round), the two flows are one, and "
-    "Euler steps of half of descent's, which the central flow is computed with, leave half the distance",
-    relation="at least",
+    because="bounds; below the edge, the negative control, the two flows are one, and Euler steps of half of descent's, "
+    "which the central flow is computed with, leave half the distance",
+    slow=True,
 )
-def descent_stays_with_its_central_flow(key: PRNGKey) -> Comparison:
+def descent_stays_with_its_central_flow(key: PRNGKey) -> list[Expectation]:
     """Attention on 16 digits at rate 0.05: mean distances of smoothed descent over steps 200 to 400 from a point behind
     the first spike, and over steps 50 to 100 of training, where the sharpness is 0.2 to 0.8 of the edge."""
     risk, params = digits_attention(key, key, 16)
@@ -119,7 +133,10 @@ def descent_stays_with_its_central_flow(key: PRNGKey) -> Comparison:
     path = smoothed(train(risk, params, DESCENT, key, steps=steps, probes=ITERATES).records.values["point"])
     beyond, below = _flow_distances(risk, path, 1200, key)[20:], _flow_distances(risk, path, 0, key)[5:11]
     ratios = [means[1] / means[0] for means in (beyond.mean(axis=0), below.mean(axis=0))]
-    return Comparison(np.array([10.0, -2.5]), np.array([ratios[0], -ratios[1]]), scale=1)
+    return [
+        at_least("distance to gradient flow over that to the central flow: beyond the edge", ratios[0], 10.0),
+        at_most("the same below the edge", ratios[1], 2.5),
+    ]
 
 
 def _flow_distances(risk: Objective, path: Params, start: int, key: PRNGKey) -> Float[np.ndarray, "r 2"]:
@@ -138,31 +155,27 @@ def _flow_distances(risk: Objective, path: Params, start: int, key: PRNGKey) -> 
     statement=r"H(A_i) \ge \log(1 + (T-1)\beta) + \sigma\sqrt{T(T-1)}\,\beta / (1 + (T-1)\beta),\ "
     r"\beta = e^{-\sigma\sqrt{T/(T-1)}},\ \sigma = \tau \|W_K W_Q^\top\| \|X\|^2",
     source="Zhai et al., arXiv 2303.06296, theorem 3.1",
-    tolerance=1e-12,
-    because="an inequality: only rounding may go beyond it. The control is a layer that attains the bound, turned round: "
-    "there a bound any higher or lower fails",
-    relation="at least",
+    because="an inequality: only rounding may go beyond it. The control is a layer that attains the bound: there a bound "
+    "any higher or lower fails",
+    slow=True,
 )
-def attention_entropy_is_above_its_spectral_bound(key: PRNGKey) -> Comparison:
-    """Every row of every head of a random layer, at several scales of the tokens; and the attaining rows, negated."""
+def attention_entropy_is_above_its_spectral_bound(key: PRNGKey) -> list[Expectation]:
+    """Every row of every head of a random layer, at several scales of the tokens; and the attaining rows."""
     module = SelfAttention(AttentionConfig(key_dim=3, value_dim=3, heads=2, causal=True))
     bounds, found = [], []
     for scale in (0.1, 1.0, 5.0):
         tokens = scale * jax.random.normal(key, (4, 6, 5))
         params = module.init(key, tokens)["params"]
-        (call,), (weights,) = (
-            attention_calls(module, params, tokens).values(),
-            attention_maps(module, params, tokens).values(),
-        )
+        (call,) = attention_calls(from_linen(module), params, tokens).values()
         bounds.append(entropy_bound(call))
-        found.append(entropy(weights))
+        found.append(entropy(call.attention))
     basis = jnp.linalg.qr(jax.random.normal(key, (4, 4)))[0]
-    for count in (2, 5):
-        bound, attained = _attaining_row(basis, count)
-        bounds.append(-bound)
-        found.append(-attained)
-    predicted, measured = (jnp.concatenate([part.ravel() for part in parts]) for parts in (bounds, found))
-    return Comparison(predicted, measured, scale=1)
+    lowest, attained = (jnp.stack(part) for part in zip(*(_attaining_row(basis, n) for n in (2, 5)), strict=True))
+    bound, entropies = (jnp.concatenate([part.ravel() for part in parts]) for parts in (bounds, found))
+    return [
+        at_least("entropy of every row", entropies, bound, 1e-12),
+        at_most("entropy of the rows that attain the bound", attained, lowest, 1e-12),
+    ]
 
 
 @claim(
@@ -172,11 +185,11 @@ def attention_entropy_is_above_its_spectral_bound(key: PRNGKey) -> Comparison:
     tolerance=1e-10,
     because="an equality: rounding",
 )
-def a_layer_attains_the_spectral_bound_of_its_entropy(key: PRNGKey) -> Comparison:
+def a_layer_attains_the_spectral_bound_of_its_entropy(key: PRNGKey) -> Expectation:
     """The entropy of the first row, for 2 and 5 tokens in random directions u, v."""
     basis = jnp.linalg.qr(jax.random.normal(key, (4, 4)))[0]
     bounds, found = zip(*(_attaining_row(basis, count) for count in (2, 5)), strict=True)
-    return Comparison(jnp.stack(bounds), jnp.stack(found))
+    return equal("entropy of the first row, of 2 and 5 tokens", jnp.stack(found), jnp.stack(bounds), unit="relative")
 
 
 @partial(jax.jit, static_argnames="count")
@@ -192,9 +205,8 @@ def _attaining_row(basis: Float[Array, "4 4"], count: int) -> tuple[Array, Array
     # a rotation, sigma = 1, that takes x_1 / rho to u = basis[0]: the scores are rho^2 l
     turn = jnp.eye(4).at[:2, :2].set(jnp.array([[first, other], [-other, first]]))
     params = {"query": basis.T @ turn.T @ basis, "key": jnp.eye(4), "value": jnp.ones((4, 1))}
-    (call,) = attention_calls(module, params, tokens).values()
-    (weights,) = attention_maps(module, params, tokens).values()
-    return entropy_bound(call)[0, 0], entropy(weights)[0, 0]
+    (call,) = attention_calls(from_linen(module), params, tokens).values()
+    return entropy_bound(call)[0, 0], entropy(call.attention)[0, 0]
 
 
 @claim(
@@ -202,11 +214,17 @@ def _attaining_row(basis: Float[Array, "4 4"], count: int) -> tuple[Array, Array
     source="Jacot, Gabriel, Hongler, arXiv 1806.07572",
     tolerance=1e-10,
     because="J^T J and J J^T share their nonzero eigenvalues: rounding",
+    slow=True,
 )
-def tangent_kernel_and_gauss_newton_share_their_spectrum(key: PRNGKey) -> Comparison:
+def tangent_kernel_and_gauss_newton_share_their_spectrum(key: PRNGKey) -> Expectation:
     """The five highest eigenvalues of both, on a random layer."""
     module = SelfAttention(AttentionConfig(key_dim=3, value_dim=3))
     tokens, targets = jax.random.normal(key, (4, 6, 5)), jax.random.normal(key, (4, 6, 3))
     risk, params = objective(from_linen(module), square_loss, tokens, targets), module.init(key, tokens)["params"]
     kernel = jnp.linalg.eigvalsh(empirical_ntk(risk, params))[-5:]
-    return Comparison(2 / targets.size * kernel, jnp.linalg.eigvalsh(ggn(risk, params).dense())[-5:])
+    return equal(
+        "five highest eigenvalues of the Gauss-Newton matrix",
+        jnp.linalg.eigvalsh(ggn(risk, params).dense())[-5:],
+        2 / targets.size * kernel,
+        unit="relative",
+    )

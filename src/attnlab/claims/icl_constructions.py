@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attnlab.claims.registry import Comparison, claim
+from attnlab.claims.registry import claim
+from attnlab.expectation import Expectation, equal
 from attnlab.icl.constructions import (
     centred_linear_predict,
     exponential_stack_predict,
@@ -56,8 +57,9 @@ def eigenvector_prompts(prompt: Prompt) -> tuple[Float[Array, " d"], Prompt]:
     source="von Oswald et al., arXiv 2212.07677, proposition 1",
     tolerance=1e-12,
     because=IDENTITY + "; the gradient by autodiff",
+    slow=True,
 )
-def one_layer_is_a_gradient_step(key: PRNGKey) -> Comparison:
+def one_layer_is_a_gradient_step(key: PRNGKey) -> Expectation:
     """One linear layer with three outputs against one step from W_0 on the prompt's least-squares loss."""
     keys = jax.random.split(key, 4)
     initial, labels = jax.random.normal(keys[0], (3, DIMENSION)), jax.random.normal(keys[1], (LENGTH, 3))
@@ -68,7 +70,12 @@ def one_layer_is_a_gradient_step(key: PRNGKey) -> Comparison:
 
     predicted = (initial - 0.3 * jax.grad(loss)(initial)) @ query
     layer, start = gradient_step_layer(0.3, initial)
-    return Comparison(predicted, gradient_step_predict(layer, start, inputs, labels, query))
+    return equal(
+        "three outputs of the layer",
+        gradient_step_predict(layer, start, inputs, labels, query),
+        predicted,
+        unit="relative",
+    )
 
 
 @claim(
@@ -77,8 +84,9 @@ def one_layer_is_a_gradient_step(key: PRNGKey) -> Comparison:
     source="von Oswald et al., arXiv 2212.07677, of whose experiment on sine tasks this is the model",
     tolerance=1e-12,
     because=IDENTITY + "; the gradient by autodiff",
+    slow=True,
 )
-def attention_after_an_mlp_is_a_gradient_step_in_its_features(key: PRNGKey) -> Comparison:
+def attention_after_an_mlp_is_a_gradient_step_in_its_features(key: PRNGKey) -> Expectation:
     """A random MLP of two layers before the constructed layer, on one sine task."""
     network = MLPConfig((6, 5), activation="tanh", bias=True)
     start_key, initial_key, prompt_key = jax.random.split(key, 3)
@@ -92,7 +100,9 @@ def attention_after_an_mlp_is_a_gradient_step_in_its_features(key: PRNGKey) -> C
         return jnp.sum((features @ weights - prompt.labels) ** 2) / (2 * LENGTH)
 
     predicted = (initial[0] - 0.3 * jax.grad(loss)(initial[0])) @ query
-    return Comparison(predicted, feature_attention_predict(params, prompt, config=network))
+    return equal(
+        "output of the layer", feature_attention_predict(params, prompt, config=network), predicted, unit="relative"
+    )
 
 
 @claim(
@@ -101,8 +111,9 @@ def attention_after_an_mlp_is_a_gradient_step_in_its_features(key: PRNGKey) -> C
     source="Ahn et al., arXiv 2306.00297; the scalar case is GD++ of von Oswald et al., arXiv 2212.07677; matrices derived here",
     tolerance=1e-12,
     because=IDENTITY + " of three layers",
+    slow=True,
 )
-def layers_that_transform_the_inputs_are_gd_plus_plus(key: PRNGKey) -> Comparison:
+def layers_that_transform_the_inputs_are_gd_plus_plus(key: PRNGKey) -> Expectation:
     """Three linear layers: matrices A_k, B_k on a random task, and scalars a_k, b_k per eigenvalue."""
     prompt_key, task_key, matrix_key, scalar_key = jax.random.split(key, 4)
     noisy = one_prompt(prompt_key)
@@ -121,7 +132,7 @@ def layers_that_transform_the_inputs_are_gd_plus_plus(key: PRNGKey) -> Compariso
     for step, contraction in zip(a, b, strict=True):
         recursion, values = recursion * (1 - step * values), values * (1 - contraction * values) ** 2
     predicted = jnp.append(recursion, prompt.query @ residual @ task)
-    return Comparison(predicted, jnp.append(errors, left))
+    return equal("residuals by eigenvalue, and with matrices", jnp.append(errors, left), predicted, unit="relative")
 
 
 @claim(
@@ -130,8 +141,9 @@ def layers_that_transform_the_inputs_are_gd_plus_plus(key: PRNGKey) -> Compariso
     source="Fu et al., arXiv 2310.17086, for Newton's iteration; linear attention alone suffices: derived here",
     tolerance=1e-12,
     because=IDENTITY + ", on prompts whose task and query are an eigenvector of the empirical covariance",
+    slow=True,
 )
-def residuals_of_newton_and_gradient_layers(key: PRNGKey) -> Comparison:
+def residuals_of_newton_and_gradient_layers(key: PRNGKey) -> Expectation:
     """Attention stacks for three steps of either algorithm, at every eigenvalue of one prompt."""
     values, prompts = eigenvector_prompts(one_prompt(key))
     scale, step = 1 / values[-1] ** 2, 1 / values[-1]
@@ -142,7 +154,9 @@ def residuals_of_newton_and_gradient_layers(key: PRNGKey) -> Comparison:
         for predict in (lambda p: newton_predict(newton, p), lambda p: stack_predict(descent, p))
     ]
     predicted = [newton_residual(values, 3, scale), gradient_descent_residual(values, 3, step)]
-    return Comparison(jnp.stack(predicted), jnp.stack(left))
+    return equal(
+        "residuals by eigenvalue: Newton, gradient descent", jnp.stack(left), jnp.stack(predicted), unit="relative"
+    )
 
 
 @claim(
@@ -152,12 +166,17 @@ def residuals_of_newton_and_gradient_layers(key: PRNGKey) -> Comparison:
     tolerance=1e-12,
     because=IDENTITY,
 )
-def softmax_attention_on_the_sphere_is_nadaraya_watson(key: PRNGKey) -> Comparison:
+def softmax_attention_on_the_sphere_is_nadaraya_watson(key: PRNGKey) -> Expectation:
     """Softmax attention over unit inputs against kernel regression from distances."""
     prompt = one_prompt(key)
     inputs = prompt.inputs / jnp.linalg.norm(prompt.inputs, axis=1, keepdims=True)
     on_sphere = Prompt(inputs, prompt.labels, prompt.query / jnp.linalg.norm(prompt.query), prompt.target)
-    return Comparison(nadaraya_watson(on_sphere, 0.7), nadaraya_watson_attention(on_sphere, 0.7))
+    return equal(
+        "output of the attention",
+        nadaraya_watson_attention(on_sphere, 0.7),
+        nadaraya_watson(on_sphere, 0.7),
+        unit="relative",
+    )
 
 
 @claim(
@@ -167,12 +186,17 @@ def softmax_attention_on_the_sphere_is_nadaraya_watson(key: PRNGKey) -> Comparis
     tolerance=1e-12,
     because=IDENTITY + " of three layers",
 )
-def exponential_attention_descends_in_function_space(key: PRNGKey) -> Comparison:
+def exponential_attention_descends_in_function_space(key: PRNGKey) -> Expectation:
     """Three layers of attention with scores exp(<x, x'>) against three functional gradient steps."""
     prompt = one_prompt(key)
     small = Prompt(prompt.inputs / 2, prompt.labels, prompt.query / 2, prompt.target)
     steps = jnp.array([0.3, 0.2, 0.5])
-    return Comparison(functional_gradient_descent(small, steps), exponential_stack_predict(small, steps))
+    return equal(
+        "output of the three layers",
+        exponential_stack_predict(small, steps),
+        functional_gradient_descent(small, steps),
+        unit="relative",
+    )
 
 
 @claim(
@@ -182,9 +206,9 @@ def exponential_attention_descends_in_function_space(key: PRNGKey) -> Comparison
     tolerance=1e-3,
     because="the order, 2, from errors at s = 0.001 and 0.002: the next order, s^4, shifts it by about s^2",
 )
-def two_softmax_heads_make_one_linear_head(key: PRNGKey) -> Comparison:
+def two_softmax_heads_make_one_linear_head(key: PRNGKey) -> Expectation:
     """The order at which the difference of two softmax heads reaches centred linear attention."""
     prompt = one_prompt(key)
     limit = centred_linear_predict(prompt)
     coarse, fine = (jnp.abs(softmax_pair_predict(prompt, scale) - limit) for scale in (2e-3, 1e-3))
-    return Comparison(2.0, jnp.log2(coarse / fine))
+    return equal("order of the difference in s", jnp.log2(coarse / fine), 2.0, unit="relative")

@@ -4,7 +4,10 @@ import jax
 import jax.flatten_util
 from jaxtyping import Array
 
+from attnlab.losses import LOSSES
+from attnlab.models.adapters import from_linen
 from attnlab.models.attention import AttentionConfig, SelfAttention
+from attnlab.objectives import Objective, objective
 from attnlab.types import Params, PRNGKey
 
 PAPER = "Ormaniec, Dangel, Singh, arXiv 2410.10986"
@@ -27,3 +30,8 @@ def instance(key: PRNGKey, config: AttentionConfig, size: int = 1) -> tuple[Para
     features = config.heads * config.value_dim if config.output_dim is None else config.output_dim
     targets = jax.random.normal(target_key, (size * TOKENS, features))
     return SelfAttention(config).init(init_key, inputs)["params"], inputs, targets
+
+
+def layer_objective(config: AttentionConfig, inputs: Array, targets: Array, loss: str = "square") -> Objective:
+    """The objective of one layer by itself."""
+    return objective(from_linen(SelfAttention(config)), LOSSES[loss], inputs, targets)

@@ -13,7 +13,8 @@ import scipy.integrate
 import scipy.optimize
 from jaxtyping import Array
 
-from attnlab.claims.registry import Comparison, claim
+from attnlab.claims.registry import claim
+from attnlab.expectation import Expectation, at_least, at_most, equal
 from attnlab.margin import (
     MarginProblem,
     MaxMargin,
@@ -36,7 +37,7 @@ from attnlab.margin import (
     project_on_equalities,
     rescaled,
 )
-from attnlab.objective import Objective
+from attnlab.objectives import Objective
 from attnlab.training import probe, train
 from attnlab.types import Params, PRNGKey
 
@@ -101,15 +102,16 @@ def cosine(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     source=f"{ATT_SVM}; Vasudeva, Deora, Thrampoulidis, arXiv 2402.05738, for the rate",
     tolerance=1e-3,
     because="the exponent is taken over a sixteenfold of the norm, where its correction has faded; median of 12 problems",
+    slow=True,
 )
-def normalized_descent_converges_to_the_frobenius_solution(key: PRNGKey) -> Comparison:
+def normalized_descent_converges_to_the_frobenius_solution(key: PRNGKey) -> Expectation:
     """Slope of log(1 - cosine) in log norm, towards the solution of whichever tokens descent selects."""
     risks = ensemble(key)
     path = trajectories(key, rescaled_all(risks), {"query_key": jnp.zeros((DIM, DIM))}, DESCENT, 25600, 1600)
     target = np.stack([found.direction for found in solutions(risks, path[-1])])
     angles, norms = 1 - cosine(path[[1, -1]], target), np.linalg.norm(path[[1, -1]], axis=(-2, -1))
     slopes = np.diff(np.log(angles), axis=0) / np.diff(np.log(norms), axis=0)
-    return Comparison(-2.0, np.median(slopes), scale=1)
+    return equal("slope of log(1 - cosine) in the log norm, median", np.median(slopes), -2.0)
 
 
 def rescaled_all(risks: Objective) -> Objective:
@@ -121,11 +123,10 @@ def rescaled_all(risks: Objective) -> Objective:
     statement=r"\text{the tokens that descent selects are locally optimal: } \gamma_{i\alpha_i} > \gamma_{it}"
     r" \text{ for all } t \text{ of margin exactly } 1",
     source=f"{ATT_SVM}, local optimality of tokens",
-    tolerance=0.1,
     because="a share of 12 runs; one may still be unsettled between two nearly equal tokens",
-    relation="at least",
+    slow=True,
 )
-def selected_tokens_are_locally_optimal(key: PRNGKey) -> Comparison:
+def selected_tokens_are_locally_optimal(key: PRNGKey) -> Expectation:
     """Share of runs whose solution has no support vector with a better value than the selected token."""
     risks = ensemble(key)
     ends = trajectories(key, rescaled_all(risks), {"query_key": jnp.zeros((DIM, DIM))}, DESCENT, 3200, 400)[-1]
@@ -135,7 +136,7 @@ def selected_tokens_are_locally_optimal(key: PRNGKey) -> Comparison:
         others = np.stack([np.delete(row, chosen) for row, chosen in zip(values, choice, strict=True)])
         best = values[np.arange(SEQUENCES), choice]
         optimal.append(np.all((best[:, None] > others).ravel()[found.support]))
-    return Comparison(1.0, np.mean(optimal), scale=1)
+    return at_least("share of locally optimal runs", np.mean(optimal), 0.9)
 
 
 @claim(
@@ -143,24 +144,28 @@ def selected_tokens_are_locally_optimal(key: PRNGKey) -> Comparison:
     source="Vasudeva, Deora, Thrampoulidis, arXiv 2402.05738; the exponent of the loss is the smallest margin",
     tolerance=0.1,
     because="corrections are of order 1 / log t; median of 12 problems, by the growth between 4,000 and 16,000 steps",
+    slow=True,
 )
-def norm_of_descent_grows_logarithmically(key: PRNGKey) -> Comparison:
+def norm_of_descent_grows_logarithmically(key: PRNGKey) -> Expectation:
     """Growth of the norm over that of log t, against 1 / margin, each relative."""
     risks = ensemble(key)
     path = trajectories(key, risks, {"query_key": jnp.zeros((DIM, DIM))}, optax.sgd(0.1), 16_000, 4_000)
     margins = np.array([found.margin for found in solutions(risks, path[-1])])
     growth = np.linalg.norm(path[-1], axis=(-2, -1)) - np.linalg.norm(path[1], axis=(-2, -1))
-    return Comparison(1.0, np.median(growth / np.log(4.0) * margins), scale=1)
+    return equal(
+        "growth of the norm over that of log t, times the margin, median",
+        np.median(growth / np.log(4.0) * margins),
+        1.0,
+    )
 
 
 @claim(
     statement=r"W_t = K_t Q_t^\top:\ \cos(W_t, W^{\mathrm{mm}}_*) \to 1, \text{ the solution of least nuclear norm, and not the Frobenius one}",
     source=f"{ATT_SVM}, for the regularization path; Sheen et al., arXiv 2403.08699, for gradient flow",
-    tolerance=0.1,
-    because="after 3,200 steps from small factors: medians over 12 problems of one less the cosine, as a share of that to the Frobenius solution",
-    relation="at most",
+    because="after 3,200 steps from small factors: medians over 12 problems",
+    slow=True,
 )
-def factors_converge_to_the_nuclear_solution(key: PRNGKey) -> Comparison:
+def factors_converge_to_the_nuclear_solution(key: PRNGKey) -> Expectation:
     """Distance to the nuclear solution relative to the distance to the Frobenius one."""
     risks = ensemble(key)
     start = jax.random.normal(key, (2, DIM, DIM)) / 100
@@ -171,7 +176,8 @@ def factors_converge_to_the_nuclear_solution(key: PRNGKey) -> Comparison:
         norm: np.median(1 - cosine(ends, np.stack([found.direction for found in solutions(risks, ends, norm)])))
         for norm in ("nuclear", "frobenius")
     }
-    return Comparison(0.0, angles["nuclear"] / angles["frobenius"], scale=1)
+    share = angles["nuclear"] / angles["frobenius"]
+    return at_most("1 - cosine with the nuclear solution, over that with the Frobenius one", share, 0.1)
 
 
 @claim(
@@ -181,14 +187,18 @@ def factors_converge_to_the_nuclear_solution(key: PRNGKey) -> Comparison:
     tolerance=0.0,
     because="counts of singular values above 1e-4 of the largest, of solutions certified to 1e-8; of 50 nuclear solutions "
     "of seeds 0 to 9 three had rank 3, never two of one seed, seven rank 1; those of least l_3 norm had 10 to 12",
+    slow=True,
 )
-def nuclear_solution_has_rank_at_most_the_number_of_sequences(key: PRNGKey) -> Comparison:
-    """With three sequences in twelve dimensions, five times: whether no nuclear rank is beyond the Frobenius one and the
-    median one is 2, whether all l_3 ranks are beyond 6, and the ranks of the Frobenius solutions."""
+def nuclear_solution_has_rank_at_most_the_number_of_sequences(key: PRNGKey) -> list[Expectation]:
+    """Three sequences in twelve dimensions, five times: ranks of the solutions of least nuclear, Frobenius and l_3 norm."""
     ranks = np.array([_ranks(jax.random.fold_in(key, number)) for number in range(5)])
     nuclear, frobenius, other = ranks.T
-    signs = float(np.all(nuclear <= frobenius)), float(np.all(other > 6))
-    return Comparison([1, 1, 2, *[3] * 5], [*signs, np.median(nuclear), *frobenius], scale=1)
+    return [
+        equal("ranks of the Frobenius solutions", frobenius, 3),
+        at_most("ranks of the nuclear solutions", nuclear, frobenius),
+        equal("their median", np.median(nuclear), 2),
+        at_least("ranks of the l_3 solutions", other, 7),
+    ]
 
 
 def _ranks(key: PRNGKey) -> list[float]:
@@ -215,26 +225,26 @@ def normal(key: PRNGKey, *shapes: tuple[int, ...]) -> list[np.ndarray]:
     source="Gordan's theorem, 1873, for the attention SVM of arXiv 2308.16898",
     tolerance=0.0,
     because="a verdict by proof each, against linear programming by HiGHS on the written-out rows",
+    slow=True,
 )
-def attention_svm_is_feasible_or_has_gordan_multipliers(key: PRNGKey) -> Comparison:
+def attention_svm_is_feasible_or_has_gordan_multipliers(key: PRNGKey) -> Expectation:
     """Verdicts on 60 random problems, about half of them feasible."""
-    names = {Status.SOLVED: 1.0, Status.INFEASIBLE: 0.0, Status.INACCURATE: np.nan}
+    verdicts = {Status.SOLVED: True, Status.INFEASIBLE: False, Status.INACCURATE: None}
     problems = []
     for number in range(60):
         tokens, queries = normal(jax.random.fold_in(key, number), (6, 5, 3), (6, 3))
         problems.append(attention_problem(tokens, queries, np.zeros(6, int)))
-    return Comparison(
-        [possible(p) for p in problems], [names[Status(int(max_margin(p).status))] for p in problems], scale=1
-    )
+    differ = [verdicts[Status(int(max_margin(p).status))] is not possible(p) for p in problems]
+    return equal("problems of 60 on which the verdicts differ", np.sum(differ), 0)
 
 
-def possible(problem: MarginProblem) -> float:
-    """1 if a linear program finds parameters that separate, else 0."""
+def possible(problem: MarginProblem) -> bool:
+    """Whether a linear program finds parameters that separate."""
     rows = np.einsum("kd,ke->kde", problem.differences, problem.queries[problem.owner]).reshape(len(problem.owner), -1)
     program = scipy.optimize.linprog(
         np.zeros(rows.shape[1]), A_ub=-rows, b_ub=-problem.bound, bounds=(None, None), method="highs"
     )
-    return float(program.status == 0)
+    return program.status == 0
 
 
 @claim(
@@ -242,12 +252,12 @@ def possible(problem: MarginProblem) -> float:
     r"\text{ a step } \eta \text{ of descent adds } \eta^2 (\dot K^\top \dot K - \dot Q^\top \dot Q)",
     source="Sheen et al., arXiv 2403.08699; the step: derived here",
     tolerance=1e-9,
-    because="flow to t = 2 at a relative accuracy of 1e-12 a step: rounding, 1e-11 and less on seeds 0 to 9; the control, "
-    "K^T K + Q^T Q, which nothing conserves, moves by a thousandth and more, which counts as 1",
+    because="flow to t = 2 at a relative accuracy of 1e-12 a step: rounding, 1e-11 and less on seeds 0 to 9",
+    slow=True,
 )
-def factors_conserve_their_imbalance(key: PRNGKey) -> Comparison:
-    """Drift of K^T K - Q^T Q along the flow, and whether K^T K + Q^T Q drifts, over the norm of the start; what 50 steps
-    of descent add to the first, over what autodiff's gradients say."""
+def factors_conserve_their_imbalance(key: PRNGKey) -> list[Expectation]:
+    """Drift of K^T K - Q^T Q and of K^T K + Q^T Q along the flow, over the norm of the start; what 50 steps of descent
+    add to the first, over what autodiff's gradients say."""
     risk = jax.tree.map(lambda leaf: leaf[0], ensemble(key, 1))
     start, slope = np.asarray(jax.random.normal(key, (2, DIM, 3))), jax.jit(jax.grad(risk))
 
@@ -270,10 +280,12 @@ def factors_conserve_their_imbalance(key: PRNGKey) -> Comparison:
         added += step**2 * _grams(velocity(point), -1)
         point = point + step * velocity(point)
     moved = np.asarray(imbalance(trained)) - _grams(start, -1)
-    predicted = np.append([0.0, 1.0], added / np.linalg.norm(added))
-    return Comparison(
-        predicted, np.append([difference / size, float(total / size > 1e-3)], moved / np.linalg.norm(added)), scale=1
-    )
+    length = np.linalg.norm(added)
+    return [
+        equal("drift of K^T K - Q^T Q under the flow", difference / size, 0.0),
+        at_least("drift of K^T K + Q^T Q, the control", total / size, 1e-3, because="nothing conserves it"),
+        equal("what 50 steps of descent add, over its predicted norm", moved / length, added / length),
+    ]
 
 
 def _grams(factors: np.ndarray, sign: int) -> np.ndarray:
@@ -285,11 +297,10 @@ def _grams(factors: np.ndarray, sign: int) -> np.ndarray:
     statement=r"\text{mirror descent with } \psi = \tfrac1p \|\cdot\|_p^p:\ "
     r"D_\psi(W^{\mathrm{mm}}_p / \|W^{\mathrm{mm}}_p\|_p,\ W_t / \|W_t\|_p) \to 0, \text{ the solution of least } \ell_p \text{ norm}",
     source="Julistiono et al., arXiv 2410.14581",
-    tolerance=0.01,
-    because="the divergence to the own solution, as a share of that to the nearest other p's; medians of 12 problems",
-    relation="at most",
+    because="medians of 12 problems, after 1,500 and 6,000 steps",
+    slow=True,
 )
-def mirror_descent_converges_to_its_own_norm(key: PRNGKey) -> Comparison:
+def mirror_descent_converges_to_its_own_norm(key: PRNGKey) -> Expectation:
     """p = 1.75 and 3, against the solutions of p = 1.75, 2 and 3."""
     risks, ratios = ensemble(key), []
     for p, steps in ((1.75, 1500), (3.0, 6000)):
@@ -298,7 +309,7 @@ def mirror_descent_converges_to_its_own_norm(key: PRNGKey) -> Comparison:
         ends = trajectories(key, rescaled_all(risks), start, optimizer, steps, steps)[-1]
         found = {q: np.median(divergence(lp_directions(risks, ends, q), ends, p)) for q in (1.75, 2.0, 3.0)}
         ratios.append(found.pop(p) / min(found.values()))
-    return Comparison(np.zeros(2), np.array(ratios), scale=1)
+    return at_most("divergence to the own solution over that to the nearest other p's", ratios, 0.01)
 
 
 def divergence(first: np.ndarray, second: np.ndarray, p: float) -> np.ndarray:
@@ -331,11 +342,12 @@ def train_parts(
     return np.asarray(decoupled_matrix(trained.params, basis))
 
 
-def parts_found(problem: MarginProblem, matrix: np.ndarray, finite: np.ndarray | Array) -> np.ndarray:
+def parts_found(problem: MarginProblem, matrix: np.ndarray, finite: np.ndarray | Array) -> list[Expectation]:
     """Error of the part in the span of the equality rows; and one less the cosine of the rest with the solution."""
     finite = np.asarray(finite)
     missed = np.linalg.norm(project_on_equalities(problem, matrix) - finite)
-    return np.array([missed, 1 - cosine(matrix - finite, np.asarray(max_margin(problem).direction))])
+    angle = 1 - cosine(matrix - finite, np.asarray(max_margin(problem).direction))
+    return [at_most("error of the finite part", missed, 1e-6), at_most("1 - cosine of the diverging part", angle, 1e-4)]
 
 
 class GraphCase(NamedTuple):
@@ -367,11 +379,10 @@ def graph_case(key: PRNGKey) -> GraphCase:
 @claim(
     statement=r"W_t \approx W^{\mathrm{fin}} + \|W_t\| W^{\mathrm{svm}} / \|W^{\mathrm{svm}}\| \text{ on the token-priority graph}",
     source="Li et al., arXiv 2403.08081, by a descent that takes the two parts apart",
-    tolerance=1.0,
-    because="in units of 1e-6 for the finite part and of 1e-4 for one less the cosine",
-    relation="at most",
+    because="limits: what is left of both falls with the steps",
+    slow=True,
 )
-def graph_svm_splits_attention_into_finite_and_diverging(key: PRNGKey) -> Comparison:
+def graph_svm_splits_attention_into_finite_and_diverging(key: PRNGKey) -> list[Expectation]:
     """Error of the finite part, and one less the cosine of the rest, after descent on the two parts apart."""
     case = graph_case(key)
     problem = graph_problem(*case)
@@ -379,7 +390,7 @@ def graph_svm_splits_attention_into_finite_and_diverging(key: PRNGKey) -> Compar
     last = case.sequences[:, -1]
     inside = components[last[:, None], case.sequences] == components[last, case.labels][:, None]
     matrix = train_parts(key, case.risk(), inside, problem, 3000)
-    return Comparison(np.zeros(2), parts_found(problem, matrix, finite_component(*case)), scale=np.array([1e-6, 1e-4]))
+    return parts_found(problem, matrix, finite_component(*case))
 
 
 @claim(
@@ -388,10 +399,10 @@ def graph_svm_splits_attention_into_finite_and_diverging(key: PRNGKey) -> Compar
     tolerance=0.03,
     because="the diverging part takes a share of each step that fades as the norm grows; measured at norm 4 to 6",
 )
-def normalised_descent_leaves_a_floor_in_the_finite_part(key: PRNGKey) -> Comparison:
+def normalised_descent_leaves_a_floor_in_the_finite_part(key: PRNGKey) -> Expectation:
     """Error of the finite part over the step length."""
     case, step = graph_case(key), 0.01
     start = {"query_key": jnp.zeros((10, 10))}
     ends = train(case.risk(), start, normalized_descent(step), key, steps=6000, every=6000).params["query_key"]
     missed = project_on_equalities(graph_problem(*case), np.asarray(ends)) - finite_component(*case)
-    return Comparison(0.5, np.linalg.norm(missed) / step, scale=1)
+    return equal("error of the finite part over the step length", np.linalg.norm(missed) / step, 0.5)

@@ -16,7 +16,8 @@ from attnlab.claims.margin import (
     parts_found,
     train_parts,
 )
-from attnlab.claims.registry import Comparison, claim
+from attnlab.claims.registry import claim
+from attnlab.expectation import Expectation, at_least, at_most, equal
 from attnlab.margin import (
     JointMargin,
     MarginProblem,
@@ -31,7 +32,7 @@ from attnlab.margin import (
     normalized_descent,
     regularization_path,
 )
-from attnlab.objective import Objective
+from attnlab.objectives import Objective
 from attnlab.training import train
 from attnlab.types import Params, PRNGKey
 
@@ -82,38 +83,41 @@ def path_ends(key: PRNGKey, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarr
     source=f"{ATT_SVM}, for the direction; the rates derived here: at radius R the loss is a soft minimum of width 1/R",
     tolerance=0.15,
     because="norms of 64 and 1,024 times that of the solution; the exponent's correction falls like one over the norm's logarithm, the slope's faster",
+    slow=True,
 )
-def regularization_path_leads_to_the_frobenius_solution(key: PRNGKey) -> Comparison:
+def regularization_path_leads_to_the_frobenius_solution(key: PRNGKey) -> list[Expectation]:
     """Exponent of the angle, and the slope of the log loss relative to its limit."""
     angles, _, slopes = path_ends(key, "weights")
     exponent = np.log(angles[-1] / angles[-3]) / np.log(SIZES[-1] / SIZES[-3])
-    return Comparison(np.array([-2.0, 1.0]), np.array([exponent, slopes[-1]]), scale=1)
+    return [
+        equal("exponent of 1 - cosine in the radius", exponent, -2.0),
+        equal("slope of the log loss over its limit", slopes[-1], 1.0),
+    ]
 
 
 @claim(
     statement=r"(K_R, Q_R) = \mathrm{argmin}_{\|K\|_F^2 + \|Q\|_F^2 \le R^2} L:\ \cos(K_R Q_R^\top, W^{\mathrm{mm}}_*) \to 1, "
     r"\text{ the solution of least nuclear norm}",
     source=f"{ATT_SVM}, on the regularization path of (K, Q)",
-    tolerance=1.0,
-    because="in units of 1e-5 for one less the cosine with the nuclear solution; the Frobenius one stays further than 1e-2",
-    relation="at most",
+    because="a limit: what is left falls with the radius; the Frobenius solution is the negative control",
+    slow=True,
 )
-def regularization_path_of_factors_leads_to_the_nuclear_solution(key: PRNGKey) -> Comparison:
-    """One less the cosine at the largest radius; and 0.01 over that with the Frobenius solution, at most 1."""
+def regularization_path_of_factors_leads_to_the_nuclear_solution(key: PRNGKey) -> list[Expectation]:
+    """One less the cosine at the largest radius with either solution."""
     frobenius_angle, nuclear_angle, _ = path_ends(key, "factors")
-    return Comparison(
-        np.zeros(2), np.array([nuclear_angle[-1], 1e-2 / frobenius_angle[-1]]), scale=np.array([1e-5, 1.0])
-    )
+    return [
+        at_most("1 - cosine with the nuclear solution", nuclear_angle[-1], 1e-5),
+        at_least("1 - cosine with the Frobenius solution", frobenius_angle[-1], 1e-2),
+    ]
 
 
 @claim(
     statement=r"W_t \approx W^{\mathrm{fin}} + R_t W^{\mathrm{dir}} / \|W^{\mathrm{dir}}\| \text{ with several selected tokens}",
     source=f"{ATT_SVM}, on selections of several tokens, by a descent that takes the two parts apart",
-    tolerance=1.0,
-    because="in units of 1e-6 for the finite part and of 1e-4 for one less the cosine",
-    relation="at most",
+    because="limits: what is left of both falls with the steps",
+    slow=True,
 )
-def several_selected_tokens_have_a_finite_part(key: PRNGKey) -> Comparison:
+def several_selected_tokens_have_a_finite_part(key: PRNGKey) -> list[Expectation]:
     """Cross-entropy to a distribution over two of five tokens in each of four sequences, in ten dimensions."""
     tokens, queries, logits = normal(key, (4, 5, 10), (4, 10), (4, 2))
     selection = np.broadcast_to(np.arange(5) < 2, (4, 5))
@@ -123,7 +127,7 @@ def several_selected_tokens_have_a_finite_part(key: PRNGKey) -> Comparison:
     risk = decision_risk(jnp.asarray(tokens), jnp.asarray(queries), jnp.asarray(probabilities))
     matrix = train_parts(key, risk, selection, problem, 3000)
     finite = equality_solution(problem, logits[:, 0] - logits[:, 1])
-    return Comparison(np.zeros(2), parts_found(problem, matrix, finite), scale=np.array([1e-6, 1e-4]))
+    return parts_found(problem, matrix, finite)
 
 
 class NextTokenCase(NamedTuple):
@@ -156,27 +160,24 @@ def next_token_case(key: PRNGKey) -> NextTokenCase:
 @claim(
     statement=r"\text{cross-entropy of } W h_j:\ P_F W_t \to W^\star \text{ (the log-odds of the data)},\ W_t / \|W_t\| \to W^{\mathrm{mm}} \text{ off } F",
     source="Thrampoulidis, arXiv 2402.18551",
-    tolerance=1.0,
-    because="in units of 1e-6 for the finite part and of 1e-4 for one less the cosine",
-    relation="at most",
+    because="limits: what is left of both falls with the steps",
+    slow=True,
 )
-def next_token_prediction_finds_log_odds_and_margin(key: PRNGKey) -> Comparison:
+def next_token_prediction_finds_log_odds_and_margin(key: PRNGKey) -> list[Expectation]:
     """After training."""
     case = next_token_case(key)
     matrix = train_parts(key, case.risk(), case.probabilities > 0, case.problem, 3000)
-    return Comparison(np.zeros(2), parts_found(case.problem, matrix, case.finite()), scale=np.array([1e-6, 1e-4]))
+    return parts_found(case.problem, matrix, case.finite())
 
 
 @claim(
     statement=r"\mathrm{CE}(W^\star + R\, W^{\mathrm{mm}}) - H \le C e^{-R}, "
     r"\quad C = \mathbb{E}_j\, p_{W^\star}(\text{off the support} \mid h_j) / p_{W^\star}(\text{in it} \mid h_j)",
     source="Thrampoulidis, arXiv 2402.18551, for the limit; the constant derived here: log(1 + x) <= x, and all margins are R at least",
-    tolerance=1e-6,
     because="rounding of the entropies, 1e-16 over an excess above 1e-9",
-    relation="at most",
 )
-def next_token_excess_falls_exponentially(key: PRNGKey) -> Comparison:
-    """log of the excess over the bound at R = 0 to 16; and log(1/2) less the last one: the bound is no idle one."""
+def next_token_excess_falls_exponentially(key: PRNGKey) -> list[Expectation]:
+    """log of the excess over the bound at R = 0 to 16; the last is not far below: the bound is no idle one."""
     case = next_token_case(key)
     risk, finite, found = case.risk(), case.finite(), max_margin(case.problem)
     inside = case.probabilities > 0
@@ -187,7 +188,10 @@ def next_token_excess_falls_exponentially(key: PRNGKey) -> Comparison:
     ray = jnp.asarray(finite + radii[:, None, None] * found.solution)
     excess = np.asarray(jax.jit(jax.vmap(lambda matrix: risk({"query_key": matrix})))(ray)) - entropy
     beyond = np.log(excess / constant) + radii
-    return Comparison(np.zeros(6), np.append(beyond, np.log(0.5) - beyond[-1]), scale=1)
+    return [
+        at_most("log of the excess over the bound, by R", beyond, 0.0, 1e-6),
+        at_least("the same at the largest R", beyond[-1], np.log(0.5), 1e-6),
+    ]
 
 
 def train_jointly(
@@ -220,31 +224,36 @@ def missed(ends: tuple[np.ndarray, np.ndarray], found: JointMargin) -> np.ndarra
 @claim(
     statement=r"(p_t, v_t) \to (p^{\mathrm{mm}}, v^{\mathrm{mm}}) \text{ in direction, where every selected token supports } v^{\mathrm{mm}}",
     source=f"{JOINT}, on joint convergence",
-    tolerance=1.0,
-    because="in units of 1e-3 for one less the cosine, after norms of about 250",
-    relation="at most",
+    because="a limit: what is left falls with the steps, here at norms of about 250",
+    slow=True,
 )
-def joint_training_finds_both_margins(key: PRNGKey) -> Comparison:
+def joint_training_finds_both_margins(key: PRNGKey) -> list[Expectation]:
     """First tokens three times as long as the others: all support the classifier."""
     tokens, labels = joint_case(key)
     tokens[:, 0] *= 3
     found = joint_max_margin(tokens, labels, np.zeros(6, int))
     angles = missed(train_jointly(key, tokens, labels, 0.1), found)
-    return Comparison(np.zeros(2), np.where(found.classifier.support.all(), angles, np.nan), scale=1e-3)
+    idle = np.sum(~np.asarray(found.classifier.support, bool))
+    return [
+        at_most("1 - cosine of p and of v", angles, 1e-3),
+        equal("selected tokens that do not support the classifier", idle, 0, 0.0, because="a count"),
+    ]
 
 
 @claim(
     statement=r"p_t \to p^{\mathrm{relax}}: \text{ sequences that do not support } v^{\mathrm{mm}} \text{ need a margin of } 0 \text{ only}",
     source=f"{JOINT}, on joint convergence with slack, at v growing faster than p",
-    tolerance=1.0,
-    because="in units of 0.01 for one less the cosine of p with the relaxed solution; and a twentieth of that with the strict one",
-    relation="at most",
+    because="a limit: what is left falls with the steps; the strict solution is the negative control",
+    slow=True,
 )
-def joint_training_relaxes_what_does_not_support(key: PRNGKey) -> Comparison:
+def joint_training_relaxes_what_does_not_support(key: PRNGKey) -> list[Expectation]:
     """First tokens at different distances from the boundary: few support the classifier."""
     tokens, labels = joint_case(key)
     tokens[:, 0] += (labels * np.linspace(1, 3, 6))[:, None] * np.eye(30)[0]
     relaxed, strict = (joint_max_margin(tokens, labels, np.zeros(6, int), relaxed=flag) for flag in (True, False))
     ends = train_jointly(key, tokens, labels, 0.03)
     near, far = missed(ends, relaxed)[0], missed(ends, strict)[0]
-    return Comparison(np.zeros(2), np.array([near, near / far]), scale=np.array([0.01, 0.05]))
+    return [
+        at_most("1 - cosine of p with the relaxed solution", near, 0.01),
+        at_most("the same over that with the strict one", near / far, 0.05),
+    ]

@@ -2,29 +2,14 @@
 
 import inspect
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
-
-import numpy as np
-from numpy.typing import ArrayLike
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from attnlab.checks import unknown_name
+from attnlab.expectation import Expectation
+from attnlab.types import PRNGKey
 
-Relation = Literal["equal", "at most", "at least"]
-
-
-class Comparison(NamedTuple):
-    """One random instance's prediction and measurement, numbers or arrays of one shape.
-
-    The error is the largest of |measured - predicted| over `scale`: the predicted magnitude by default, the
-    measurement's standard error for a statistical claim, 1 for an absolute one. Where the relation is `at most` or `at
-    least`, only what goes beyond the prediction counts.
-    """
-
-    predicted: ArrayLike
-    measured: ArrayLike
-    scale: ArrayLike | None = None
+Found = Expectation | Sequence[Expectation]
 
 
 @dataclass(frozen=True)
@@ -35,51 +20,54 @@ class Claim:
         name: unique, in lower case with dashes.
         statement: in LaTeX.
         source: paper, theorem or equation; "derived here" where there is none.
-        tolerance: largest error that passes, in units of the comparison's scale.
-        because: why the tolerance is what it is.
-        relation: of the measurement to the prediction.
-        compare: `compare(key)` draws an instance and returns its `Comparison`; a claim that can be checked on larger
-            instances takes `compare(key, size)` as well, with `size=1` the default and a multiple of it `--strict`.
+        measure: `measure(key)` draws an instance and returns one `Expectation` or several; a claim that can be checked
+            on larger instances takes `measure(key, size)` as well, with `size=1` the default and a multiple of it
+            `--strict`.
+        tolerance: of the expectations that name none.
+        because: why tolerances are what they are, for the expectations that do not say.
+        slow: whether it compiles for several seconds: the quick tests leave it to the nightly ones.
     """
 
     name: str
     statement: str
     source: str
-    tolerance: float
-    because: str
-    relation: Relation
-    compare: Callable[..., Comparison]
+    measure: Callable[..., Found]
+    tolerance: float | None = None
+    because: str = ""
+    slow: bool = False
 
     @property
     def sizable(self) -> bool:
         """Whether there are larger instances."""
-        return "size" in inspect.signature(self.compare).parameters
+        return "size" in inspect.signature(self.measure).parameters
+
+    def expectations(self, key: PRNGKey, size: int = 1) -> tuple[Expectation, ...]:
+        """The parts of the claim on one instance, with what the claim says for all of them filled in.
+
+        Raises `ValueError` where there are none, or one has no tolerance.
+        """
+        found = self.measure(key, **({"size": size} if self.sizable else {}))
+        parts = (found,) if isinstance(found, Expectation) else tuple(found)
+        if not parts:
+            raise ValueError(f"claim '{self.name}' returns no expectation; expected one or several.")
+        return tuple(self._completed(part) for part in parts)
+
+    def _completed(self, part: Expectation) -> Expectation:
+        tolerance = self.tolerance if part.tolerance is None else part.tolerance
+        if tolerance is None:
+            raise ValueError(
+                f"claim '{self.name}' has no tolerance for '{part.what}'; expected one there or in the decorator."
+            )
+        because, source = part.because or self.because, part.source or self.source
+        return replace(part, tolerance=tolerance, because=because, source=source)
 
     def verify(self, seed: int, size: int = 1) -> "Verdict":
         """Check the claim on the instance of one seed, `size` times the default where it has larger ones."""
         import jax
 
         started = time.perf_counter()
-        options = {"size": size} if self.sizable else {}
-        comparison = self.compare(jax.random.key(seed), **options)
-        predicted, measured = (np.asarray(value, float) for value in comparison[:2])
-        if predicted.shape != measured.shape:
-            raise ValueError(
-                f"claim '{self.name}' predicts an array of shape {predicted.shape} and measures one of {measured.shape}; "
-                "expected one shape."
-            )
-        error = _error(predicted, measured, comparison.scale, self.relation)
-        return Verdict(self, seed, predicted, measured, error, time.perf_counter() - started)
-
-
-def _error(predicted: np.ndarray, measured: np.ndarray, scale: ArrayLike | None, relation: Relation) -> float:
-    difference = measured - predicted
-    beyond = {"equal": np.abs(difference), "at most": np.maximum(difference, 0), "at least": np.maximum(-difference, 0)}
-    unit = np.max(np.abs(predicted)) if scale is None else np.asarray(scale, float)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        errors = np.where(beyond[relation] == 0, 0.0, beyond[relation] / unit)
-    # A measurement that is not a number confirms nothing.
-    return float(np.max(np.where(np.isnan(difference), np.inf, errors), initial=0.0))
+        parts = self.expectations(jax.random.key(seed), size)
+        return Verdict(self, seed, parts, time.perf_counter() - started)
 
 
 @dataclass(frozen=True)
@@ -89,35 +77,44 @@ class Verdict:
 
     claim: Claim
     seed: int
-    predicted: np.ndarray
-    measured: np.ndarray
-    error: float
+    parts: tuple[Expectation, ...]
     seconds: float
     problem: str = ""
     skipped: bool = False
 
     @property
     def passed(self) -> bool:
-        """Whether the error is within the claim's tolerance."""
-        return self.error <= self.claim.tolerance
+        """Whether every part is within its tolerance."""
+        return bool(self.parts) and all(part.passed for part in self.parts)
+
+    @property
+    def worst(self) -> Expectation | None:
+        """The part whose deviation is the largest multiple of its tolerance; None where nothing was measured."""
+        return max(self.parts, key=lambda part: (not part.passed, part.error), default=None)
+
+    @property
+    def error(self) -> float:
+        """That multiple."""
+        return float("inf") if self.worst is None else self.worst.error
 
 
 REGISTRY: dict[str, Claim] = {}
 
 
 def claim(
-    *, statement: str, source: str, tolerance: float, because: str, relation: Relation = "equal"
-) -> Callable[[Callable[..., Comparison]], Claim]:
-    """Register a function of a key (and a size) that returns a `Comparison`; its name, with dashes, is the claim's.
+    *, statement: str, source: str, tolerance: float | None = None, because: str = "", slow: bool = False
+) -> Callable[[Callable[..., Found]], Claim]:
+    """Register a function of a key (and a size) that returns one `Expectation` or several; its name, with dashes, is
+    the claim's. `tolerance` and `because` serve the expectations that name none.
 
     Raises `ValueError` for a name that is taken.
     """
 
-    def register(compare: Callable[..., Comparison]) -> Claim:
-        name = compare.__name__.replace("_", "-")
+    def register(measure: Callable[..., Found]) -> Claim:
+        name = measure.__name__.replace("_", "-")
         if name in REGISTRY:
             raise ValueError(f"there is a claim '{name}' already; expected a new name. Rename the function.")
-        REGISTRY[name] = Claim(name, statement, source, tolerance, because, relation, compare)
+        REGISTRY[name] = Claim(name, statement, source, measure, tolerance, because, slow)
         return REGISTRY[name]
 
     return register

@@ -11,14 +11,14 @@ from attnlab.curvature.estimators import (
     squared_frobenius_norm,
     trace,
 )
+from attnlab.curvature.full_check import check_curvature
 from attnlab.curvature.guards import NonFiniteProductError
 from attnlab.curvature.operators import Operator, empirical_fisher, fisher, functional, ggn, hessian, restrict
 from attnlab.curvature.self_checks import CurvatureWarning, VerificationError
 from attnlab.curvature.spectrum import Eigenpairs, eigenpairs
 from attnlab.curvature.transforms import CrossBlock, cross, precondition
-from attnlab.curvature.verify import verify
 from attnlab.curvature.xtrace import xtrace
-from attnlab.objective import BatchedObjective, batched
+from attnlab.objectives import BatchedObjective, batched
 from attnlab.runs.progress import Progress, print_progress
 from attnlab.runs.session import Session
 from attnlab.statistics import Estimate
@@ -37,6 +37,7 @@ __all__ = [
     "VerificationError",
     "batched",
     "block_densities",
+    "check_curvature",
     "condition_number",
     "cross",
     "diagonal",
@@ -56,6 +57,5 @@ __all__ = [
     "spectral_density",
     "squared_frobenius_norm",
     "trace",
-    "verify",
     "xtrace",
 ]

@@ -8,7 +8,7 @@ from attnlab.checks import check_key, check_whole
 from attnlab.curvature.density import SpectralDensity, spectral_density
 from attnlab.curvature.guards import NonFiniteProductError
 from attnlab.curvature.operators import Block, Operator, hessian
-from attnlab.objective import Risk
+from attnlab.objectives import Risk
 from attnlab.runs.session import AT_ONCE, Session
 from attnlab.trees import leaf_names
 from attnlab.types import Params, PRNGKey
@@ -42,11 +42,11 @@ def block_densities(
     *,
     operator: Callable[..., Operator] = hessian,
     blocks: Iterable[Block] | None = None,
-    probes: int = 10,
+    samples: int = 10,
     steps: int | None = None,
     session: Session = AT_ONCE,
 ) -> dict[str, SpectralDensity]:
-    """The spectral density of every diagonal block (see `per_block` and `spectral_density`), all with the same probes.
+    """The spectral density of every diagonal block (see `per_block` and `spectral_density`), all with the same samples.
 
     A block with fewer than `steps` parameters (by default 64) takes as many steps as it has parameters. In the
     directory of the session each block has a folder, with `/` and the like in its name written as in a URL: a run that
@@ -62,7 +62,7 @@ def block_densities(
         return spectral_density(
             block,
             key,
-            probes=probes,
+            samples=samples,
             steps=None if steps is None else min(steps, block.dimension),
             session=session.part(name, f"{name} ({numbers[name]} of {len(named)})"),
         )

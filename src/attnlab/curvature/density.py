@@ -27,7 +27,7 @@ from attnlab.trees import power_of_two
 from attnlab.types import PRNGKey
 
 STEPS = 64
-"""Lanczos steps of a probe, unless the operator has fewer rows."""
+"""Lanczos steps of a sample, unless the operator has fewer rows."""
 
 CHUNK = 16
 """Lanczos steps in one jitted call of a long run: between two of them it reports and saves."""
@@ -36,21 +36,21 @@ CHUNK = 16
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SpectralDensity:
-    """A spectral density by stochastic Lanczos quadrature: one Gauss rule a probe.
+    """A spectral density by stochastic Lanczos quadrature: one Gauss rule a sample.
 
-    Each probe's rule integrates polynomials up to degree 2 m - 1 against its own spectral measure exactly; the mean
-    over probes estimates (1/n) sum_i f(lambda_i), and the spread over probes is its error.
+    Each sample's rule integrates polynomials up to degree 2 m - 1 against its own spectral measure exactly; the mean
+    over samples estimates (1/n) sum_i f(lambda_i), and the spread over samples is its error.
 
     Attributes:
-        nodes: (probes, m) Ritz values, ascending in each row.
-        weights: (probes, m), each row sums to 1.
+        nodes: (samples, m) Ritz values, ascending in each row.
+        weights: (samples, m), each row sums to 1.
     """
 
-    nodes: Float[Array, "probes m"]
-    weights: Float[Array, "probes m"]
+    nodes: Float[Array, "samples m"]
+    weights: Float[Array, "samples m"]
 
     def integral(self, function: Callable[[Array], Array]) -> Estimate:
-        """Mean of `function` over the eigenvalues, (1/n) sum_i f(lambda_i), and its standard error over the probes.
+        """Mean of `function` over the eigenvalues, (1/n) sum_i f(lambda_i), and its standard error over the samples.
 
         `function` maps the nodes (m,) to (..., m). The `interval` of the result is the band.
         """
@@ -84,60 +84,71 @@ def spectral_density(
     operator: Operator,
     key: PRNGKey,
     *,
-    probes: int = 10,
+    samples: int = 10,
     steps: int | None = None,
     session: Session = AT_ONCE,
 ) -> SpectralDensity:
-    """The spectral density by stochastic Lanczos quadrature with Rademacher probes: probes x steps products.
+    """The spectral density by stochastic Lanczos quadrature with Rademacher samples: samples x steps products.
 
     Ubaru, Chen, Saad (2017); Ghorbani, Krishnan, Xiao (arXiv 1901.10159). No reorthogonalisation: memory stays a few
-    vectors a probe, however many steps. Rounding then brings copies of nodes that have converged, at the ends of the
+    vectors a sample, however many steps. Rounding then brings copies of nodes that have converged, at the ends of the
     spectrum first. They share the weight of the one that they copy, so that integrals and densities are unaffected;
     but the number of nodes at a place says nothing of multiplicity, and each copy is one node less for the rest.
 
     Args:
         operator: the operator; its symmetry is tested at every step, at no product's cost.
-        key: of the probes.
-        probes: how many random start vectors.
+        key: of the samples.
+        samples: how many random start vectors.
         steps: Lanczos steps of each: nodes of its Gauss rule; by default 64, or as many as the operator has rows.
         session: where to save, every second at most, after a multiple of 16 steps, what to call every 16 steps with a
-            `Progress` (`print_progress` is one), how many probes run `together`, a divisor of `probes`, and their
+            `Progress` (`print_progress` is one), how many samples run `together`, a divisor of `samples`, and their
             `sharding` over devices. With several processes, a directory for each. At the end it holds `result.npz`
             (nodes, weights) and `manifest.json`. Without directory and report it is one compiled program.
 
     Raises `ValueError` for numbers that do not fit, an operator that is not symmetric or a directory of another
-    computation; `NonFiniteProductError`, which says at which step and has the density of the finished probes as its
-    `partial`; `MemoryError` before the start, if the probes do not fit.
+    computation; `NonFiniteProductError`, which says at which step and has the density of the finished samples as its
+    `partial`; `MemoryError` before the start, if the samples do not fit.
+
+    Example:
+        >>> import attnlab as al
+        >>> import jax.numpy as jnp
+        >>> inputs = jnp.diag(jnp.array([1.0, 2.0]))
+        >>> risk = al.objective(lambda params, x: x @ params, al.square_loss, inputs, jnp.zeros(2))
+        >>> import jax
+        >>> density = al.spectral_density(al.hessian(risk, jnp.ones(2)), jax.random.key(0), samples=3, steps=2)
+        >>> mean = density.moment(1)
+        >>> float(mean.value.round(4)), float(abs(mean.standard_error) < 1e-4)
+        (2.5, 1.0)
     """
-    return quadrature(project(operator, key, probes=probes, steps=steps, session=session))
+    return quadrature(project(operator, key, samples=samples, steps=steps, session=session))
 
 
 def project(
-    operator: Operator, key: PRNGKey, *, probes: int, steps: int | None = None, session: Session = AT_ONCE
+    operator: Operator, key: PRNGKey, *, samples: int, steps: int | None = None, session: Session = AT_ONCE
 ) -> Tridiagonal:
-    """The projections, stacked over probes, that `spectral_density` is made of; arguments, files and errors are its
+    """The projections, stacked over samples, that `spectral_density` is made of; arguments, files and errors are its
     own."""
     check_operator_and_key(operator, key)
     steps = min(STEPS, operator.dimension) if steps is None else steps
-    check_whole(probes=probes, together=session.together, steps=steps)
+    check_whole(samples=samples, together=session.together, steps=steps)
     check_range("steps", steps, 1, operator.dimension, "A Krylov space has no more dimensions than the operator.")
-    _check_session(session, probes)
+    _check_session(session, samples)
     check_probes_fit(operator, session.together)
-    keys = jax.random.split(key, (probes // session.together, session.together))
+    keys = jax.random.split(key, (samples // session.together, session.together))
     if session.in_chunks:
         return _in_chunks(operator, keys, steps, session)
     return _checked(operator, _in_one_program(operator, keys, steps, session.sharding))
 
 
-def _check_session(session: Session, probes: int) -> None:
-    if probes % session.together:
+def _check_session(session: Session, samples: int) -> None:
+    if samples % session.together:
         raise ValueError(
-            f"together is {session.together}; expected a divisor of probes, which is {probes}. Change one of them."
+            f"together is {session.together}; expected a divisor of samples, which is {samples}. Change one of them."
         )
     if session.directory is not None and session.sharding is not None and not session.sharding.is_fully_addressable:
         raise ValueError(
-            f"sharding spreads the probes over several processes: {session.sharding}; expected one process, whose "
-            "directory holds the state of all its probes. Spread the data over the processes, or give no directory."
+            f"sharding spreads the samples over several processes: {session.sharding}; expected one process, whose "
+            "directory holds the state of all its samples. Spread the data over the processes, or give no directory."
         )
 
 
@@ -153,9 +164,9 @@ def _checked(operator: Operator, projections: Tridiagonal) -> Tridiagonal:
         return projections
     finite = np.isfinite(np.asarray(projections.diagonal))
     if not finite.all():
-        probe, step = np.argwhere(~finite)[0]
-        done = quadrature(jax.tree.map(lambda leaf: leaf[:probe], projections)) if probe else None
-        raise non_finite(operator, f"at step {step} of probe {probe}", done)
+        sample, step = np.argwhere(~finite)[0]
+        done = quadrature(jax.tree.map(lambda leaf: leaf[:sample], projections)) if sample else None
+        raise non_finite(operator, f"at step {step} of sample {sample}", done)
     check_symmetric(projections.asymmetry, operator.epsilon)
     return projections
 
@@ -178,7 +189,7 @@ def _advance(
     def one_probe(state: Recurrence) -> tuple[Recurrence, tuple[Array, Array]]:
         return advance(operator.flat_mv, state, steps)
 
-    # One probe is not vectorised: products of a single batched vector are slower on a CPU.
+    # One sample is not vectorised: products of a single batched vector are slower on a CPU.
     state, entries = jax.lax.map(one_probe, state) if len(state.norm) == 1 else jax.vmap(one_probe)(state)
     if isinstance(sharding, NamedSharding):
         # The vectors stay spread; of the numbers every process needs all.
@@ -217,7 +228,7 @@ class _Run(NamedTuple):
 
 
 def _in_chunks(operator: Operator, keys: Array, steps: int, session: Session) -> Tridiagonal:
-    """The same recurrences, a call for every chunk of steps; a group of probes begins with its first one."""
+    """The same recurrences, a call for every chunk of steps; a group of samples begins with its first one."""
     groups, together = keys.shape
     firsts = range(0, steps, CHUNK)
 
@@ -238,7 +249,7 @@ def _in_chunks(operator: Operator, keys: Array, steps: int, session: Session) ->
         if not np.isfinite(np.asarray(state.norm)).all():
             place = first + int(np.argwhere(~np.isfinite(np.asarray(entries.norms)))[:, 1].min())
             done = quadrature(_projections_of(run, group)) if group else None
-            raise non_finite(operator, f"at step {place} of probe {group * together}", done)
+            raise non_finite(operator, f"at step {place} of sample {group * together}", done)
         return run, None
 
     def products(run: _Run) -> int:
@@ -254,7 +265,7 @@ def _in_chunks(operator: Operator, keys: Array, steps: int, session: Session) ->
         run = fold(step, start, chunks, stretch, watch=watch)
         projections = _checked(operator, _projections_of(run, groups))
         choices = {"computation": "spectral density", "dimension": operator.dimension}
-        choices |= {"probes": keys.size, "steps": steps}
+        choices |= {"samples": keys.size, "steps": steps}
         if session.directory is not None:
             stretch.write_result(choices, **asdict(quadrature(projections)))
     return projections
@@ -279,7 +290,7 @@ def _with_chunk(run: _Run, state: Recurrence, entries: _Entries, group: int, fir
 
 
 def _projections_of(run: _Run, groups: int) -> Tridiagonal:
-    """The projections of the first groups of probes."""
+    """The projections of the first groups of samples."""
     ends = run.asymmetry[:groups], run.scale[:groups]
     return jax.tree.map(_merge, _finish_all(*(leaf[:groups] for leaf in run.entries), *ends))
 

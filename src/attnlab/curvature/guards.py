@@ -12,7 +12,7 @@ from jax.tree_util import Partial
 
 from attnlab.checks import check_key
 from attnlab.curvature.operators import Operator
-from attnlab.objective import BatchedObjective
+from attnlab.objectives import BatchedObjective
 from attnlab.runs.checkpoint import fingerprint
 from attnlab.types import PyTree
 
@@ -60,8 +60,8 @@ def identity_of(operator: Operator, *choices: PyTree) -> str:
     It holds a product with one fixed vector, which tells operators apart by all that decides their numbers: kind, model
     and loss, weights and data, however they are batched, sharded or composed.
     """
-    probe = jax.random.normal(jax.random.key(0), (operator.dimension,), operator.flat_dtype)
-    witness = operator.mv(operator.unravel(probe))
+    sample = jax.random.normal(jax.random.key(0), (operator.dimension,), operator.flat_dtype)
+    witness = operator.mv(operator.unravel(sample))
     return fingerprint((witness, operator.point, list(map(_array, choices))))
 
 
@@ -78,7 +78,7 @@ def check_symmetric(asymmetry: jax.Array, epsilon: float) -> None:
         raise ValueError(
             f"the operator is not symmetric: <Au, v> and <u, Av> differ by {worst:.2g} of its norm squared, expected "
             f"at most {limit:.2g}. Either two products with it disagree (dropout or sampling without a fixed key), or "
-            "a derivative rule is wrong. `verify` tells which."
+            "a derivative rule is wrong. `check_curvature` tells which."
         )
 
 
@@ -121,9 +121,9 @@ def _available_bytes() -> int | None:
 
 
 def check_probes_fit(operator: Operator, together: int) -> None:
-    """Raise `MemoryError` if as many probes do not fit at once, each with what a product keeps in flight: about what
+    """Raise `MemoryError` if as many samples do not fit at once, each with what a product keeps in flight: about what
     the operator's linearisation saved."""
     dimension = operator.dimension
     saved = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(operator.linear))
     needed = together * 4 * dimension * operator.flat_dtype.itemsize + (together - 1) * saved
-    check_memory(f"{together} probes of {dimension} numbers at once", needed, "Run fewer together.")
+    check_memory(f"{together} samples of {dimension} numbers at once", needed, "Run fewer together.")

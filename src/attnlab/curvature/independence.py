@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnlab.objective import BatchedObjective, Objective, check_loss, check_objective
+from attnlab.objectives import BatchedObjective, Objective, check_loss, check_objective
 from attnlab.types import Params, PyTree
 
 

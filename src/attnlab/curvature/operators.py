@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 from attnlab.checks import check_same_structure, is_concrete
 from attnlab.curvature.self_checks import check_operator, check_risk, once
 from attnlab.derivatives import FORWARD, Jacobian, Route, choose_route, hessian_product, jacobian
-from attnlab.objective import (
+from attnlab.objectives import (
     BatchedObjective,
     Objective,
     Risk,
@@ -105,9 +105,13 @@ class Operator:
         return jax.tree.map(lambda leaf, own: leaf.astype(jnp.result_type(own)), leaves, self.point)
 
     def dense(self) -> Float[Array, "n n"]:
-        """The matrix, one product a row. Raises `ValueError` when it would take more than 4 GiB."""
+        """The matrix, one product a row, or at once where the map has a `dense` of its own (a closed form).
+
+        Raises `ValueError` when it would take more than 4 GiB.
+        """
         _check_dense_size(self)
-        return _dense(self)
+        own = getattr(self.linear.func, "dense", None)
+        return _dense(self) if own is None else own(*self.linear.args)
 
     def blocks(self) -> dict[tuple[str, str], Float[Array, "rows columns"]]:
         """The dense matrix cut at the leaves of the parameters: (row leaf, column leaf) -> block."""
@@ -182,7 +186,17 @@ def hessian(risk: Risk, params: Params, *, block: Block | None = None, check: bo
     Of a `BatchedObjective` the first batch is tested, but every batch is read a second time and compared, and its
     examples are: coupled ones raise `ValueError`, and so does a batch that reads differently. Whatever `check` is, a
     loss that is not finite and labels that are no class raise `ValueError`, where values can be looked at.
-    `verify(risk, params, key)` tests more, at the point it is given; every Lanczos run tests the symmetry on its way.
+    `check_curvature(risk, params, key)` tests more, at the point it is given; every Lanczos run tests the symmetry on
+    its way.
+
+    Example:
+        >>> import attnlab as al
+        >>> import jax.numpy as jnp
+        >>> inputs = jnp.diag(jnp.array([1.0, 2.0]))
+        >>> risk = al.objective(lambda params, x: x @ params, al.square_loss, inputs, jnp.zeros(2))
+        >>> operator = al.hessian(risk, jnp.ones(2))
+        >>> operator.mv(jnp.array([1.0, 1.0])).tolist(), operator.dense().tolist()
+        ([1.0, 4.0], [[1.0, 0.0], [0.0, 4.0]])
     """
     return _build(_hessian, risk, params, block, check)
 
@@ -191,6 +205,13 @@ def ggn(risk: Risk, params: Params, *, block: Block | None = None, check: bool =
     """The generalized Gauss-Newton matrix J^T (d2 loss / d outputs^2) J: the outer-product part H_o of the Hessian.
 
     Schraudolph (2002); H_o of Ormaniec, Dangel, Singh (arXiv 2410.10986). Arguments and errors as for `hessian`.
+
+    Example:
+        >>> import attnlab as al
+        >>> import jax.numpy as jnp
+        >>> risk = al.objective(lambda params, x: jnp.exp(params) * x, al.square_loss, jnp.ones(1), jnp.zeros(1))
+        >>> al.ggn(risk, jnp.zeros(1)).dense().tolist(), al.hessian(risk, jnp.zeros(1)).dense().tolist()
+        ([[2.0]], [[4.0]])
     """
     return _build(_ggn, risk, params, block, check)
 
@@ -200,6 +221,13 @@ def functional(risk: Risk, params: Params, *, block: Block | None = None, check:
 
     Its own product, not a difference: where H_f vanishes it is zero to rounding of H_f itself. Arguments and errors as
     for `hessian`.
+
+    Example:
+        >>> import attnlab as al
+        >>> import jax.numpy as jnp
+        >>> risk = al.objective(lambda params, x: jnp.exp(params) * x, al.square_loss, jnp.ones(1), jnp.zeros(1))
+        >>> al.functional(risk, jnp.zeros(1)).dense().tolist()  # the Hessian, 4, less the Gauss-Newton matrix, 2
+        [[2.0]]
     """
     return _build(_functional, risk, params, block, check)
 
@@ -213,6 +241,13 @@ def fisher(risk: Risk, params: Params, *, block: Block | None = None, check: boo
     expectation taken exactly (Martens, arXiv 1412.1193, section 9.2), at the GGN's cost and with no sampling. Raises
     `TypeError` for another loss: what it is the likelihood of is not known; otherwise arguments and errors as for
     `hessian`.
+
+    Example:
+        >>> import attnlab as al
+        >>> import jax.numpy as jnp
+        >>> risk = al.objective(lambda params, x: x @ params, al.cross_entropy, jnp.ones((1, 1)), jnp.array([0]))
+        >>> al.fisher(risk, jnp.zeros((1, 2))).dense().tolist()  # diag(p) - p p^T, p = (1/2, 1/2)
+        [[0.25, -0.25], [-0.25, 0.25]]
     """
     if known_loss(risk.loss) is None:
         known = "square_loss, cross_entropy"
@@ -232,6 +267,13 @@ def empirical_fisher(risk: Risk, params: Params, *, block: Block | None = None, 
     for a language model. Not the Fisher information: the labels are those of the data (Kunstner, Balles, Hennig, arXiv
     1905.12558). The model must treat examples independently. Raises `ValueError` where the first axes differ; otherwise
     arguments and errors as for `hessian`.
+
+    Example:
+        >>> import attnlab as al
+        >>> import jax.numpy as jnp
+        >>> risk = al.objective(lambda params, x: x @ params, al.cross_entropy, jnp.ones((1, 1)), jnp.array([0]))
+        >>> al.empirical_fisher(risk, jnp.zeros((1, 2))).dense().tolist()  # (p - y)(p - y)^T
+        [[0.25, -0.25], [-0.25, 0.25]]
     """
     return _build(_empirical_fisher, risk, params, block, check)
 
@@ -241,7 +283,17 @@ FISHERS = {"fisher": fisher, "empirical_fisher": empirical_fisher}
 
 
 def restrict(operator: Operator, rows: Block) -> Operator:
-    """The diagonal block of any operator. For one of an objective, `hessian(risk, params, block=...)` costs less."""
+    """The diagonal block of any operator. For one of an objective, `hessian(risk, params, block=...)` costs less.
+
+    Example:
+        >>> import attnlab as al
+        >>> import jax.numpy as jnp
+        >>> from attnlab.curvature import restrict
+        >>> risk = al.objective(lambda p, x: p["a"] * x + p["b"], al.square_loss, jnp.array([3.0]), jnp.zeros(1))
+        >>> params = {"a": jnp.array(0.0), "b": jnp.array(0.0)}
+        >>> restrict(al.hessian(risk, params), "a").dense().tolist()
+        [[18.0]]
+    """
     selection = select(operator.point, rows)
     linear = Partial(_Restricted(selection), operator.linear, zeros_like(operator.point))
     return replace(operator, linear=linear, point=selection.take(operator.point))

@@ -1,4 +1,4 @@
-"""What is tested when an operator is built, once for every structure; `verify` shares the measurements."""
+"""What is tested when an operator is built, once for every structure; `check_curvature` shares the measurements."""
 
 import re
 import warnings
@@ -14,7 +14,7 @@ from jax.extend.core import ClosedJaxpr
 from jax.tree_util import Partial
 
 from attnlab.curvature.independence import check_batches, check_examples
-from attnlab.objective import BatchedObjective, Objective, Risk
+from attnlab.objectives import BatchedObjective, Objective, Risk
 from attnlab.trees import leaf_sizes
 from attnlab.types import Params, PyTree
 
@@ -155,7 +155,7 @@ def _check_determinism(risk: Objective, params: Params) -> None:
 def _failure(check: str, error: float, limit: float, culprit: str) -> VerificationError:
     return VerificationError(
         f"the operator cannot be trusted: {check}: {culprit} Relative discrepancy {error:.2g}, expected at most "
-        f"{limit:.2g}. `verify` checks more; check=False builds it all the same.",
+        f"{limit:.2g}. `check_curvature` checks more; check=False builds it all the same.",
         {check: error},
     )
 

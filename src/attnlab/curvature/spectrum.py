@@ -98,6 +98,16 @@ def eigenpairs(
     count that does not fit the dimension, a negative tolerance, an operator that is not symmetric, or a directory of
     another computation; `NonFiniteProductError`, which has the pairs after the last finite cycle as its `partial`;
     `MemoryError` before the start, if the basis does not fit.
+
+    Example:
+        >>> import attnlab as al
+        >>> import jax.numpy as jnp
+        >>> inputs = jnp.diag(jnp.array([1.0, 2.0]))
+        >>> risk = al.objective(lambda params, x: x @ params, al.square_loss, inputs, jnp.zeros(2))
+        >>> import jax
+        >>> pairs = al.eigenpairs(al.hessian(risk, jnp.ones(2)), jax.random.key(0), count=1)
+        >>> pairs.values.round(6).tolist()
+        [4.0]
     """
     check_operator_and_key(operator, key)
     session.check_one_by_one("eigenpairs")

@@ -17,7 +17,7 @@ from attnlab.curvature.transforms import precondition
 from attnlab.dynamics.complementarity import basis, solve_complementarity
 from attnlab.dynamics.rules import RULES, UpdateRule, constant_rate
 from attnlab.krylov.tracking import TopPairs, cold_top_pairs, warm_top_pairs
-from attnlab.objective import Objective, check_objective
+from attnlab.objectives import Objective, check_objective
 from attnlab.trees import ravel
 from attnlab.types import Params, PRNGKey, PyTree
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from attnlab.checks import check_positive
 from attnlab.losses import cross_entropy
-from attnlab.objective import Objective, known_loss
+from attnlab.objectives import Objective, known_loss
 from attnlab.training.probe import Probe, probe
 from attnlab.types import Params, PyTree
 

@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from attnlab.checks import check_positive
 from attnlab.curvature.operators import hessian
-from attnlab.objective import Objective
+from attnlab.objectives import Objective
 from attnlab.training.probe import Probe, TrainingState, probe
 from attnlab.trees import leaf_names, ravel
 from attnlab.types import Params, PRNGKey

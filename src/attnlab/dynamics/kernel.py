@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
-from attnlab.objective import Objective
+from attnlab.objectives import Objective
 from attnlab.training.probe import Probe, TrainingState
 from attnlab.types import Params, PRNGKey
 

@@ -31,7 +31,7 @@ from jaxtyping import Array, Float
 from attnlab.checks import check_finite, check_intervals, check_positive
 from attnlab.dynamics.flows import check_finite_flow
 from attnlab.dynamics.rules import UpdateRule, constant_rate
-from attnlab.objective import Objective, check_objective
+from attnlab.objectives import Objective, check_objective
 from attnlab.trees import ravel
 from attnlab.types import Params
 

@@ -17,7 +17,7 @@ from attnlab.curvature.operators import Block, Operator, flat_dtype, hessian
 from attnlab.curvature.transforms import precondition
 from attnlab.dynamics.rules import RULES, UpdateRule, preconditioner_after_step
 from attnlab.krylov.tracking import Course, cold_top_pairs, followed_top_pairs
-from attnlab.objective import Objective
+from attnlab.objectives import Objective
 from attnlab.statistics import estimate
 from attnlab.training.probe import Probe, TrainingState
 from attnlab.trees import leaf_names

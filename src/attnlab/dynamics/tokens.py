@@ -1,95 +1,77 @@
 """Probes of attention maps and token representations: entropy and its spectral bound, rank, cosine."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.scipy.special import xlogy
-from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
-from attnlab.dynamics.same_model import same_model
 from attnlab.models import heads as equations
-from attnlab.models.adapters import from_linen
-from attnlab.models.attention import AttentionConfig, SelfAttention, attention_maps
+from attnlab.models.attention import AttentionConfig, SelfAttention
 from attnlab.models.transformer import TransformerBlock
-from attnlab.objective import Objective
+from attnlab.objectives import Objective
 from attnlab.training.probe import Probe, probe
-from attnlab.types import Params, PyTree
+from attnlab.types import Params, Predict, PyTree
 
 
 class LayerCall(NamedTuple):
-    """One attention layer at work: its config, weights and the tokens (..., L, D) that it was given."""
+    """One attention layer at work: its config, weights, the tokens (..., L, D) that it was given, and its matrix A."""
 
     config: AttentionConfig
     params: dict[str, Array]
     inputs: Float[Array, "*B L D"]
+    attention: Float[Array, "*B H L L"]
 
 
-def attention_calls(module: nn.Module, params: Params, *inputs: PyTree) -> dict[str, LayerCall]:
-    """Every attention layer within `module` called on `inputs`, by its path (`layer_0/attention`; a bare layer's is
-    empty)."""
+def attention_calls(predict: Predict, params: Params, inputs: PyTree) -> dict[str, LayerCall]:
+    """Every attention layer that `predict(params, inputs)` calls, by its path (`layer_0/attention`; a bare layer's is
+    empty). `predict` may be written in any way around linen modules."""
     calls: dict[str, LayerCall] = {}
 
-    def look(layer: nn.Module, arguments: tuple, output: PyTree) -> None:
-        if isinstance(layer, SelfAttention):
-            calls["/".join(layer.path)] = LayerCall(layer.config, dict(layer.variables["params"]), arguments[0])
+    def look(module: nn.Module, method: str, arguments: tuple, output: PyTree) -> None:
+        if isinstance(module, SelfAttention) and method == "_attention_weights":
+            weights = dict(module.variables["params"])
+            calls["/".join(module.path)] = LayerCall(module.config, weights, arguments[0], output)
 
-    _run_looking(partial(module.apply, {"params": params}, *inputs), look)
+    _run_looking(partial(predict, params, inputs), look)
     return calls
 
 
-def representations(module: nn.Module, params: Params, *inputs: PyTree) -> dict[str, Float[Array, "*B L D"]]:
-    """The tokens after every transformer block, or where there is none after every attention layer, by path."""
+def representations(predict: Predict, params: Params, inputs: PyTree) -> dict[str, Float[Array, "*B L D"]]:
+    """The tokens after every transformer block that `predict` calls, or where there is none after every attention
+    layer, by path."""
     found: dict[type, dict[str, Array]] = {TransformerBlock: {}, SelfAttention: {}}
 
-    def look(layer: nn.Module, arguments: tuple, output: PyTree) -> None:
-        if type(layer) in found:
-            found[type(layer)]["/".join(layer.path)] = output
+    def look(module: nn.Module, method: str, arguments: tuple, output: PyTree) -> None:
+        if type(module) in found and method == "__call__":
+            found[type(module)]["/".join(module.path)] = output
 
-    _run_looking(partial(module.apply, {"params": params}, *inputs), look)
+    _run_looking(partial(predict, params, inputs), look)
     return found[TransformerBlock] or found[SelfAttention]
 
 
 def _run_looking(run: Callable[[], PyTree], look: Callable) -> None:
     def interceptor(next_function: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
         output = next_function(*args, **kwargs)
-        if context.method_name == "__call__":
-            look(context.module, args, output)
+        look(context.module, context.method_name, args, output)
         return output
 
     with nn.intercept_methods(interceptor):
         run()
 
 
-def _check_model(risk: Objective, module: nn.Module, params: Params) -> None:
-    """Raise unless the objective's model predicts what `module` does, or calls the same layers on the way."""
-    own = from_linen(module)
-    pairs = (risk.predict, own), (Partial(_layers_at_work, risk.predict), Partial(_layers_at_work, own))
-    if not any(same_model(*pair, params, risk.inputs) for pair in pairs):
-        raise ValueError(
-            f"the attention layers of module, {type(module).__name__}, do not see and return what those of the "
-            "objective's model do; expected the objective's own module. Build its predict with from_linen(module)."
-        )
-
-
-def _layers_at_work(predict: Partial, params: Params, inputs: PyTree) -> dict[str, PyTree]:
-    """What each attention layer and transformer block is given and returns, by path."""
-    seen: dict[str, PyTree] = {}
-
-    def look(layer: nn.Module, arguments: tuple, output: PyTree) -> None:
-        if isinstance(layer, SelfAttention | TransformerBlock):
-            seen["/".join(layer.path)] = (arguments, output)
-
-    _run_looking(partial(predict, params, inputs), look)
-    return seen
-
-
 def entropy(weights: Float[Array, "*B L"]) -> Float[Array, "*B"]:
-    """-sum_j A_j log A_j of distributions in the last axis, in nats; 0 log 0 is 0."""
+    """-sum_j A_j log A_j of distributions in the last axis, in nats; 0 log 0 is 0.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from attnlab.dynamics.tokens import entropy
+        >>> round(float(entropy(jnp.full(4, 0.25))), 4)  # log 4
+        1.3863
+    """
     return -jnp.sum(xlogy(weights, weights), axis=-1)
 
 
@@ -138,40 +120,38 @@ def entropy_bound(call: LayerCall) -> Float[Array, "*B H L"]:
     )
 
 
-def attention_entropy(module: nn.Module) -> Probe:
-    """Probe: by attention layer of `module`, the mean `entropy` of its rows in each head (H,), the mean lower `bound`
-    from the spectral norms (H,), and the least `slack` of entropy over bound of any row, negative by rounding at most.
+def attention_entropy() -> Probe:
+    """Probe: by attention layer of the objective's model, the mean `entropy` of its rows in each head (H,), the mean
+    lower `bound` from the spectral norms (H,), and the least `slack` of entropy over bound of any row, negative by
+    rounding at most.
 
-    `module` is the linen module of the objective, called on its inputs alone; what reads its outputs may be anything.
-    Raises as `entropy_bound`, and `ValueError` before training starts for a module that is not the objective's.
+    Raises as `entropy_bound`, before training starts, and `ValueError` for a model without attention layers.
     """
-    return probe(_Entropy(module))
+    return probe(_attention_entropy)
 
 
-@dataclass(frozen=True)
-class _Entropy:
-    module: nn.Module
+def _attention_entropy(risk: Objective, params: Params) -> dict[str, dict[str, Array]]:
+    calls = attention_calls(risk.predict, params, risk.inputs)
+    _check_any("attention layers", calls)
+    return {name: _entropy_of(call) for name, call in calls.items()}
 
-    def __call__(self, risk: Objective, params: Params) -> dict[str, dict[str, Array]]:
-        maps = attention_maps(self.module, params, risk.inputs)
-        calls = attention_calls(self.module, params, risk.inputs)
-        _check_model(risk, self.module, params)
-        return {name: self._layer(weights, calls[name]) for name, weights in maps.items()}
 
-    @staticmethod
-    def _layer(weights: Float[Array, "*B H L L"], call: LayerCall) -> dict[str, Array]:
-        found, bound = entropy(weights), entropy_bound(call)
-        over = tuple(axis for axis in range(found.ndim) if axis != found.ndim - 2)
-        return {
-            "entropy": jnp.mean(found, axis=over),
-            "bound": jnp.mean(bound, axis=over),
-            "slack": jnp.min(found - bound),
-        }
+def _entropy_of(call: LayerCall) -> dict[str, Array]:
+    found, bound = entropy(call.attention), entropy_bound(call)
+    over = tuple(axis for axis in range(found.ndim) if axis != found.ndim - 2)
+    return {"entropy": jnp.mean(found, axis=over), "bound": jnp.mean(bound, axis=over), "slack": jnp.min(found - bound)}
 
 
 def rank_residual(tokens: Float[Array, "*B L D"]) -> Float[Array, ""]:
     """||X - 1 x_mean^T|| / ||X|| in Frobenius norm, mean over sequences: 0 where all tokens of a sequence agree, the
-    rank collapse of Dong, Cordonnier, Loukas (arXiv 2103.03404)."""
+    rank collapse of Dong, Cordonnier, Loukas (arXiv 2103.03404).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from attnlab.dynamics.tokens import rank_residual
+        >>> float(rank_residual(jnp.ones((1, 3, 2))))  # all tokens agree
+        0.0
+    """
     centred = tokens - jnp.mean(tokens, axis=-2, keepdims=True)
     return jnp.mean(jnp.linalg.norm(centred, axis=(-2, -1)) / jnp.linalg.norm(tokens, axis=(-2, -1)))
 
@@ -195,27 +175,31 @@ def mean_cosine(tokens: Float[Array, "*B L D"]) -> Float[Array, ""]:
     return jnp.mean((total - length) / (length * (length - 1)))
 
 
-def token_geometry(module: nn.Module) -> Probe:
-    """Probe: by block of `module`, `rank_residual`, `effective_rank` and `cosine` of the tokens that leave it.
+def token_geometry() -> Probe:
+    """Probe: by block of the objective's model, `rank_residual`, `effective_rank` and `cosine` of the tokens that leave
+    it.
 
-    `module` is the linen module of the objective, called on its inputs alone. Raises `ValueError` before training
-    starts for a module that is not the objective's, or sequences of one token.
+    Raises `ValueError` before training starts for a model without blocks, or sequences of one token.
     """
-    return probe(_Geometry(module))
+    return probe(_token_geometry)
 
 
-@dataclass(frozen=True)
-class _Geometry:
-    module: nn.Module
-
-    def __call__(self, risk: Objective, params: Params) -> dict[str, dict[str, Array]]:
-        found = representations(self.module, params, risk.inputs)
-        _check_model(risk, self.module, params)
-        return {
-            name: {
-                "rank_residual": rank_residual(tokens),
-                "effective_rank": effective_rank(tokens),
-                "cosine": mean_cosine(tokens),
-            }
-            for name, tokens in found.items()
+def _token_geometry(risk: Objective, params: Params) -> dict[str, dict[str, Array]]:
+    found = representations(risk.predict, params, risk.inputs)
+    _check_any("transformer blocks", found)
+    return {
+        name: {
+            "rank_residual": rank_residual(tokens),
+            "effective_rank": effective_rank(tokens),
+            "cosine": mean_cosine(tokens),
         }
+        for name, tokens in found.items()
+    }
+
+
+def _check_any(what: str, found: Mapping[str, Any]) -> None:
+    """Raise `ValueError` if the objective's model calls none of `what` is looked for."""
+    if not found:
+        raise ValueError(
+            f"the objective's model calls no {what} of attnlab.models; expected at least one. Leave this probe out."
+        )

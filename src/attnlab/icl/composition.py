@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attnlab.icl.probes import Model
+from attnlab.icl.diagnostics import Model
 from attnlab.icl.tasks import Prompt, check_prompt
 from attnlab.types import Scalar
 

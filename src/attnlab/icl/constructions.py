@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from attnlab.icl.models import Layer, attention_layer, prompt_tokens
 from attnlab.icl.tasks import Prompt, check_prompt
 from attnlab.models import heads as equations
+from attnlab.models.weightings import weighting
 from attnlab.types import Real, Scalar
 
 
@@ -143,7 +144,7 @@ def gd_plus_plus_residual(
 
 
 def _context_attention(scores: Float[Array, "... N"], values: Float[Array, "N v"], weights: str) -> Array:
-    return equations.attend(equations.WEIGHTS[weights](scores), values)
+    return equations.attend(weighting(weights).weights(scores, None), values)
 
 
 def nadaraya_watson_attention(prompt: Prompt, bandwidth: Real) -> Scalar:

@@ -13,7 +13,7 @@ import optax
 
 from attnlab.checks import check_range
 from attnlab.icl.tasks import LinearRegression
-from attnlab.objective import Objective
+from attnlab.objectives import Objective
 from attnlab.training import Trajectory, train
 from attnlab.types import Params, PRNGKey
 

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 from attnlab.checks import check_finite, check_names, check_positive, check_range, is_concrete
 from attnlab.icl.baselines import empirical_moments
 from attnlab.icl.constructions import gd_plus_plus_residual
-from attnlab.icl.probes import Model, predictions
+from attnlab.icl.diagnostics import Model, predictions
 from attnlab.icl.tasks import Prompt, shuffle_labels
 from attnlab.statistics import Estimate, estimate
 from attnlab.types import PRNGKey

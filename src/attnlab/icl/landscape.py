@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 from attnlab.icl.optima import optimal_preconditioner
 from attnlab.icl.population import Effective
 from attnlab.icl.tasks import LinearRegression
-from attnlab.objective import Objective
+from attnlab.objectives import Objective
 from attnlab.types import Params, Real, Scalar
 
 

@@ -18,8 +18,8 @@ from jaxtyping import Array, Float
 from attnlab.checks import check_positive, is_concrete
 from attnlab.icl.composition import with_features
 from attnlab.icl.constructions import gradient_step_predict
+from attnlab.icl.diagnostics import Model, predictions
 from attnlab.icl.models import effective_weights, init_layer
-from attnlab.icl.probes import Model, predictions
 from attnlab.icl.tasks import Prompt, sine_features
 from attnlab.models.adapters import from_linen
 from attnlab.models.networks import MLP, MLPConfig

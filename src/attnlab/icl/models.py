@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from attnlab.icl.tasks import Prompt, check_prompt
 from attnlab.models import heads as equations
 from attnlab.models.transformer import Transformer, TransformerConfig
+from attnlab.models.weightings import weighting
 from attnlab.types import Params, PRNGKey, Scalar
 
 Layer = dict[str, Array]
@@ -44,7 +45,7 @@ def attention_layer(
         for z, name in ((tokens, "query"), (tokens[:-1], "key"), (tokens[:-1], "value"))
     )
     scores = equations.attention_scores(queries, keys, 1 / context if weights == "linear" else 1.0)
-    attended = equations.merge_heads(equations.attend(equations.WEIGHTS[weights](scores), values))
+    attended = equations.merge_heads(equations.attend(weighting(weights).weights(scores, None), values))
     tokens = tokens + attended @ layer["output"]
     if "hidden" in layer:
         tokens = tokens + jax.nn.relu(tokens @ layer["hidden"]) @ layer["hidden_output"]

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 from attnlab.checks import is_concrete, unknown_name
 from attnlab.icl.models import effective_weights
 from attnlab.icl.tasks import INPUT_LAWS, LinearRegression
-from attnlab.objective import Objective, objective
+from attnlab.objectives import Objective, objective
 from attnlab.types import Params, Real, Scalar
 
 Effective = dict[str, Array]
@@ -217,6 +217,13 @@ def population_objective(
     those of that function: `heads` of `layer`), `loss` is `population_risk`, and the data are the law of the prompts.
     The loss is not convex in the effective weights, so its Gauss-Newton part is the curvature of the risk in them
     pulled back, and need not be positive semi-definite.
+
+    Example:
+        >>> import attnlab as al
+        >>> import jax.numpy as jnp
+        >>> exact = al.population_objective(al.isotropic(2), 10, "reduced")
+        >>> round(float(exact({"preconditioner": jnp.zeros((2, 2))})), 4)  # predicting nothing: E[y^2] = 2
+        2.0
     """
     if parametrization not in PARAMETRIZATIONS:
         raise unknown_name("parametrization", parametrization, PARAMETRIZATIONS)

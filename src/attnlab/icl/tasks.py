@@ -133,7 +133,14 @@ def with_tasks(problem: LinearRegression, tasks: Float[Array, "M d"]) -> LinearR
 
 
 def isotropic(dimension: int, noise_variance: float = 0.0, dtype: jnp.dtype | None = None) -> LinearRegression:
-    """x and w both N(0, I_d). Raises `ValueError` for a dimension that is no positive whole number."""
+    """x and w both N(0, I_d). Raises `ValueError` for a dimension that is no positive whole number.
+
+    Example:
+        >>> import attnlab as al
+        >>> problem = al.isotropic(3, noise_variance=0.5)
+        >>> problem.covariance.tolist()
+        [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+    """
     check_positive(dimension=dimension)
     return linear_regression(jnp.eye(dimension, dtype=dtype), noise_variance=noise_variance)
 
@@ -185,7 +192,15 @@ def sample_inputs(key: PRNGKey, problem: LinearRegression, shape: tuple[int, ...
 
 
 def sample_prompts(key: PRNGKey, problem: LinearRegression, length: int, batch: int) -> Prompt:
-    """Draw `batch` prompts with `length` context examples, each with a task of its own."""
+    """Draw `batch` prompts with `length` context examples, each with a task of its own.
+
+    Example:
+        >>> import attnlab as al
+        >>> import jax
+        >>> prompts = al.sample_prompts(jax.random.key(0), al.isotropic(3), length=5, batch=2)
+        >>> prompts.inputs.shape, prompts.labels.shape, prompts.query.shape
+        ((2, 5, 3), (2, 5), (2, 3))
+    """
     _check_size(length, batch)
     key_tasks, key_rest = jax.random.split(key)
     return prompts_for(key_rest, problem, sample_tasks(key_tasks, problem, batch), length)

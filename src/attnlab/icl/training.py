@@ -11,7 +11,7 @@ from attnlab.icl.models import stack_predict
 from attnlab.icl.tasks import Prompt, isotropic, sample_prompts
 from attnlab.losses import square_loss
 from attnlab.models.adapters import from_function
-from attnlab.objective import Objective, objective
+from attnlab.objectives import Objective, objective
 from attnlab.types import Params, PRNGKey
 
 

@@ -15,7 +15,7 @@ from attnlab.checks import check_finite
 from attnlab.margin.checking import check_selection, real_array
 from attnlab.margin.problems import AnyArray
 from attnlab.margin.training import rescaled
-from attnlab.objective import Objective
+from attnlab.objectives import Objective
 from attnlab.types import Params, Scalar
 
 Unravel = Callable[[Array], Params]

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 from attnlab.checks import check_finite, check_names
 from attnlab.margin.checking import check_selection
 from attnlab.margin.training import attention_logits, attention_matrix, selected_probability
-from attnlab.objective import Objective
+from attnlab.objectives import Objective
 from attnlab.training import Probe, probe
 from attnlab.types import Params, Scalar
 

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from attnlab.checks import is_concrete
 from attnlab.losses import cross_entropy
 from attnlab.margin.checking import check_floating_vectors, check_selection, check_signs
-from attnlab.objective import Objective, objective
+from attnlab.objectives import Objective, objective
 from attnlab.types import Params, Scalar
 
 Data = Mapping[str, Array]

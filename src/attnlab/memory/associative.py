@@ -9,7 +9,7 @@ from attnlab.checks import check_positive
 from attnlab.losses import cross_entropy
 from attnlab.models.adapters import from_function
 from attnlab.models.heads import softmax_weights
-from attnlab.objective import Objective, objective
+from attnlab.objectives import Objective, objective
 from attnlab.types import Params, PRNGKey, Real
 
 

@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import nnx
-from flax.errors import ModifyScopeVariableError
+from flax.errors import (
+    ApplyScopeInvalidVariablesStructureError,
+    ApplyScopeInvalidVariablesTypeError,
+    ModifyScopeVariableError,
+    ScopeCollectionNotFound,
+    ScopeParamNotFoundError,
+    ScopeParamShapeError,
+)
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
@@ -25,6 +32,16 @@ def from_function(function: Callable[..., PyTree], *bound: PyTree) -> Partial:
     return function if isinstance(function, Partial) and not bound else Partial(function, *bound)
 
 
+MISFITS = (
+    ApplyScopeInvalidVariablesStructureError,
+    ApplyScopeInvalidVariablesTypeError,
+    ScopeCollectionNotFound,
+    ScopeParamNotFoundError,
+    ScopeParamShapeError,
+)
+"""What flax raises for parameters of another module, or of inputs of another shape."""
+
+
 @dataclass(frozen=True)
 class _LinenPredict:
     """Apply a linen module; hashed by the module and its static keywords, so that equal ones share one program."""
@@ -38,6 +55,12 @@ class _LinenPredict:
         variables, keywords = {**bound["variables"], "params": params}, {**dict(self.static), **bound["keywords"]}
         try:
             return self.module.apply(variables, inputs, method=method, rngs=bound["rngs"], **keywords)
+        except MISFITS as error:
+            what = str(error).partition(" (http")[0]
+            raise ValueError(
+                f"params do not fit the module: {what} Expected what module.init(key, inputs)['params'] returns for "
+                "inputs of this shape."
+            ) from error
         except ModifyScopeVariableError as error:
             raise ValueError(
                 f"the module changes other variables than its parameters: {error} Curvature is that of a function of "
@@ -74,6 +97,16 @@ def from_linen(
     the self-checks of operators report, and changes its statistics, which is a `ValueError` here; dropout under fixed
     `rngs` is one network, drawn once. Take the module in evaluation mode (`train=False`) unless that is what is meant.
     Raises `TypeError` for a module that is none, or a static keyword that cannot be hashed.
+
+    Example:
+        >>> import attnlab as al
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from flax import linen as nn
+        >>> model, inputs = nn.Dense(1), jnp.ones((5, 2), jnp.float32)
+        >>> params = model.init(jax.random.key(0), inputs)["params"]
+        >>> al.from_linen(model)(params, inputs).shape
+        (5, 1)
     """
     if not isinstance(module, nn.Module):
         raise TypeError(
@@ -129,6 +162,14 @@ def from_nnx(model: nnx.Module) -> tuple[Partial, Params]:
     Parameters are matched by their paths: a dict in another order, or with the numbers of layers as strings (as a
     checkpoint restores them), is the same point. `predict` raises `ValueError` for parameters that are missing, not of
     the model, or of another shape; this raises `TypeError` for a model that is none.
+
+    Example:
+        >>> import attnlab as al
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> predict, params = al.from_nnx(nnx.Linear(2, 1, rngs=nnx.Rngs(0)))
+        >>> sorted(params), predict(params, jnp.ones((5, 2), params["bias"].dtype)).shape
+        (['bias', 'kernel'], (5, 1))
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(
@@ -187,6 +228,15 @@ def from_equinox(model: Any, *, vmap: bool = True, **keywords: PyTree) -> tuple[
     Take `equinox.nn.inference_mode(model)` unless dropout under a fixed key is what is meant. Modules with a state
     (`equinox.nn.BatchNorm`) return two things and take their state beside the inputs: wrap them in `from_function`.
     Raises `ImportError` without the package `equinox`, `TypeError` for a model that is not a module of it.
+
+    Example:
+        >>> import attnlab as al
+        >>> import equinox
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> predict, params = al.from_equinox(equinox.nn.Linear(2, 1, key=jax.random.key(0)))
+        >>> predict(params, jnp.ones((5, 2))).shape  # one example at a time, over the first axis
+        (5, 1)
     """
     try:
         import equinox
@@ -222,11 +272,23 @@ def at_positions(predict: Predict, positions: Iterable[int]) -> Partial:
     """`predict` whose outputs (..., L, O) are read at some `positions` (whole numbers below L) only: (..., P, O).
 
     With a loss that averages over all positions, the risk is that of these tokens alone.
+
+    Example:
+        >>> import attnlab as al
+        >>> import jax.numpy as jnp
+        >>> last = al.at_positions(lambda params, tokens: params * tokens, [2])
+        >>> last(2.0, jnp.arange(3.0)[None, :, None]).tolist()
+        [[[4.0]]]
     """
     positions = tuple(positions)
     if not positions or min(positions) < 0:
         raise ValueError(f"positions are {positions}; expected at least one whole number, none negative.")
     return Partial(_AtPositions(positions), from_function(predict))
+
+
+def positions_read(predict: Partial) -> tuple[int, ...] | None:
+    """The positions of a `predict` that `at_positions` made; None for another."""
+    return predict.func.positions if isinstance(predict.func, _AtPositions) else None
 
 
 def _mean_over_tokens(predict: Predict, params: Params, inputs: PyTree) -> Float[Array, "*B O"]:

@@ -2,17 +2,17 @@
 
 import sys
 from dataclasses import dataclass
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from attnlab.checks import check_number, check_positive, is_concrete, unknown_name
+from attnlab.checks import check_number, check_positive, is_concrete
 from attnlab.models import heads as equations
 from attnlab.models.initializers import initializer
 from attnlab.models.layers import check_inputs, linear
+from attnlab.models.weightings import weighting
 from attnlab.trees import leaf_names
 from attnlab.types import Params
 
@@ -25,7 +25,8 @@ class AttentionConfig:
         key_dim: width K of queries and keys per head; with `merged` it only sets the default scale.
         value_dim: width V of values per head.
         heads: number of heads H.
-        weights: `softmax`, or `linear` for the bare scores (linear attention, not normalised).
+        weights: the kind of attention, a row of `attnlab.models.weightings`: `softmax`, `linear` for the bare scores
+            (not normalised), `softmax_sink` (with a logit of zero beside the scores), or `sigmoid`.
         merged: one matrix `query_key` = W_Q W_K^T per head instead of `query` and `key`.
         scale: factor of the scores; None is 1/sqrt(key_dim), 1.0 is no scale, any temperature is 1/temperature.
         causal: each token sees itself and what precedes it.
@@ -33,12 +34,17 @@ class AttentionConfig:
         bias: add `query_bias`, `key_bias`, `value_bias` (and `output_bias`), zero at initialisation.
         init: name of the initialisation scheme of the matrices.
         gain: scale of that scheme.
+
+    Example:
+        >>> import attnlab as al
+        >>> al.AttentionConfig(key_dim=4, value_dim=2, heads=2).score_scale
+        0.5
     """
 
     key_dim: int
     value_dim: int
     heads: int = 1
-    weights: Literal["softmax", "linear"] = "softmax"
+    weights: str = "softmax"
     merged: bool = False
     scale: float | None = None
     causal: bool = False
@@ -55,8 +61,7 @@ class AttentionConfig:
             value = getattr(self, name)
             if value is not None and is_concrete(value):
                 check_number(name, value, -sys.float_info.max, sys.float_info.max, "Leave it out for the default.")
-        if self.weights not in equations.WEIGHTS:
-            raise unknown_name("kind of attention weights", self.weights, equations.WEIGHTS)
+        weighting(self.weights)
         if self.merged and self.bias:
             raise ValueError("merged and bias are both true; a merged query-key matrix has no biases: choose one.")
 
@@ -67,11 +72,20 @@ class AttentionConfig:
 
 
 class SelfAttention(nn.Module):
-    """Self-attention F = A X W_V (W_O), A = softmax(scale X W_Q W_K^T X^T) or the scores themselves.
+    """Self-attention F = A X W_V (W_O), A = softmax(scale X W_Q W_K^T X^T), or another kind of weights.
 
     Parameters: `query`, `key` (D x H K) or `query_key` (D x H D), `value` (D x H V), and `output` (H V x O) where the
     config has an `output_dim`. Call with inputs (..., L, D) and optionally a boolean mask that broadcasts against
     (..., H, L, L), true where a query may look; returns (..., L, H V) or (..., L, O).
+
+    Example:
+        >>> import attnlab as al
+        >>> import jax
+        >>> layer = al.SelfAttention(al.AttentionConfig(key_dim=2, value_dim=3))
+        >>> tokens = jax.random.normal(jax.random.key(0), (1, 4, 3))
+        >>> params = layer.init(jax.random.key(1), tokens)["params"]
+        >>> sorted(params), layer.apply({"params": params}, tokens).shape
+        (['key', 'query', 'value'], (1, 4, 3))
     """
 
     config: AttentionConfig
@@ -94,7 +108,7 @@ class SelfAttention(nn.Module):
     ) -> Float[Array, "*B H L L"]:
         mask = equations.with_causal(mask, inputs.shape[-2]) if self.config.causal else mask
         scores = equations.attention_scores(*self._queries_and_keys(inputs), self.config.score_scale)
-        return equations.WEIGHTS[self.config.weights](scores, mask)
+        return weighting(self.config.weights).weights(scores, mask)
 
     def _queries_and_keys(self, inputs: Float[Array, "*B L D"]) -> tuple[Array, Array]:
         heads, width = self.config.heads, inputs.shape[-1]
@@ -114,6 +128,17 @@ def attention_maps(module: nn.Module, params: Params, *inputs: jax.Array) -> dic
     """The matrix A of every attention layer within `module` called on `inputs` (and a mask, if it takes one).
 
     Keyed by the path of the layer, such as `layer_0/attention`; that of a bare `SelfAttention` is empty.
+
+    Example:
+        >>> import attnlab as al
+        >>> import jax
+        >>> layer = al.SelfAttention(al.AttentionConfig(key_dim=2, value_dim=3))
+        >>> tokens = jax.random.normal(jax.random.key(0), (1, 4, 3))
+        >>> params = layer.init(jax.random.key(1), tokens)["params"]
+        >>> from attnlab.models.attention import attention_maps
+        >>> (weights,) = attention_maps(layer, params, tokens).values()
+        >>> weights.shape, weights.sum(-1).round(4).max().item()
+        ((1, 1, 4, 4), 1.0)
     """
     _, variables = module.apply({"params": params}, *inputs, mutable=["intermediates"])
     maps = variables.get("intermediates", {})

@@ -75,9 +75,6 @@ def linear_weights(
     return jnp.where(mask, scores_BxHxLxM, 0)
 
 
-WEIGHTS = {"softmax": softmax_weights, "linear": linear_weights}
-
-
 def attend(weights_BxHxLxL: Float[Array, "*B L M"], values_BxHxLxV: Float[Array, "*B M V"]) -> Float[Array, "*B L V"]:
     """Average the values: A V."""
     return jnp.einsum("...lm,...mv->...lv", weights_BxHxLxL, values_BxHxLxV)

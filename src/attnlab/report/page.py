@@ -33,7 +33,7 @@ def read_verdicts(path: Path) -> dict[str, Any]:
 
 
 RUN = {"verdicts", "config", "versions", "device", "seconds"}
-ROW = {"claim", "strand", "statement", "source", "relation", "predicted", "measured", "error", "passed", "seconds"}
+ROW = {"claim", "strand", "statement", "source", "parts", "error", "passed", "seconds"}
 
 
 def write_report(path: Path, verdicts: Mapping[str, Any], figures: Path, scripts: Mapping[str, Path]) -> list[str]:

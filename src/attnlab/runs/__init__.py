@@ -6,7 +6,9 @@
 from attnlab.runs.files import (
     DamagedFileError,
     check_writable,
+    flat,
     load_arrays,
+    nested,
     owned_directory,
     read_archive,
     replace_directory,
@@ -21,8 +23,10 @@ from attnlab.runs.provenance import manifest, source_digests
 __all__ = [
     "DamagedFileError",
     "check_writable",
+    "flat",
     "load_arrays",
     "manifest",
+    "nested",
     "owned_directory",
     "read_archive",
     "replace_directory",

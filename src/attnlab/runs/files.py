@@ -154,14 +154,14 @@ def read_archive(path: Path, *, sealed: bool = True) -> dict[str, np.ndarray]:
         raise DamagedFileError(path, "is damaged: it is cut short or changed") from error
 
 
-def stored_arrays(path: Path, make: Callable[[], Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+def stored_arrays(path: Path, make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
     """The arrays at `path` (npz), made by `make()` and written there if they are not: parts of a run that resumes.
 
     Raises `DamagedFileError` for a file that is not as it was written.
     """
     if not path.exists():
-        write_archive(path, make())
-    return read_archive(path)
+        write_archive(path, flat(make()))
+    return nested(read_archive(path))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -170,13 +170,36 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         partial.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def save_result(path: Path, arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> None:
+def flat(arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Arrays in dicts within dicts by their paths, parted by "/"."""
+    found: dict[str, np.ndarray] = {}
+    for name, value in arrays.items():
+        if isinstance(value, Mapping):
+            found |= {f"{name}/{path}": array for path, array in flat(value).items()}
+        else:
+            found[name] = np.asarray(value)
+    return found
+
+
+def nested(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """What `flat` made one dict of."""
+    found: dict[str, Any] = {}
+    for path, array in arrays.items():
+        *folders, name = path.split("/")
+        place = found
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[name] = array
+    return found
+
+
+def save_result(path: Path, arrays: Mapping[str, Any], record: Mapping[str, Any]) -> None:
     """Fill the directory `path` with `arrays.npz` (no pickle) and `manifest.json`, replacing what was there."""
     with replace_directory(path) as partial:
-        np.savez(partial / "arrays.npz", allow_pickle=False, **{name: np.asarray(a) for name, a in arrays.items()})
+        np.savez(partial / "arrays.npz", allow_pickle=False, **flat(arrays))
         write_json(partial / "manifest.json", record)
 
 
-def load_arrays(path: Path) -> dict[str, np.ndarray]:
+def load_arrays(path: Path) -> dict[str, Any]:
     """The arrays of a result directory written by `save_result`."""
-    return read_archive(path / "arrays.npz", sealed=False)
+    return nested(read_archive(path / "arrays.npz", sealed=False))

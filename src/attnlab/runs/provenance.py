@@ -34,7 +34,7 @@ def manifest(config: Any, seconds: float | None = None, script: Path | None = No
 
 
 RUNS = ("runs/__init__", "runs/files", "runs/provenance")
-FRAME = ("analysis", "cli", "checks", "compiled", "report", "types", "verification", *RUNS)
+FRAME = ("analysis", "cli", "checks", "compiled", "expectation", "report", "types", "verification", *RUNS)
 """Modules and packages that no number depends on."""
 
 
@@ -59,7 +59,8 @@ def _imported(script: Path) -> dict[str, Path]:
     while waiting:
         for module in _imports_of(waiting.pop()):
             parts = module.split(".")
-            for length in range(1, len(parts) + 1):  # a module, and the packages around it
+            # A module, and the packages around it: the front door, which names them all, where it is what is imported.
+            for length in range(min(2, len(parts)), len(parts) + 1):
                 path = _file_of(root.joinpath(*parts[:length]))
                 name = "" if path is None else path.relative_to(root).as_posix()
                 if path is not None and name not in found and not _in_frame(name):

@@ -40,7 +40,7 @@ class Session:
         together: how many vectors run at once, where the computation has independent ones. Memory grows with it, and on
             a CPU it gains nothing; it keeps accelerators busy.
         sharding: how an array (together, n) of them is spread over devices, such as
-            `NamedSharding(mesh, PartitionSpec("probes"))`; with a `directory`, over those of one process.
+            `NamedSharding(mesh, PartitionSpec("samples"))`; with a `directory`, over those of one process.
     """
 
     directory: Path | str | None = None

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from attnlab.checks import check_positive, check_range
-from attnlab.objective import BatchedObjective, Objective
+from attnlab.objectives import BatchedObjective, Objective
 from attnlab.types import PRNGKey
 
 
@@ -47,6 +47,18 @@ def _distinct_rows(key: PRNGKey, count: int, size: int) -> Int[Array, " size"]:
 def minibatches(size: int) -> _Minibatches:
     """A `resample` for `train`: each step sees `size` examples (rows of inputs, targets and weights), drawn without
     replacement, afresh at every step. With weights or ignored labels each is a mean over its own positions that count,
-    and NaN where none of a batch does. Raises `ValueError` for a size that is not positive, or above the data's."""
+    and NaN where none of a batch does. Raises `ValueError` for a size that is not positive, or above the data's.
+
+    Example:
+        >>> import attnlab as al
+        >>> import jax.numpy as jnp
+        >>> inputs = jnp.diag(jnp.array([1.0, 2.0]))
+        >>> risk = al.objective(lambda params, x: x @ params, al.square_loss, inputs, jnp.zeros(2))
+        >>> import jax
+        >>> import optax
+        >>> options = {"steps": 4, "every": 2, "resample": al.minibatches(1)}
+        >>> al.train(risk, jnp.ones(2), optax.sgd(0.1), jax.random.key(0), **options).records.steps.tolist()
+        [0, 2, 4]
+    """
     check_positive(size=size)
     return _Minibatches(int(size))

@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, ArrayLike, Bool
 
 from attnlab.checks import check_arrays, check_finite, check_intervals, check_leading_axis
-from attnlab.objective import BatchedObjective, Risk, check_loss, check_objective
+from attnlab.objectives import BatchedObjective, Risk, check_loss, check_objective
 from attnlab.runs import DamagedFileError
 from attnlab.runs.checkpoint import Checkpoint, fingerprint
 from attnlab.runs.session import AT_ONCE, OpenSession, Session, fold
@@ -121,6 +121,19 @@ def train(
     there that is not as it was written, `BlockingIOError` while another run writes there, `TypeError` for a probe whose
     memory changes structure, `DivergenceError` when the loss or the parameters are no longer finite: what was saved
     until then stays.
+
+    Example:
+        >>> import attnlab as al
+        >>> import jax.numpy as jnp
+        >>> inputs = jnp.diag(jnp.array([1.0, 2.0]))
+        >>> risk = al.objective(lambda params, x: x @ params, al.square_loss, inputs, jnp.zeros(2))
+        >>> import jax
+        >>> import optax
+        >>> run = al.train(risk, jnp.ones(2), optax.sgd(0.25), jax.random.key(0), steps=2, every=2)
+        >>> run.params.tolist()  # factors 1 - 0.25 (1, 4) a step
+        [0.5625, 0.0]
+        >>> run.records.losses.shape
+        (2,)
     """
     check_intervals(steps, every)
     steps, every = int(steps), int(every)  # 1e4 is a whole number too
@@ -220,12 +233,12 @@ def _check_functions(risk: Any, plan: _Plan) -> None:
     if not callable(risk):
         raise TypeError(
             f"risk is a {type(risk).__name__}; expected an Objective. Build it with "
-            "attnlab.objective.objective(predict, loss, inputs, targets)."
+            "attnlab.objectives.objective(predict, loss, inputs, targets)."
         )
     if any(callable(leaf) for leaf in jax.tree.leaves(risk)):
         raise TypeError(
             f"risk is a {type(risk).__name__} that holds a function; expected an Objective, whose leaves are arrays. "
-            "Build it with attnlab.objective.objective(predict, loss, inputs, targets), or give a function of the "
+            "Build it with attnlab.objectives.objective(predict, loss, inputs, targets), or give a function of the "
             "parameters alone as jax.tree_util.Partial(function)."
         )
     check_arrays("risk", risk)

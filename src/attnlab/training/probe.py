@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array
 
 from attnlab.checks import check_arrays
-from attnlab.objective import Risk
+from attnlab.objectives import Risk
 from attnlab.trees import leaf_names
 from attnlab.types import Params, PRNGKey, PyTree
 
@@ -49,7 +49,21 @@ NamedProbes = tuple[tuple[str, Probe], ...]
 
 
 def probe(function: Callable[[Any, Params], PyTree]) -> Probe:
-    """The probe that measures `function(risk, params) -> pytree of arrays` and remembers nothing."""
+    """The probe that measures `function(risk, params) -> pytree of arrays` and remembers nothing.
+
+    Example:
+        >>> import attnlab as al
+        >>> import jax.numpy as jnp
+        >>> inputs = jnp.diag(jnp.array([1.0, 2.0]))
+        >>> risk = al.objective(lambda params, x: x @ params, al.square_loss, inputs, jnp.zeros(2))
+        >>> import jax
+        >>> import optax
+        >>> size = al.probe(lambda risk, params: jnp.linalg.norm(params))
+        >>> options = {"steps": 2, "every": 1, "probes": {"size": size}}
+        >>> run = al.train(risk, jnp.ones(2), optax.sgd(0.25), jax.random.key(0), **options)
+        >>> run.records.values["size"].shape
+        (3,)
+    """
     return Probe(_WithoutMemory(function))
 
 

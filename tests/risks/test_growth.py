@@ -7,7 +7,12 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from attnlab.attention.addition_networks import (
+from attnlab.curvature import hessian
+from attnlab.losses import square_loss
+from attnlab.models.adapters import at_positions, from_linen
+from attnlab.models.networks import MLP, MLPConfig
+from attnlab.objectives import objective
+from attnlab.risks.addition_networks import (
     AdditionNetwork,
     first_layer_squares,
     last_layer_norms,
@@ -15,7 +20,7 @@ from attnlab.attention.addition_networks import (
     precision_error,
     with_embedding_scale,
 )
-from attnlab.attention.growth import (
+from attnlab.risks.growth import (
     LINEAR_EXPONENTS,
     SOFTMAX_EXPONENTS,
     crossings,
@@ -24,11 +29,6 @@ from attnlab.attention.growth import (
     network_exponent,
     predicted_exponent,
 )
-from attnlab.curvature import hessian
-from attnlab.losses import square_loss
-from attnlab.models.adapters import at_positions, from_linen
-from attnlab.models.networks import MLP, MLPConfig
-from attnlab.objective import objective
 from compare import assert_close
 
 SCALES = np.geomspace(1e-2, 1, 9)
@@ -53,11 +53,11 @@ def test_the_fit_sees_the_range_alone():
 
 
 def test_exponents_of_networks():
-    assert network_exponent("softmax", None, 1, "last", "full", "QQ") == 5
+    assert network_exponent("softmax", None, 1, "last", "hessian", "QQ") == 5
     assert network_exponent("softmax", None, 4, "last", "functional", "KQ") == 3
     assert network_exponent("softmax", None, 4, "first", "functional", "KQ") is None
-    assert network_exponent("softmax", "pre", 4, "first", "full", "QQ") == 0
-    assert [network_exponent("linear", None, depth, "last", "outer", "QQ") for depth in (1, 2, 3)] == [6, 18, 54]
+    assert network_exponent("softmax", "pre", 4, "first", "hessian", "QQ") == 0
+    assert [network_exponent("linear", None, depth, "last", "ggn", "QQ") for depth in (1, 2, 3)] == [6, 18, 54]
 
 
 def test_crossings_of_two_powers():
@@ -71,7 +71,7 @@ def test_crossings_of_two_powers():
     ("table", "pair", "full"), [(SOFTMAX_EXPONENTS, "QQ", 5), (SOFTMAX_EXPONENTS, "VV", 2), (LINEAR_EXPONENTS, "KQ", 3)]
 )
 def test_the_exponent_of_the_whole_is_the_smaller(table, pair, full):
-    assert predicted_exponent(table, "full", pair) == full
+    assert predicted_exponent(table, "hessian", pair) == full
 
 
 @pytest.mark.parametrize(
@@ -87,9 +87,9 @@ def test_norms_of_both_layers_are_those_of_the_dense_hessian(weights, norm):
     exact = last_layer_norms(network, params, (tokens, targets))
     for letter, name in (("V", "value"), ("Q", "query")):
         dense = hessian(risk, params, block=f"layer_1/attention/{name}", check=False).dense()
-        assert_close(exact[f"full/{letter * 2}"], np.linalg.norm(dense))
+        assert_close(exact["hessian"][letter * 2], np.linalg.norm(dense))
         first = np.linalg.norm(hessian(risk, params, block=f"layer_0/attention/{name}", check=False).dense()) ** 2
-        estimate = first_layer_squares(network, params, (tokens, targets), key, probes=64)[f"full/{letter * 2}"]
+        estimate = first_layer_squares(network, params, (tokens, targets), key, samples=64)["hessian"][letter * 2]
         assert abs(estimate.value - first) <= 4 * estimate.standard_error
         assert estimate.standard_error < first
 

@@ -15,16 +15,17 @@ from numpy.typing import ArrayLike
 
 from attnlab.attention import attend_query, attention_hessian, cumulants
 from attnlab.attention.cumulants import needle_logit, saturation, saturation_constant
-from attnlab.claims.instances import ROUNDING
-from attnlab.claims.registry import Comparison, claim
+from attnlab.claims.instances import ROUNDING, layer_objective
+from attnlab.claims.registry import claim
 from attnlab.curvature import hessian
 from attnlab.dynamics.tokens import rank_residual
+from attnlab.expectation import Expectation, at_least, at_most, equal
 from attnlab.losses import square_loss
 from attnlab.models import heads
 from attnlab.models.adapters import from_linen
 from attnlab.models.attention import AttentionConfig, SelfAttention, attention_maps
 from attnlab.models.transformer import Transformer, TransformerBlock, TransformerConfig
-from attnlab.objective import objective
+from attnlab.objectives import objective
 from attnlab.types import PRNGKey
 
 VASWANI = "Vaswani et al., arXiv 1706.03762"
@@ -38,7 +39,7 @@ COLLAPSE = "Dong, Cordonnier, Loukas, arXiv 2103.03404"
     tolerance=1e-12,
     because=ROUNDING,
 )
-def softmax_attention_is_a_cumulant_generator(key: PRNGKey, size: int = 1) -> Comparison:
+def softmax_attention_is_a_cumulant_generator(key: PRNGKey, size: int = 1) -> Expectation:
     """Autodiff of one query's output against the cumulants of its values and keys."""
     shapes = ((4 * size,), (9 * size, 4 * size), (9 * size, 3))
     query, keys, values = (jax.random.normal(k, s) for k, s in zip(jax.random.split(key, 3), shapes, strict=True))
@@ -48,7 +49,12 @@ def softmax_attention_is_a_cumulant_generator(key: PRNGKey, size: int = 1) -> Co
         lambda q: (jax.jacfwd(attend_query)(q, keys, values, beta), _second(q, keys, values, beta))
     )(query)
     predicted = [beta * moments.covariance.ravel(), beta**2 * moments.third.ravel()]
-    return Comparison(jnp.concatenate(predicted), jnp.concatenate([first.ravel(), second.ravel()]))
+    return equal(
+        "first and second derivatives in the query",
+        jnp.concatenate([first.ravel(), second.ravel()]),
+        jnp.concatenate(predicted),
+        unit="relative",
+    )
 
 
 def _second(query: Array, keys: Array, values: Array, scale: float) -> Array:
@@ -61,12 +67,13 @@ def _second(query: Array, keys: Array, values: Array, scale: float) -> Array:
     source=f"derived here (the remedy, 1/sqrt(d): {VASWANI}, section 3.2.1)",
     tolerance=0.05,
     because="the next order is 3/(4 d) and (pi/sigma)^2/6 of the gap's curvature: below 2 %; 1 % Monte Carlo error",
+    slow=True,
 )
-def unscaled_attention_saturates_on_average_like_a_power(key: PRNGKey, size: int = 1) -> Comparison:
+def unscaled_attention_saturates_on_average_like_a_power(key: PRNGKey, size: int = 1) -> Expectation:
     """Mean trace of the softmax Jacobian of 8 tokens in d = 256 and 1024, over c_8 / sqrt(d)."""
     draws = saturation_constant(8) / np.sqrt([256, 1024])
     means = [jnp.mean(saturation(key, dim, 8, 200_000 * size)) for dim in (256, 1024)]
-    return Comparison(np.ones(2), np.array(means) / draws)
+    return equal("mean saturation over c_8 / sqrt(d)", np.array(means) / draws, 1.0, unit="relative")
 
 
 @claim(
@@ -75,14 +82,15 @@ def unscaled_attention_saturates_on_average_like_a_power(key: PRNGKey, size: int
     source="derived here: the typical gradient vanishes exponentially where its mean is a power of d",
     tolerance=4.0,
     because="in standard errors of the median of the gap, plus its fluctuating scale |q|",
+    slow=True,
 )
-def unscaled_attention_saturates_typically_like_an_exponential(key: PRNGKey, size: int = 1) -> Comparison:
+def unscaled_attention_saturates_typically_like_an_exponential(key: PRNGKey, size: int = 1) -> Expectation:
     """-log(median / 2) / sqrt(d) for two tokens at d = 1024, against the median gap of two normal variables."""
     dim, draws = 1024, 50_000 * size
     found = -jnp.log(jnp.median(saturation(key, dim, 2, draws)) / 2) / dim**0.5
     gap = 2**0.5 * scipy.stats.norm.ppf(0.75)
     density = 2 * scipy.stats.norm.pdf(gap, scale=2**0.5)
-    return Comparison(gap, found, scale=0.5 / (density * draws**0.5))
+    return equal("-log(median / 2) / sqrt(d)", found, gap, standard_error=0.5 / (density * draws**0.5))
 
 
 @claim(
@@ -90,8 +98,9 @@ def unscaled_attention_saturates_typically_like_an_exponential(key: PRNGKey, siz
     source="derived here: attention sees W / temperature",
     tolerance=1e-12,
     because=ROUNDING,
+    slow=True,
 )
-def temperature_rescales_the_hessian(key: PRNGKey) -> Comparison:
+def temperature_rescales_the_hessian(key: PRNGKey) -> Expectation:
     """Autodiff Hessian of a merged query-key matrix at temperature 2.5 against temperature 1."""
     found = []
     tokens, targets = jax.random.normal(key, (2, 6, 4)), jax.random.normal(key, (2, 6, 3))
@@ -101,7 +110,7 @@ def temperature_rescales_the_hessian(key: PRNGKey) -> Comparison:
         params = {**params, "query_key": temperature * params["query_key"]}
         risk = objective(from_linen(module), square_loss, tokens, targets)
         found.append(temperature**2 * hessian(risk, params, block="query_key", check=False).dense())
-    return Comparison(*found)
+    return equal("tau^2 H at temperature 2.5", found[1], found[0], unit="relative")
 
 
 @claim(
@@ -109,16 +118,20 @@ def temperature_rescales_the_hessian(key: PRNGKey) -> Comparison:
     source="derived here for normal scores of the other tokens",
     tolerance=0.02,
     because="standard error of a mean weight 0.001 at n = 256 over 400 draws, bias (e - 1) / (8 n)",
+    slow=True,
 )
-def a_needle_needs_a_logarithmic_logit(key: PRNGKey) -> Comparison:
+def a_needle_needs_a_logarithmic_logit(key: PRNGKey) -> list[Expectation]:
     """Mean softmax weight of a needle placed among n scores N(0, 1), n = 256 ... 16384; with half that logit, below 0.1."""
     found = []
     for length in (256, 1024, 4096, 16_384):
         others = jax.random.normal(jax.random.fold_in(key, length), (400, length))
         logit = float(needle_logit(length))
-        means = [jnp.mean(_needle_weights(others, share * logit)) for share in (1.0, 0.5)]
-        found.append([means[0], 0.5 * float(means[1] < 0.1)])
-    return Comparison(np.full((4, 2), 0.5), np.array(found), scale=1)
+        found.append([jnp.mean(_needle_weights(others, share * logit)) for share in (1.0, 0.5)])
+    whole, half = np.array(found).T
+    return [
+        equal("mean weight of the needle, by n", whole, 0.5),
+        at_most("the same with half that logit", half, 0.1, because="the negative control"),
+    ]
 
 
 @jax.jit
@@ -148,7 +161,7 @@ def near_rank_one(key: PRNGKey, spread: float, length: int = 6, width: int = 4) 
     tolerance=0.05,
     because=NEXT_ORDER,
 )
-def pure_attention_contracts_the_token_spread_cubically(key: PRNGKey) -> Comparison:
+def pure_attention_contracts_the_token_spread_cubically(key: PRNGKey) -> Expectation:
     """Slope of the spread of the outputs against that of the inputs, without and with a residual."""
     attention = AttentionConfig(key_dim=4, value_dim=4, scale=1.0)
     slopes = []
@@ -157,7 +170,7 @@ def pure_attention_contracts_the_token_spread_cubically(key: PRNGKey) -> Compari
         params = module.init(key, near_rank_one(key, 1.0))["params"]
         outputs = jax.jit(from_linen(module))
         slopes.append(slope(SPREADS, [rank_residual(outputs(params, near_rank_one(key, size))) for size in SPREADS]))
-    return Comparison([3.0, 1.0], slopes, scale=1)
+    return equal("exponents without and with a skip", slopes, [3.0, 1.0])
 
 
 @claim(
@@ -166,8 +179,9 @@ def pure_attention_contracts_the_token_spread_cubically(key: PRNGKey) -> Compari
     source="derived here from the cumulants: the mean token's share of each order cancels",
     tolerance=0.05,
     because=NEXT_ORDER,
+    slow=True,
 )
-def curvature_of_queries_and_keys_vanishes_with_the_token_spread(key: PRNGKey) -> Comparison:
+def curvature_of_queries_and_keys_vanishes_with_the_token_spread(key: PRNGKey) -> Expectation:
     """Slopes of gradient and Hessian blocks of a merged layer against the spread of its tokens."""
     config = AttentionConfig(key_dim=4, value_dim=3, merged=True)
     params = SelfAttention(config).init(key, near_rank_one(key, 1.0))["params"]
@@ -176,11 +190,11 @@ def curvature_of_queries_and_keys_vanishes_with_the_token_spread(key: PRNGKey) -
     for size in SPREADS:
         tokens = near_rank_one(key, size)
         risk = objective(from_linen(SelfAttention(config)), square_loss, tokens, targets)
-        norms = attention_hessian(config, params, tokens, targets).norms()
+        norms = attention_hessian(layer_objective(config, tokens, targets), params).norms()
         pair = ("query_key", "query_key")
         gradient = jnp.linalg.norm(jax.jit(jax.grad(risk))(params)["query_key"])
-        rows.append([gradient, norms["outer"][pair], norms["functional"][pair], norms["outer"]["value", "value"]])
-    return Comparison([2.0, 4.0, 3.0, 0.0], slope(SPREADS, rows), scale=1)
+        rows.append([gradient, norms["ggn"][pair], norms["functional"][pair], norms["ggn"]["value", "value"]])
+    return equal("exponents of the gradient, H_o, H_f, and H_o of values", slope(SPREADS, rows), [2.0, 4.0, 3.0, 0.0])
 
 
 @claim(
@@ -188,8 +202,9 @@ def curvature_of_queries_and_keys_vanishes_with_the_token_spread(key: PRNGKey) -
     source="Xiong et al., arXiv 2002.04745",
     tolerance=0.08,
     because="the residual stream's variance is 1 + c L: at L = 8 ... 64 the constant still bends the slope a little",
+    slow=True,
 )
-def last_gradient_of_a_pre_norm_transformer_falls_with_depth(key: PRNGKey, size: int = 1) -> Comparison:
+def last_gradient_of_a_pre_norm_transformer_falls_with_depth(key: PRNGKey, size: int = 1) -> Expectation:
     """Root mean square over 64 initialisations of the last MLP's gradient, with a LayerNorm before the read-out."""
     depths = size * np.array([8, 16, 32, 64])
     slopes = []
@@ -202,7 +217,7 @@ def last_gradient_of_a_pre_norm_transformer_falls_with_depth(key: PRNGKey, size:
                 found.append(jnp.sqrt(jnp.mean(_last_gradients(norm, keys, streams, targets) ** 2)))
             streams = _next_block(norm, keys, streams)
         slopes.append(slope(depths, found))
-    return Comparison([-0.5, 0.0], slopes, scale=1)
+    return equal("exponents in the depth: pre-LN, post-LN", slopes, [-0.5, 0.0])
 
 
 def _block(norm: Literal["pre", "post"]) -> TransformerBlock:
@@ -241,7 +256,7 @@ def _last_gradient(block: TransformerBlock, key: PRNGKey, tokens: Array, target:
     tolerance=0.0,
     because="whole numbers; singular values below 1e-10 of the largest count as zero",
 )
-def softmax_has_full_rank_over_low_rank_scores(key: PRNGKey) -> Comparison:
+def softmax_has_full_rank_over_low_rank_scores(key: PRNGKey) -> Expectation:
     """Attention of 8 tokens with key dimension 2, and with 10 (above n - 1); the value map has rank 3."""
     predicted, found = [], []
     for key_dim in (2, 10):
@@ -255,7 +270,7 @@ def softmax_has_full_rank_over_low_rank_scores(key: PRNGKey) -> Comparison:
         joint = np.kron(matrix, np.asarray(params["value"]).T)
         found += [numerical_rank(each) for each in (matrix, centred, joint)]
         predicted += [8, min(key_dim, 7), 8 * 3]
-    return Comparison(predicted, found, scale=1)
+    return equal("ranks of A, of centred log A, of A (x) W_V^T, at two key dimensions", found, predicted)
 
 
 def numerical_rank(matrix: np.ndarray) -> int:
@@ -270,7 +285,7 @@ def numerical_rank(matrix: np.ndarray) -> int:
     tolerance=1e-10,
     because="residual of the nearest point of the hull by non-negative least squares",
 )
-def outputs_lie_in_the_convex_hull_of_the_values(key: PRNGKey) -> Comparison:
+def outputs_lie_in_the_convex_hull_of_the_values(key: PRNGKey) -> list[Expectation]:
     """Distance of each output of a random layer from the hull of its values; a point outside is told apart."""
     module = SelfAttention(AttentionConfig(key_dim=3, value_dim=2))
     tokens = jax.random.normal(key, (10, 5))
@@ -279,7 +294,10 @@ def outputs_lie_in_the_convex_hull_of_the_values(key: PRNGKey) -> Comparison:
     outputs = np.asarray(module.apply({"params": params}, tokens))
     distances = [distance_to_hull(values, output) for output in outputs]
     outside = 3 * values[np.argmax(np.linalg.norm(values, axis=1))]
-    return Comparison(np.zeros(11), [*distances, float(distance_to_hull(values, outside) < 0.1)], scale=1)
+    return [
+        equal("distances of the outputs from the hull", distances, 0.0),
+        at_least("that of a point outside", distance_to_hull(values, outside), 0.1, because="the negative control"),
+    ]
 
 
 def distance_to_hull(points: np.ndarray, target: np.ndarray) -> float:
@@ -295,7 +313,7 @@ def distance_to_hull(points: np.ndarray, target: np.ndarray) -> float:
     tolerance=0.03,
     because="softmax, activation and sums are of lower order, 1 % at these sizes",
 )
-def attention_costs_more_than_the_mlp_only_in_long_contexts(key: PRNGKey) -> Comparison:
+def attention_costs_more_than_the_mlp_only_in_long_contexts(key: PRNGKey) -> Expectation:
     """Operation counts of compiled attention and MLP at D = 128, N = 128, 256 (equal cost) and 512."""
     width, predicted, found = 128, [], []
     for length in (128, 256, 512):
@@ -306,7 +324,7 @@ def attention_costs_more_than_the_mlp_only_in_long_contexts(key: PRNGKey) -> Com
         )
         predicted.append((2 * width + length) / (4 * width))
         found.append(attention / mlp)
-    return Comparison(np.ones(3), np.array(found) / predicted)
+    return equal("ratio of operations over the predicted one", np.array(found) / predicted, 1.0, unit="relative")
 
 
 def _attend(x: Array, query: Array, key: Array, value: Array, output: Array) -> Array:

@@ -22,13 +22,13 @@ from attnlab.curvature.self_checks import (
     slope_error,
     unflat,
 )
-from attnlab.objective import BatchedObjective, Objective, Risk, check_objective
+from attnlab.objectives import BatchedObjective, Objective, Risk, check_objective
 from attnlab.types import Params, PRNGKey
 
-__all__ = ["VerificationError", "verify"]
+__all__ = ["VerificationError", "check_curvature"]
 
 
-def verify(risk: Risk, params: Params, key: PRNGKey, *, examples: bool = True) -> dict[str, float]:
+def check_curvature(risk: Risk, params: Params, key: PRNGKey, *, examples: bool = True) -> dict[str, float]:
     """Check that the curvature of `risk` at `params` means what it should; returns the relative discrepancies.
 
     - `determinism`: two evaluations, each traced afresh, agree (dropout or sampling without a fixed key);
@@ -42,6 +42,15 @@ def verify(risk: Risk, params: Params, key: PRNGKey, *, examples: bool = True) -
     Costs a few evaluations, gradients and products. Of a `BatchedObjective` the first batch is looked at; of all of
     them, whether they read the same twice and are means over their examples. Raises `VerificationError`, which lists
     every check that failed.
+
+    Example:
+        >>> import attnlab as al
+        >>> import jax.numpy as jnp
+        >>> inputs = jnp.diag(jnp.array([1.0, 2.0]))
+        >>> risk = al.objective(lambda params, x: x @ params, al.square_loss, inputs, jnp.zeros(2))
+        >>> import jax
+        >>> sorted(al.check_curvature(risk, jnp.ones(2), jax.random.key(0)))
+        ['determinism', 'examples', 'gradient', 'hessian', 'symmetry']
     """
     check_objective(risk, params)
     if isinstance(risk, BatchedObjective):

@@ -142,7 +142,20 @@ def shuffled(model: Model, key: PRNGKey) -> Model:
 
 def against_nulls(measure: Callable[[Model], PyTree], model: Model, untrained: Model, key: PRNGKey) -> WithNulls:
     """`measure` of the model and of both nulls, for any probe that looks at one model: risks, an iterated layer,
-    interpolated weights, `identification.identify`."""
+    interpolated weights, `identification.identify`.
+
+    Example:
+        >>> import attnlab as al
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> prompts = al.sample_prompts(jax.random.key(0), al.isotropic(2), length=4, batch=8)
+        >>> model = lambda prompt: jnp.vdot(prompt.query, prompt.inputs.T @ prompt.labels) / 4
+        >>> nothing = lambda prompt: 0 * prompt.query[0]
+        >>> size = lambda model: jnp.mean(jax.vmap(model)(prompts) ** 2)
+        >>> found = al.against_nulls(size, model, nothing, jax.random.key(1))
+        >>> bool(found.model > found.untrained), float(found.untrained)
+        (True, 0.0)
+    """
     return WithNulls(measure(model), measure(untrained), measure(shuffled(model, key)))
 
 

@@ -7,9 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnlab.curvature import VerificationError, batched, block_densities, eigenpairs, ggn, hessian, per_block, verify
+from attnlab.curvature import (
+    VerificationError,
+    batched,
+    block_densities,
+    check_curvature,
+    eigenpairs,
+    ggn,
+    hessian,
+    per_block,
+)
 from attnlab.losses import square_loss
-from attnlab.objective import objective
+from attnlab.objectives import objective
 from attnlab.trees import block_slices, leaf_names
 from cases import CASES
 from compare import assert_close
@@ -22,7 +31,7 @@ PARAMS = jnp.asarray(np.random.default_rng(2).standard_normal((3, 2)))
 @pytest.mark.parametrize("name", ["convnet/square", "language_model/cross_entropy"])
 def test_sound_objectives_pass(name):
     risk, params = CASES[name](jax.random.key(1))
-    found = verify(risk, params, jax.random.key(1))
+    found = check_curvature(risk, params, jax.random.key(1))
     assert set(found) == {"determinism", "gradient", "hessian", "symmetry", "examples"}
     assert max(found.values()) <= 1e-5
 
@@ -31,7 +40,7 @@ def test_a_sound_objective_passes_in_single_precision():
     risk, params = CASES["two_layers/cross_entropy"](jax.random.key(1))
     single = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
     low = objective(risk.predict, risk.loss, risk.inputs.astype(jnp.float32), risk.targets)
-    verify(low, single, jax.random.key(1))
+    check_curvature(low, single, jax.random.key(1))
 
 
 def linear(params, inputs):
@@ -73,7 +82,7 @@ COUPLED = {
 def test_what_couples_the_examples_is_named(name):
     predict, loss, message = COUPLED[name]
     with pytest.raises(VerificationError, match=rf"examples: .*{message}") as caught:
-        verify(objective(predict, loss, INPUTS, TARGETS), PARAMS, jax.random.key(1))
+        check_curvature(objective(predict, loss, INPUTS, TARGETS), PARAMS, jax.random.key(1))
     assert caught.value.discrepancies["examples"] > 1e-2
     assert caught.value.discrepancies["hessian"] < 1e-4
     parts = batched(predict, loss, [(INPUTS[:3], TARGETS[:3]), (INPUTS[3:], TARGETS[3:])])
@@ -84,7 +93,7 @@ def test_what_couples_the_examples_is_named(name):
 def test_a_wrong_derivative_is_named():
     risk = objective(lambda params, x: wrong(x @ params), square_loss, INPUTS, TARGETS)
     with pytest.raises(VerificationError, match="gradient: the gradient is not the derivative of the loss"):
-        verify(risk, PARAMS, jax.random.key(1))
+        check_curvature(risk, PARAMS, jax.random.key(1))
 
 
 def test_kinks_are_named():
@@ -92,14 +101,14 @@ def test_kinks_are_named():
     inputs, targets = jnp.float32(random.standard_normal((5000, 3))), jnp.float32(5 + random.standard_normal((5000, 2)))
     risk = objective(lambda params, x: jax.nn.relu(x @ params), square_loss, inputs, targets)
     with pytest.raises(VerificationError, match=r"hessian: .*kinks \(relu\)"):
-        verify(risk, jnp.float32(PARAMS), jax.random.key(1))
+        check_curvature(risk, jnp.float32(PARAMS), jax.random.key(1))
 
 
 def test_evaluations_that_disagree_are_named():
     random = np.random.default_rng(0)
     risk = objective(lambda params, x: x @ params * random.uniform(0.5, 1.5), square_loss, INPUTS, TARGETS)
     with pytest.raises(VerificationError, match="determinism: two evaluations disagree: dropout or sampling"):
-        verify(risk, PARAMS, jax.random.key(1))
+        check_curvature(risk, PARAMS, jax.random.key(1))
 
 
 def test_data_that_change_between_readings_are_named():
@@ -117,8 +126,8 @@ def test_data_that_change_between_readings_are_named():
 def test_a_single_sequence_has_no_examples():
     risk = objective(lambda params, x: jax.nn.softmax(x @ x.T) @ x @ params, square_loss, INPUTS, TARGETS)
     with pytest.raises(VerificationError, match="examples"):
-        verify(risk, PARAMS, jax.random.key(1))
-    assert "examples" not in verify(risk, PARAMS, jax.random.key(1), examples=False)
+        check_curvature(risk, PARAMS, jax.random.key(1))
+    assert "examples" not in check_curvature(risk, PARAMS, jax.random.key(1), examples=False)
 
 
 @pytest.mark.parametrize("build", [hessian, ggn])
@@ -126,7 +135,7 @@ def test_every_block_is_measured(build):
     risk, params = CASES["softmax/square"](jax.random.key(1))
     dense, slices = np.asarray(build(risk, params).dense()), block_slices(params)
     tops = per_block(lambda op: eigenpairs(op, jax.random.key(1)).values[0], risk, params, operator=build)
-    densities = block_densities(risk, params, jax.random.key(1), operator=build, probes=3, steps=64)
+    densities = block_densities(risk, params, jax.random.key(1), operator=build, samples=3, steps=64)
     assert set(tops) == set(densities) == set(leaf_names(params))
     for name, rows in slices.items():
         exact = np.linalg.eigvalsh(dense[rows, rows])

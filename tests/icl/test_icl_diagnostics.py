@@ -9,9 +9,7 @@ import pytest
 
 from attnlab.icl.baselines import baseline
 from attnlab.icl.constructions import gradient_descent_stack, plus_plus_stack
-from attnlab.icl.identification import best_family, fitted_residual, identify, identify_shuffled
-from attnlab.icl.models import attention_layer, init_layer, stack_predict
-from attnlab.icl.probes import (
+from attnlab.icl.diagnostics import (
     against_nulls,
     alignment,
     copying,
@@ -26,6 +24,8 @@ from attnlab.icl.probes import (
     shuffled,
     with_nulls,
 )
+from attnlab.icl.identification import best_family, fitted_residual, identify, identify_shuffled
+from attnlab.icl.models import attention_layer, init_layer, stack_predict
 from attnlab.icl.tasks import add_noise, isotropic, sample_prompts
 from compare import assert_close
 

@@ -1,7 +1,7 @@
 """The objective: what a model predicts, how that is scored, and on which data. All that curvature ever sees."""
 
-from attnlab.objective.batches import BatchedObjective, Risk, batched
-from attnlab.objective.in_memory import (
+from attnlab.objectives.batches import BatchedObjective, Risk, batched
+from attnlab.objectives.in_memory import (
     Objective,
     as_partial,
     check_loss,

@@ -16,7 +16,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from attnlab.checks import check_finite, check_not_empty
-from attnlab.objective.in_memory import Objective, as_partial, objective
+from attnlab.objectives.in_memory import Objective, as_partial, objective
 from attnlab.types import LossFunction, Params, Predict, PyTree
 
 Batch = tuple[PyTree, PyTree] | tuple[PyTree, PyTree, PyTree] | Mapping[str, PyTree]
@@ -241,6 +241,14 @@ def batched(predict: Predict, loss: LossFunction, batches: Iterable[Batch]) -> B
 
     Raises `TypeError` for a one-time iterator; `ValueError` for no batch, or for one that is empty, not finite or of
     another structure.
+
+    Example:
+        >>> import attnlab as al
+        >>> import jax.numpy as jnp
+        >>> batches = [(jnp.array([[1.0, 0.0]]), jnp.zeros(1)), (jnp.array([[0.0, 1.0]]), jnp.zeros(1))]
+        >>> parts = al.batched(lambda params, x: x @ params, al.square_loss, batches)
+        >>> al.hessian(parts, jnp.ones(2)).dense().tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
     """
     predict, loss = as_partial(predict), as_partial(loss)
 

@@ -12,18 +12,21 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
-from attnlab.attention.in_transformer import InNetwork, assemble, cut_at_attention
+from attnlab.attention.blocks import AttentionHessian
+from attnlab.attention.hessian import layer_curvature
+from attnlab.attention.in_network import TokenwiseNetwork
 from attnlab.curvature.estimators import squared_frobenius_norm
-from attnlab.curvature.operators import functional, ggn, hessian
+from attnlab.curvature.operators import PARTS
 from attnlab.data.addition import addition, answer_positions
 from attnlab.losses import cross_entropy, square_loss
 from attnlab.models.adapters import at_positions, from_linen
 from attnlab.models.attention import AttentionConfig
 from attnlab.models.networks import MLP, MLPConfig
 from attnlab.models.transformer import LanguageModel, LanguageModelConfig, TransformerConfig
-from attnlab.objective import objective
+from attnlab.objectives import Objective, objective
 from attnlab.statistics import Estimate
 from attnlab.types import Params, PRNGKey
 
@@ -116,15 +119,16 @@ def with_embedding_scale(params: Params, sigma: float) -> Params:
 
 def last_layer_norms(
     network: AdditionNetwork, params: Params, data: tuple[Array, Array], names: Collection[str] | None = None
-) -> dict[str, float]:
-    """Exact Frobenius norm of every block of the last attention layer: `outer/KQ` and so on, letters in order.
+) -> dict[str, dict[str, float]]:
+    """Exact Frobenius norm of every block of the last attention layer by part and pair: `["ggn"]["KQ"]` and so on,
+    letters in order.
 
     `names` are the parameters wanted, all if None."""
     return {
-        f"{part}/{LETTERS[row]}{LETTERS[column]}": float(norm)
+        part: {
+            f"{LETTERS[row]}{LETTERS[column]}": float(norm) for (row, column), norm in blocks.items() if row <= column
+        }
         for part, blocks in _last_layer(network, params, data).norms(names).items()
-        for (row, column), norm in blocks.items()
-        if row <= column
     }
 
 
@@ -136,36 +140,41 @@ def precision_error(network: AdditionNetwork, key: PRNGKey, sigma: float) -> flo
     for dtype in (network.dtype, "float64"):
         weights = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), with_embedding_scale(params, sigma))
         norms.append(last_layer_norms(replace(network, dtype=dtype), weights, data))
-    found, expected = norms
-    return max(abs(found[name] - expected[name]) / expected[name] for name in expected if expected[name] > 0)
+    found, expected = (np.array(jax.tree.leaves(each)) for each in norms)
+    return float(np.max(np.abs(found - expected)[expected > 0] / expected[expected > 0]))
 
 
 @partial(jax.jit, static_argnames="network")
-def _last_layer(network: AdditionNetwork, params: Params, data: tuple[Array, Array]) -> InNetwork:
-    tokens, targets = data
-    chosen = jnp.asarray(network.positions)
-    cut = cut_at_attention(network.module, params, tokens, f"transformer/layer_{network.depth - 1}/attention")
-    piecewise_linear = network.norm is None
-    return assemble(cut, lambda out: network.loss(out[:, chosen], targets), network.positions, piecewise_linear)
+def _last_layer(
+    network: AdditionNetwork, params: Params, data: tuple[Array, Array]
+) -> AttentionHessian | TokenwiseNetwork:
+    last = f"transformer/layer_{network.depth - 1}/attention"
+    return layer_curvature(_risk(network, data), params, last, piecewise_linear=network.norm is None)
 
 
-@partial(jax.jit, static_argnames=("network", "probes"))
-def first_layer_squares(
-    network: AdditionNetwork, params: Params, data: tuple[Array, Array], key: PRNGKey, *, probes: int
-) -> dict[str, Estimate]:
-    """Squared norms of the first layer's value and query blocks from random probes, with standard errors.
-
-    Keys `outer/VV` and so on. There is no closed form in use here: behind the first layer tokens meet again.
-    """
-    tokens, targets = data
+def _risk(network: AdditionNetwork, data: tuple[Array, Array]) -> Objective:
     predict = at_positions(from_linen(network.module), network.positions)
-    risk = objective(predict, network.loss, tokens, targets)
+    return objective(predict, network.loss, *data)
+
+
+@partial(jax.jit, static_argnames=("network", "samples"))
+def first_layer_squares(
+    network: AdditionNetwork, params: Params, data: tuple[Array, Array], key: PRNGKey, *, samples: int
+) -> dict[str, dict[str, Estimate]]:
+    """Squared norms of the first layer's value and query blocks from random samples, with standard errors, by part and
+    pair (`["ggn"]["VV"]`).
+
+    Behind the first layer tokens meet again: the closed form would take a product for every number of its output.
+    """
+    risk = _risk(network, data)
     return {
-        f"{part}/{LETTERS[name] * 2}": squared_frobenius_norm(
-            operator(risk, params, block=f"layer_0/attention/{name}"), key, probes=probes
-        )
-        for name in ("value", "query")
-        for part, operator in (("full", hessian), ("outer", ggn), ("functional", functional))
+        part: {
+            LETTERS[name] * 2: squared_frobenius_norm(
+                operator(risk, params, block=f"layer_0/attention/{name}"), key, samples=samples
+            )
+            for name in ("value", "query")
+        }
+        for part, operator in PARTS.items()
     }
 
 

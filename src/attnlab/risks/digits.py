@@ -1,23 +1,18 @@
-"""The small training problems on which the phenomena are shown: real data, minutes of one CPU at most."""
+"""Handwritten digits through one attention layer and through two transformer blocks; and their easy control."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attnlab.checks import unknown_name
-from attnlab.data.addition import VOCABULARY, addition, answer_positions
 from attnlab.data.digits import digits
 from attnlab.data.gaussian import gaussian_tokens, taught
-from attnlab.data.text import next_words
-from attnlab.losses import cross_entropy
-from attnlab.models.adapters import at_positions, from_function, from_linen
+from attnlab.models.adapters import from_function, from_linen
 from attnlab.models.attention import AttentionConfig, SelfAttention
 from attnlab.models.initializers import initializer
-from attnlab.models.transformer import LanguageModel, LanguageModelConfig, Transformer, TransformerConfig
-from attnlab.objective import Objective, objective
+from attnlab.models.transformer import Transformer, TransformerConfig
+from attnlab.objectives import Objective, objective
 from attnlab.types import Params, PRNGKey
 
 WIDTH, SIDE, CLASSES = 16, 8, 10
@@ -100,39 +95,3 @@ def digits_transformer(
         "readout": lecun(keys[3], (WIDTH, CLASSES), dtype),
     }
     return objective(from_function(_DigitsTransformer(model)), half_squared_error, *data), params
-
-
-ADDITION_KINDS = ("softmax", "linear", "pre-LN")
-"""Kinds of attention layer for `addition_attention`; the last is softmax attention behind a LayerNorm."""
-
-
-def addition_attention(key: PRNGKey, kind: str, count: int = 64, digits: int = 5) -> tuple[Objective, Params]:
-    """Addition of two numbers through one causal attention layer with a residual, at initialisation.
-
-    `kind` is one of `ADDITION_KINDS`. Width 16, weights N(0, 0.64 / width), embeddings N(0, 1): scale the two
-    embeddings to see how the blocks of the Hessian grow with them. Cross-entropy of the answer.
-    """
-    if kind not in ADDITION_KINDS:
-        raise unknown_name("kind of attention layer", kind, ADDITION_KINDS)
-    scheme: dict[str, Any] = {"init": "normal", "gain": 0.8 * WIDTH**-0.5}
-    weights: Literal["softmax", "linear"] = "linear" if kind == "linear" else "softmax"
-    attention = AttentionConfig(WIDTH, WIDTH, causal=True, output_dim=WIDTH, weights=weights, **scheme)
-    blocks = TransformerConfig(attention, norm="pre" if kind == "pre-LN" else None)
-    model = LanguageModel(LanguageModelConfig(blocks, len(VOCABULARY), 3 * digits + 3, WIDTH, **scheme))
-    data_key, init_key = jax.random.split(key)
-    data = addition(data_key, count, digits)
-    params = model.init(init_key, data.inputs)["params"]
-    return objective(at_positions(from_linen(model), answer_positions(digits)), cross_entropy, *data), params
-
-
-def next_word_prediction(key: PRNGKey, count: int = 2048, length: int = 16) -> tuple[Objective, Params]:
-    """The next word of English text by one causal pre-norm attention layer of width 32, with cross-entropy.
-
-    The data of `data.text.next_words`; its tokens are ranks, the most frequent word first, so that the frequencies
-    fall by the law of Zipf. The unembedding starts at zero: every word is equally likely at first.
-    """
-    data, vocabulary = next_words(count, length)
-    attention = AttentionConfig(32, 32, causal=True, output_dim=32)
-    blocks = TransformerConfig(attention, final_norm=True)
-    model = LanguageModel(LanguageModelConfig(blocks, len(vocabulary), length, 32, init="zeros"))
-    return objective(from_linen(model), cross_entropy, *data), model.init(key, data.inputs[:1])["params"]

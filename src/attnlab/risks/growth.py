@@ -15,18 +15,18 @@ Exponents = dict[str, dict[str, int | None]]
 # Exponents as sigma -> 0. The projection W_O enters like the values, but with a functional block g_i m_i^T of its own;
 # None is a block that is zero.
 SOFTMAX_EXPONENTS: Exponents = {
-    "outer": {"VV": 2, "OO": 2, "OV": 2, "QQ": 6, "KK": 6, "KQ": 6, "QV": 4, "KV": 4, "OQ": 4, "KO": 4},
+    "ggn": {"VV": 2, "OO": 2, "OV": 2, "QQ": 6, "KK": 6, "KQ": 6, "QV": 4, "KV": 4, "OQ": 4, "KO": 4},
     "functional": {"VV": None, "OO": None, "OV": 1, "QQ": 5, "KK": 5, "KQ": 3, "QV": 3, "KV": 3, "OQ": 3, "KO": 3},
 }
 LINEAR_EXPONENTS: Exponents = {
-    "outer": dict.fromkeys(("VV", "QQ", "KK", "KQ", "QV", "KV"), 6),
+    "ggn": dict.fromkeys(("VV", "QQ", "KK", "KQ", "QV", "KV"), 6),
     "functional": {"VV": None, "QQ": None, "KK": None, "KQ": 3, "QV": 3, "KV": 3},
 }
 
 
 def predicted_exponent(table: Exponents, part: str, pair: str) -> int | None:
-    """The exponent of one block of a single layer: of H (`full`) the smaller of its parts'; None where it is zero."""
-    if part != "full":
+    """The exponent of one block of a single layer: of `hessian` the smaller of its parts'; None where it is zero."""
+    if part != "hessian":
         return table[part][pair]
     orders = [order for kind in table if (order := table[kind][pair]) is not None]
     return min(orders, default=None)
@@ -44,8 +44,8 @@ def network_exponent(
     if norm == "pre":
         return 0.0
     if weights == "linear" and depth > 1:
-        return 2.0 * 3**depth if part == "outer" else None
-    if place == "first" and depth > 1 and part != "outer":
+        return 2.0 * 3**depth if part == "ggn" else None
+    if place == "first" and depth > 1 and part != "ggn":
         return None
     return predicted_exponent(SOFTMAX_EXPONENTS if weights == "softmax" else LINEAR_EXPONENTS, part, pair)
 

@@ -83,6 +83,13 @@ def objective(
 
     Raises `ValueError` when inputs, targets or weights are empty or not finite, or weights negative; `TypeError` for a
     loss or a model that is no function.
+
+    Example:
+        >>> import attnlab as al
+        >>> import jax.numpy as jnp
+        >>> risk = al.objective(lambda params, x: x @ params, al.square_loss, jnp.eye(2), jnp.array([1.0, 3.0]))
+        >>> float(risk(jnp.zeros(2)))
+        5.0
     """
     _check_callable(predict, loss)
     for name, data in (("inputs", inputs), ("targets", targets)):
