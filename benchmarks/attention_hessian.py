@@ -9,9 +9,6 @@ turns; medians; compile time apart. Ratios are peer / ours: above 1 we are ahead
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -21,6 +18,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from common.results import write_results
 from jax.flatten_util import ravel_pytree
 from rich.console import Console
 from rich.table import Table
@@ -257,11 +255,7 @@ def main():
             rows += compare(length, width, dtype, rounds)
         if not arguments.quick:
             rows += compare_large(dtype, 3)
-    ratios = report(rows, Console())
-    if arguments.json:
-        machine = {"platform": platform.platform(), "cpus": os.cpu_count(), "device": str(jax.devices()[0])}
-        versions = {"python": platform.python_version(), "jax": jax.__version__, "numpy": np.__version__}
-        arguments.json.write_text(json.dumps({"ratios": ratios, "machine": machine, "versions": versions}, indent=2))
+    write_results(arguments.json, report(rows, Console()))
 
 
 if __name__ == "__main__":

@@ -16,21 +16,18 @@ error bars). matfree takes any product, and answers for what it makes of it alon
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
 import warnings
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from common.results import write_results
 from jax.flatten_util import ravel_pytree
 from peers import gates
 from peers.cases import CASES, attention, gates_model, gpt
@@ -313,18 +310,8 @@ def main():
         performance(table, arguments.quick, arguments.peers)
     asks = ((peer.library, peer.ask) for peer in peers_of("gates", arguments.peers))
     found = gates.compare(*gates_model(), asks)
-    if arguments.json:
-        machine = {"platform": platform.platform(), "cpus": os.cpu_count(), "device": str(jax.devices()[0])}
-        versions = {"python": platform.python_version(), **{name: version(name) for name in ("jax", "numpy", "flax")}}
-        versions |= peer_versions(arguments.peers)
-        content = {
-            "ratios": table.ratios,
-            "gates": found,
-            "compile seconds, peer and ours": table.compile_seconds,
-            "machine": machine,
-            "versions": versions,
-        }
-        arguments.json.write_text(json.dumps(content, indent=2) + "\n")
+    values = {"gates": found, "compile seconds, peer and ours": table.compile_seconds}
+    write_results(arguments.json, table.ratios, values, peer_versions(arguments.peers) if arguments.json else None)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ with which it stays at the edge, where the highest eigenvalues lie close and tur
 """
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import scipy.sparse.linalg
+from common.results import write_results
 from rich.console import Console
 from rich.table import Table
 
@@ -35,7 +35,6 @@ from attnlab.models.attention import AttentionConfig
 from attnlab.models.transformer import Transformer, TransformerConfig
 from attnlab.objectives import objective
 from attnlab.risks.digits import digits_attention
-from attnlab.runs import manifest
 from attnlab.training import probe, train
 from attnlab.trees import dimension, ravel
 
@@ -191,8 +190,8 @@ def main() -> None:
             table.add_row(key, f"{value:.3g}")
         Console().print(table)
         numbers |= found
-    if options.json:
-        options.json.write_text(json.dumps({"ratios": numbers, **manifest({})}, indent=2) + "\n")
+    ahead = {key: value for key, value in numbers.items() if " over " in key}
+    write_results(options.json, ahead, {key: value for key, value in numbers.items() if key not in ahead})
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ gradients are checked to agree within their sampling error before anything is ti
 """
 
 import argparse
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -21,6 +19,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import optax
+from common.results import write_results
 
 from attnlab.icl.models import Layer, effective_weights, init_layer, layer_predict
 from attnlab.icl.population import population_objective
@@ -124,7 +123,7 @@ def check_agreement(exact: Objective, layer: Layer, batches: int) -> float:
     return float(jnp.max(jnp.stack(jax.tree.leaves(jax.tree.map(apart, samples, expected)))))
 
 
-def steps(quick: bool, ratios: dict[str, float]) -> None:
+def steps(quick: bool, ratios: dict[str, float], values: dict[str, float]) -> None:
     """Time of a step: the plain loop's, one on fresh prompts in the training loop, and one on the exact risk."""
     batch, rounds = 2048, 3 if quick else 9
     exact = population_objective(linear_regression(jnp.eye(D) / 12, inputs="uniform"), N, "layer")
@@ -153,10 +152,10 @@ def steps(quick: bool, ratios: dict[str, float]) -> None:
         else:
             ratios[f"training step, {name}, d = N = 10, batch 2048 | plain loop"] = times["plain loop"] / seconds
             print(f" | plain loop {times['plain loop'] / seconds:.3g}x")
-        ratios[f"training step, {name} | ms"] = seconds * 1e3
+        values[f"training step, {name} | ms"] = seconds * 1e3
 
 
-def recipe(quick: bool, ratios: dict[str, float]) -> None:
+def recipe(quick: bool, ratios: dict[str, float], values: dict[str, float]) -> None:
     """32 seeds to the published loss by the exact gradient, compilation included."""
     seeds, length = 32, 500 if quick else 5000
     exact = population_objective(linear_regression(jnp.eye(D) / 12, inputs="uniform"), N, "layer")
@@ -171,7 +170,7 @@ def recipe(quick: bool, ratios: dict[str, float]) -> None:
     print(f"Recipe: {seeds} seeds x {length} exact steps in {seconds:.1f} CPU-seconds, compilation included;")
     print(f"  {reached} of {seeds} within 1e-4 of {PUBLISHED}, the worst {worst:.1e} away")
     name = f"recipe, {seeds} seeds x {length} exact steps"
-    ratios |= {f"{name} | CPU-seconds": seconds, f"{name} | seeds within 1e-4 of {PUBLISHED}": reached}
+    values |= {f"{name} | CPU-seconds": seconds, f"{name} | seeds within 1e-4 of {PUBLISHED}": reached}
 
 
 def main() -> None:
@@ -180,11 +179,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the ratios here")
     options = parser.parse_args()
     ratios: dict[str, float] = {}
+    values: dict[str, float] = {}
     for part in (steps, recipe):
-        part(options.quick, ratios)
-    if options.json:
-        machine = {"machine": platform.machine(), "python": platform.python_version(), "jax": jax.__version__}
-        options.json.write_text(json.dumps({**machine, "dtype": "float32", **ratios}, indent=1))
+        part(options.quick, ratios, values)
+    write_results(options.json, ratios, values)
 
 
 if __name__ == "__main__":
