@@ -11,7 +11,7 @@ from margin_cases import random_problem, random_tokens
 from attnlab.margin import (
     attention_problem,
     attention_risk,
-    certificate,
+    certify,
     correlation,
     decision_risk,
     decoupled,
@@ -108,9 +108,9 @@ CASES = {
     "bound": (lambda: margin_problem(DELTA, Z, owner=OWNER, bound=np.full(9, 2.0)), r"bound has .*holds \[2.\]"),
     "equality": (lambda: margin_problem(DELTA, Z, owner=OWNER, equality=np.ones(9)), r"equality has .*float64"),
     "vector": (lambda: margin_problem(DELTA, Z, owner=OWNER, vector=True), r"queries have shape \(3, 5\).*vector"),
-    "direction": (lambda: certificate(PROBLEM, np.ones((5, 4)), np.ones(9)), r"direction has shape \(5, 4\)"),
-    "direction zero": (lambda: certificate(PROBLEM, np.zeros((5, 5)), np.ones(9)), r"direction is 0"),
-    "multipliers": (lambda: certificate(PROBLEM, np.ones((5, 5)), np.ones(8)), r"multipliers has shape \(8,\)"),
+    "direction": (lambda: certify(PROBLEM, np.ones((5, 4)), np.ones(9)), r"direction has shape \(5, 4\)"),
+    "direction zero": (lambda: certify(PROBLEM, np.zeros((5, 5)), np.ones(9)), r"direction is 0"),
+    "multipliers": (lambda: certify(PROBLEM, np.ones((5, 5)), np.ones(8)), r"multipliers has shape \(8,\)"),
     "supports": (lambda: next_token_problem(Z, np.full((3, 4), 0.5)), r"supports have .*float64.*Compare"),
     "contexts": (lambda: next_token_problem(Z, SUPPORTS), r"contexts have shape \(3, 5\); expected \(2, "),
     "probabilities of odds": (

@@ -11,7 +11,7 @@ from attnlab.margin import (
     METHODS,
     Status,
     attention_problem,
-    certificate,
+    certify,
     margin_problem,
     max_margin,
     vector_problem,
@@ -239,7 +239,7 @@ def test_certificate_of_any_direction_bounds_the_margin():
     problem = random_problem(6, 8, 10, seed=12)
     found = max_margin(problem)
     random = np.random.default_rng(0)
-    poor = certificate(problem, found.direction + 0.01 * random.normal(size=(10, 10)), random.normal(size=42))
+    poor = certify(problem, found.direction + 0.01 * random.normal(size=(10, 10)), random.normal(size=42))
     assert poor.margin < found.margin < poor.bound
 
 

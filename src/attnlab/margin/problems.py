@@ -66,6 +66,17 @@ def check_norm(norm: Norm) -> Norm:
     return norm
 
 
+def exponent(norm: Norm) -> float:
+    """p of an entrywise norm."""
+    return 2.0 if norm == "frobenius" else float(norm[1])
+
+
+def dual_exponent(norm: Norm) -> float:
+    """q with 1/p + 1/q = 1."""
+    p = exponent(norm)
+    return np.inf if p == 1 else 1.0 if p == np.inf else p / (p - 1)
+
+
 def check_problem(problem: MarginProblem) -> MarginProblem:
     """`problem` if it is one, on the host; raises `TypeError` otherwise."""
     if not isinstance(problem, MarginProblem):

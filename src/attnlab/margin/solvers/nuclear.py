@@ -16,10 +16,11 @@ from typing import NamedTuple
 import numpy as np
 from scipy.linalg.lapack import dgesv, dpotrf, dpotrs, dtrtri
 
+from attnlab.margin.certificates import PrimalDual, prove
 from attnlab.margin.rows import Rows
 
 
-@dataclass
+@dataclass(frozen=True)
 class _State:
     """lambda, the slacks of its rows (0 on equalities) and the semidefinite multiplier X."""
 
@@ -63,8 +64,13 @@ WORKING_SET_ABOVE = 400
 """Up to so many rows all of them are taken at once."""
 
 
-def nuclear_margin(rows: Rows, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(W, lambda) of least nuclear norm with scores(W) >= bound, from the multipliers of the Frobenius problem.
+def solve(rows: Rows, start: PrimalDual) -> PrimalDual:
+    """W of least nuclear norm with scores(W) >= bound, from the Frobenius solution."""
+    return prove("nuclear", rows, *_working_set(rows, start.dual))
+
+
+def _working_set(rows: Rows, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(W, lambda) from the multipliers of the Frobenius problem.
 
     Many rows: solve for those with the least scores, add the ones this leaves violated, and repeat.
     """
@@ -91,22 +97,21 @@ def interior_point(
     queries = rows.queries[rows.owner]
     state = _warm_start(rows, start)
     best, stalled, clear = (np.inf, state), 0, CLEAR
-    with np.errstate(all="ignore"):
-        for _ in range(steps):
-            moved = _step(rows, queries, state)
-            if moved is None:
-                break
-            state = moved
-            error = _error(rows, state)
-            stalled = 0 if error < best[0] else stalled + 1
-            best = min(best, (error, state), key=lambda entry: entry[0])
-            if error <= tolerance or stalled > 3:
-                break
-            if error <= clear:
-                finished = finish(rows, _primal(rows, state.semidefinite), state.multipliers, state.slacks)
-                if finished is not None:
-                    return finished
-                clear = error / 10
+    for _ in range(steps):
+        moved = _step(rows, queries, state)
+        if moved is None:
+            break
+        state = moved
+        error = _error(rows, state)
+        stalled = 0 if error < best[0] else stalled + 1
+        best = min(best, (error, state), key=lambda entry: entry[0])
+        if error <= tolerance or stalled > 3:
+            break
+        if error <= clear:
+            finished = finish(rows, _primal(rows, state.semidefinite), state.multipliers, state.slacks)
+            if finished is not None:
+                return finished
+            clear = error / 10
     return _primal(rows, best[1].semidefinite), best[1].multipliers
 
 

@@ -1,15 +1,15 @@
-"""Frobenius-norm max-margin problems by an active set, with the Gram matrix of the active rows alone.
+"""Frobenius problems by an active set, with the Gram matrix of the active rows alone.
 
 On the dual, minimise (1/2) ||sum_k lambda_k a_k||^2 - bound^T lambda over lambda >= 0 (free on equalities), with
 the gradient scores(W) - bound at W = sum_k lambda_k a_k. All rows here are scaled to unit norm (see `Rows`).
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 from scipy.linalg.lapack import dpotrf, dpotrs
 
+from attnlab.margin.certificates import PrimalDual, prove
 from attnlab.margin.rows import Rows
 
 LinearMap = Callable[[np.ndarray], np.ndarray]
@@ -18,27 +18,18 @@ RIDGE = 1e-13
 """Shift of the unit-diagonal Gram matrix that keeps dependent rows factorable; refinement removes it."""
 
 
-class Combination(NamedTuple):
-    """Multipliers, W = sum_k lambda_k a_k and its scores, and whether the active rows are those of the solution."""
-
-    multipliers: np.ndarray
-    matrix: np.ndarray
-    scores: np.ndarray
-    solved: bool = False
+def combination(rows: Rows, dual: np.ndarray) -> PrimalDual:
+    """Of any lambda, with W = sum_k lambda_k a_k."""
+    primal = rows.combine(dual)
+    return prove("frobenius", rows, primal, dual, combined=primal)
 
 
-def combination(rows: Rows, multipliers: np.ndarray) -> Combination:
-    """Of any multipliers."""
-    matrix = rows.combine(multipliers)
-    return Combination(multipliers, matrix, rows.scores(matrix))
-
-
-def active_set(rows: Rows, *, steps: int = 480) -> Combination:
+def solve(rows: Rows, *, steps: int = 480) -> PrimalDual:
     """Projected gradient steps that guess the active rows, then a semismooth Newton method.
 
     Newton's step solves G_SS lambda_S = bound_S on S = {k: lambda_k - gradient_k > 0}, and stops where S repeats: that
-    is the solution. It starts when a burst of gradient steps has changed few active rows. Returns the last iterate: the
-    caller certifies it.
+    is the solution. It starts when a burst of gradient steps has changed few active rows. Where that never comes, the
+    last iterate.
     """
     state = Descent(rows.normal, rows.bound, np.where(rows.free, -np.inf, 0.0) if rows.any_free else 0.0)
     burst = 16 if 2 * len(rows) <= rows.dimension else 32  # few rows in many dimensions are nearly orthogonal
@@ -47,8 +38,8 @@ def active_set(rows: Rows, *, steps: int = 480) -> Combination:
         state.run(burst)
         steps -= burst
         if np.count_nonzero((state.multipliers > 0) != active) <= 0.1 * len(rows):
-            found = newton(rows, (state.multipliers > 0) | rows.free)
-            if found.solved:
+            found, solved = newton(rows, (state.multipliers > 0) | rows.free)
+            if solved:
                 return found
             burst *= 2
     return combination(rows, state.multipliers)
@@ -80,8 +71,8 @@ class Descent:
         self.multipliers, self.slope, self.step_size = multipliers, slope, step_size
 
 
-def newton(rows: Rows, active: np.ndarray, *, steps: int = 12) -> Combination:
-    """Semismooth Newton steps on the dual from a guess of the active rows."""
+def newton(rows: Rows, active: np.ndarray, *, steps: int = 12) -> tuple[PrimalDual, bool]:
+    """Semismooth Newton steps on the dual from a guess of the active rows, and whether they end at the solution's."""
     multipliers, changes = np.zeros(len(rows)), len(rows) + 1
     too_many = 2 * rows.dimension + 8  # far more rows than can be independent: no guess at all
     for _ in range(steps):
@@ -100,10 +91,10 @@ def newton(rows: Rows, active: np.ndarray, *, steps: int = 12) -> Combination:
         if changes > before:
             break
         active = following
-    return combination(rows, multipliers)
+    return combination(rows, multipliers), False
 
 
-def _refined(rows: Rows, members: np.ndarray, multipliers: np.ndarray, solve: LinearMap) -> Combination:
+def _refined(rows: Rows, members: np.ndarray, multipliers: np.ndarray, solve: LinearMap) -> tuple[PrimalDual, bool]:
     """The solution on the active rows without the shift, and whether there is one.
 
     W gathers its own corrections: its scores are then exact to the rounding of W, not of the larger lambda.
@@ -118,7 +109,8 @@ def _refined(rows: Rows, members: np.ndarray, multipliers: np.ndarray, solve: Li
         change = np.zeros(len(rows))
         change[members] = solve(residual)
         multipliers, matrix = multipliers + change, matrix + rows.combine(change)
-    return Combination(multipliers, matrix, scores, bool(error <= 1e-9 * rows.top))
+    found = prove("frobenius", rows, matrix, multipliers, combined=matrix, scores=scores)
+    return found, bool(error <= 1e-9 * rows.top)
 
 
 def _next_active(rows: Rows, multipliers: np.ndarray, scores: np.ndarray) -> np.ndarray:

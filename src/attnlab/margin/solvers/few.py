@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import numpy as np
 from scipy.linalg.lapack import dposv, dpotrs
 
-from attnlab.margin.certificates import Certificate, MaxMargin, Status
-from attnlab.margin.frobenius import Descent
-from attnlab.margin.problems import MarginProblem
+from attnlab.margin.certificates import Certificate, PrimalDual
+from attnlab.margin.rows import Rows
+from attnlab.margin.solvers.active_set import Descent
 
 FEW, VERY_FEW = 300, 64
 """Up to so many rows it is worth while; up to so many, the first guess of the active ones is the cheapest."""
@@ -16,13 +16,14 @@ WELL_CONDITIONED = 1e-12
 """Gap up to which an answer without shifts and with one refinement is taken."""
 
 
-def few_rows(problem: MarginProblem) -> MaxMargin | None:
-    """The max-margin W of inequalities that all demand a margin; None where the short way does not prove itself."""
-    if len(problem.bound) > FEW or not np.asarray(problem.bound).all():
+def solve(rows: Rows) -> PrimalDual | None:
+    """The max-margin W of inequalities that all demand a margin, for which the rows need not be of norm 1.
+
+    None where the short way does not prove itself.
+    """
+    if len(rows) > FEW or not rows.all_strict:
         return None
-    differences, queries = np.asarray(problem.differences, float), np.asarray(problem.queries, float)[problem.owner]
-    gram = differences @ differences.T
-    gram *= queries @ queries.T
+    differences, queries, gram = rows.differences, rows.own_queries, rows.dense_gram
     for guess in _guesses(gram):
         multipliers = _multipliers(gram, guess)
         if multipliers is not None:
@@ -36,15 +37,15 @@ def few_rows(problem: MarginProblem) -> MaxMargin | None:
     if multipliers.min() < 0 or not 1 - margin / bound <= WELL_CONDITIONED:
         return None
     proof = Certificate(margin, bound, np.zeros(()), size / (multipliers @ np.sqrt(gram.diagonal())))
-    return MaxMargin(direction.reshape(problem.shape), multipliers, multipliers > 0, Status.SOLVED, proof)
+    return PrimalDual(matrix, multipliers, multipliers > 0, proof)
 
 
 def _guesses(gram: np.ndarray) -> Iterator[np.ndarray]:
     """Active rows, better and better guessed."""
     if len(gram) <= VERY_FEW:  # one step from equal multipliers, then the rows of less than the mean score
-        scores = gram.sum(0)
-        scores = gram @ np.maximum(2 - scores / scores.mean(), 0.0)
-        yield scores < scores.mean()
+        m, scores = len(gram), gram.sum(0)
+        scores = gram @ np.maximum(2 - scores / (scores.sum() / m), 0.0)
+        yield scores < scores.sum() / m
     descent = Descent(gram.dot, np.ones(len(gram)))
     descent.step_size = 1 / gram[0, 0]
     for _ in range(4):

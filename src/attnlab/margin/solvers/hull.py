@@ -1,4 +1,4 @@
-"""Interior point for the least-norm point of the constraint rows' convex hull: well posed, feasible or not.
+"""Frobenius problems by an interior point for the least-norm point of the rows' hull: well posed, feasible or not.
 
     minimise (1/2) ||sum_k lambda_k a_k||^2  :  bound^T lambda = 1, lambda >= 0 (free on equalities),
 
@@ -13,7 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.linalg.lapack import dpotrf, dpotrs
 
+from attnlab.margin.certificates import PROVED, PrimalDual, Status, verdict
 from attnlab.margin.rows import Rows
+from attnlab.margin.solvers.active_set import combination, newton
+
+EARLY = 1e-9
+"""Complementarity at which the active rows are tried first."""
 
 EQUALITY_SHIFT = 1e-10
 """Proximal weight on the multipliers of equalities, in place of lambda / slack of an inequality."""
@@ -21,13 +26,32 @@ EQUALITY_SHIFT = 1e-10
 Solver = Callable[[np.ndarray], np.ndarray]
 
 
-@dataclass
+@dataclass(frozen=True)
 class HullPoint:
     """A state of the method: multipliers, level t, slacks scores - t bound (0 on equalities)."""
 
     multipliers: np.ndarray
     level: float
     slacks: np.ndarray
+
+
+def solve(rows: Rows) -> PrimalDual:
+    """Interior point, then the best of its own answer, Newton's method on its active rows, and Gordan's multipliers."""
+    point = nearest_hull_point(rows, tolerance=EARLY)
+    for tolerance in (EARLY, 1e-15):  # the active rows are often clear long before the end
+        point = nearest_hull_point(rows, point, tolerance=tolerance)
+        multipliers, slacks = point.multipliers, point.slacks
+        active = (multipliers / multipliers.max() > slacks / slacks.max()) | rows.free
+        polished, solved = newton(rows, active)
+        if solved and verdict(polished.certificate, PROVED) == Status.SOLVED:
+            return polished
+    if point.level < 1e-10:
+        contradiction = combination(rows, gordan_multipliers(rows, multipliers))
+        if verdict(contradiction.certificate, 0.0) == Status.INFEASIBLE:
+            return contradiction
+    plain = combination(rows, multipliers / max(point.level, 1e-300))
+    gap = polished.certificate.gap
+    return plain if plain.certificate.gap <= gap or not np.isfinite(gap) else polished
 
 
 def nearest_hull_point(
@@ -39,8 +63,7 @@ def nearest_hull_point(
     for _ in range(steps):
         if _complementarity(point, inequalities) <= tolerance:
             break
-        with np.errstate(all="ignore"):
-            moved = _step(rows, point, inequalities)
+        moved = _step(rows, point, inequalities)
         if moved is None:
             break
         point = moved
@@ -138,8 +161,7 @@ def gordan_multipliers(rows: Rows, multipliers: np.ndarray, *, steps: int = 4) -
 
 def _to_null_space(rows: Rows, multipliers: np.ndarray, steps: int) -> np.ndarray:
     for _ in range(steps):
-        with np.errstate(all="ignore"):
-            solve = shifted_solver(rows, np.where(rows.free, 1.0, multipliers**2) * (1e14 / np.max(multipliers**2)))
+        solve = shifted_solver(rows, np.where(rows.free, 1.0, multipliers**2) * (1e14 / np.max(multipliers**2)))
         if solve is None:
             break
         change = solve(rows.normal(multipliers))
