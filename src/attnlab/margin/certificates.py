@@ -209,8 +209,8 @@ def prove(
     """W and lambda with their certificate; `combined` is sum lambda_k a_k and `scores` are those of W, if known."""
     if scores is None:
         scores = rows.scores(primal)
-    proof = _certificate(norm, rows, primal, dual, scores, combined)
-    return PrimalDual(primal, dual, support(dual, scores - rows.bound, rows.free), proof)
+    certificate = _certificate(norm, rows, primal, dual, scores, combined)
+    return PrimalDual(primal, dual, support(dual, scores - rows.bound, rows.free), certificate)
 
 
 def support(dual: np.ndarray, slacks: np.ndarray, free: np.ndarray) -> np.ndarray:
@@ -239,8 +239,8 @@ def _certificate(
         return bounds(norm, matrix, scores, multipliers, combined, rows.bound, rows.free)
 
 
-def verdict(proof: Certificate, tolerance: float) -> Status:
+def verdict(certificate: Certificate, tolerance: float) -> Status:
     """What a certificate proves: optimality to `tolerance`, infeasibility, or neither."""
-    if proof.residual <= INFEASIBLE_BELOW:
+    if certificate.residual <= INFEASIBLE_BELOW:
         return Status.INFEASIBLE
-    return Status.SOLVED if proof.gap <= tolerance and proof.violation <= tolerance else Status.INACCURATE
+    return Status.SOLVED if certificate.gap <= tolerance and certificate.violation <= tolerance else Status.INACCURATE

@@ -78,8 +78,8 @@ def _in_units(found: MaxMargin, unit: float, norm: Norm) -> MaxMargin:
     """The answer to a problem whose rows are `unit` times those of the one that was solved."""
     if unit == 1:
         return found
-    proof = replace(found.certificate, margin=found.margin * unit, bound=found.certificate.bound * unit)
+    certificate = replace(found.certificate, margin=found.margin * unit, bound=found.certificate.bound * unit)
     multipliers = found.multipliers
     if found.status != Status.INFEASIBLE:
         multipliers = multipliers / unit / (unit if norm == "frobenius" else 1.0)
-    return replace(found, multipliers=multipliers, certificate=proof)
+    return replace(found, multipliers=multipliers, certificate=certificate)

@@ -85,10 +85,10 @@ class ExactRows:
         margin = (scores[strict] / self.bound[strict]).min() / decimal_norm(matrix, exponent(norm))
         upper = decimal_norm(combined, dual_exponent(norm))
         parts: Any = margin, upper / total, broken, decimal_norm(combined, 2) / weight
-        proof = Certificate(*to_float(np.array(parts)))
+        certificate = Certificate(*to_float(np.array(parts)))
         dual = np.zeros(len(self.owner))
         dual[members] = to_float(inside)
-        return PrimalDual(to_float(matrix), dual, support(dual, to_float(scores - self.bound), self.free), proof)
+        return PrimalDual(to_float(matrix), dual, support(dual, to_float(scores - self.bound), self.free), certificate)
 
 
 class ActiveRows:
@@ -137,12 +137,12 @@ class ActiveRows:
             self.leave(int(falling[ratios.argmin()]))
 
 
-def solve(rows: Rows, guess: np.ndarray) -> PrimalDual:
-    """The max-margin W or Gordan's multipliers of a problem, from a guess of its multipliers (see the module)."""
+def solve(rows: Rows, start: PrimalDual) -> PrimalDual:
+    """The max-margin W or Gordan's multipliers of a problem, from a guess of the latter (see the module)."""
     with decimal.localcontext(prec=DIGITS):
         exact = ExactRows(rows.problem)
         top = exact.bound.max()
-        active = _least_hull(exact, exact.bound / top, guess)
+        active = _least_hull(exact, exact.bound / top, start.dual)
         members, inside = active.members, active.multipliers
         level = 1 - (exact.bound[members] @ inside) / top
         if level > NO_MARGIN:

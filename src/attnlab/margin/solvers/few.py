@@ -36,8 +36,8 @@ def solve(rows: Rows) -> PrimalDual | None:
     margin, bound = ((differences @ direction) * queries).sum(1).min(), size / total
     if multipliers.min() < 0 or not 1 - margin / bound <= WELL_CONDITIONED:
         return None
-    proof = Certificate(margin, bound, np.zeros(()), size / (multipliers @ np.sqrt(gram.diagonal())))
-    return PrimalDual(matrix, multipliers, multipliers > 0, proof)
+    certificate = Certificate(margin, bound, np.zeros(()), size / (multipliers @ np.sqrt(gram.diagonal())))
+    return PrimalDual(matrix, multipliers, multipliers > 0, certificate)
 
 
 def _guesses(gram: np.ndarray) -> Iterator[np.ndarray]:

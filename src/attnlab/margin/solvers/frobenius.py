@@ -17,12 +17,12 @@ MANY = 8
 
 def solve(rows: Rows, method: str | None) -> PrimalDual:
     """The maximal margin or Gordan's multipliers, by one of `METHODS` or by those that the shape suggests."""
-    dual = np.where(rows.void, 1.0, 0.0)
-    if not rows.void.any():
-        suggested = list(METHODS)[1 if len(rows) > MANY * rows.dimension else 0 :]
-        for name in [method] if method else suggested:
-            found = METHODS[name](rows)
-            if verdict(found.certificate, PROVED) != Status.INACCURATE:
-                return found
-        dual = found.dual
-    return decimals.solve(rows, dual)
+    if rows.void.any():
+        found = active_set.combination(rows, np.where(rows.void, 1.0, 0.0))
+        return decimals.solve(rows, found)
+    suggested = list(METHODS)[1 if len(rows) > MANY * rows.dimension else 0 :]
+    for name in [method] if method else suggested:
+        found = METHODS[name](rows)
+        if verdict(found.certificate, PROVED) != Status.INACCURATE:
+            return found
+    return decimals.solve(rows, found)

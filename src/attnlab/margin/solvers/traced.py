@@ -56,14 +56,14 @@ def frobenius_traced(problem: MarginProblem, tolerance: float = 1e-9) -> MaxMarg
     matrix = (multipliers[:, None] * differences).T @ queries
     size = jnp.sqrt(jnp.vdot(matrix, matrix))
     scores = jnp.sum((differences @ matrix) * queries, axis=1)
-    proof = bounds("frobenius", matrix, scores, multipliers, matrix, bound, free, jnp)
-    infeasible = proof.residual <= INFEASIBLE_BELOW
-    solved = (proof.gap <= tolerance) & (proof.violation <= tolerance)
+    certificate = bounds("frobenius", matrix, scores, multipliers, matrix, bound, free, jnp)
+    infeasible = certificate.residual <= INFEASIBLE_BELOW
+    solved = (certificate.gap <= tolerance) & (certificate.violation <= tolerance)
     status = jnp.where(infeasible, Status.INFEASIBLE, jnp.where(solved, Status.SOLVED, Status.INACCURATE))
     direction = jnp.where(infeasible, 0.0, matrix / size).reshape(problem.shape)
-    proof = replace(proof, margin=proof.margin / top, bound=proof.bound / top)
+    certificate = replace(certificate, margin=certificate.margin / top, bound=certificate.bound / top)
     multipliers = jnp.where(infeasible, multipliers / top, multipliers * top) / scale
-    return MaxMargin(direction, multipliers, free | (multipliers > 0), status, proof)
+    return MaxMargin(direction, multipliers, free | (multipliers > 0), status, certificate)
 
 
 def frobenius_batch(problems: MarginProblem) -> MaxMargin:
