@@ -182,6 +182,13 @@ def certify(
     Both are judged apart, so a direction of gradient descent can be held against the multipliers of a solver. Computed
     in double precision: a margin of gamma relative to the rows is judged to about 1e-16 / gamma. Raises `ValueError`
     for shapes other than the problem's, for values that are not finite, and for a direction of 0.
+
+    >>> import numpy as np
+    >>> from attnlab.margin import certify, max_margin, vector_problem
+    >>> problem = vector_problem(np.array([[[3.0, 4.0], [0.0, 0.0]]]), selection=np.array([0]))
+    >>> judged = certify(problem, np.array([1.0, 0.0]), max_margin(problem).multipliers)
+    >>> round(float(judged.margin), 6), round(float(judged.bound), 6)  # this direction's margin, and the largest one
+    (3.0, 5.0)
     """
     check_problem(problem)
     shaped = (("direction", direction, problem.shape), ("multipliers", multipliers, np.shape(problem.bound)))

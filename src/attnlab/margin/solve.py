@@ -26,6 +26,15 @@ def max_margin(problem: MarginProblem, *, method: str | None = None, tolerance: 
     mostly; other norms may be `INACCURATE` for margins below about 1e-3 of the rows' norms. A zero query is infeasible.
     In a traced function `frobenius_traced` stands in, `frobenius_batch` for many small problems. Raises `ValueError`
     for an unknown method or norm and a tolerance outside (0, 1), `TypeError` for what is no concrete problem.
+
+    >>> import numpy as np
+    >>> from attnlab.margin import attention_problem, max_margin
+    >>> tokens = np.array([[[2.0, 0.0], [0.0, 0.0], [0.0, 1.0]]])  # one sequence of three tokens
+    >>> found = max_margin(attention_problem(tokens, queries=np.ones((1, 1)), selection=np.array([0])))
+    >>> found.status.name, float(found.margin), np.round(found.solution.ravel(), 9).tolist()
+    ('SOLVED', 2.0, [0.5, 0.0])
+    >>> bool(found.gap < 1e-10), found.support.tolist()  # proved; both other tokens hold it back
+    (True, [True, False])
     """
     check_problem(problem)
     check_tolerance(tolerance)

@@ -67,7 +67,17 @@ def frobenius_traced(problem: MarginProblem, tolerance: float = 1e-9) -> MaxMarg
 
 
 def frobenius_batch(problems: MarginProblem) -> MaxMargin:
-    """`frobenius_traced` of every problem along the leading axis of a stacked one (see `stack`)."""
+    """`frobenius_traced` of every problem along the leading axis of a stacked one (see `stack`).
+
+    >>> import jax, numpy as np
+    >>> from attnlab.margin import attention_problem, frobenius_batch, stack
+    >>> jax.config.update("jax_enable_x64", True)
+    >>> random = np.random.default_rng(0)
+    >>> tokens, queries = random.normal(size=(5, 2, 3, 4)), random.normal(size=(5, 2, 4))
+    >>> found = frobenius_batch(stack([attention_problem(x, z, np.zeros(2, int)) for x, z in zip(tokens, queries)]))
+    >>> found.direction.shape, bool((found.gap < 1e-9).all())
+    ((5, 4, 4), True)
+    """
     if isinstance(problems, MarginProblem) and jnp.ndim(problems.differences) != 3:
         raise ValueError(
             f"problems have differences of shape {jnp.shape(problems.differences)}; expected (problems, rows, token "
