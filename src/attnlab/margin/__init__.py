@@ -15,8 +15,8 @@ from attnlab.margin.problems import (
     vector_problem,
     with_norm,
 )
-from attnlab.margin.solve import METHODS, max_margin
-from attnlab.margin.solvers import SOLVERS
+from attnlab.margin.solve import max_margin
+from attnlab.margin.solvers import METHODS, SOLVERS
 from attnlab.margin.solvers.traced import frobenius_batch, frobenius_traced
 from attnlab.margin.training import (
     attention_logits,

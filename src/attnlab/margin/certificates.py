@@ -111,7 +111,7 @@ class PrimalDual:
     """What every solver returns: W and lambda of some `Rows`, and what they prove.
 
     Attributes:
-        primal: W, of any size, (d, e).
+        primal: W, of the size that has scores(W) >= bound if the problem is feasible, (d, e).
         dual: lambda, one a row.
         support: rows on which W stands: of multiplier and slack, one of which is 0 at the solution, the multiplier,
             relative to the largest, is larger.

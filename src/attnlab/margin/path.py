@@ -56,7 +56,7 @@ def regularization_path(
     >>> risk = attention_risk(jnp.asarray(tokens), jnp.ones(1), readout=jnp.array([1.0, 0.0]))
     >>> path = regularization_path(risk, np.array([0]), {"prompt": jnp.ones(2)}, radii=np.array([10.0, 1000.0]))
     >>> solution = max_margin(vector_problem(tokens, np.array([0])))
-    >>> np.round(path.params["prompt"] @ solution.direction / path.radii, 3).tolist()
+    >>> np.round(np.asarray(path.params["prompt"]) @ solution.direction / path.radii, 3).tolist()
     [0.993, 1.0]
     """
     radii = real_array("radii", radii, 1, "(radii,)")

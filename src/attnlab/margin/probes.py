@@ -58,7 +58,7 @@ def margin_probe(directions: dict[str, Float[Array, "..."]], selection: Float[Ar
     >>> probes = {"margin": margin_probe({"svm": jnp.array([1.0, 0.0])})}
     >>> start, key = {"prompt": jnp.ones(2)}, jax.random.key(0)
     >>> trained = train(risk, start, normalized_descent(1.0), key, steps=4, every=4, probes=probes)
-    >>> np.round(trained.records.values["margin"]["correlation/svm"], 3).tolist()
+    >>> np.asarray(trained.records.values["margin"]["correlation/svm"]).round(3).tolist()
     [0.707, 0.981]
     """
     if not isinstance(directions, Mapping):

@@ -9,10 +9,8 @@ from attnlab.margin.certificates import MaxMargin, PrimalDual, Status, dual_norm
 from attnlab.margin.checking import check_tolerance
 from attnlab.margin.problems import MarginProblem, Norm, check_norm, check_problem
 from attnlab.margin.rows import Rows, normalized, reduced
-from attnlab.margin.solvers import few, frobenius, solver
-
-METHODS = tuple(frobenius.METHODS)
-"""Methods of the Frobenius problem; the other norms have one each."""
+from attnlab.margin.solvers import METHODS, frobenius_solution, solver
+from attnlab.margin.solvers.frobenius import few_rows
 
 
 def max_margin(problem: MarginProblem, *, method: str | None = None, tolerance: float = 1e-8) -> MaxMargin:
@@ -39,7 +37,7 @@ def max_margin(problem: MarginProblem, *, method: str | None = None, tolerance: 
     check_problem(problem)
     check_tolerance(tolerance)
     if method not in (None, *METHODS):
-        raise unknown_name("method", str(method), METHODS)
+        raise unknown_name("method", str(method), tuple(METHODS))
     norm = check_norm(problem.norm)
     given, unit = normalized(problem)
     with np.errstate(all="ignore"):  # what overflows near the edge of feasibility proves nothing, and is not taken
@@ -62,11 +60,11 @@ def _solved(problem: MarginProblem, norm: Norm, method: str | None, tolerance: f
     start = None
     if method is None and norm in ("frobenius", "nuclear"):
         own = Rows(problem, unit=False)
-        start = few.solve(own)
+        start = few_rows(own)
         if start is not None and norm == "frobenius":
             return own, start
     rows = Rows(problem)
-    start = frobenius.solve(rows, method) if start is None else replace(start, dual=start.dual * rows.scale)
+    start = frobenius_solution(rows, method) if start is None else replace(start, dual=start.dual * rows.scale)
     infeasible = verdict(start.certificate, tolerance) == Status.INFEASIBLE
     return rows, start if infeasible else solver(norm)(rows, start)
 

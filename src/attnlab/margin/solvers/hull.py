@@ -15,7 +15,7 @@ from scipy.linalg.lapack import dpotrf, dpotrs
 
 from attnlab.margin.certificates import PROVED, PrimalDual, Status, verdict
 from attnlab.margin.rows import Rows
-from attnlab.margin.solvers.active_set import combination, newton
+from attnlab.margin.solvers.frobenius import combination, newton
 
 EARLY = 1e-9
 """Complementarity at which the active rows are tried first."""
@@ -35,7 +35,7 @@ class HullPoint:
     slacks: np.ndarray
 
 
-def solve(rows: Rows) -> PrimalDual:
+def interior_point(rows: Rows) -> PrimalDual:
     """Interior point, then the best of its own answer, Newton's method on its active rows, and Gordan's multipliers."""
     point = nearest_hull_point(rows, tolerance=EARLY)
     for tolerance in (EARLY, 1e-15):  # the active rows are often clear long before the end

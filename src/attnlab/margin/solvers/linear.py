@@ -8,6 +8,7 @@ round of HiGHS in double precision then adds its digits (Gleixner, Steffy and Wo
 
 import decimal
 from decimal import Decimal
+from typing import Any
 
 import numpy as np
 import scipy.optimize
@@ -76,6 +77,10 @@ class Program:
             return x[: self.level].reshape(self.shape)
         return (x[: self.level // 2] - x[self.level // 2 : self.level]).reshape(self.shape)
 
+    def primal(self, x: np.ndarray, top: Any) -> np.ndarray:
+        """W of x made so large that scores(W) >= bound, the largest of which is `top`; x has a margin."""
+        return self.direction(x) * (top / x[self.level])
+
     def optimum(
         self, cost: np.ndarray, right: np.ndarray, low: np.ndarray, high: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray] | None:
@@ -93,13 +98,13 @@ class Program:
 
 
 def _in_double_precision(rows: Rows, program: Program) -> PrimalDual | None:
-    """None where HiGHS breaks down."""
+    """None where HiGHS breaks down, or finds no margin."""
     found = program.optimum(program.cost, program.right, program.low, program.high)
-    if found is None:
+    if found is None or not found[0][program.level] > 0:
         return None
     inside = found[1][: len(rows)]
     dual = np.where(rows.free, inside, np.maximum(inside, 0))
-    return prove(rows.problem.norm, rows, program.direction(found[0]), dual)
+    return prove(rows.problem.norm, rows, program.primal(found[0], rows.top), dual)
 
 
 def _in_decimals(rows: Rows, program: Program) -> PrimalDual | None:
@@ -163,8 +168,8 @@ def _dual_violation(reduced: Decimals, x: Decimals, low: Decimals, high: Decimal
 
 
 def _answer(rows: Rows, program: Program, exact: ExactRows, x: Decimals, y: Decimals) -> PrimalDual | None:
-    """Of (x, y); None while W is 0."""
+    """Of (x, y); None while they prove no margin."""
     inside = np.where(exact.free, y[: len(exact.owner)], np.maximum(y[: len(exact.owner)], ZERO))
-    if not (program.direction(x).any() and exact.bound @ inside > 0):
+    if not (x[program.level] > 0 and exact.bound @ inside > 0):
         return None
-    return exact.prove(rows.problem.norm, list(range(len(inside))), inside, program.direction(x))
+    return exact.prove(rows.problem.norm, list(range(len(inside))), inside, program.primal(x, exact.bound.max()))
