@@ -7,7 +7,6 @@ W = sum lambda_k a_k and t = ||W||^2, so that W / t solves the max-margin proble
 certificate that no W does.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,15 +14,13 @@ from scipy.linalg.lapack import dpotrf, dpotrs
 
 from attnlab.margin.certificates import PROVED, PrimalDual, Status, verdict
 from attnlab.margin.rows import Rows
-from attnlab.margin.solvers.frobenius import combination, newton
+from attnlab.margin.solvers.frobenius import LinearMap, combination, newton
 
 EARLY = 1e-9
 """Complementarity at which the active rows are tried first."""
 
 EQUALITY_SHIFT = 1e-10
 """Proximal weight on the multipliers of equalities, in place of lambda / slack of an inequality."""
-
-Solver = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -85,7 +82,7 @@ def _step(rows: Rows, point: HullPoint, inequalities: np.ndarray) -> HullPoint |
     """One predictor-corrector step, or None if the linear algebra broke down (at the end of the road)."""
     multipliers, slacks, mu = point.multipliers, point.slacks, _complementarity(point, inequalities)
     weights = np.where(rows.free, 1 / EQUALITY_SHIFT, multipliers / np.where(rows.free, 1.0, slacks))
-    solve = shifted_solver(rows, weights)
+    solve = weighted_solver(rows, weights)
     if solve is None:
         return None
     # Newton: (G + diag(1 / weights)) d lambda - bound dt = residual + pull,   bound^T d lambda = missing
@@ -123,7 +120,7 @@ def _longest(
     return 1.0 / max(shrink, 1.0)
 
 
-def shifted_solver(rows: Rows, weights: np.ndarray) -> Solver | None:
+def weighted_solver(rows: Rows, weights: np.ndarray) -> LinearMap | None:
     """v -> (G + diag(1 / weights))^-1 v, factored in the smaller of the rows' number and dimension; None if singular.
 
     With A the matrix of rows, Woodbury: (A A^T + D^-1)^-1 v = D (v - A (1 + A^T D A)^-1 A^T D v).
@@ -161,7 +158,7 @@ def gordan_multipliers(rows: Rows, multipliers: np.ndarray, *, steps: int = 4) -
 
 def _to_null_space(rows: Rows, multipliers: np.ndarray, steps: int) -> np.ndarray:
     for _ in range(steps):
-        solve = shifted_solver(rows, np.where(rows.free, 1.0, multipliers**2) * (1e14 / np.max(multipliers**2)))
+        solve = weighted_solver(rows, np.where(rows.free, 1.0, multipliers**2) * (1e14 / np.max(multipliers**2)))
         if solve is None:
             break
         change = solve(rows.normal(multipliers))

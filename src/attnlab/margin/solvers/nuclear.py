@@ -75,13 +75,13 @@ def _working_set(rows: Rows, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     Many rows: solve for those with the least scores, add the ones this leaves violated, and repeat.
     """
     if len(rows) <= WORKING_SET_ABOVE:
-        return interior_point(rows, start)
+        return _interior_point(rows, start)
     scores = rows.scores(rows.combine(start))
     working = rows.free | (scores <= 1.3 * rows.bound)
     multipliers = start
     while True:
         members = rows.members(np.flatnonzero(working))
-        matrix, inside = interior_point(members, multipliers[working])
+        matrix, inside = _interior_point(members, multipliers[working])
         multipliers = np.zeros(len(rows))
         multipliers[working] = inside
         scores = rows.scores(matrix)
@@ -90,7 +90,7 @@ def _working_set(rows: Rows, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]
         working |= scores <= 1.1 * rows.bound
 
 
-def interior_point(
+def _interior_point(
     rows: Rows, start: np.ndarray, *, tolerance: float = 1e-9, steps: int = 60
 ) -> tuple[np.ndarray, np.ndarray]:
     """(W, lambda) of all the rows: the first iterate of duality gap and infeasibility `tolerance`, or the best."""
@@ -108,14 +108,14 @@ def interior_point(
         if error <= tolerance or stalled > 3:
             break
         if error <= clear:
-            finished = finish(rows, _primal(rows, state.semidefinite), state.multipliers, state.slacks)
+            finished = _finish(rows, _primal(rows, state.semidefinite), state.multipliers, state.slacks)
             if finished is not None:
                 return finished
             clear = error / 10
     return _primal(rows, best[1].semidefinite), best[1].multipliers
 
 
-def finish(
+def _finish(
     rows: Rows, matrix: np.ndarray, multipliers: np.ndarray, slacks: np.ndarray, *, steps: int = 8
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """(W, lambda) by Newton's method, once rank and active rows S of a near solution are clear; None if they are not.
