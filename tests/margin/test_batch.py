@@ -36,6 +36,7 @@ def test_batch_proves_infeasibility():
     assert np.any(found.status == Status.INFEASIBLE)
 
 
+@pytest.mark.slow
 def test_traced_solver_goes_through_jit_and_vmap():
     problems = stack([random_problem(10, 5, 3, seed=seed) for seed in range(CHUNK)])
     mapped = jax.jit(jax.vmap(frobenius_traced))(problems)

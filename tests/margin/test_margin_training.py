@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from margin_cases import random_tokens
+from margin_cases import ones, random_tokens
 
 from attnlab.losses import cross_entropy
 from attnlab.margin import (
@@ -166,7 +166,7 @@ def separable(seed):
     tokens, queries, _ = random_tokens(4, 5, 8, seed)
     readout = np.random.default_rng(seed).normal(size=8)
     selection = (tokens @ readout).argmax(1)
-    risk = attention_risk(jnp.asarray(tokens), jnp.ones(4), queries=jnp.asarray(queries), readout=jnp.asarray(readout))
+    risk = attention_risk(jnp.asarray(tokens), ones(4), queries=jnp.asarray(queries), readout=jnp.asarray(readout))
     return risk, selection, max_margin(attention_problem(tokens, queries, selection))
 
 
@@ -247,15 +247,15 @@ def test_decoupled_training_finds_both_parts(key):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"labels": jnp.ones(3)}, r"labels have shape \(3,\); expected \(4,\)"),
-        ({"queries": jnp.ones((3, 2))}, r"queries have shape \(3, 2\); expected \(4, 2\)"),
-        ({"readout": jnp.ones(2)}, r"readout has shape \(2,\); expected \(6,\)"),
-        ({"tokens": jnp.ones((4, 1, 6))}, "two tokens at least"),
+        ({"labels": ones(3)}, r"labels have shape \(3,\); expected \(4,\)"),
+        ({"queries": ones(3, 2)}, r"queries have shape \(3, 2\); expected \(4, 2\)"),
+        ({"readout": ones(2)}, r"readout has shape \(2,\); expected \(6,\)"),
+        ({"tokens": ones(4, 1, 6)}, "two tokens at least"),
         ({"tokens": jnp.full((4, 5, 6), jnp.nan)}, "inputs: tokens has 120 non-finite"),
     ],
 )
 def test_attention_risk_refuses(change, message):
-    arguments = {"tokens": jnp.ones((4, 5, 6)), "labels": jnp.ones(4), "queries": jnp.ones((4, 2)), **change}
+    arguments = {"tokens": ones(4, 5, 6), "labels": ones(4), "queries": ones(4, 2), **change}
     with pytest.raises(ValueError, match=message):
         attention_risk(**arguments)
 
@@ -264,9 +264,9 @@ def test_other_refusals(key):
     with pytest.raises(ValueError, match=r"p is 1.0; expected a finite number above 1"):
         mirror_descent(0.1, 1.0)
     with pytest.raises(ValueError, match="needs the parameters"):
-        mirror_descent(0.1, 3.0).update(jnp.ones(2), optax.EmptyState())
+        mirror_descent(0.1, 3.0).update(ones(2), optax.EmptyState())
     risk, params = case(key, "joint")
     with pytest.raises(ValueError, match="params hold a trained readout"):
         rescaled(risk)(params)
     with pytest.raises(ValueError, match="queries and probabilities have shapes"):
-        decision_risk(jnp.ones((2, 3, 4)), jnp.ones((2, 4)), jnp.ones((2, 4)))
+        decision_risk(ones(2, 3, 4), ones(2, 4), ones(2, 4))

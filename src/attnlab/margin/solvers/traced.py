@@ -73,10 +73,10 @@ def frobenius_batch(problems: MarginProblem) -> MaxMargin:
     >>> from attnlab.margin import attention_problem, frobenius_batch, stack
     >>> jax.config.update("jax_enable_x64", True)
     >>> random = np.random.default_rng(0)
-    >>> tokens, queries = random.normal(size=(5, 2, 3, 4)), random.normal(size=(5, 2, 4))
-    >>> found = frobenius_batch(stack([attention_problem(x, z, np.zeros(2, int)) for x, z in zip(tokens, queries)]))
+    >>> tokens, queries = random.normal(size=(8, 4, 5, 6)), random.normal(size=(8, 4, 6))
+    >>> found = frobenius_batch(stack([attention_problem(x, z, np.zeros(4, int)) for x, z in zip(tokens, queries)]))
     >>> found.direction.shape, bool((found.gap < 1e-9).all())
-    ((5, 4, 4), True)
+    ((8, 6, 6), True)
     """
     if isinstance(problems, MarginProblem) and jnp.ndim(problems.differences) != 3:
         raise ValueError(
