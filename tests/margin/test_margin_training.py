@@ -82,7 +82,7 @@ def test_value_and_gradient_are_those_of_the_definition(kind, key):
         ("matrix", False),
         ("matrix", True),
         pytest.param("factors", False, marks=pytest.mark.slow),
-        ("factors", True),
+        pytest.param("factors", True, marks=pytest.mark.slow),
         ("prompt", False),
         pytest.param("prompt", True, marks=pytest.mark.slow),
     ],
@@ -170,7 +170,7 @@ def separable(seed):
     return risk, selection, max_margin(attention_problem(tokens, queries, selection))
 
 
-@pytest.mark.parametrize("name", ["normalized", "polyak"])
+@pytest.mark.parametrize("name", ["normalized", pytest.param("polyak", marks=pytest.mark.slow)])
 def test_descent_converges_to_the_maximal_margin(name, key):
     risk, selection, solution = separable(3)
     step = {"normalized": normalized_descent(0.5), "polyak": optax.polyak_sgd(max_learning_rate=np.inf)}[name]
