@@ -59,8 +59,7 @@ def plane(config: Config, key):
     import jax
     import jax.numpy as jnp
 
-    from attnlab.margin import attention_risk, max_margin, normalized_descent, rescaled, vector_problem
-    from attnlab.margin.certificates import Status
+    from attnlab.margin import Status, attention_risk, max_margin, normalized_descent, rescaled, vector_problem
     from attnlab.training import probe, train
 
     readout = jnp.array([0.8, 0.6])

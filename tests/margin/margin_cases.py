@@ -1,10 +1,16 @@
 """Random max-margin problems, and their rows written out: what the solvers never form."""
 
+import jax.numpy as jnp
 import numpy as np
 
 from attnlab.margin import attention_problem
 
 SHAPES = [(3, 4, 6), (6, 8, 10), (12, 6, 4), (4, 12, 16)]  # (sequences, tokens, dimension); the third has m > d^2
+
+
+def ones(*shape, dtype=float):
+    """`jnp.ones`, by NumPy: nothing to compile."""
+    return jnp.asarray(np.ones(shape, dtype))
 
 
 def random_tokens(sequences, tokens, dimension, seed):

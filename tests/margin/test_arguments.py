@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from margin_cases import random_problem, random_tokens
+from margin_cases import ones, random_problem, random_tokens
 
 from attnlab.margin import (
     attention_problem,
     attention_risk,
-    certificate,
+    certify,
     correlation,
     decision_risk,
     decoupled,
@@ -39,8 +39,8 @@ from attnlab.margin import (
 
 X, Z, S = random_tokens(3, 4, 5, seed=3)
 PROBLEM = random_problem(3, 4, 5, seed=3)
-RISK = attention_risk(jnp.asarray(X), jnp.ones(3), queries=jnp.asarray(Z), readout=jnp.ones(5))
-PARAMS = {"query_key": jnp.ones((5, 5))}
+RISK = attention_risk(jnp.asarray(X), ones(3), queries=jnp.asarray(Z), readout=ones(5))
+PARAMS = {"query_key": ones(5, 5)}
 DELTA, OWNER = PROBLEM.differences, PROBLEM.owner
 EMBEDDINGS, SEQUENCES = np.eye(4), np.array([[0, 1, 2], [1, 2, 3]])
 SUPPORTS = np.array([[True, True, False], [False, True, True]])
@@ -108,9 +108,9 @@ CASES = {
     "bound": (lambda: margin_problem(DELTA, Z, owner=OWNER, bound=np.full(9, 2.0)), r"bound has .*holds \[2.\]"),
     "equality": (lambda: margin_problem(DELTA, Z, owner=OWNER, equality=np.ones(9)), r"equality has .*float64"),
     "vector": (lambda: margin_problem(DELTA, Z, owner=OWNER, vector=True), r"queries have shape \(3, 5\).*vector"),
-    "direction": (lambda: certificate(PROBLEM, np.ones((5, 4)), np.ones(9)), r"direction has shape \(5, 4\)"),
-    "direction zero": (lambda: certificate(PROBLEM, np.zeros((5, 5)), np.ones(9)), r"direction is 0"),
-    "multipliers": (lambda: certificate(PROBLEM, np.ones((5, 5)), np.ones(8)), r"multipliers has shape \(8,\)"),
+    "direction": (lambda: certify(PROBLEM, np.ones((5, 4)), np.ones(9)), r"direction has shape \(5, 4\)"),
+    "direction zero": (lambda: certify(PROBLEM, np.zeros((5, 5)), np.ones(9)), r"direction is 0"),
+    "multipliers": (lambda: certify(PROBLEM, np.ones((5, 5)), np.ones(8)), r"multipliers has shape \(8,\)"),
     "supports": (lambda: next_token_problem(Z, np.full((3, 4), 0.5)), r"supports have .*float64.*Compare"),
     "contexts": (lambda: next_token_problem(Z, SUPPORTS), r"contexts have shape \(3, 5\); expected \(2, "),
     "probabilities of odds": (
@@ -123,19 +123,19 @@ CASES = {
     ),
     "labels of the risk": (lambda: attention_risk(jnp.asarray(X), jnp.array([0.0, 1, 1])), r"labels hold .*-1 and 1"),
     "labels float": (lambda: attention_risk(jnp.asarray(X), jnp.array([0.3, 1, 1])), r"labels hold .*sign"),
-    "token numbers": (lambda: attention_risk(jnp.ones((3, 4, 5), int), jnp.ones(3)), r"tokens have dtype int"),
-    "token list": (lambda: attention_risk([X[0], X[1]], jnp.ones(2)), r"tokens is a list.*Pad"),
+    "token numbers": (lambda: attention_risk(ones(3, 4, 5, dtype=int), ones(3)), r"tokens have dtype int"),
+    "token list": (lambda: attention_risk([X[0], X[1]], ones(2)), r"tokens is a list.*Pad"),
     "rescaled": (lambda: rescaled(RISK, jnp.array([0, 1, 9])), r"selection\[2\] is 9"),
     "probability": (
-        lambda: selected_probability(PARAMS, RISK.inputs, jnp.ones(3)),
+        lambda: selected_probability(PARAMS, RISK.inputs, ones(3)),
         r"selection has shape \(3,\) and dtype float64",
     ),
-    "distributions": (lambda: decision_risk(jnp.asarray(X), jnp.asarray(Z), jnp.ones((3, 4))), r"probabilities hold"),
-    "inside": (lambda: decoupled(RISK, jnp.ones((3, 4)), jnp.ones((1, 5, 5))), r"inside has .*float64"),
+    "distributions": (lambda: decision_risk(jnp.asarray(X), jnp.asarray(Z), ones(3, 4)), r"probabilities hold"),
+    "inside": (lambda: decoupled(RISK, ones(3, 4), ones(1, 5, 5)), r"inside has .*float64"),
     "path radii": (lambda: regularization_path(RISK, S, PARAMS, np.array([1, np.nan])), r"radii has 1 non-finite"),
     "path selection": (lambda: regularization_path(RISK, S * 1.0, PARAMS, np.ones(1)), r"selection has .*float64"),
-    "probe directions": (lambda: margin_probe(jnp.ones((5, 5))), r"directions is a .*dict"),
-    "correlation": (lambda: correlation(jnp.ones(5), jnp.ones((5, 5))), r"second has shape \(5, 5\); expected \(5,\)"),
+    "probe directions": (lambda: margin_probe(ones(5, 5)), r"directions is a .*dict"),
+    "correlation": (lambda: correlation(ones(5), ones(5, 5)), r"second has shape \(5, 5\); expected \(5,\)"),
     "imbalance": (lambda: imbalance(PARAMS), r"no parameter 'key'"),
     "exponent": (lambda: mirror_descent(0.1, float("nan")), r"p is nan; expected a finite number above 1"),
     "exponent word": (lambda: mirror_descent(0.1, "2"), r"p is '2'; expected"),

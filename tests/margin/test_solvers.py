@@ -9,14 +9,18 @@ from margin_cases import SHAPES, dense_rows, random_problem, random_tokens, unpl
 
 from attnlab.margin import (
     METHODS,
+    SOLVERS,
+    PrimalDual,
     Status,
     attention_problem,
-    certificate,
+    certify,
     margin_problem,
     max_margin,
     vector_problem,
     with_norm,
 )
+from attnlab.margin.rows import Rows
+from attnlab.margin.solvers import frobenius_solution, solver
 from compare import assert_close
 
 NORMS = ["frobenius", "nuclear", ("lp", 1), ("lp", 1.3), ("lp", 1.75), ("lp", 3), ("lp", 8), ("lp", np.inf)]
@@ -99,6 +103,22 @@ def test_certificates_hold_in_every_norm(shape, norm):
     assert 1 - lower / upper < 1e-9
     assert_close(found.margin, lower, 1e-10)
     assert_close(found.certificate.bound, upper, 1e-10)
+
+
+@pytest.mark.parametrize("norm", NORMS, ids=str)
+def test_every_solver_takes_rows_and_a_start_to_a_primal_dual_pair(norm):
+    problem = random_problem(3, 4, 6, seed=1, norm=norm)
+    rows = Rows(problem)
+    found = solver(norm)(rows, frobenius_solution(rows, None))
+    lower, upper = naive_bounds(problem, found.primal, np.where(found.support, found.dual, 0) / rows.scale)
+    assert isinstance(found, PrimalDual)
+    assert 1 - lower / upper < 1e-9
+    assert_close(found.certificate.margin, lower, 1e-10)
+    assert_close(found.certificate.bound, upper, 1e-10)
+
+
+def test_every_solver_serves_a_norm():
+    assert {solver(norm) for norm in NORMS} == set(SOLVERS.values())
 
 
 @pytest.mark.parametrize("p", [1.75, 3])
@@ -239,7 +259,7 @@ def test_certificate_of_any_direction_bounds_the_margin():
     problem = random_problem(6, 8, 10, seed=12)
     found = max_margin(problem)
     random = np.random.default_rng(0)
-    poor = certificate(problem, found.direction + 0.01 * random.normal(size=(10, 10)), random.normal(size=42))
+    poor = certify(problem, found.direction + 0.01 * random.normal(size=(10, 10)), random.normal(size=42))
     assert poor.margin < found.margin < poor.bound
 
 

@@ -1,7 +1,6 @@
 """Attention as a support vector machine: max-margin problems, certified solvers, and what is built of them."""
 
-from attnlab.margin.batch import frobenius_batch, frobenius_traced
-from attnlab.margin.certificates import Certificate, MaxMargin, Status, certificate
+from attnlab.margin.certificates import Certificate, MaxMargin, PrimalDual, Status, certify
 from attnlab.margin.compound import JointMargin, joint_max_margin, log_odds, next_token_problem
 from attnlab.margin.equalities import equality_basis, equality_solution, project_on_equalities
 from attnlab.margin.graph import finite_component, graph_problem, priority_components
@@ -16,7 +15,9 @@ from attnlab.margin.problems import (
     vector_problem,
     with_norm,
 )
-from attnlab.margin.solve import METHODS, max_margin
+from attnlab.margin.solve import max_margin
+from attnlab.margin.solvers import METHODS, SOLVERS
+from attnlab.margin.solvers.traced import frobenius_batch, frobenius_traced
 from attnlab.margin.training import (
     attention_logits,
     attention_matrix,
@@ -30,17 +31,19 @@ from attnlab.margin.training import (
 
 __all__ = [
     "METHODS",
+    "SOLVERS",
     "Certificate",
     "JointMargin",
     "MarginProblem",
     "MaxMargin",
+    "PrimalDual",
     "RegularizationPath",
     "Status",
     "attention_logits",
     "attention_matrix",
     "attention_problem",
     "attention_risk",
-    "certificate",
+    "certify",
     "correlation",
     "decision_risk",
     "decoupled",

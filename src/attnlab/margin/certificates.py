@@ -11,7 +11,7 @@ The right side is 0 exactly if the constraints contradict each other (Gordan's a
 from dataclasses import dataclass
 from enum import IntEnum
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,15 @@ from jaxtyping import Bool, Float, Int
 
 from attnlab.checks import check_finite
 from attnlab.margin.checking import check_same_shape, host_array
-from attnlab.margin.problems import AnyArray, MarginProblem, Norm, check_problem
+from attnlab.margin.problems import AnyArray, MarginProblem, Norm, check_problem, dual_exponent, exponent
 from attnlab.margin.rows import Rows
 
 INFEASIBLE_BELOW = 1e-14
 """A cosine of at most this between W and the rows, proved by multipliers, counts as none: rounding the tokens to double
 precision moves it by as much."""
+
+PROVED = 1e-10
+"""Gap up to which an answer in double precision is taken."""
 
 
 class Status(IntEnum):
@@ -59,6 +62,8 @@ class Certificate:
         """1 - margin / bound: the relative distance from optimality, at most; infinite where no margin is proved."""
         if isinstance(self.bound, jax.Array):
             return jnp.where(self.bound > 0, 1 - self.margin / jnp.where(self.bound > 0, self.bound, 1), jnp.inf)
+        if isinstance(self.bound, float):  # an answer of `max_margin`, where calls cost more than numbers
+            return 1 - self.margin / self.bound if self.bound > 0 else np.inf
         positive = np.asarray(self.bound) > 0
         return np.where(positive, 1 - self.margin / np.where(positive, self.bound, 1), np.inf)[()]
 
@@ -101,13 +106,22 @@ class MaxMargin:
         return self.direction / self.margin
 
 
-class Answer(NamedTuple):
-    """W and lambda in unit rows (see `Rows`), by how much the scores of W exceed the bounds, and what they prove."""
+@dataclass(frozen=True)
+class PrimalDual:
+    """What every solver returns: W and lambda of some `Rows`, and what they prove.
 
-    matrix: np.ndarray
-    multipliers: np.ndarray
-    slacks: np.ndarray
-    proof: Certificate
+    Attributes:
+        primal: W, of the size that has scores(W) >= bound if the problem is feasible, (d, e).
+        dual: lambda, one a row.
+        support: rows on which W stands: of multiplier and slack, one of which is 0 at the solution, the multiplier,
+            relative to the largest, is larger.
+        certificate: see `Certificate`.
+    """
+
+    primal: Float[np.ndarray, "d e"]
+    dual: Float[np.ndarray, " m"]
+    support: Bool[np.ndarray, " m"]
+    certificate: Certificate
 
 
 def matrix_norm(matrix: Any, norm: Norm, xp: ModuleType = np) -> Any:
@@ -116,7 +130,7 @@ def matrix_norm(matrix: Any, norm: Norm, xp: ModuleType = np) -> Any:
         return xp.sqrt(xp.vdot(matrix, matrix))
     if norm == "nuclear":
         return xp.sum(xp.linalg.svd(matrix, compute_uv=False))
-    return xp.linalg.norm(xp.ravel(matrix), ord=norm[1])
+    return xp.linalg.norm(xp.ravel(matrix), ord=exponent(norm))
 
 
 def dual_norm(matrix: Any, norm: Norm, xp: ModuleType = np) -> Any:
@@ -125,8 +139,7 @@ def dual_norm(matrix: Any, norm: Norm, xp: ModuleType = np) -> Any:
         return matrix_norm(matrix, norm, xp)
     if norm == "nuclear":
         return xp.max(xp.linalg.svd(matrix, compute_uv=False))
-    p = float(norm[1])
-    return xp.linalg.norm(xp.ravel(matrix), ord=np.inf if p == 1 else 1 if p == np.inf else p / (p - 1))
+    return xp.linalg.norm(xp.ravel(matrix), ord=dual_exponent(norm))
 
 
 def bounds(
@@ -161,7 +174,7 @@ def _bounds(
     return Certificate(xp.min(ratios) / own_size, upper / total, violation, size / weight)
 
 
-def certificate(
+def certify(
     problem: MarginProblem, direction: Float[AnyArray, "..."], multipliers: Float[AnyArray, " m"]
 ) -> Certificate:
     """The certificate of any direction and any multipliers of `problem` (negative ones of inequalities are set to 0).
@@ -169,6 +182,13 @@ def certificate(
     Both are judged apart, so a direction of gradient descent can be held against the multipliers of a solver. Computed
     in double precision: a margin of gamma relative to the rows is judged to about 1e-16 / gamma. Raises `ValueError`
     for shapes other than the problem's, for values that are not finite, and for a direction of 0.
+
+    >>> import numpy as np
+    >>> from attnlab.margin import certify, max_margin, vector_problem
+    >>> problem = vector_problem(np.array([[[3.0, 4.0], [0.0, 0.0]]]), selection=np.array([0]))
+    >>> judged = certify(problem, np.array([1.0, 0.0]), max_margin(problem).multipliers)
+    >>> round(float(judged.margin), 6), round(float(judged.bound), 6)  # this direction's margin, and the largest one
+    (3.0, 5.0)
     """
     check_problem(problem)
     shaped = (("direction", direction, problem.shape), ("multipliers", multipliers, np.shape(problem.bound)))
@@ -180,27 +200,45 @@ def certificate(
         raise ValueError("direction is 0, which has no margin; expected any other. Train longer, or start elsewhere.")
     rows = Rows(problem)
     matrix = np.asarray(direction, float).reshape(rows.differences.shape[1], rows.queries.shape[1])
-    return certify(problem.norm, rows, matrix, np.asarray(multipliers, float) * rows.scale)
+    dual = np.asarray(multipliers, float) * rows.scale
+    return _certificate(problem.norm, rows, matrix, dual, rows.scores(matrix))
 
 
-def certify(
+def prove(
+    norm: Norm,
+    rows: Rows,
+    primal: np.ndarray,
+    dual: np.ndarray,
+    *,
+    combined: np.ndarray | None = None,
+    scores: np.ndarray | None = None,
+) -> PrimalDual:
+    """W and lambda with their certificate; `combined` is sum lambda_k a_k and `scores` are those of W, if known."""
+    if scores is None:
+        scores = rows.scores(primal)
+    certificate = _certificate(norm, rows, primal, dual, scores, combined)
+    return PrimalDual(primal, dual, support(dual, scores - rows.bound, rows.free), certificate)
+
+
+def support(dual: np.ndarray, slacks: np.ndarray, free: np.ndarray) -> np.ndarray:
+    """See `PrimalDual.support`."""
+    return (dual > dual.max() * np.maximum(slacks, 0.0)) | free
+
+
+def _certificate(
     norm: Norm,
     rows: Rows,
     matrix: np.ndarray,
     multipliers: np.ndarray,
-    *,
+    scores: np.ndarray,
     combined: np.ndarray | None = None,
-    scores: np.ndarray | None = None,
 ) -> Certificate:
-    """`certificate` in the scaled rows; `combined` is sum lambda_k a_k and `scores` those of the matrix, if known."""
     negative = multipliers < 0
     if rows.any_free:
         negative &= ~rows.free
     if combined is None or negative.any():
         multipliers = np.where(negative, 0.0, multipliers)
         combined = rows.combine(multipliers)
-    if scores is None:
-        scores = rows.scores(matrix)
     with np.errstate(divide="ignore", invalid="ignore"):
         if rows.all_strict:
             ratios, total, weight = scores / rows.bound, rows.bound @ multipliers, multipliers.sum()
@@ -208,8 +246,8 @@ def certify(
         return bounds(norm, matrix, scores, multipliers, combined, rows.bound, rows.free)
 
 
-def verdict(proof: Certificate, tolerance: float) -> Status:
+def verdict(certificate: Certificate, tolerance: float) -> Status:
     """What a certificate proves: optimality to `tolerance`, infeasibility, or neither."""
-    if proof.residual <= INFEASIBLE_BELOW:
+    if certificate.residual <= INFEASIBLE_BELOW:
         return Status.INFEASIBLE
-    return Status.SOLVED if proof.gap <= tolerance and proof.violation <= tolerance else Status.INACCURATE
+    return Status.SOLVED if certificate.gap <= tolerance and certificate.violation <= tolerance else Status.INACCURATE

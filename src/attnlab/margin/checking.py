@@ -106,6 +106,8 @@ def check_signs(name: str, labels: Any) -> None:
 
 def check_tolerance(tolerance: Any) -> None:
     """Raise `ValueError` unless 0 < tolerance < 1 (skipped while tracing)."""
+    if isinstance(tolerance, float) and 0 < tolerance < 1:
+        return
     number = isinstance(tolerance, int | float | np.number | jax.Array) and not isinstance(tolerance, bool)
     if is_concrete(tolerance) and not (number and 0 < tolerance < 1):
         raise ValueError(

@@ -20,6 +20,14 @@ def next_token_problem(
 
     It is the attention SVM on one-hot tokens with the supports as selected sets; W is (vocabulary, d). Equality rows:
     first token of the support against each other one, in order.
+
+    >>> import numpy as np
+    >>> from attnlab.margin import max_margin, next_token_problem
+    >>> contexts = np.eye(2)
+    >>> supports = np.array([[True, True, False], [False, False, True]])  # the second context has one next token
+    >>> found = max_margin(next_token_problem(contexts, supports))
+    >>> np.round(found.solution @ contexts.T, 6).T.tolist()
+    [[0.333333, 0.333333, -0.666667], [-0.333333, -0.333333, 0.666667]]
     """
     supports = host_array("supports", supports, "(contexts, vocabulary) booleans")
     if supports.ndim != 2 or not np.isin(supports, (0, 1)).all():
@@ -78,6 +86,13 @@ def joint_max_margin(
     minimise ||v|| : Y_i v^T x_{i alpha_i} >= 1. Then p: p^T (k_{i alpha_i} - k_it) >= 1 for sequences i that support v,
     and with `relaxed` only >= 0 for the others, whose attention need not saturate; else >= 1 for all. `keys` are the
     tokens by default. Raises `ValueError` for labels other than -1 and 1, or if no v classifies the selected tokens.
+
+    >>> import numpy as np
+    >>> from attnlab.margin import joint_max_margin
+    >>> tokens = np.array([[[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]], [[-1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]])
+    >>> pair = joint_max_margin(tokens, labels=np.array([1, -1]), selection=np.array([0, 0]))
+    >>> pair.classifier.solution.round(6).tolist(), pair.query.solution.round(6).tolist()
+    ([1.0, 0.0, 0.0], [0.0, -1.0, -1.0])
     """
     tokens = real_array("tokens", tokens, 3, "(sequences, tokens, token dimension)")
     n = len(tokens)

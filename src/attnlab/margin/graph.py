@@ -47,6 +47,13 @@ def graph_problem(
 
     The label of a sequence must be one of its tokens. Raises `ValueError` where it is not, for token numbers outside
     the vocabulary, and if every edge stays inside a component (then there is only the finite part).
+
+    >>> import numpy as np
+    >>> from attnlab.margin import graph_problem, max_margin
+    >>> sequences, labels = np.array([[1, 2, 0], [2, 1, 0]]), np.array([1, 2])  # tokens 1 and 2 win in turn
+    >>> solution = max_margin(graph_problem(sequences, labels, embeddings=np.eye(3))).solution
+    >>> np.round(solution[:, 0], 6).tolist()  # the scores of the tokens after a 0
+    [-0.666667, 0.333333, 0.333333]
     """
     embeddings = real_array("embeddings", embeddings, 2, "(vocabulary, token dimension)")
     components = priority_components(sequences, labels, len(embeddings))

@@ -33,6 +33,13 @@ def normalized_descent(step_size: optax.ScalarOrSchedule) -> optax.GradientTrans
     """w <- w - step_size * g / ||g||: steps of constant length.
 
     Raises `ValueError` for a step size that is not a positive number or a schedule.
+
+    >>> import jax.numpy as jnp
+    >>> from attnlab.margin import normalized_descent
+    >>> optimizer, weights = normalized_descent(0.5), jnp.zeros(2)
+    >>> change, _ = optimizer.update(jnp.array([0.0, 4e-9]), optimizer.init(weights), weights)
+    >>> float(change[1])
+    -0.5
     """
     _check_step_size(step_size)
     return optax.chain(normalize_gradient(), optax.sgd(step_size))
@@ -45,6 +52,13 @@ def mirror_descent(step_size: Real, p: float) -> optax.GradientTransformation:
 
     entry by entry: gradient descent for p = 2. Chain it after `normalize_gradient` for steps that do not fade. Raises
     `ValueError` for p <= 1, whose potential has no inverse mirror map.
+
+    >>> import jax.numpy as jnp
+    >>> from attnlab.margin import mirror_descent
+    >>> optimizer, weights = mirror_descent(1.0, p=3), jnp.array([1.0, 2.0])
+    >>> change, _ = optimizer.update(jnp.array([-3.0, 3.0]), optimizer.init(weights), weights)
+    >>> (weights + change).tolist()  # 1^2 + 3 and 2^2 - 3 are their squares
+    [2.0, 1.0]
     """
     if isinstance(p, bool) or not isinstance(p, int | float | np.number) or not 1 < p < float("inf"):
         raise ValueError(f"p is {p!r}; expected a finite number above 1, as 1.5 or 3.")

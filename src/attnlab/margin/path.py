@@ -49,6 +49,15 @@ def regularization_path(
     must be the best one (each token the largest Y_i v^T x_it), so that the difference is positive. L-BFGS on the sphere
     by v -> radius * v / ||v||; local minimisers, followed from `start`, whose norm does not matter but is not 0. Raises
     `ValueError` for radii that are not positive and rising, a start at zero, and a selection that is not the best.
+
+    >>> import jax.numpy as jnp, numpy as np
+    >>> from attnlab.margin import attention_risk, max_margin, regularization_path, vector_problem
+    >>> tokens = np.array([[[2.0, 0.0], [0.0, 0.0], [0.0, 1.0]]])
+    >>> risk = attention_risk(jnp.asarray(tokens), jnp.ones(1), readout=jnp.array([1.0, 0.0]))
+    >>> path = regularization_path(risk, np.array([0]), {"prompt": jnp.ones(2)}, radii=np.array([10.0, 1000.0]))
+    >>> solution = max_margin(vector_problem(tokens, np.array([0])))
+    >>> np.round(np.asarray(path.params["prompt"]) @ solution.direction / path.radii, 3).tolist()
+    [0.993, 1.0]
     """
     radii = real_array("radii", radii, 1, "(radii,)")
     check_finite("start", start)

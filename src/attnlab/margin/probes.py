@@ -49,6 +49,17 @@ def margin_probe(directions: dict[str, Float[Array, "..."]], selection: Float[Ar
     <a_k, W> / ||W|| over the tokens that are not selected, and `probability`, the mean attention to the selected ones.
 
     The last two with a `selection` only, one index a sequence.
+
+    >>> import jax, jax.numpy as jnp, numpy as np
+    >>> from attnlab.margin import attention_risk, margin_probe, normalized_descent
+    >>> from attnlab.training import train
+    >>> tokens = jnp.array([[[2.0, 0.0], [0.0, 0.0]]])
+    >>> risk = attention_risk(tokens, jnp.ones(1), readout=jnp.array([1.0, 0.0]))
+    >>> probes = {"margin": margin_probe({"svm": jnp.array([1.0, 0.0])})}
+    >>> start, key = {"prompt": jnp.ones(2)}, jax.random.key(0)
+    >>> trained = train(risk, start, normalized_descent(1.0), key, steps=4, every=4, probes=probes)
+    >>> np.asarray(trained.records.values["margin"]["correlation/svm"]).round(3).tolist()
+    [0.707, 0.981]
     """
     if not isinstance(directions, Mapping):
         raise TypeError(

@@ -41,6 +41,13 @@ class MarginProblem:
         equality: rows that hold with equality (their multipliers are free).
         norm: see `Norm`; static.
         shape: shape of the solution: (d, e), or (d,) for a vector problem; static.
+
+    >>> import numpy as np
+    >>> from attnlab.margin import attention_problem
+    >>> tokens = np.array([[[2.0, 0.0], [0.0, 0.0], [0.0, 1.0]]])
+    >>> problem = attention_problem(tokens, np.ones((1, 1)), np.array([0]))
+    >>> problem.differences.tolist(), problem.owner.tolist(), problem.shape, problem.norm
+    ([[2.0, 0.0], [2.0, -1.0]], [0, 0], (2, 1), 'frobenius')
     """
 
     differences: Float[AnyArray, "m d"]
@@ -64,6 +71,17 @@ def check_norm(norm: Norm) -> Norm:
     if norm not in ("frobenius", "nuclear"):
         raise unknown_name("norm", str(norm), ("frobenius", "nuclear", "('lp', p)"))
     return norm
+
+
+def exponent(norm: Norm) -> float:
+    """p of an entrywise norm."""
+    return 2.0 if norm == "frobenius" else float(norm[1])
+
+
+def dual_exponent(norm: Norm) -> float:
+    """q with 1/p + 1/q = 1."""
+    p = exponent(norm)
+    return np.inf if p == 1 else 1.0 if p == np.inf else p / (p - 1)
 
 
 def check_problem(problem: MarginProblem) -> MarginProblem:
@@ -103,6 +121,15 @@ def attention_problem(
     as selection; or padded to one length, with the `mask` True at the tokens that count. Raises `ValueError` for a
     selection outside the sequence, one-token sequences, a token that equals the selected one (no W separates them), and
     values that are not finite; `TypeError` for token numbers in place of vectors, and for what is traced.
+
+    >>> import numpy as np
+    >>> from attnlab.margin import attention_problem, max_margin
+    >>> random = np.random.default_rng(0)
+    >>> tokens, queries = random.normal(size=(3, 4, 8)), random.normal(size=(3, 8))
+    >>> problem = attention_problem(tokens, queries, selection=np.array([0, 1, 2]))
+    >>> scores = np.einsum("ntd,de,ne->nt", tokens, max_margin(problem).solution, queries)
+    >>> scores.argmax(axis=1).tolist()
+    [0, 1, 2]
     """
     return _problem("tokens", tokens, queries, selection, mask, norm)
 
@@ -145,6 +172,12 @@ def vector_problem(
     """The same for a trainable query p: minimise ||p|| : p^T (k_{i alpha_i} - k_it) >= 1 (arXiv 2306.13596, Att-SVM).
 
     It is the matrix problem with the scalar query 1; the solution has shape (d,).
+
+    >>> import numpy as np
+    >>> from attnlab.margin import max_margin, vector_problem
+    >>> problem = vector_problem(np.array([[[2.0, 0.0], [0.0, 0.0]]]), selection=np.array([0]))
+    >>> max_margin(problem).solution.tolist()
+    [0.5, 0.0]
     """
     count = keys.shape[:1] if hasattr(keys, "shape") else (len(keys),)
     problem = _problem("keys", keys, np.ones((*(count or (1,)), 1)), selection, mask, norm)
@@ -165,6 +198,13 @@ def margin_problem(
 
     `vector` with scalar queries gives the solution the shape (d,). Raises `ValueError` if no row has the bound 1, for
     bounds other than 0 and 1, owners that are no query, and values that are not finite.
+
+    >>> import numpy as np
+    >>> from attnlab.margin import margin_problem, max_margin
+    >>> differences, queries = np.array([[1.0, 0.0], [0.0, 1.0]]), np.ones((1, 1))
+    >>> problem = margin_problem(differences, queries, owner=np.array([0, 0]), equality=np.array([False, True]))
+    >>> max_margin(problem).solution.round(9).tolist()
+    [[1.0], [0.0]]
     """
     differences = real_array("differences", differences, 2, "(rows, token dimension)")
     queries = real_array("queries", queries, 2, "(sequences, query dimension)")
@@ -198,7 +238,14 @@ def margin_problem(
 
 
 def with_norm(problem: MarginProblem, norm: Norm) -> MarginProblem:
-    """The same constraints in another norm."""
+    """The same constraints in another norm.
+
+    >>> import numpy as np
+    >>> from attnlab.margin import max_margin, vector_problem, with_norm
+    >>> problem = vector_problem(np.array([[[2.0, 1.0], [0.0, 0.0]]]), selection=np.array([0]))
+    >>> {p: round(float(max_margin(with_norm(problem, ("lp", p))).margin), 6) for p in (1, 2, float("inf"))}
+    {1: 2.0, 2: 2.236068, inf: 3.0}
+    """
     return replace(check_problem(problem), norm=check_norm(norm))
 
 

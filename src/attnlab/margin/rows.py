@@ -4,6 +4,7 @@ from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from math import frexp, ldexp
+from typing import Any
 
 import numpy as np
 
@@ -40,20 +41,23 @@ class Rows:
     """The rows a_k = Delta_k z_{o(k)}^T of a problem, each divided by its norm ||Delta_k|| ||z_{o(k)}||.
 
     With `bound` divided likewise the feasible set is the same, and the Gram matrix has a unit diagonal. Multipliers
-    divided by `scale` are those of the problem's own rows.
+    divided by `scale` are those of the problem's own rows. With `unit=False` they are these: no norm is taken.
     """
 
-    def __init__(self, problem: MarginProblem):
+    def __init__(self, problem: MarginProblem, *, unit: bool = True):
+        self.problem = problem
         self.queries = np.asarray(problem.queries, float)
         self.owner = np.asarray(problem.owner)
-        differences = np.asarray(problem.differences, float)
-        scale: np.ndarray = norms(differences) * norms(self.queries)[self.owner]
-        # A zero row stays zero: it says nothing with bound 0, and proves infeasibility with bound 1.
-        self.scale = np.where(scale > 0, scale, 1.0)
-        self.differences = differences / self.scale[:, None]
-        self.bound = np.asarray(problem.bound, float) / self.scale
+        self.differences = np.asarray(problem.differences, float)
+        self.bound = np.asarray(problem.bound, float)
         self.free = np.asarray(problem.equality)
-        self._look()
+        self.scale: Any = 1.0
+        if unit:
+            scale = norms(self.differences) * norms(self.queries)[self.owner]
+            # A zero row stays zero: it says nothing with bound 0, and proves infeasibility with bound 1.
+            self.scale = np.where(scale > 0, scale, 1.0)
+            self.differences = self.differences / self.scale[:, None]
+            self.bound = self.bound / self.scale
 
     @property
     def void(self) -> np.ndarray:
@@ -61,10 +65,20 @@ class Rows:
         differences, queries = (self.differences != 0).any(axis=1), (self.queries != 0).any(axis=1)
         return ~(differences & queries[self.owner]) & (self.bound > 0)
 
-    def _look(self) -> None:
-        self.top = self.bound.max()
-        self.any_free = bool(self.free.any())
-        self.all_strict = bool(self.bound.all())
+    @cached_property
+    def top(self) -> np.float64:
+        """The largest bound."""
+        return self.bound.max()
+
+    @cached_property
+    def any_free(self) -> bool:
+        """Whether there are equalities."""
+        return bool(self.free.any())
+
+    @cached_property
+    def all_strict(self) -> bool:
+        """Whether every row demands a margin."""
+        return bool(self.bound.all())
 
     @cached_property
     def _small(self) -> bool:
@@ -72,7 +86,7 @@ class Rows:
         return self.differences.size * self.queries.shape[1] <= SMALL
 
     @cached_property
-    def _own_queries(self) -> np.ndarray:
+    def own_queries(self) -> np.ndarray:
         """z_{o(k)}, a row each."""
         return self.queries[self.owner]
 
@@ -101,7 +115,7 @@ class Rows:
     def scores(self, matrix: np.ndarray) -> np.ndarray:
         """<a_k, W> = Delta_k . (W z_{o(k)}), of all rows."""
         if self._small:
-            return ((self.differences @ matrix) * self._own_queries).sum(1)
+            return ((self.differences @ matrix) * self.own_queries).sum(1)
         images = self.queries @ matrix.T
         if self._blocks is not None:
             return (self._blocks @ images[self.owner[self._starts], :, None]).ravel()
@@ -110,7 +124,7 @@ class Rows:
     def combine(self, multipliers: np.ndarray) -> np.ndarray:
         """sum_k lambda_k a_k, the adjoint of `scores`: one outer product a query, after summing the rows of each."""
         if self._small:
-            return (multipliers[:, None] * self.differences).T @ self._own_queries
+            return (multipliers[:, None] * self.differences).T @ self.own_queries
         starts = self._starts
         if self._blocks is not None:
             sums = (multipliers.reshape(len(starts), 1, -1) @ self._blocks)[:, 0]
@@ -121,17 +135,20 @@ class Rows:
     def normal(self, multipliers: np.ndarray) -> np.ndarray:
         """G lambda: the scores of sum_k lambda_k a_k. Through the Gram matrix where it is small."""
         if len(self) <= DENSE_BELOW:
-            return self._dense_gram @ multipliers
+            return self.dense_gram @ multipliers
         return self.scores(self.combine(multipliers))
 
     @cached_property
-    def _dense_gram(self) -> np.ndarray:
-        return (self.differences @ self.differences.T) * (self._own_queries @ self._own_queries.T)
+    def dense_gram(self) -> np.ndarray:
+        """All of `gram`."""
+        gram = self.differences @ self.differences.T
+        gram *= self.own_queries @ self.own_queries.T
+        return gram
 
     def gram(self, members: np.ndarray) -> np.ndarray:
         """G_kl = <a_k, a_l> = (Delta_k . Delta_l) (z_{o(k)} . z_{o(l)}), between the given rows."""
         if len(self) <= DENSE_BELOW:
-            return self._dense_gram[members[:, None], members]
+            return self.dense_gram[members[:, None], members]
         differences, queries = self.differences[members], self.queries[self.owner[members]]
         return (differences @ differences.T) * (queries @ queries.T)
 
@@ -168,11 +185,10 @@ class Rows:
     def members(self, rows: np.ndarray) -> "Rows":
         """Some of the rows, as they are scaled here."""
         some = copy(self)
-        for cached in ("_dense_gram", "_own_queries", "_small", "_starts", "_blocks"):
+        for cached in [name for name, value in vars(Rows).items() if isinstance(value, cached_property)]:
             some.__dict__.pop(cached, None)
         for name in ("differences", "owner", "scale", "bound", "free"):
             setattr(some, name, getattr(self, name)[rows])
-        some._look()
         return some
 
 

@@ -41,6 +41,14 @@ def attention_risk(
 
     `labels` are -1 and 1. Traceable, so `jax.vmap` makes the objectives of an ensemble (see `training.train`). Raises
     `ValueError` for shapes that do not agree and for other labels, `TypeError` for token numbers in place of vectors.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from attnlab.margin import attention_risk
+    >>> tokens = jnp.array([[[2.0, 0.0], [0.0, 0.0]]])
+    >>> risk = attention_risk(tokens, labels=jnp.ones(1), readout=jnp.array([1.0, 0.0]))
+    >>> value, gradient = jax.jit(jax.value_and_grad(risk))({"prompt": jnp.zeros(2)})  # half attention to each token
+    >>> print(f"{value:.4f}, {gradient['prompt'][0]:.4f}")  # log(1 + exp(-1)); descent lengthens p_1
+    0.3133, -0.2689
     """
     _check_tokens(tokens)
     n, _, d = tokens.shape
@@ -129,6 +137,15 @@ def rescaled(risk: Objective, selection: Int[Array, " n"] | None = None) -> Obje
     underflows nor loses digits: with it normalised descent does not stall. Where the selection is optimal, the value is
     never negative, so Polyak steps (`optax.polyak_sgd`, invariant to exp(-c)) need no other minimum than 0. Raises
     `ValueError` at parameters with a `readout`, which moves L_r: there normalise the blocks of the plain risk.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from attnlab.margin import attention_risk, rescaled
+    >>> tokens = jnp.array([[[2.0, 0.0], [0.0, 0.0]]])
+    >>> risk = attention_risk(tokens, jnp.ones(1), readout=jnp.array([1.0, 0.0]))
+    >>> gradients = jax.jit(lambda params: [jax.grad(loss)(params)["prompt"] for loss in (risk, rescaled(risk))])
+    >>> plain, scaled = gradients({"prompt": jnp.array([4e3, 0.0])})  # exp(-8000) is the other token's probability
+    >>> print(f"{plain[0]}, {scaled[0]:.2f}")
+    0.0, -0.48
     """
     if selection is not None:
         check_selection("selection", selection, *risk.inputs["tokens"].shape[:2])

@@ -16,10 +16,11 @@ from typing import NamedTuple
 import numpy as np
 from scipy.linalg.lapack import dgesv, dpotrf, dpotrs, dtrtri
 
+from attnlab.margin.certificates import PrimalDual, prove
 from attnlab.margin.rows import Rows
 
 
-@dataclass
+@dataclass(frozen=True)
 class _State:
     """lambda, the slacks of its rows (0 on equalities) and the semidefinite multiplier X."""
 
@@ -63,19 +64,24 @@ WORKING_SET_ABOVE = 400
 """Up to so many rows all of them are taken at once."""
 
 
-def nuclear_margin(rows: Rows, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(W, lambda) of least nuclear norm with scores(W) >= bound, from the multipliers of the Frobenius problem.
+def solve(rows: Rows, start: PrimalDual) -> PrimalDual:
+    """W of least nuclear norm with scores(W) >= bound, from the Frobenius solution."""
+    return prove("nuclear", rows, *_working_set(rows, start.dual))
+
+
+def _working_set(rows: Rows, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(W, lambda) from the multipliers of the Frobenius problem.
 
     Many rows: solve for those with the least scores, add the ones this leaves violated, and repeat.
     """
     if len(rows) <= WORKING_SET_ABOVE:
-        return interior_point(rows, start)
+        return _interior_point(rows, start)
     scores = rows.scores(rows.combine(start))
     working = rows.free | (scores <= 1.3 * rows.bound)
     multipliers = start
     while True:
         members = rows.members(np.flatnonzero(working))
-        matrix, inside = interior_point(members, multipliers[working])
+        matrix, inside = _interior_point(members, multipliers[working])
         multipliers = np.zeros(len(rows))
         multipliers[working] = inside
         scores = rows.scores(matrix)
@@ -84,33 +90,32 @@ def nuclear_margin(rows: Rows, start: np.ndarray) -> tuple[np.ndarray, np.ndarra
         working |= scores <= 1.1 * rows.bound
 
 
-def interior_point(
+def _interior_point(
     rows: Rows, start: np.ndarray, *, tolerance: float = 1e-9, steps: int = 60
 ) -> tuple[np.ndarray, np.ndarray]:
     """(W, lambda) of all the rows: the first iterate of duality gap and infeasibility `tolerance`, or the best."""
     queries = rows.queries[rows.owner]
     state = _warm_start(rows, start)
     best, stalled, clear = (np.inf, state), 0, CLEAR
-    with np.errstate(all="ignore"):
-        for _ in range(steps):
-            moved = _step(rows, queries, state)
-            if moved is None:
-                break
-            state = moved
-            error = _error(rows, state)
-            stalled = 0 if error < best[0] else stalled + 1
-            best = min(best, (error, state), key=lambda entry: entry[0])
-            if error <= tolerance or stalled > 3:
-                break
-            if error <= clear:
-                finished = finish(rows, _primal(rows, state.semidefinite), state.multipliers, state.slacks)
-                if finished is not None:
-                    return finished
-                clear = error / 10
+    for _ in range(steps):
+        moved = _step(rows, queries, state)
+        if moved is None:
+            break
+        state = moved
+        error = _error(rows, state)
+        stalled = 0 if error < best[0] else stalled + 1
+        best = min(best, (error, state), key=lambda entry: entry[0])
+        if error <= tolerance or stalled > 3:
+            break
+        if error <= clear:
+            finished = _finish(rows, _primal(rows, state.semidefinite), state.multipliers, state.slacks)
+            if finished is not None:
+                return finished
+            clear = error / 10
     return _primal(rows, best[1].semidefinite), best[1].multipliers
 
 
-def finish(
+def _finish(
     rows: Rows, matrix: np.ndarray, multipliers: np.ndarray, slacks: np.ndarray, *, steps: int = 8
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """(W, lambda) by Newton's method, once rank and active rows S of a near solution are clear; None if they are not.

@@ -1,4 +1,4 @@
-"""Interior point for the least-norm point of the constraint rows' convex hull: well posed, feasible or not.
+"""Frobenius problems by an interior point for the least-norm point of the rows' hull: well posed, feasible or not.
 
     minimise (1/2) ||sum_k lambda_k a_k||^2  :  bound^T lambda = 1, lambda >= 0 (free on equalities),
 
@@ -7,27 +7,48 @@ W = sum lambda_k a_k and t = ||W||^2, so that W / t solves the max-margin proble
 certificate that no W does.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.linalg.lapack import dpotrf, dpotrs
 
+from attnlab.margin.certificates import PROVED, PrimalDual, Status, verdict
 from attnlab.margin.rows import Rows
+from attnlab.margin.solvers.frobenius import LinearMap, combination, newton
+
+EARLY = 1e-9
+"""Complementarity at which the active rows are tried first."""
 
 EQUALITY_SHIFT = 1e-10
 """Proximal weight on the multipliers of equalities, in place of lambda / slack of an inequality."""
 
-Solver = Callable[[np.ndarray], np.ndarray]
 
-
-@dataclass
+@dataclass(frozen=True)
 class HullPoint:
     """A state of the method: multipliers, level t, slacks scores - t bound (0 on equalities)."""
 
     multipliers: np.ndarray
     level: float
     slacks: np.ndarray
+
+
+def interior_point(rows: Rows) -> PrimalDual:
+    """Interior point, then the best of its own answer, Newton's method on its active rows, and Gordan's multipliers."""
+    point = nearest_hull_point(rows, tolerance=EARLY)
+    for tolerance in (EARLY, 1e-15):  # the active rows are often clear long before the end
+        point = nearest_hull_point(rows, point, tolerance=tolerance)
+        multipliers, slacks = point.multipliers, point.slacks
+        active = (multipliers / multipliers.max() > slacks / slacks.max()) | rows.free
+        polished, solved = newton(rows, active)
+        if solved and verdict(polished.certificate, PROVED) == Status.SOLVED:
+            return polished
+    if point.level < 1e-10:
+        contradiction = combination(rows, gordan_multipliers(rows, multipliers))
+        if verdict(contradiction.certificate, 0.0) == Status.INFEASIBLE:
+            return contradiction
+    plain = combination(rows, multipliers / max(point.level, 1e-300))
+    gap = polished.certificate.gap
+    return plain if plain.certificate.gap <= gap or not np.isfinite(gap) else polished
 
 
 def nearest_hull_point(
@@ -39,8 +60,7 @@ def nearest_hull_point(
     for _ in range(steps):
         if _complementarity(point, inequalities) <= tolerance:
             break
-        with np.errstate(all="ignore"):
-            moved = _step(rows, point, inequalities)
+        moved = _step(rows, point, inequalities)
         if moved is None:
             break
         point = moved
@@ -62,7 +82,7 @@ def _step(rows: Rows, point: HullPoint, inequalities: np.ndarray) -> HullPoint |
     """One predictor-corrector step, or None if the linear algebra broke down (at the end of the road)."""
     multipliers, slacks, mu = point.multipliers, point.slacks, _complementarity(point, inequalities)
     weights = np.where(rows.free, 1 / EQUALITY_SHIFT, multipliers / np.where(rows.free, 1.0, slacks))
-    solve = shifted_solver(rows, weights)
+    solve = weighted_solver(rows, weights)
     if solve is None:
         return None
     # Newton: (G + diag(1 / weights)) d lambda - bound dt = residual + pull,   bound^T d lambda = missing
@@ -100,7 +120,7 @@ def _longest(
     return 1.0 / max(shrink, 1.0)
 
 
-def shifted_solver(rows: Rows, weights: np.ndarray) -> Solver | None:
+def weighted_solver(rows: Rows, weights: np.ndarray) -> LinearMap | None:
     """v -> (G + diag(1 / weights))^-1 v, factored in the smaller of the rows' number and dimension; None if singular.
 
     With A the matrix of rows, Woodbury: (A A^T + D^-1)^-1 v = D (v - A (1 + A^T D A)^-1 A^T D v).
@@ -138,8 +158,7 @@ def gordan_multipliers(rows: Rows, multipliers: np.ndarray, *, steps: int = 4) -
 
 def _to_null_space(rows: Rows, multipliers: np.ndarray, steps: int) -> np.ndarray:
     for _ in range(steps):
-        with np.errstate(all="ignore"):
-            solve = shifted_solver(rows, np.where(rows.free, 1.0, multipliers**2) * (1e14 / np.max(multipliers**2)))
+        solve = weighted_solver(rows, np.where(rows.free, 1.0, multipliers**2) * (1e14 / np.max(multipliers**2)))
         if solve is None:
             break
         change = solve(rows.normal(multipliers))

@@ -56,18 +56,28 @@ def frobenius_traced(problem: MarginProblem, tolerance: float = 1e-9) -> MaxMarg
     matrix = (multipliers[:, None] * differences).T @ queries
     size = jnp.sqrt(jnp.vdot(matrix, matrix))
     scores = jnp.sum((differences @ matrix) * queries, axis=1)
-    proof = bounds("frobenius", matrix, scores, multipliers, matrix, bound, free, jnp)
-    infeasible = proof.residual <= INFEASIBLE_BELOW
-    solved = (proof.gap <= tolerance) & (proof.violation <= tolerance)
+    certificate = bounds("frobenius", matrix, scores, multipliers, matrix, bound, free, jnp)
+    infeasible = certificate.residual <= INFEASIBLE_BELOW
+    solved = (certificate.gap <= tolerance) & (certificate.violation <= tolerance)
     status = jnp.where(infeasible, Status.INFEASIBLE, jnp.where(solved, Status.SOLVED, Status.INACCURATE))
     direction = jnp.where(infeasible, 0.0, matrix / size).reshape(problem.shape)
-    proof = replace(proof, margin=proof.margin / top, bound=proof.bound / top)
+    certificate = replace(certificate, margin=certificate.margin / top, bound=certificate.bound / top)
     multipliers = jnp.where(infeasible, multipliers / top, multipliers * top) / scale
-    return MaxMargin(direction, multipliers, free | (multipliers > 0), status, proof)
+    return MaxMargin(direction, multipliers, free | (multipliers > 0), status, certificate)
 
 
 def frobenius_batch(problems: MarginProblem) -> MaxMargin:
-    """`frobenius_traced` of every problem along the leading axis of a stacked one (see `stack`)."""
+    """`frobenius_traced` of every problem along the leading axis of a stacked one (see `stack`).
+
+    >>> import jax, numpy as np
+    >>> from attnlab.margin import attention_problem, frobenius_batch, stack
+    >>> jax.config.update("jax_enable_x64", True)
+    >>> random = np.random.default_rng(0)
+    >>> tokens, queries = random.normal(size=(8, 4, 5, 6)), random.normal(size=(8, 4, 6))
+    >>> found = frobenius_batch(stack([attention_problem(x, z, np.zeros(4, int)) for x, z in zip(tokens, queries)]))
+    >>> found.direction.shape, bool((found.gap < 1e-9).all())
+    ((8, 6, 6), True)
+    """
     if isinstance(problems, MarginProblem) and jnp.ndim(problems.differences) != 3:
         raise ValueError(
             f"problems have differences of shape {jnp.shape(problems.differences)}; expected (problems, rows, token "

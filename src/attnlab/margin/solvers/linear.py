@@ -8,15 +8,16 @@ round of HiGHS in double precision then adds its digits (Gleixner, Steffy and Wo
 
 import decimal
 from decimal import Decimal
+from typing import Any
 
 import numpy as np
 import scipy.optimize
 import scipy.sparse
 
-from attnlab.margin.certificates import Answer
-from attnlab.margin.exact import DIGITS, ZERO, Decimals, ExactRows, to_decimal, to_float
-from attnlab.margin.problems import MarginProblem
+from attnlab.margin.certificates import PROVED, PrimalDual, Status, prove, verdict
+from attnlab.margin.problems import exponent
 from attnlab.margin.rows import Rows
+from attnlab.margin.solvers.decimals import DIGITS, ZERO, Decimals, ExactRows, to_decimal, to_float
 
 ROUNDS = 20
 """Of refinement; three to eight are needed."""
@@ -30,10 +31,23 @@ FAR = 1e10
 HIGHS = {"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10, "time_limit": 2.0}
 
 
+def solve(rows: Rows, start: PrimalDual) -> PrimalDual:
+    """W of least l_1 or l_infinity norm: in double precision, or in decimals where that proves nothing.
+
+    Where HiGHS breaks down in both, the Frobenius solution, judged in this norm.
+    """
+    program = Program(rows)
+    found = _in_double_precision(rows, program)
+    if found is not None and verdict(found.certificate, PROVED) == Status.SOLVED:
+        return found
+    return _in_decimals(rows, program) or found or prove(rows.problem.norm, rows, start.primal, start.dual)
+
+
 class Program:
     """The program of a problem's unit rows, for W = U - V with U, V >= 0 and sum U + V + rest = 1, or -1 <= W <= 1."""
 
-    def __init__(self, rows: Rows, p: float):
+    def __init__(self, rows: Rows):
+        p = exponent(rows.problem.norm)
         dense = (rows.differences[:, :, None] * rows.queries[rows.owner][:, None, :]).reshape(len(rows), -1)
         size, self.inequalities = dense.shape[1], np.flatnonzero(~rows.free)
         self.p, self.shape, self.top = p, (rows.differences.shape[1], rows.queries.shape[1]), rows.top
@@ -63,7 +77,11 @@ class Program:
             return x[: self.level].reshape(self.shape)
         return (x[: self.level // 2] - x[self.level // 2 : self.level]).reshape(self.shape)
 
-    def solve(
+    def primal(self, x: np.ndarray, top: Any) -> np.ndarray:
+        """W of x made so large that scores(W) >= bound, the largest of which is `top`; x has a margin."""
+        return self.direction(x) * (top / x[self.level])
+
+    def optimum(
         self, cost: np.ndarray, right: np.ndarray, low: np.ndarray, high: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray] | None:
         """(x, y) by HiGHS: its simplex, else its interior point, also where they stop early; None where both fail.
@@ -79,27 +97,27 @@ class Program:
         return None
 
 
-def linear_program(rows: Rows, p: float) -> tuple[np.ndarray, np.ndarray] | None:
-    """(W, lambda) for p = 1 or infinity, in double precision; None where HiGHS breaks down."""
-    program = Program(rows, p)
-    found = program.solve(program.cost, program.right, program.low, program.high)
-    if found is None:
+def _in_double_precision(rows: Rows, program: Program) -> PrimalDual | None:
+    """None where HiGHS breaks down, or finds no margin."""
+    found = program.optimum(program.cost, program.right, program.low, program.high)
+    if found is None or not found[0][program.level] > 0:
         return None
-    return program.direction(found[0]), np.where(rows.free, found[1][: len(rows)], np.maximum(found[1][: len(rows)], 0))
+    inside = found[1][: len(rows)]
+    dual = np.where(rows.free, inside, np.maximum(inside, 0))
+    return prove(rows.problem.norm, rows, program.primal(found[0], rows.top), dual)
 
 
-def exact_linear_program(problem: MarginProblem, rows: Rows, p: float) -> Answer | None:
+def _in_decimals(rows: Rows, program: Program) -> PrimalDual | None:
     """The same by rounds of refinement, until the gap is proved in decimals; None where HiGHS breaks down."""
-    program = Program(rows, p)
     with decimal.localcontext(prec=DIGITS):
-        exact = ExactRows(problem)
+        exact = ExactRows(rows.problem)
         right, cost = to_decimal(program.right), to_decimal(program.cost)
         low, high = to_decimal(program.low), to_decimal(program.high)
         x, y = np.full(len(cost), ZERO), np.full(len(right), ZERO)
         scale_x, scale_y, answer = Decimal(1), Decimal(1), None
         for _ in range(ROUNDS):
             missing, reduced = right - _times(program, exact, x), cost - _adjoint(program, exact, y)
-            found = program.solve(
+            found = program.optimum(
                 np.clip(to_float(reduced * scale_y), -FAR, FAR),
                 to_float(missing * scale_x),
                 _within_reach(to_float((low - x) * scale_x)),
@@ -109,8 +127,8 @@ def exact_linear_program(problem: MarginProblem, rows: Rows, p: float) -> Answer
                 scale_x, scale_y = max(scale_x / 1000, Decimal(1)), max(scale_y / 1000, Decimal(1))
                 continue
             x, y = x + to_decimal(found[0]) / scale_x, y + to_decimal(found[1]) / scale_y
-            answer = _answer(program, exact, x, y) or answer
-            if answer is not None and answer.proof.gap <= 1e-14 and answer.proof.violation <= 1e-14:
+            answer = _answer(rows, program, exact, x, y) or answer
+            if answer is not None and verdict(answer.certificate, 1e-14) == Status.SOLVED:
                 break
             scale_x = _magnified(scale_x, np.concatenate([low - x, x - high, abs(right - _times(program, exact, x))]))
             scale_y = _magnified(scale_y, _dual_violation(cost - _adjoint(program, exact, y), x, low, high))
@@ -149,9 +167,9 @@ def _dual_violation(reduced: Decimals, x: Decimals, low: Decimals, high: Decimal
     return np.maximum(np.minimum(reduced, x - low), np.minimum(-reduced, high - x))
 
 
-def _answer(program: Program, exact: ExactRows, x: Decimals, y: Decimals) -> Answer | None:
-    """Of (x, y); None while W is 0."""
+def _answer(rows: Rows, program: Program, exact: ExactRows, x: Decimals, y: Decimals) -> PrimalDual | None:
+    """Of (x, y); None while they prove no margin."""
     inside = np.where(exact.free, y[: len(exact.owner)], np.maximum(y[: len(exact.owner)], ZERO))
-    if not (program.direction(x).any() and exact.bound @ inside > 0):
+    if not (x[program.level] > 0 and exact.bound @ inside > 0):
         return None
-    return exact.answer(("lp", program.p), list(range(len(inside))), inside, program.direction(x))
+    return exact.prove(rows.problem.norm, list(range(len(inside))), inside, program.primal(x, exact.bound.max()))

@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from attnlab.margin.certificates import Answer, Certificate
-from attnlab.margin.problems import MarginProblem, Norm
+from attnlab.margin.certificates import Certificate, PrimalDual, support
+from attnlab.margin.problems import MarginProblem, Norm, dual_exponent, exponent
+from attnlab.margin.rows import Rows
 
 DIGITS = 200
 """Rows that agree to double precision have Gram matrices of condition 1e32, bent by the margin to 1e64; so many digits
@@ -74,7 +75,7 @@ class ExactRows:
         """<a_k, W>."""
         return (self.differences * (self.queries @ matrix.T)[self.owner]).sum(1)
 
-    def answer(self, norm: Norm, members: list[int], inside: Decimals, matrix: Decimals) -> Answer:
+    def prove(self, norm: Norm, members: list[int], inside: Decimals, matrix: Decimals) -> PrimalDual:
         """W with the multipliers of some rows, rounded to double precision, and what they prove before that."""
         scores, strict = self.scores(matrix), self.strict
         combined = self.combine(members, inside)
@@ -84,10 +85,10 @@ class ExactRows:
         margin = (scores[strict] / self.bound[strict]).min() / decimal_norm(matrix, exponent(norm))
         upper = decimal_norm(combined, dual_exponent(norm))
         parts: Any = margin, upper / total, broken, decimal_norm(combined, 2) / weight
-        proof = Certificate(*to_float(np.array(parts)))
-        multipliers = np.zeros(len(self.owner))
-        multipliers[members] = to_float(inside)
-        return Answer(to_float(matrix), multipliers, to_float(scores - self.bound), proof)
+        certificate = Certificate(*to_float(np.array(parts)))
+        dual = np.zeros(len(self.owner))
+        dual[members] = to_float(inside)
+        return PrimalDual(to_float(matrix), dual, support(dual, to_float(scores - self.bound), self.free), certificate)
 
 
 class ActiveRows:
@@ -136,18 +137,18 @@ class ActiveRows:
             self.leave(int(falling[ratios.argmin()]))
 
 
-def exact_margin(problem: MarginProblem, guess: np.ndarray) -> Answer:
-    """The max-margin W or Gordan's multipliers of a problem, from a guess of its multipliers (see the module)."""
+def solve(rows: Rows, start: PrimalDual) -> PrimalDual:
+    """The max-margin W or Gordan's multipliers of a problem, from a guess of the latter (see the module)."""
     with decimal.localcontext(prec=DIGITS):
-        exact = ExactRows(problem)
+        exact = ExactRows(rows.problem)
         top = exact.bound.max()
-        active = _least_hull(exact, exact.bound / top, guess)
+        active = _least_hull(exact, exact.bound / top, start.dual)
         members, inside = active.members, active.multipliers
         level = 1 - (exact.bound[members] @ inside) / top
         if level > NO_MARGIN:
             inside = inside * (top / level)
-            return exact.answer("frobenius", members, inside, exact.combine(members, inside))
-        return exact.answer("frobenius", members, inside, _any_direction(exact))
+            return exact.prove("frobenius", members, inside, exact.combine(members, inside))
+        return exact.prove("frobenius", members, inside, _any_direction(exact))
 
 
 def _least_hull(exact: ExactRows, bound: Decimals, guess: np.ndarray) -> ActiveRows:
@@ -195,14 +196,3 @@ def decimal_norm(array: Decimals, p: float) -> Decimal:
 def power(array: Decimals, exponent: Decimal) -> Decimals:
     """sign(x) |x|^exponent, 0 at 0."""
     return np.vectorize(lambda x: x.copy_sign(abs(x) ** exponent) if x else x, otypes=[object])(array)
-
-
-def exponent(norm: Norm) -> float:
-    """p of an entrywise norm."""
-    return 2.0 if norm == "frobenius" else float(norm[1])
-
-
-def dual_exponent(norm: Norm) -> float:
-    """q with 1/p + 1/q = 1."""
-    p = exponent(norm)
-    return np.inf if p == 1 else 1.0 if p == np.inf else p / (p - 1)

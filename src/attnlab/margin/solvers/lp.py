@@ -10,6 +10,8 @@ The map is smooth in W for p >= 2 and in M for p <= 2 (where q >= 2): the method
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 
+from attnlab.margin.certificates import PrimalDual, prove
+from attnlab.margin.problems import exponent
 from attnlab.margin.rows import Rows
 
 EQUALITY_SHIFT = 1e-12
@@ -17,7 +19,6 @@ EQUALITY_SHIFT = 1e-12
 
 FLAT = 1e-14
 """Least curvature of the norm's power at an entry, relative to its largest: entries of W near 0 have none."""
-
 
 LONGEST_STAGE = 3.0
 """Factor by which p - 1 changes at once."""
@@ -28,20 +29,21 @@ def power_map(array: np.ndarray, exponent: float) -> np.ndarray:
     return np.sign(array) * np.abs(array) ** exponent
 
 
-def lp_margin(rows: Rows, p: float, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(W, lambda) of least l_p norm with scores(W) >= bound, from the multipliers of the Frobenius problem.
+def solve(rows: Rows, start: PrimalDual) -> PrimalDual:
+    """W of least l_p norm with scores(W) >= bound, from the Frobenius solution.
 
     p goes from 2 to where it is wanted in steps, each from the solution before: far from 2 the map between M and W is
     so steep, or so flat, that Newton's method needs a near start.
     """
-    matrix, multipliers = rows.combine(start), start
-    for exponent in exponents(p, LONGEST_STAGE):
+    norm = rows.problem.norm
+    matrix, multipliers = rows.combine(start.dual), start.dual
+    for p in exponents(exponent(norm), LONGEST_STAGE):
         size = abs(matrix).max()  # W / size: its powers neither overflow nor vanish all together
         if not 0 < size < np.inf:
             break
-        found = _interior_point(rows.demanding(1 / size), exponent, matrix / size, multipliers)
+        found = _interior_point(rows.demanding(1 / size), p, matrix / size, multipliers)
         matrix, multipliers = found[0] * size, found[1]
-    return matrix, multipliers
+    return prove(norm, rows, matrix, multipliers)
 
 
 def exponents(p: float, longest: float) -> np.ndarray:
