@@ -8,9 +8,7 @@ timed. Peers that are not installed are skipped. Ratios are peer / ours: above 1
 
 import argparse
 import importlib.util
-import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -21,6 +19,7 @@ for threads in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
+from common.results import write_results  # noqa: E402
 
 from attnlab.margin import (  # noqa: E402
     MarginProblem,
@@ -279,6 +278,14 @@ def ranks(quick: bool, ratios: dict[str, float]) -> None:
         ratios[f"rank {size}"] = float(np.mean(found))
 
 
+def split(found: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
+    """Ratios to the peers, and everything else that was measured."""
+    values = {
+        key: value for key, value in found.items() if key.endswith((" gap", " ms each")) or key.startswith("rank")
+    }
+    return {key: value for key, value in found.items() if key not in values}, values
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small sizes only")
@@ -291,9 +298,7 @@ def main() -> None:
     ratios: dict[str, float] = {}
     for part in (frobenius, nuclear, batch, ranks):
         part(options.quick, ratios)
-    if options.json:
-        machine = {"machine": platform.machine(), "python": platform.python_version(), "jax": jax.__version__}
-        options.json.write_text(json.dumps({**machine, "numpy": np.__version__, **ratios}, indent=1))
+    write_results(options.json, *split(ratios))
 
 
 if __name__ == "__main__":
