@@ -119,7 +119,7 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
     return [table]
 
 
-ANALYSIS = Analysis("approximation-errors", Config, compute, plot, tables, findings, __doc__)
+ANALYSIS = Analysis("approximation-errors", Config, compute, plot, tables, findings, __doc__, slow=True)
 
 if __name__ == "__main__":
     ANALYSIS.main()

@@ -191,7 +191,7 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
     return [table]
 
 
-ANALYSIS = Analysis("attention-blocks", Config, compute, plot, tables, findings, __doc__)
+ANALYSIS = Analysis("attention-blocks", Config, compute, plot, tables, findings, __doc__, slow=True)
 
 if __name__ == "__main__":
     ANALYSIS.main()

@@ -177,7 +177,7 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
     return found
 
 
-ANALYSIS = Analysis("curvature-cost", Config, compute, plot, tables, findings, __doc__)
+ANALYSIS = Analysis("curvature-cost", Config, compute, plot, tables, findings, __doc__, slow=True)
 
 if __name__ == "__main__":
     ANALYSIS.main()

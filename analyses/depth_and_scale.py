@@ -235,7 +235,7 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
     return [exponents, ratios]
 
 
-ANALYSIS = Analysis("depth-and-scale", Config, compute, plot, tables, findings, __doc__)
+ANALYSIS = Analysis("depth-and-scale", Config, compute, plot, tables, findings, __doc__, slow=True)
 
 if __name__ == "__main__":
     ANALYSIS.main()

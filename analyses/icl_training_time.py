@@ -212,7 +212,7 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
     return [plateaus, times, growth]
 
 
-ANALYSIS = Analysis("icl-training-time", Config, compute, plot, tables, findings, __doc__)
+ANALYSIS = Analysis("icl-training-time", Config, compute, plot, tables, findings, __doc__, slow=True)
 
 if __name__ == "__main__":
     ANALYSIS.main()

@@ -282,7 +282,7 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
     return [table, patches]
 
 
-ANALYSIS = Analysis("margin-digits", Config, compute, plot, tables, findings, __doc__)
+ANALYSIS = Analysis("margin-digits", Config, compute, plot, tables, findings, __doc__, slow=True)
 
 if __name__ == "__main__":
     ANALYSIS.main()
