@@ -1,9 +1,10 @@
 """What a layer's Hessian is made of: each term with its factors, and which of them is data, a weight or a moment."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import StringIO
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -68,15 +69,24 @@ def describe(hessian: AttentionHessian) -> tuple[TermDescription, ...]:
         'sum_i τ x_i (τ x_i)ᵀ ⊗ Σ_i W_V Λ_i W_Vᵀ Σ_i'
     """
     known = _factors(hessian)
+    places = [
+        (row, column, part, replace(block, terms=(term,)))
+        for part, blocks in (("ggn", hessian.ggn), ("functional", hessian.functional))
+        for (row, column), block in blocks.items()
+        for term in block.terms
+    ]
     rows = []
-    for part, blocks in (("ggn", hessian.ggn), ("functional", hessian.functional)):
-        for (row, column), block in blocks.items():
-            for term in block.terms:
-                symbols = _symbols(term.formula)
-                used = tuple(factor for factor in known if factor.symbol in symbols)
-                norm = KroneckerSum((term,), block.row, block.column, block.dtype).norm()
-                rows.append(TermDescription(row, column, part, term.pairing, term.formula, used, norm))
+    for (row, column, part, block), norm in zip(places, _norms([block for *_, block in places]), strict=True):
+        (term,) = block.terms
+        used = tuple(factor for factor in known if factor.symbol in _symbols(term.formula))
+        rows.append(TermDescription(row, column, part, term.pairing, term.formula, used, norm))
     return tuple(rows)
+
+
+@jax.jit
+def _norms(blocks: list[KroneckerSum]) -> list[Float[Array, ""]]:
+    """All in one program: a program for each would take longer to compile than to run."""
+    return [block.norm() for block in blocks]
 
 
 class TermTable(Table):
