@@ -7,6 +7,7 @@ import pytest
 from attention_cases import CASES, closed_form_of, problem, risk_of
 
 from attnlab.attention import PARTS
+from attnlab.curvature import eigenpairs, spectral_density, trace
 from attnlab.trees import block_slices, ravel
 from compare import assert_close
 from oracles import ggn, hessian
@@ -129,3 +130,19 @@ def test_a_permutation_of_the_heads_permutes_the_blocks(key):
     assert_close(after.norms(), before.norms(), 1e-12)
     product = after.operator().mv({name: permuted(name, leaf) for name, leaf in params.items()})
     assert_close(product, {name: permuted(name, leaf) for name, leaf in before.operator().mv(params).items()}, 1e-12)
+
+
+def test_a_part_is_an_operator_like_any_other(key):
+    """Spectra, traces and solutions of the closed form are those of its dense matrix."""
+    config, loss, params, inputs, targets, mask = problem("linear", key)
+    operator = closed_form_of(config, loss, params, inputs, targets, mask).operator("ggn")
+    matrix = np.asarray(ggn(risk_of(config, loss, inputs, targets, mask), params))
+    values = np.linalg.eigvalsh(matrix)
+    assert_close(operator.dense(), matrix)
+    assert_close(eigenpairs(operator, key, count=2).values, values[-2:], 1e-10)
+    density = spectral_density(operator, key, samples=2, steps=operator.dimension)
+    second = density.moment(2)
+    assert abs(second.value - np.mean(values**2)) <= 4 * second.standard_error + 1e-10
+    found = trace(operator, key, samples=40)
+    assert abs(found.value - np.trace(matrix)) <= 4 * found.standard_error
+    assert set(operator.blocks()) == {(row, column) for row in params for column in params}
