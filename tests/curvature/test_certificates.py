@@ -16,7 +16,7 @@ from attnlab.curvature import (
     trace,
     xtrace,
 )
-from attnlab.curvature.operators import Operator
+from attnlab.curvature.operator import Operator
 from attnlab.krylov.restarts import MISSED
 from compare import assert_close
 

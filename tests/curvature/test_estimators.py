@@ -14,13 +14,14 @@ from attnlab.curvature.estimators import (
     diagonal,
     frobenius_norm,
     log_determinant,
-    solve,
     square_root,
     squared_frobenius_norm,
     trace,
 )
 from attnlab.curvature.guards import NonFiniteProductError
-from attnlab.curvature.operators import Operator, ggn, hessian
+from attnlab.curvature.linear_systems import solve
+from attnlab.curvature.operator import Operator
+from attnlab.curvature.operators import ggn, hessian
 from attnlab.curvature.spectrum import spectral_density
 from attnlab.losses import square_loss
 from attnlab.models.adapters import from_linen

@@ -22,7 +22,8 @@ from attnlab.curvature.estimators import (
     trace,
 )
 from attnlab.curvature.guards import NonFiniteProductError
-from attnlab.curvature.operators import Operator, ggn, hessian
+from attnlab.curvature.operator import Operator
+from attnlab.curvature.operators import ggn, hessian
 from attnlab.curvature.spectrum import eigenpairs, spectral_density
 from attnlab.losses import square_loss
 from attnlab.objectives import batched, objective

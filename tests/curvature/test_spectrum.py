@@ -12,7 +12,8 @@ from jax.tree_util import Partial
 from attnlab.curvature import density
 from attnlab.curvature.estimators import condition_number
 from attnlab.curvature.guards import NonFiniteProductError
-from attnlab.curvature.operators import Operator, empirical_fisher, ggn, hessian
+from attnlab.curvature.operator import Operator
+from attnlab.curvature.operators import empirical_fisher, ggn, hessian
 from attnlab.curvature.spectrum import eigenpairs, spectral_density
 from attnlab.losses import square_loss
 from attnlab.models.adapters import from_linen

@@ -10,7 +10,7 @@ import pytest
 from jax.tree_util import Partial
 
 import oracles
-from attnlab.curvature.operators import Operator
+from attnlab.curvature.operator import Operator
 from attnlab.dynamics.rules import RULES, preconditioner_after_step, update_rule
 from attnlab.dynamics.sharpness import (
     Tracking,

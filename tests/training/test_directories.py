@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from attnlab.curvature import spectral_density
-from attnlab.curvature.operators import Operator
+from attnlab.curvature.operator import Operator
 from attnlab.losses import square_loss
 from attnlab.objectives import objective
 from attnlab.runs import owned_directory

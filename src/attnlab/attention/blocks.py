@@ -24,7 +24,7 @@ from attnlab.attention.terms import (
     token_quantities,
 )
 from attnlab.checks import unknown_name
-from attnlab.curvature.operators import Operator
+from attnlab.curvature.operator import Operator
 from attnlab.types import Params
 
 Part = Literal["hessian", "ggn", "functional"]

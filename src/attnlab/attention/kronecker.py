@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
-from attnlab.curvature.operators import Operator
+from attnlab.curvature.operator import Operator
 
 Pairing = Literal["straight", "crossed"]
 

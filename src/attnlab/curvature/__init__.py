@@ -7,13 +7,14 @@ from attnlab.curvature.estimators import (
     diagonal,
     frobenius_norm,
     log_determinant,
-    solve,
     squared_frobenius_norm,
     trace,
 )
 from attnlab.curvature.full_check import check_curvature
 from attnlab.curvature.guards import NonFiniteProductError
-from attnlab.curvature.operators import Operator, empirical_fisher, fisher, functional, ggn, hessian, restrict
+from attnlab.curvature.linear_systems import solve
+from attnlab.curvature.operator import Operator
+from attnlab.curvature.operators import empirical_fisher, fisher, functional, ggn, hessian, restrict
 from attnlab.curvature.self_checks import CurvatureWarning, VerificationError
 from attnlab.curvature.spectrum import Eigenpairs, eigenpairs
 from attnlab.curvature.transforms import CrossBlock, cross, precondition

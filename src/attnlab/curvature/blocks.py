@@ -7,7 +7,8 @@ from typing import TypeVar
 from attnlab.checks import check_key, check_whole
 from attnlab.curvature.density import SpectralDensity, spectral_density
 from attnlab.curvature.guards import NonFiniteProductError
-from attnlab.curvature.operators import Block, Operator, hessian
+from attnlab.curvature.operator import Operator
+from attnlab.curvature.operators import Block, hessian
 from attnlab.objectives import Risk
 from attnlab.runs.session import AT_ONCE, Session
 from attnlab.trees import leaf_names

@@ -18,7 +18,7 @@ from attnlab.curvature.guards import (
     identity_of,
     non_finite,
 )
-from attnlab.curvature.operators import Operator
+from attnlab.curvature.operator import Operator
 from attnlab.krylov.lanczos import Recurrence, Tridiagonal, advance, begin, finish, gauss_quadrature
 from attnlab.runs.progress import Clock
 from attnlab.runs.session import AT_ONCE, Session, fold

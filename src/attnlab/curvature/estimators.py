@@ -9,19 +9,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from attnlab.checks import check_number, check_same_structure, check_whole, is_concrete
+from attnlab.checks import check_number, check_whole, is_concrete
 from attnlab.curvature.density import SpectralDensity, project, quadrature
-from attnlab.curvature.guards import check_operator, check_operator_and_key, check_symmetric, non_finite
-from attnlab.curvature.operators import Operator
+from attnlab.curvature.guards import check_operator_and_key, check_symmetric, non_finite
+from attnlab.curvature.operator import Operator, wide_unravel
 from attnlab.curvature.spectrum import eigenpairs
-from attnlab.krylov.lanczos import Recurrence, Tridiagonal, advance, begin, relative_asymmetry, with_node
+from attnlab.krylov.lanczos import Tridiagonal, with_node
 from attnlab.runs.session import AT_ONCE, Session
 from attnlab.statistics import Estimate, estimate
 from attnlab.trees import length, power_of_two
-from attnlab.types import Params, PRNGKey, PyTree
+from attnlab.types import PRNGKey, PyTree
 
 
 def trace(operator: Operator, key: PRNGKey, *, samples: int = 48) -> Estimate:
@@ -125,13 +124,7 @@ def diagonal(operator: Operator, key: PRNGKey, *, samples: int = 48) -> Estimate
         [1.0, 4.0]
     """
     check_operator_and_key(operator, key)
-    return _mean(operator, key, samples, jnp.multiply, _wide_unravel(operator))
-
-
-def _wide_unravel(operator: Operator) -> Callable[[Array], PyTree]:
-    """Like `Operator.unravel`, in the dtype of flat vectors: a sum has more digits than its terms."""
-    wide = jax.tree.map(lambda leaf: jnp.zeros(jnp.shape(leaf), operator.flat_dtype), operator.point)
-    return ravel_pytree(wide)[1]
+    return _mean(operator, key, samples, jnp.multiply, wide_unravel(operator))
 
 
 Measure = Callable[[Array, Array], Array]
@@ -304,117 +297,6 @@ def condition_number(
         )
     bound = high_error / (low - low_error) + high / low * (low_error / (low - low_error))
     return Estimate(high / low, jnp.zeros_like(bound), 1, bound)
-
-
-class Solution(NamedTuple):
-    """Of (A + damping I) x = b: `vector` x like the operator's point, `residual` |b - (A + damping I) x| / |b| taken
-    afresh from x, and how many `products` with the operator it took.
-
-    For a positive definite A + damping I, |x - exact x| <= residual |b| / (lambda_min + damping)."""
-
-    vector: Params
-    residual: Float[Array, ""]
-    products: Array
-
-
-def solve(
-    operator: Operator, vector: Params, *, damping: float = 0.0, tolerance: float = 1e-5, steps: int = 1000
-) -> Solution:
-    """The inverse-vector product (A + damping I)^-1 vector, by MINRES (Paige & Saunders 1975).
-
-    Of all vectors in the Krylov space it takes that of the smallest residual; it needs no definiteness, as conjugate
-    gradients would, so that it serves Hessians at any point. Stops at a relative residual of `tolerance`, after `steps`
-    products, or where no vector has a smaller residual, as the equation has no solution (a singular A + damping I, such
-    as a `ggn` of few examples without damping; what is below the root of the machine epsilon times its norm counts as
-    zero): look at the `residual`. Memory: seven vectors. Raises `ValueError` for a vector of another structure, a
-    negative tolerance or an operator that is not symmetric, `NonFiniteProductError`. The vector of the solution has the
-    dtype of flat vectors, float32 at least.
-
-    Example:
-        >>> import attnlab as al
-        >>> import jax.numpy as jnp
-        >>> inputs = jnp.diag(jnp.array([1.0, 2.0]))
-        >>> risk = al.objective(lambda params, x: x @ params, al.square_loss, inputs, jnp.zeros(2))
-        >>> found = al.solve(al.hessian(risk, jnp.ones(2)), jnp.array([1.0, 2.0]))
-        >>> found.vector.round(4).tolist()
-        [1.0, 0.5]
-    """
-    check_operator(operator)
-    check_same_structure("vector", vector, operator.point)
-    check_whole(steps=steps)
-    check_number("damping", damping, -math.inf, math.inf, "It is added to every eigenvalue.")
-    check_number("tolerance", tolerance, 0, math.inf, "It is relative to the length of the vector.")
-    flat = operator.ravel(vector)
-    size = power_of_two(length(flat))
-    solution, residual, products, asymmetry = _minres(operator, flat / size, damping, tolerance, steps)
-    if is_concrete(residual):
-        if not np.isfinite(residual):
-            raise non_finite(operator, f"within {products} products")
-        check_symmetric(asymmetry, operator.epsilon)
-    return Solution(_wide_unravel(operator)(solution * size), residual, products)
-
-
-class _Minres(NamedTuple):
-    """The state of MINRES: where Lanczos stands, two search directions, the two last Givens rotations."""
-
-    solution: Array
-    lanczos: Recurrence
-    direction_before: Array
-    direction: Array
-    cosines: tuple[Array, Array]
-    sines: tuple[Array, Array]
-    remainder: Array  # signed norm of the residual
-    least: Array  # whether no vector has a smaller residual: it is one that A + damping I does not see
-    steps: Array
-
-
-@jax.jit
-def _minres(
-    operator: Operator, target: Float[Array, " n"], damping: float, tolerance: float, steps: int
-) -> tuple[Array, Array, Array, Array]:
-    shift = jnp.asarray(damping, target.dtype)
-
-    def step(state: _Minres) -> _Minres:
-        # Lanczos and T = Q R by Givens rotations: (third, second, first) is a column of R from the diagonal up.
-        before, vector = state.lanczos.norm, state.lanczos.vector
-        lanczos, ((diagonal,), (beta,)) = advance(operator.flat_mv, state.lanczos, 1)
-        alpha = diagonal + shift
-        (cosine_before, cosine), (sine_before, sine) = state.cosines, state.sines
-        first = sine_before * before
-        second = sine * alpha + cosine_before * cosine * before
-        rotated = cosine * alpha - cosine_before * sine * before
-        # The residual r so far has (A + damping I) r = +-|r| (rotated v + cosine beta v_next). In an equation without a
-        # solution that fades, and to go on would be to divide by it. Below the root of the machine epsilon, where the
-        # recurrence has no digits left, it counts as faded.
-        seen, norm = jnp.hypot(rotated, cosine * beta), lanczos.scale + jnp.abs(shift)
-        least = seen <= jnp.finfo(norm.dtype).eps ** 0.5 * norm
-        third = _nonzero(jnp.hypot(rotated, beta))
-        direction = (vector - first * state.direction_before - second * state.direction) / third
-        new_cosine, new_sine = rotated / third, beta / third
-        return _Minres(
-            solution=state.solution + jnp.where(least, 0, new_cosine * state.remainder) * direction,
-            lanczos=lanczos,
-            direction_before=state.direction,
-            direction=direction,
-            cosines=(cosine, new_cosine),
-            sines=(sine, new_sine),
-            remainder=-new_sine * state.remainder,
-            least=least,
-            steps=state.steps + 1,
-        )
-
-    size = length(target)
-    zeros, zero, one = jnp.zeros_like(target), jnp.zeros_like(size), jnp.ones_like(size)
-    start = begin(jnp.where(size > 0, target, 1))
-    state = _Minres(zeros, start, zeros, zeros, (one, one), (zero, zero), size, jnp.array(False), jnp.array(0))
-    state = jax.lax.while_loop(
-        lambda state: (jnp.abs(state.remainder) > tolerance * size) & (state.steps < steps) & ~state.least,
-        step,
-        state,
-    )
-    image = operator.flat_mv(state.solution) + shift * state.solution
-    asymmetry = relative_asymmetry(state.lanczos.asymmetry, state.lanczos.scale)
-    return state.solution, length(target - image) / _nonzero(size), state.steps + 1, asymmetry
 
 
 def _nonzero(number: Array) -> Array:

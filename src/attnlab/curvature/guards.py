@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 
 from attnlab.checks import check_key
-from attnlab.curvature.operators import Operator
+from attnlab.curvature.operator import Operator
 from attnlab.objectives import BatchedObjective
 from attnlab.runs.checkpoint import fingerprint
 from attnlab.types import PyTree

@@ -11,19 +11,19 @@ activations travel as arguments, so that one compiled product serves every point
 import re
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from attnlab.checks import check_same_structure, is_concrete
+from attnlab.checks import is_concrete
+from attnlab.curvature.operator import Operator, apply
 from attnlab.curvature.self_checks import check_operator, check_risk, once
-from attnlab.derivatives import FORWARD, Jacobian, Route, choose_route, hessian_product, jacobian
+from attnlab.derivatives import Jacobian, Route, choose_route, hessian_product, jacobian
 from attnlab.objectives import (
     BatchedObjective,
     Objective,
@@ -34,98 +34,10 @@ from attnlab.objectives import (
     known_loss,
     predict_from_block,
 )
-from attnlab.trees import Selection, block_slices, dimension, power_of_two, select, zeros_like
+from attnlab.trees import Selection, select, zeros_like
 from attnlab.types import Params, PyTree
 
 Block = str | re.Pattern[str]
-
-DENSE_LIMIT_BYTES = 4 * 2**30
-ROWS_AT_ONCE_BYTES = 12 * 2**20
-"""About what a cache holds: more products at once wait for memory, fewer make the matrix products thin."""
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Operator:
-    """A symmetric linear map on parameters, as a pytree that crosses `jit`.
-
-    Attributes:
-        linear: the map; takes and returns a pytree like `point`.
-        point: the parameters at which it was taken (its structure and shapes are those of its vectors).
-        route: in which order derivatives are taken. Forward over reverse, but for a model or loss with a
-            `jax.custom_vjp` rule, which has no forward mode: reverse over reverse, at up to twice the cost.
-    """
-
-    linear: Partial
-    point: Params
-    route: Route = field(default=FORWARD, metadata={"static": True})
-
-    @property
-    def dimension(self) -> int:
-        """Number of rows."""
-        return dimension(self.point)
-
-    def mv(self, vector: Params) -> Params:
-        """The product with `vector`, a pytree like `point`; raises `ValueError` if it is not one."""
-        check_same_structure("vector", vector, self.point)
-        return _apply(self.linear, vector)
-
-    @property
-    def flat_dtype(self) -> jnp.dtype:
-        """The dtype of flat vectors: the widest of the parameters', and float32 at least."""
-        return flat_dtype(self.point)
-
-    @property
-    def epsilon(self) -> float:
-        """The machine epsilon of the coarsest floating-point dtype that takes part in a product: of the parameters, or
-        of what the linearisation saved. Tolerances are made of it."""
-        return max(float(jnp.finfo(dtype).eps) for dtype in _dtypes((self.point, self.linear)))
-
-    def flat_mv(self, vector: Float[Array, " n"]) -> Float[Array, " n"]:
-        """The product on flat vectors, in the flattening order of `point`. For jitted code: it is not jitted itself.
-
-        Vectors are of `flat_dtype`; each leaf takes part in its own dtype. Where one of them is float16, whose smallest
-        number is 6e-8, the vector is brought to entries of at most 1 for the product.
-        """
-        dtype = self.flat_dtype
-        half = any(jnp.result_type(leaf) == jnp.float16 for leaf in jax.tree.leaves(self.point))
-        size = power_of_two(jnp.max(jnp.abs(vector))) if half else jnp.ones((), dtype)
-        image = self.linear(self.unravel(vector / size if half else vector))
-        flat = self.ravel(image)
-        return flat * size if half else flat
-
-    def ravel(self, vector: Params) -> Float[Array, " n"]:
-        """A pytree like `point` as a flat vector of `flat_dtype`."""
-        return ravel_pytree(jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(self.flat_dtype), vector))[0]
-
-    def unravel(self, vector: Float[Array, " n"]) -> Params:
-        """The pytree like `point`, in its dtypes, of a flat vector."""
-        wide = jax.tree.map(lambda leaf: jnp.zeros(jnp.shape(leaf), self.flat_dtype), self.point)
-        leaves = ravel_pytree(wide)[1](vector)
-        return jax.tree.map(lambda leaf, own: leaf.astype(jnp.result_type(own)), leaves, self.point)
-
-    def dense(self) -> Float[Array, "n n"]:
-        """The matrix, one product a row, or at once where the map has a `dense` of its own (a closed form).
-
-        Raises `ValueError` when it would take more than 4 GiB.
-        """
-        _check_dense_size(self)
-        own = getattr(self.linear.func, "dense", None)
-        return _dense(self) if own is None else own(*self.linear.args)
-
-    def blocks(self) -> dict[tuple[str, str], Float[Array, "rows columns"]]:
-        """The dense matrix cut at the leaves of the parameters: (row leaf, column leaf) -> block."""
-        matrix, slices = self.dense(), block_slices(self.point)
-        return {(row, column): matrix[slices[row], slices[column]] for row in slices for column in slices}
-
-    def __add__(self, other: "Operator") -> "Operator":
-        """The sum; both must act on parameters of one structure."""
-        check_same_structure("the other operator's point", other.point, self.point)
-        return replace(self, linear=Partial(_sum, self.linear, other.linear))
-
-    def __rmul__(self, factor: float) -> "Operator":
-        """The operator scaled by a number."""
-        return replace(self, linear=Partial(_scaled, jnp.asarray(factor), self.linear))
 
 
 class Linearized(NamedTuple):
@@ -157,12 +69,6 @@ class Linearization:
     def gradient(self, risk: Objective, params: Params) -> Params:
         """Of the program that linearises, so that gradients at other points compile nothing."""
         return self(risk, params).gradient
-
-
-def flat_dtype(point: Params) -> jnp.dtype:
-    """The dtype of flat vectors at a point: the widest of its leaves', and float32 at least."""
-    wide = max(jnp.finfo(dtype).bits for dtype in _dtypes(point)) > 32
-    return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 
 def hessian(risk: Risk, params: Params, *, block: Block | None = None, check: bool = True) -> Operator:
@@ -312,7 +218,7 @@ def _build(kind: Kind, risk: Risk, params: Params, block: Block | None, check: b
     linearize = Linearization(kind, _route(kind, risk, params))
     if check:
         gradient = linearize.gradient if kind is _hessian else None
-        once(partial(check_operator, linearize.linear, _apply, gradient), risk, params, linearize)
+        once(partial(check_operator, linearize.linear, apply, gradient), risk, params, linearize)
     if isinstance(risk, BatchedObjective):
         return Operator(Partial(_BatchedProduct(linearize), risk, params), params, linearize.route)
     found = linearize(risk, params)
@@ -386,50 +292,9 @@ def _inner_product(left: PyTree, right: PyTree) -> jax.Array:
     return jax.tree.reduce(jnp.add, products)
 
 
-def _sum(first: Partial, second: Partial, vector: Params) -> Params:
-    return jax.tree.map(jnp.add, first(vector), second(vector))
-
-
-def _scaled(factor: jax.Array, linear: Partial, vector: Params) -> Params:
-    return jax.tree.map(lambda leaf: factor.astype(leaf.dtype) * leaf, linear(vector))
-
-
 @dataclass(frozen=True)
 class _Restricted:
     selection: Selection
 
     def __call__(self, linear: Partial, zeros: Params, block: OrderedDict[str, PyTree]) -> OrderedDict[str, PyTree]:
         return self.selection.take(linear(self.selection.put(zeros, block)))
-
-
-def _dtypes(tree: PyTree) -> list[jnp.dtype]:
-    """Of the floating-point leaves."""
-    found = {jnp.result_type(leaf) for leaf in jax.tree.leaves(tree)}
-    return [dtype for dtype in found if jnp.issubdtype(dtype, jnp.floating)] or [jnp.dtype(jnp.float32)]
-
-
-@jax.jit
-def _apply(linear: Partial, vector: Params) -> Params:
-    return linear(vector)
-
-
-@jax.jit
-def _dense(operator: Operator) -> Float[Array, "n n"]:
-    identity = jnp.eye(operator.dimension, dtype=operator.flat_dtype)
-    return jax.lax.map(operator.flat_mv, identity, batch_size=_rows_at_once(operator))
-
-
-def _rows_at_once(operator: Operator) -> int:
-    """As many products as keep the changes of the saved activations, one set each, within `ROWS_AT_ONCE_BYTES`."""
-    saved = sum(leaf.nbytes for leaf in jax.tree.leaves(operator.linear))
-    return max(1, min(ROWS_AT_ONCE_BYTES // max(saved, 1), operator.dimension))
-
-
-def _check_dense_size(operator: Operator) -> None:
-    n = operator.dimension
-    needed = n * n * jnp.result_type(*jax.tree.leaves(operator.point)).itemsize
-    if needed > DENSE_LIMIT_BYTES:
-        raise ValueError(
-            f"the dense matrix of dimension {n} takes {needed / 2**30:.1f} GiB; expected at most "
-            f"{DENSE_LIMIT_BYTES / 2**30:.0f} GiB. Take a block of it, or its spectrum without forming it."
-        )

@@ -20,7 +20,7 @@ from attnlab.curvature.guards import (
     identity_of,
     non_finite,
 )
-from attnlab.curvature.operators import Operator
+from attnlab.curvature.operator import Operator
 from attnlab.krylov.restarts import (
     MISSED,
     Restarted,

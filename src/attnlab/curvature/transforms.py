@@ -10,7 +10,8 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from attnlab.checks import check_finite, check_same_structure, is_concrete, lowest
-from attnlab.curvature.operators import Block, Operator
+from attnlab.curvature.operator import Operator
+from attnlab.curvature.operators import Block
 from attnlab.trees import Selection, dimension, leaf_names, select, zeros_like
 from attnlab.types import Params, PyTree
 

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from attnlab.checks import check_range, check_whole, is_concrete
 from attnlab.curvature.guards import check_memory, check_operator_and_key, check_symmetric, non_finite
-from attnlab.curvature.operators import Operator
+from attnlab.curvature.operator import Operator
 from attnlab.statistics import Estimate, estimate
 from attnlab.trees import power_of_two
 from attnlab.types import PRNGKey

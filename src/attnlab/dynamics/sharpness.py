@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from attnlab.checks import check_number, check_range, check_whole
-from attnlab.curvature.operators import Block, Operator, flat_dtype, hessian
+from attnlab.curvature.operator import Operator, flat_dtype
+from attnlab.curvature.operators import Block, hessian
 from attnlab.curvature.transforms import precondition
 from attnlab.dynamics.rules import RULES, UpdateRule, preconditioner_after_step
 from attnlab.krylov.tracking import Course, cold_top_pairs, followed_top_pairs
