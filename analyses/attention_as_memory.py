@@ -270,7 +270,7 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
     return [counts, fits, slopes, thresholds]
 
 
-ANALYSIS = Analysis("attention-as-memory", Config, compute, plot, tables, findings, __doc__)
+ANALYSIS = Analysis("attention-as-memory", Config, compute, plot, tables, findings, __doc__, slow=True)
 
 if __name__ == "__main__":
     ANALYSIS.main()

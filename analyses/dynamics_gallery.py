@@ -163,7 +163,7 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
     return [table]
 
 
-ANALYSIS = Analysis("dynamics-gallery", Config, compute, plot, tables, findings, __doc__)
+ANALYSIS = Analysis("dynamics-gallery", Config, compute, plot, tables, findings, __doc__, slow=True)
 
 if __name__ == "__main__":
     ANALYSIS.main()

@@ -88,6 +88,7 @@ def test_layer_inside_a_network(name, key):
         assert_close(np.concatenate([np.ravel(product[n]) for n in sorted(params)]), matrix @ flat)
 
 
+@pytest.mark.slow
 def test_coupled_and_token_diagonal_agree_where_both_hold(key):
     weights, x, labels = network(key)
     params, seen = weights["first"], normalized(x)

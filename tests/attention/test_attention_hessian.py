@@ -30,6 +30,14 @@ def autodiff_parts(risk, params):
 
 # They differ in one choice each from one that runs every time.
 NIGHTLY = (
+    "batch",
+    "causal",
+    "linear_causal",
+    "mask",
+    "sigmoid_mask",
+    "sink_merged",
+    "temperature",
+    "wide_key",
     "heads",
     "heads_projection_labels",
     "linear_heads_projection",

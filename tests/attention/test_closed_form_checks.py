@@ -57,7 +57,7 @@ def test_tokens_may_be_coupled_where_that_is_said():
 
 
 @pytest.mark.parametrize("exponent", [-12, -3, 0, 3])
-@pytest.mark.parametrize("name", ["heads_projection", "cross_entropy"])
+@pytest.mark.parametrize("name", [pytest.param("heads_projection", marks=pytest.mark.slow), "cross_entropy"])
 def test_norms_in_single_precision_at_any_scale(name, exponent):
     """Tokens scaled, against the same in 64 bits: where the norm is a number of the dtype, it is right."""
     config, loss, params, inputs, targets, mask = problem(name, jax.random.key(3))

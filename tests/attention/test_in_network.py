@@ -72,7 +72,7 @@ def check_blocks(risk, params, path, **options):
         assert_close(norms[part], hessian.norms()[part])
 
 
-QUICK = ("pre_norm", "two_layers", "linear")  # the others differ in one choice each, and run nightly
+QUICK = ("pre_norm", "linear")  # the others differ in one choice each, and run nightly
 
 
 @pytest.mark.parametrize(
@@ -107,6 +107,7 @@ def test_a_square_root_of_a_cancelling_sum_is_not_nan(key):
     assert float(norms["functional"]["value", "value"]) == 0
 
 
+@pytest.mark.slow
 def test_some_positions_are_weights_of_zero_elsewhere(key):
     """Read at some positions, or at all with a weight of 0 at the others."""
     module, params, risk, path, _ = problem("two_layers", key)
@@ -237,6 +238,7 @@ def test_models_without_a_layer_of_their_own(key):
         attention_hessian(risk, params)
 
 
+@pytest.mark.slow
 def test_a_pooled_prediction_couples_the_tokens(key):
     """One row for a sequence: its tokens meet in the mean."""
     risk, params = behind(lambda out: jnp.mean(nn.gelu(out), axis=1), square_loss, key)

@@ -17,11 +17,11 @@ from attnlab.curvature.estimators import (
     condition_number,
     diagonal,
     log_determinant,
-    solve,
     squared_frobenius_norm,
     trace,
 )
 from attnlab.curvature.guards import NonFiniteProductError
+from attnlab.curvature.linear_systems import solve
 from attnlab.curvature.operator import Operator
 from attnlab.curvature.operators import ggn, hessian
 from attnlab.curvature.spectrum import eigenpairs, spectral_density
@@ -265,7 +265,7 @@ def test_a_failure_in_the_first_probe_is_named_alike_by_both_paths(tmp_path):
     assert messages[0] == messages[1]
 
 
-@pytest.mark.parametrize("long", [False, True])
+@pytest.mark.parametrize("long", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_pairs_before_a_failure_are_kept(long, tmp_path):
     matrix, calls = operator(), []
 

@@ -35,7 +35,7 @@ def wide_attention():
     return operator, np.linalg.eigvalsh(operator.dense())
 
 
-@pytest.mark.parametrize("which", ["low", "high", "both"])
+@pytest.mark.parametrize("which", ["low", pytest.param("high", marks=pytest.mark.slow), "both"])
 def test_eigenpairs_of_a_wide_layer(which, each_key):
     operator, exact = wide_attention()
     pairs = eigenpairs(operator, each_key, 5, which=which)

@@ -109,7 +109,10 @@ def test_identification_nulls():
         lambda model: risk(model, prompts_of(11, 512)),
         lambda model: jax.tree.map(lambda x: x[1], scaled_risks(model, prompts_of(11, 512), [0.5, 1.0])),
         lambda model: jax.tree.map(lambda x: x[0], noisy_risks(model, prompts_of(11, 512), [0.2], jax.random.key(1))),
-        lambda model: identify(model, prompts_of(11, 512), 1, jax.random.key(0))["gradient_descent"].held_out_error,
+        pytest.param(
+            lambda model: identify(model, prompts_of(11, 512), 1, jax.random.key(0))["gradient_descent"].held_out_error,
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["risk", "scaled_risks", "noisy_risks", "identify"],
 )
