@@ -1,6 +1,7 @@
 """Tracked eigenvalues against dense spectra, thresholds against the spectral radius of the optimizers' own steps."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,15 @@ from attnlab.dynamics.sharpness import (
     stability,
     top_eigenvalues,
 )
-from attnlab.krylov.tracking import Course, cold_top_pairs, followed_top_pairs, warm_top_pairs
+from attnlab.krylov.tracking import (
+    DOUBT,
+    Course,
+    TopPairs,
+    cold_top_pairs,
+    followed_top_pairs,
+    upper_bound,
+    warm_top_pairs,
+)
 from attnlab.objectives import objective
 from attnlab.training import Probe, TrainingState, probe, train
 from attnlab.trees import block_slices, leaf_names, ravel
@@ -141,6 +150,57 @@ def test_an_eigenvalue_that_rises_from_outside_of_the_pairs_is_found(key):
         pairs, course = step(course, 1.0 + 0.5 * number, jax.random.fold_in(key, number))
         found.append(float(pairs.values[-1]))
     assert_close(np.array(found[12:]), 1.0 + 0.5 * np.arange(12, 20), 0.01)
+
+
+SPECTRA = {
+    "one outside": np.r_[np.linspace(0, 1, 98), 2.0, 3.0],
+    "close": np.r_[np.linspace(0, 1, 98), 2.9, 3.0],
+    "negative": -1.0 / np.arange(1, 101),
+}
+
+
+@pytest.mark.parametrize("steps", [4, 12, 30])
+def test_an_eigenvalue_above_the_bound_is_as_rare_as_it_says(steps):
+    """The pair that is followed is the second highest: the highest lies outside, and the bound has to find it."""
+
+    @partial(jax.jit, static_argnums=3)
+    def bounds(spectrum, place, keys, steps):
+        pairs = TopPairs(spectrum[place][None], jnp.eye(100)[place][None], jnp.zeros(1))
+        return jax.vmap(lambda key: upper_bound(lambda vector: spectrum * vector, pairs, key, steps))(keys)
+
+    keys, count = jax.random.split(jax.random.key(1), 2000), 2000
+    for spectrum in SPECTRA.values():
+        found = np.asarray(bounds(jnp.asarray(spectrum), np.argsort(spectrum)[-2], keys, steps))
+        assert np.mean(found < spectrum.max()) <= DOUBT + 4 * (DOUBT / count) ** 0.5
+        if steps >= 12:
+            assert_close(np.median(found), spectrum.max(), 0.1, np.abs(spectrum).max())
+
+
+def test_the_bound_holds_for_pairs_with_residuals(key):
+    """A vector that is no eigenvector: what it has of the highest eigenvalue is in its residual."""
+    spectrum = jnp.asarray(SPECTRA["one outside"])
+    vector = jnp.zeros(100).at[-1].set(0.8).at[-2].set(0.6)
+    value = jnp.vdot(vector, spectrum * vector)
+    residual = jnp.linalg.norm(spectrum * vector - value * vector)
+    pairs = TopPairs(value[None], vector[None], residual[None])
+    assert value < 3.0 <= upper_bound(lambda vector: spectrum * vector, pairs, key, 12) <= 3.3
+
+
+def test_the_record_says_what_is_known_of_an_eigenvalue_from_outside(key):
+    """Of a risk whose curvature rises outside of the pairs: missed for a while, and within the bound of a search."""
+    curvatures = jnp.r_[jnp.linspace(0, 1, 70), 2.0, 3.0]
+    risk = objective(lambda params, inputs: jnp.sqrt(inputs) * params, half_square, curvatures, jnp.zeros(72))
+    params, memory = jnp.ones(72), Course(jnp.eye(72)[-3:-1], jnp.eye(72)[-3:-1])
+    state = TrainingState(jnp.array(0), params, (), key, {})
+    for search, upper in ((0, np.inf), (12, 3.0)):
+        probe = top_eigenvalues(Tracking(accuracy=0.5, search=search))
+        values, _ = probe.measure(risk, state, memory, key)
+        assert values["values"][-1] < 2.5
+        assert values["upper"] == upper if search == 0 else abs(values["upper"] - upper) < 0.01
+
+
+def half_square(outputs, targets):
+    return jnp.sum((outputs - targets) ** 2) / 2
 
 
 def test_tracking_recovers_from_an_operator_that_is_not_finite(key):

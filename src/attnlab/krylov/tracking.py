@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attnlab.krylov.lanczos import FlatProduct
+from attnlab.krylov.lanczos import FlatProduct, advance, begin
 from attnlab.krylov.restarts import thick_restart
 from attnlab.krylov.ritz import plan_restarts
 from attnlab.trees import length, power_of_two
@@ -23,6 +23,10 @@ COLD_TOLERANCE = 1e-4
 RANDOM_SHARE = 0.03
 """Length of the random direction that is mixed into every guard between two measurements. An eigenvector that the
 subspace is orthogonal to cannot be found from it, however far its eigenvalue rises; from this share on it grows."""
+
+
+DOUBT = 1e-3
+"""Probability with which the highest eigenvalue may exceed the bound of a search."""
 
 
 class TopPairs(NamedTuple):
@@ -122,6 +126,44 @@ def followed_top_pairs(
     if width > 0:
         state = jax.lax.cond(unsettled(state[0]), refine, lambda state: state, state)
     return state[0], _next_course(*state, course.last, key, count - certified)
+
+
+def upper_bound(product: FlatProduct, pairs: TopPairs, key: PRNGKey, steps: int) -> Float[Array, ""]:
+    """A number that the highest eigenvalue exceeds with a probability of at most `DOUBT`, at `steps` products.
+
+    Lanczos on B, the operator outside of the pairs, from a random vector r. Its residual polynomial, with the Ritz
+    values t_j and the off-diagonal entries b_j, is P(t) = prod_j (t - t_j) / b_j, and an eigenvector u of B with an
+    eigenvalue m above all t_j has <u, r> P(m) = <u, q>, q the next Lanczos vector, of length 1. A random unit vector in
+    d dimensions has |<u, r>| < c with a probability of at most sqrt(2 d / pi) c: where P(t) is sqrt(2 d / pi) / DOUBT,
+    B has no eigenvalue above t but with that probability (of the kind of Kuczynski and Wozniakowski 1992). With a the
+    highest of the pairs and R their residuals, the whole has none above the higher eigenvalue of [[a, |R|], [|R|, t]].
+
+    It holds for any operator, over the random `key`; rounding aside. Pure; for jitted code.
+    """
+    count, dimension = pairs.vectors.shape
+
+    def outside(vector: Array) -> Array:
+        return vector - pairs.vectors.T @ (pairs.vectors @ vector)
+
+    start = outside(jax.random.normal(key, (dimension,), pairs.vectors.dtype))
+    _, (diagonal, norms) = advance(lambda vector: outside(product(outside(vector))), begin(start), steps)
+    nodes = jnp.linalg.eigvalsh(jnp.diag(diagonal) + jnp.diag(norms[:-1], 1) + jnp.diag(norms[:-1], -1))
+    scale = jnp.maximum(jnp.max(jnp.abs(nodes)), jnp.finfo(nodes.dtype).tiny)
+    entries = jnp.maximum(norms, jnp.finfo(nodes.dtype).eps * scale)  # an exhausted space leaves nothing out
+    wanted = jnp.sum(jnp.log(entries)) + 0.5 * jnp.log(2 * (dimension - count) / jnp.pi) - jnp.log(DOUBT)
+    gaps = nodes[-1] - nodes
+
+    def narrower(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = ends
+        middle = (low + high) / 2
+        enough = jnp.sum(jnp.log(middle + gaps)) >= wanted
+        return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
+
+    # The last factor alone is the least of them: (t - t_m)^m >= exp(wanted) is far enough.
+    _, beyond = jax.lax.fori_loop(0, 60, narrower, (jnp.zeros_like(scale), jnp.exp(wanted / steps)))
+    within, rest = pairs.values[-1], nodes[-1] + beyond
+    rounding = 10 * jnp.finfo(nodes.dtype).eps * jnp.maximum(scale, jnp.abs(within))
+    return (within + rest) / 2 + jnp.hypot((within - rest) / 2, length(pairs.residuals)) + rounding
 
 
 def _highest(pairs: TopPairs, count: int) -> TopPairs:
