@@ -169,11 +169,13 @@ def test_an_eigenvalue_above_the_bound_is_as_rare_as_it_says(steps):
         return jax.vmap(lambda key: upper_bound(lambda vector: spectrum * vector, pairs, key, steps))(keys)
 
     keys, count = jax.random.split(jax.random.key(1), 2000), 2000
-    for spectrum in SPECTRA.values():
+    for name, spectrum in SPECTRA.items():
         found = np.asarray(bounds(jnp.asarray(spectrum), np.argsort(spectrum)[-2], keys, steps))
         assert np.mean(found < spectrum.max()) <= DOUBT + 4 * (DOUBT / count) ** 0.5
         if steps >= 12:
-            assert_close(np.median(found), spectrum.max(), 0.1, np.abs(spectrum).max())
+            assert abs(np.median(found) / spectrum.max() - 1) <= 1e-3 or name == "negative"
+            # Where many eigenvalues crowd at the top the bound comes nearer with the square of the steps.
+            assert_close(np.median(found), spectrum.max(), 8 / steps**2, np.abs(spectrum).max())
 
 
 def test_the_bound_holds_for_pairs_with_residuals(key):

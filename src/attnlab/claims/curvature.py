@@ -379,11 +379,12 @@ def cross_entropy_curvature_at_zero_is_half_the_square_loss(key: PRNGKey) -> Exp
 
 
 @claim(
-    statement=r"\text{tokens } X + 30:\ \text{the relative float32 error of } H[Q,Q] \text{ is at most } 10^{-5} \text{ in closed form, and }"
-    r" \text{at least } 10^{-2.6} \text{ by autodiff}",
+    statement=r"\text{tokens } X + 30:\ \text{the relative float32 error of } H[Q,Q] \text{ is } 10^{-5.44} \text{ in closed form, and }"
+    r" 10^{-2.12} \text{ by autodiff}",
     source="derived here: moments are centred before they are squared; the sizes are measured",
-    because="means of log10 over 24 layers: -5.44 and -2.12, which scatter by 0.1 on seeds 0 to 9; rounding differs between machines, "
-    "so that they are bounded and not named. Query weights of a hundredth keep the attention soft, and the block from vanishing",
+    tolerance=0.3,
+    because="means of log10 over 24 layers, which scatter by 0.1 on seeds 0 to 9; query weights of a hundredth keep the attention "
+    "soft, and the block from vanishing",
     slow=True,
 )
 def centred_moments_beat_autodiff_in_float32(key: PRNGKey) -> list[Expectation]:
@@ -391,8 +392,8 @@ def centred_moments_beat_autodiff_in_float32(key: PRNGKey) -> list[Expectation]:
     errors = [_single_precision_errors(each) for each in jax.random.split(key, 24)]
     closed_form, autodiff = np.log10(errors).mean(axis=0)
     return [
-        at_most("log10 of the relative error of the closed form, mean", closed_form, -5.0),
-        at_least("the same of autodiff, the negative control", autodiff, -2.6),
+        equal("log10 of the relative error of the closed form, mean", closed_form, -5.44),
+        equal("the same of autodiff, the negative control", autodiff, -2.12),
     ]
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from attnlab.checks import check_range, check_whole, is_concrete
 from attnlab.curvature.guards import (
     check_operator_and_key,
-    check_probes_fit,
+    check_samples_fit,
     check_symmetric,
     identity_of,
     non_finite,
@@ -133,7 +133,7 @@ def project(
     check_whole(samples=samples, together=session.together, steps=steps)
     check_range("steps", steps, 1, operator.dimension, "A Krylov space has no more dimensions than the operator.")
     _check_session(session, samples)
-    check_probes_fit(operator, session.together)
+    check_samples_fit(operator, session.together)
     keys = jax.random.split(key, (samples // session.together, session.together))
     if session.in_chunks:
         return _in_chunks(operator, keys, steps, session)

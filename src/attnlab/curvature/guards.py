@@ -120,7 +120,7 @@ def _available_bytes() -> int | None:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def check_probes_fit(operator: Operator, together: int) -> None:
+def check_samples_fit(operator: Operator, together: int) -> None:
     """Raise `MemoryError` if as many samples do not fit at once, each with what a product keeps in flight: about what
     the operator's linearisation saved."""
     dimension = operator.dimension
