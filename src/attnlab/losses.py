@@ -17,9 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
 from attnlab.checks import check_finite, is_concrete, local_values, unknown_name
+from attnlab.logits import Logits, along_slopes, cross_entropy_of, gauss_newton
 from attnlab.types import Scalar
 
 
@@ -37,6 +39,7 @@ class Loss:
             one; the curvature of the square loss is diagonal, and given as its diagonal.
         likelihood: of which distribution of the targets l_n is the negative logarithm, up to a constant.
         check: `check(outputs, targets)` raises for targets that do not fit outputs of this shape.
+        factored: whether it also takes `attnlab.logits.Logits`, with labels as targets.
         ignored: the label whose positions do not count; None if all do.
 
     Example:
@@ -56,6 +59,7 @@ class Loss:
     slopes: Callable[[Array, Array], tuple[Array, Array]]
     likelihood: str
     check: Callable[[Any, Array, Any], None]
+    factored: bool = False
     ignored: float | None = None
 
     def __call__(self, outputs: Array, targets: Array, weights: Array | None = None) -> Scalar:
@@ -73,17 +77,41 @@ class Loss:
         """
         self.check_answers(outputs, targets, weights)
         targets = jnp.asarray(targets)
+        if isinstance(outputs, Logits):
+            return cross_entropy_of(*self._factored(outputs, targets, weights))
         full = self.weights(targets, weights, outputs.dtype)
         if full is None:
             return jnp.mean(self.entries(outputs, targets))
         shares = _shares(full)
         return jnp.sum(shares * self.entries(*_counted(outputs, targets, full)))
 
+    def curvature_of(self, outputs: Logits, targets: Array, weights: Array | None = None) -> Partial:
+        """The map from a change of logits in factors to the curvature of the loss in the logits, times that change."""
+        self.check_answers(outputs, targets, weights)
+        logits, _, shares = self._factored(outputs, jnp.asarray(targets), weights)
+        return Partial(gauss_newton, logits, shares)
+
+    def along_slopes_at(self, outputs: Logits, targets: Array, weights: Array | None = None) -> Partial:
+        """The scalar <dloss/dlogits, logits> as a function of logits in factors, its slopes those at `outputs`."""
+        self.check_answers(outputs, targets, weights)
+        return Partial(_along, *self._factored(outputs, jnp.asarray(targets), weights))
+
+    def _factored(self, outputs: Logits, targets: Array, weights: Array | None) -> tuple[Logits, Array, Array]:
+        """Logits, labels and shares in the mean, zero where a position does not count."""
+        full = self.weights(targets, weights, outputs.dtype)
+        if full is None:
+            return outputs, targets, jnp.full(targets.shape, 1 / max(targets.size, 1), outputs.dtype)
+        return *_counted(outputs, targets, full), _shares(full)
+
     def total_loss(self, outputs: Array, targets: Array, weights: Array | None = None) -> tuple[Scalar, Scalar]:
         """sum_n w_n l_n, and sum_n w_n: both are zero where nothing counts. Raises as the loss itself does."""
         self.check_answers(outputs, targets, weights)
         targets = jnp.asarray(targets)
         full = self.weights(targets, weights, outputs.dtype)
+        if isinstance(outputs, Logits):
+            ones = jnp.ones(targets.shape, outputs.dtype)
+            shares = ones if full is None else full
+            return cross_entropy_of(*_counted(outputs, targets, shares), shares), jnp.sum(shares)
         if full is None:
             entries = self.entries(outputs, targets)
             return jnp.sum(entries), jnp.asarray(entries.size, entries.dtype)
@@ -137,6 +165,14 @@ class Loss:
                 f"outputs is a {type(outputs).__name__}; the loss {self.name} expects one array. Wrap predict so that "
                 "it returns that alone."
             )
+        if isinstance(outputs, Logits) and not (
+            self.factored and jnp.issubdtype(jnp.result_type(targets), jnp.integer)
+        ):
+            raise TypeError(
+                f"outputs are Logits in two factors; the loss {self.name} of targets of dtype "
+                f"{jnp.result_type(targets)} expects one array: only the cross-entropy of labels takes factors. Let "
+                "the model multiply them out (factored=False, or outputs.dense())."
+            )
         targets = jnp.asarray(targets)
         self.check(outputs, targets, self.ignored)
         if weights is not None:
@@ -184,10 +220,17 @@ def _shares(full: Array) -> Array:
     return (wide / jnp.sum(wide)).astype(full.dtype)
 
 
-def _counted(outputs: Array, targets: Array, full: Array) -> tuple[Array, Array]:
+def _along(held: Logits, labels: Array, shares: Array, outputs: Logits) -> Scalar:
+    return along_slopes(outputs, held, labels, shares)
+
+
+def _counted(outputs: Any, targets: Array, full: Array) -> tuple[Any, Array]:
     """Outputs and targets, zero at positions that do not count: what stands there may be anything, NaN as well."""
     counts = full != 0
-    outputs = jnp.where(counts if counts.ndim == outputs.ndim else counts[..., None], outputs, 0)
+    if isinstance(outputs, Logits):
+        outputs = replace(outputs, hidden=jnp.where(counts[..., None], outputs.hidden, 0))
+    else:
+        outputs = jnp.where(counts if counts.ndim == outputs.ndim else counts[..., None], outputs, 0)
     return outputs, jnp.where(counts if counts.ndim == targets.ndim else counts[..., None], targets, 0)
 
 
@@ -323,6 +366,7 @@ cross_entropy = Loss(
     slopes=_cross_entropy_slopes,
     likelihood="categorical",
     check=_check_cross_entropy,
+    factored=True,
 )
 """Mean over all positions of -sum_c y_c log softmax(outputs)_c.
 

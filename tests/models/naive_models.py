@@ -1,5 +1,6 @@
 """The models' equations once more, as plain loops in numpy over one sequence."""
 
+import cmath
 import math
 
 import numpy as np
@@ -15,7 +16,9 @@ def attention(params, tokens, config, mask=None):
             scores = [score(params, tokens, config, head, i, j) for j in range(length)]
             seen = [(not config.causal or j <= i) and (mask is None or bool(mask[i, j])) for j in range(length)]
             weights = attention_weights(config.weights, scores, seen)
-            values = [columns(params, "value", head, config.value_dim, tokens[j]) for j in range(length)]
+            values = [
+                columns(params, "value", shared(config, head), config.value_dim, tokens[j]) for j in range(length)
+            ]
             outputs[i].append(sum(w * v for w, v in zip(weights, values, strict=True)))
     merged = np.array([np.concatenate(parts) for parts in outputs])
     if config.output_dim is None:
@@ -32,6 +35,24 @@ def attention_weights(kind, scores, seen):
     return [act(s) if see else 0.0 for s, see in zip(scores, seen, strict=True)]
 
 
+def shared(config, head):
+    """The key and value head that a query head looks at."""
+    return head // (config.heads // (config.key_value_heads or config.heads))
+
+
+def turned(vector, position, rotary):
+    """The first entries of a head, in pairs that are complex numbers, times powers of one another."""
+    if rotary is None:
+        return vector
+    width = round(rotary.share * len(vector))
+    pairs = [(2 * i, 2 * i + 1) if rotary.pairs == "neighbours" else (i, i + width // 2) for i in range(width // 2)]
+    result = np.array(vector)
+    for i, (real, imaginary) in enumerate(pairs):
+        number = complex(vector[real], vector[imaginary]) * cmath.exp(1j * position * rotary.base ** (-2 * i / width))
+        result[real], result[imaginary] = number.real, number.imag
+    return result
+
+
 def columns(params, name, head, width, token):
     """The part of token @ W + b that belongs to one head."""
     own = slice(head * width, (head + 1) * width)
@@ -44,7 +65,8 @@ def score(params, tokens, config, head, i, j):
     if config.merged:
         return scale * columns(params, "query_key", head, tokens.shape[1], tokens[i]) @ tokens[j]
     query = columns(params, "query", head, config.key_dim, tokens[i])
-    return scale * query @ columns(params, "key", head, config.key_dim, tokens[j])
+    key = columns(params, "key", shared(config, head), config.key_dim, tokens[j])
+    return scale * turned(query, i, config.rotary) @ turned(key, j, config.rotary)
 
 
 def layer_norm(token, params, epsilon):
@@ -53,15 +75,26 @@ def layer_norm(token, params, epsilon):
     return (token - token.mean()) / math.sqrt(variance + epsilon) * params["scale"] + params["bias"]
 
 
+def rms_norm(token, params, epsilon):
+    token = np.asarray(token)
+    return token / math.sqrt(sum(x * x for x in token) / len(token) + epsilon) * params["scale"]
+
+
 ACTIVATIONS = {
     "relu": lambda x: max(x, 0.0),
     "gelu": lambda x: x * (1 + math.erf(x / math.sqrt(2))) / 2,
+    "gelu_tanh": lambda x: x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2,
+    "silu": lambda x: x / (1 + math.exp(-x)),
     "tanh": math.tanh,
     "identity": lambda x: x,
 }
 
 
-def feed_forward(params, token, activation):
+def feed_forward(params, token, activation, kind="plain"):
+    if kind == "gated":
+        gate = np.vectorize(ACTIVATIONS[activation])(token @ params["gate"] + params.get("gate_bias", 0))
+        hidden = gate * (token @ params["up"] + params.get("up_bias", 0))
+        return hidden @ params["down"] + params.get("down_bias", 0)
     hidden = np.vectorize(ACTIVATIONS[activation])(token @ params["up"] + params.get("up_bias", 0))
     return hidden @ params["down"] + params.get("down_bias", 0)
 
@@ -70,10 +103,13 @@ def transformer(params, tokens, config):
     """One sequence through the stack of `config`."""
     tokens = np.asarray(tokens)
     for index in range(config.layers):
-        layer = params[f"layer_{index}"]
+        layer, before = params[f"layer_{index}"], tokens
         tokens = sublayer(layer, "attention", tokens, config, lambda x, p: attention(p, x, config.attention))
-        if config.mlp_width is not None:
-            tokens = sublayer(layer, "mlp", tokens, config, lambda x, p: feed_forward(p, x, config.activation))
+        mlp = lambda x, p: feed_forward(p, x, config.activation, config.mlp)  # noqa: E731
+        if config.parallel:
+            tokens = tokens + mlp(normalize(before, layer["mlp_norm"], config), layer["mlp"])
+        elif config.mlp_width is not None:
+            tokens = sublayer(layer, "mlp", tokens, config, mlp)
     return normalize(tokens, params["final_norm"], config) if config.final_norm else tokens
 
 
@@ -85,12 +121,16 @@ def sublayer(layer, name, tokens, config, function):
 
 
 def normalize(tokens, params, config):
-    return np.array([layer_norm(token, params, config.epsilon) for token in tokens])
+    norm = {"layer_norm": layer_norm, "rms_norm": rms_norm}[config.normalization]
+    return np.array([norm(token, params, config.epsilon) for token in tokens])
 
 
 def language_model(params, symbols, config):
-    embedded = [params["token_embedding"][s] + params["position_embedding"][i] for i, s in enumerate(symbols)]
-    return transformer(params["transformer"], np.array(embedded), config.transformer) @ params["unembedding"]
+    embedded = np.array([params["token_embedding"][s] for s in symbols])
+    if config.positions == "learned":
+        embedded = embedded + params["position_embedding"][: len(symbols)]
+    unembedding = params["token_embedding"].T if config.tied else params["unembedding"]
+    return transformer(params["transformer"], embedded, config.transformer) @ unembedding
 
 
 def mlp(params, token, config):

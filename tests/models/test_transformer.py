@@ -14,7 +14,15 @@ from attnlab.data.addition import addition, answer_positions
 from attnlab.losses import cross_entropy
 from attnlab.models.adapters import at_positions, from_linen
 from attnlab.models.attention import AttentionConfig, attention_maps
-from attnlab.models.transformer import LanguageModel, LanguageModelConfig, Transformer, TransformerConfig
+from attnlab.models.positions import Rotary
+from attnlab.models.transformer import (
+    LanguageModel,
+    LanguageModelConfig,
+    Transformer,
+    TransformerConfig,
+    stack_layers,
+    unstack_layers,
+)
 from attnlab.objectives import check_objective, objective
 from attnlab.trees import dimension, leaf_names
 from cases import generator, generic_params
@@ -35,7 +43,25 @@ CONFIGS = {
     "two_layers": replace(CONFIG, layers=2),
     "three_causal_layers": replace(CONFIG, layers=3, attention=replace(ATTENTION, causal=True), bias=True),
 }
+LLAMA_ATTENTION = AttentionConfig(
+    key_dim=4, value_dim=2, heads=4, key_value_heads=2, rotary=Rotary(base=50.0), causal=True, output_dim=DIM
+)
+LLAMA = TransformerConfig(
+    LLAMA_ATTENTION, 2, 5, mlp="gated", activation="silu", normalization="rms_norm", final_norm=True, epsilon=1e-5
+)
+NEOX_ATTENTION = replace(LLAMA_ATTENTION, key_value_heads=None, rotary=Rotary(share=0.5), bias=True)
+NEOX = TransformerConfig(NEOX_ATTENTION, 2, 5, parallel=True, final_norm=True, bias=True)
+GPT2 = TransformerConfig(replace(ATTENTION, causal=True, bias=True), 2, 5, "plain", "gelu_tanh", bias=True)
+NEIGHBOURS = replace(LLAMA, attention=replace(LLAMA_ATTENTION, rotary=Rotary(pairs="neighbours")), bias=True)
 MODEL = LanguageModelConfig(replace(CONFIG, layers=2, attention=replace(ATTENTION, causal=True)), 6, LENGTH, DIM)
+
+LANGUAGE_MODELS = {
+    "untied": MODEL,
+    "llama": LanguageModelConfig(LLAMA, 6, LENGTH, DIM, positions="none", tied=True),
+    "neox": LanguageModelConfig(NEOX, 6, LENGTH, DIM, positions="none"),
+    "gpt2": LanguageModelConfig(GPT2, 6, LENGTH, DIM, tied=True),
+    "neighbours": LanguageModelConfig(NEIGHBOURS, 6, LENGTH, DIM, positions="none", tied=True),
+}
 
 
 def transformer(key, config, dtype=jnp.float64):
@@ -58,11 +84,42 @@ def test_transformer_is_the_loop(config):
     assert_close(jax.jit(module.apply)({"params": params}, tokens), expected, 1e-12)
 
 
-def test_language_model_is_the_loop(key):
-    module, params, tokens = language_model(key)
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_language_model_is_the_loop(name):
+    config = LANGUAGE_MODELS[name]
+    module, params, tokens = language_model(jax.random.key(1), config)
     numbers = jax.tree.map(np.asarray, params)
-    expected = np.stack([naive_language_model(numbers, sequence, MODEL) for sequence in np.asarray(tokens)])
+    expected = np.stack([naive_language_model(numbers, sequence, config) for sequence in np.asarray(tokens)])
     assert_close(jax.jit(module.apply)({"params": params}, tokens), expected, 1e-12)
+    logits = LanguageModel(replace(config, factored=True)).apply({"params": params}, tokens)
+    assert logits.shape == expected.shape
+    assert_close(logits.dense(), expected, 1e-12)
+
+
+@pytest.mark.parametrize("options", [{"scan": True}, {"remat": True}, {"scan": True, "remat": True}], ids=str)
+def test_scanned_and_recomputed_blocks_are_the_same_function(options):
+    config = LANGUAGE_MODELS["llama"]
+    module, params, tokens = language_model(jax.random.key(1), config)
+    other = LanguageModel(replace(config, transformer=replace(LLAMA, **options)))
+    stacked = "scan" in options
+    theirs = stack_layers(params) if stacked else params
+    assert jax.tree.map(jnp.shape, theirs) == jax.tree.map(jnp.shape, other.init(jax.random.key(0), tokens)["params"])
+
+    def slopes(module, params):
+        return jax.jit(jax.grad(lambda params: jnp.sum(jnp.sin(module.apply({"params": params}, tokens)))))(params)
+
+    found = slopes(other, theirs)
+    assert_close(unstack_layers(found) if stacked else found, slopes(module, params), 1e-12)
+    maps = attention_maps(other, theirs, tokens)
+    expected = jnp.stack(list(attention_maps(module, params, tokens).values()))
+    assert_close(jnp.concatenate([jnp.atleast_2d(m).reshape(-1, *expected.shape[1:]) for m in maps.values()]), expected)
+
+
+def test_layers_that_are_not_there_to_stack():
+    with pytest.raises(ValueError, match=r"params hold \['query'\]; expected layer_0"):
+        stack_layers({"query": jnp.ones(2)})
+    with pytest.raises(ValueError, match=r"expected layers/\.\.\., stacked"):
+        unstack_layers({"transformer": {"layer_0": jnp.ones(2)}})
 
 
 def test_stack_is_the_composition_of_its_blocks(key):
@@ -207,7 +264,19 @@ BAD_CONFIGS = [
     (lambda: replace(CONFIG, layers=0), "layers is 0"),
     (lambda: replace(CONFIG, mlp_width=0), "mlp_width is 0"),
     (lambda: replace(CONFIG, activation="gleu"), "no activation 'gleu'.*Did you mean"),
-    (lambda: replace(CONFIG, norm="preln"), "no place of the LayerNorm 'preln'; expected one of: pre, post, None"),
+    (lambda: replace(CONFIG, norm="preln"), "no place of the norm 'preln'; expected one of: pre, post, None"),
+    (lambda: replace(CONFIG, normalization="rms"), "no kind of norm 'rms'; expected one of: layer_norm, rms_norm"),
+    (lambda: replace(CONFIG, mlp="swiglu"), "no kind of MLP 'swiglu'; expected one of: plain, gated"),
+    (lambda: replace(CONFIG, parallel=True, norm="post"), "parallel is True with norm='post'"),
+    (lambda: replace(MODEL, positions="rotary"), "no kind of position embeddings 'rotary'"),
+    (lambda: replace(LLAMA_ATTENTION, key_value_heads=3), "key_value_heads is 3; expected a divisor of the 4 heads"),
+    (
+        lambda: replace(LLAMA_ATTENTION, key_dim=3),
+        "rotary turns 3 of the 3 entries of a head; expected a positive even",
+    ),
+    (lambda: replace(LLAMA_ATTENTION, merged=True), "merged is True and rotary is Rotary"),
+    (lambda: Rotary(pairs="interleaved"), "no pairing of rotary embeddings 'interleaved'; expected one of: neigh"),
+    (lambda: Rotary(base=float("nan")), "base is nan"),
     (lambda: replace(CONFIG, epsilon=0.0), "epsilon is 0.0; expected a positive number"),
     (lambda: replace(CONFIG, init="he"), "no initialisation scheme 'he'"),
     (lambda: replace(MODEL, vocabulary=0), "vocabulary is 0"),

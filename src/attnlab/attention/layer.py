@@ -105,6 +105,12 @@ def checked_layer(
 
 
 def _check_covered(config: AttentionConfig) -> None:
+    for name in ("rotary", "key_value_heads"):
+        if getattr(config, name) is not None:
+            raise ValueError(
+                f"{name} is {getattr(config, name)}; the closed form covers layers without. Use {name}=None, or the "
+                "matrix-free operators of attnlab.curvature."
+            )
     if config.bias:
         raise ValueError(
             "bias is True; the closed form covers layers without biases. "

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attnlab.logits import map_examples, with_examples
 from attnlab.objectives import BatchedObjective, Objective, check_loss, check_objective
 from attnlab.types import Params, PyTree
 
@@ -66,7 +67,7 @@ def _compare_part(risk: Objective, params: Params) -> tuple[jax.Array, jax.Array
     # The middle alone: it misses those before it and those after it. Unequal parts, so that a mean of means shows.
     ends = [0, max(1, size // 3), max(2, size - 1), size]
     whole, middle = risk.outputs(params), risk.predict(params, _rows_of(risk.inputs, size, *ends[1:3]))
-    if any(jnp.ndim(leaf) == 0 or len(leaf) % size for leaf in jax.tree.leaves(whole)):
+    if any(jnp.ndim(leaf) == 0 or len(leaf) % size for leaf in with_examples(whole)):
         return jnp.asarray(jnp.inf), jnp.asarray(jnp.inf)  # outputs of no example: of the batch
     mean, total = jnp.zeros(()), risk.total()
     for start, stop in pairwise(ends):
@@ -74,7 +75,7 @@ def _compare_part(risk: Objective, params: Params) -> tuple[jax.Array, jax.Array
             rows = partial(_rows, size=size, start=start, stop=stop)
             part = risk.on(rows)
             share = part.total() / total
-            score = part.score(jax.tree.map(rows, whole)).astype(float)
+            score = part.score(map_examples(rows, whole)).astype(float)
             mean += jnp.where(share > 0, share.astype(float) * score, 0)  # the mean over no position is 0 / 0
     loss = risk.score(whole).astype(float)
     scale = jnp.maximum(jnp.abs(loss), jnp.abs(mean))
@@ -88,21 +89,21 @@ def _rows(leaf: jax.Array, size: int, start: int, stop: int) -> jax.Array:
 
 
 def _rows_of(tree: PyTree, size: int, start: int, stop: int) -> PyTree:
-    return jax.tree.map(lambda leaf: _rows(leaf, size, start, stop), tree)
+    return map_examples(lambda leaf: _rows(leaf, size, start, stop), tree)
 
 
 def _culprit(risk: Objective, params: Params) -> str:
     """Why examples see each other: copies of one example in one batch differ under dropout, not under batch norm."""
     copies = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[:1], leaf.shape), risk.inputs)
     outputs = jax.jit(risk.predict)(params, copies)
-    same = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[:1], leaf.shape), outputs)
+    same = map_examples(lambda leaf: jnp.broadcast_to(leaf[:1], leaf.shape), outputs)
     if _distance(same, outputs) > 1e-3:
         return "outputs depend on the place in the batch (dropout, even with a fixed key). Switch it off."
     return "outputs depend on the other examples (batch norm in training mode). Use its running averages."
 
 
 def _distance(found: PyTree, expected: PyTree) -> jax.Array:
-    pairs = list(zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True))
+    pairs = list(zip(with_examples(found), with_examples(expected), strict=True))
     differences = jnp.stack([jnp.sum((a - b).astype(float) ** 2) for a, b in pairs])
     sizes = jnp.stack([jnp.sum(b.astype(float) ** 2) for _, b in pairs])
     size = jnp.sum(sizes)

@@ -24,6 +24,8 @@ from attnlab.checks import is_concrete
 from attnlab.curvature.operator import Operator, apply
 from attnlab.curvature.self_checks import check_operator, check_risk, once
 from attnlab.derivatives import Jacobian, Route, choose_route, hessian_product, jacobian
+from attnlab.logits import Logits
+from attnlab.losses import Loss
 from attnlab.objectives import (
     BatchedObjective,
     Objective,
@@ -262,15 +264,33 @@ def _hessian(risk: Objective, params: Params, route: Route) -> Linearized:
 
 def _ggn(risk: Objective, params: Params, route: Route) -> Linearized:
     outputs, outer = jacobian(risk.outputs, params, route)
-    loss, _, curvature = hessian_product(risk.score, outputs, route)
+    if isinstance(outputs, Logits):
+        loss, curvature = risk.score(outputs), _loss_of_logits(risk).curvature_of(outputs, *risk.answers)
+    else:
+        loss, _, curvature = hessian_product(risk.score, outputs, route)
     return Linearized(loss, None, Partial(_apply_ggn, outer, curvature))
 
 
 def _functional(risk: Objective, params: Params, route: Route) -> Linearized:
     outputs = risk.outputs(params)
+    if isinstance(outputs, Logits):
+        slopes = _loss_of_logits(risk).along_slopes_at(outputs, *risk.answers)
+        _, _, product = hessian_product(lambda params: slopes(risk.outputs(params)), params, route)
+        return Linearized(risk.score(outputs), None, product)
     loss, cotangent = jax.value_and_grad(risk.score)(outputs)
     along = Objective(risk.predict, Partial(_inner_product), risk.inputs, cotangent)
     return Linearized(loss, None, hessian_product(along, params, route)[2])
+
+
+def _loss_of_logits(risk: Objective) -> Loss:
+    """The loss of an objective whose model returns logits in two factors, in which only one loss is known."""
+    loss = known_loss(risk.loss)
+    if loss is None:
+        raise TypeError(
+            f"the loss is {risk.loss.func} and the model returns Logits in two factors, where its Gauss-Newton matrix "
+            "is not known; expected cross_entropy. Let the model multiply them out (factored=False, outputs.dense())."
+        )
+    return loss
 
 
 def _empirical_fisher(risk: Objective, params: Params, route: Route) -> Linearized:

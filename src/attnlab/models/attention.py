@@ -12,6 +12,7 @@ from attnlab.checks import check_number, check_positive, is_concrete
 from attnlab.models import heads as equations
 from attnlab.models.initializers import initializer
 from attnlab.models.layers import check_inputs, linear
+from attnlab.models.positions import Rotary
 from attnlab.models.weightings import weighting
 from attnlab.trees import leaf_names
 from attnlab.types import Params
@@ -31,6 +32,9 @@ class AttentionConfig:
         scale: factor of the scores; None is 1/sqrt(key_dim), 1.0 is no scale, any temperature is 1/temperature.
         causal: each token sees itself and what precedes it.
         output_dim: width of the output projection `output`; None is no projection.
+        key_value_heads: number G of heads of keys and values, each shared by H / G neighbouring queries (Ainslie et
+            al., arXiv 2305.13245); None is one for each query head.
+        rotary: how queries and keys are turned by their positions; None is not at all.
         bias: add `query_bias`, `key_bias`, `value_bias` (and `output_bias`), zero at initialisation.
         init: name of the initialisation scheme of the matrices.
         gain: scale of that scheme.
@@ -49,6 +53,8 @@ class AttentionConfig:
     scale: float | None = None
     causal: bool = False
     output_dim: int | None = None
+    key_value_heads: int | None = None
+    rotary: Rotary | None = None
     bias: bool = False
     init: str = "lecun_normal"
     gain: float = 1.0
@@ -62,8 +68,31 @@ class AttentionConfig:
             if value is not None and is_concrete(value):
                 check_number(name, value, -sys.float_info.max, sys.float_info.max, "Leave it out for the default.")
         weighting(self.weights)
-        if self.merged and self.bias:
+        if self.merged:
+            self._check_merged()
+        check_positive(key_value_heads=self.groups)
+        if self.heads % self.groups:
+            raise ValueError(
+                f"key_value_heads is {self.groups}; expected a divisor of the {self.heads} heads, each key and value "
+                "head being shared by as many queries. Change one of them."
+            )
+        if self.rotary is not None:
+            self.rotary.turned(self.key_dim)
+
+    def _check_merged(self) -> None:
+        if self.bias:
             raise ValueError("merged and bias are both true; a merged query-key matrix has no biases: choose one.")
+        for name in ("rotary", "key_value_heads"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"merged is True and {name} is {getattr(self, name)}; a merged query-key matrix has no keys of its "
+                    "own to turn or to share: choose one."
+                )
+
+    @property
+    def groups(self) -> int:
+        """Number G of heads of keys and values."""
+        return self.heads if self.key_value_heads is None else self.key_value_heads
 
     @property
     def score_scale(self) -> float:
@@ -75,8 +104,9 @@ class SelfAttention(nn.Module):
     """Self-attention F = A X W_V (W_O), A = softmax(scale X W_Q W_K^T X^T), or another kind of weights.
 
     Parameters: `query`, `key` (D x H K) or `query_key` (D x H D), `value` (D x H V), and `output` (H V x O) where the
-    config has an `output_dim`. Call with inputs (..., L, D) and optionally a boolean mask that broadcasts against
-    (..., H, L, L), true where a query may look; returns (..., L, H V) or (..., L, O).
+    config has an `output_dim`; with `key_value_heads` G, `key` is D x G K and `value` D x G V.
+    Call with inputs (..., L, D) and optionally a boolean mask that broadcasts against (..., H, L, L), true where a
+    query may look; returns (..., L, H V) or (..., L, O).
 
     Example:
         >>> import attnlab as al
@@ -99,7 +129,8 @@ class SelfAttention(nn.Module):
         check_inputs(inputs, ("tokens", "token dimension"))
         attention_weights = self._attention_weights(inputs, mask)
         self.sow("intermediates", "attention_weights", attention_weights, reduce_fn=lambda _, new: new)
-        values = equations.split_heads(self._linear("value", inputs, config.heads * config.value_dim), config.heads)
+        values = equations.split_heads(self._linear("value", inputs, config.groups * config.value_dim), config.groups)
+        values = equations.share_heads(values, config.heads)
         merged = equations.merge_heads(equations.attend(attention_weights, values))
         return merged if config.output_dim is None else self._linear("output", merged, config.output_dim)
 
@@ -111,14 +142,19 @@ class SelfAttention(nn.Module):
         return weighting(self.config.weights).weights(scores, mask)
 
     def _queries_and_keys(self, inputs: Float[Array, "*B L D"]) -> tuple[Array, Array]:
-        heads, width = self.config.heads, inputs.shape[-1]
+        heads, groups, width = self.config.heads, self.config.groups, inputs.shape[-1]
         if self.config.merged:
             # X W_QK X^T per head: the query is X W_QK, the key X itself.
             queries = equations.split_heads(self._linear("query_key", inputs, heads * width), heads)
             return queries, jnp.broadcast_to(inputs[..., None, :, :], queries.shape)
-        projected = (self._linear(name, inputs, heads * self.config.key_dim) for name in ("query", "key"))
-        queries, keys = (equations.split_heads(x, heads) for x in projected)
-        return queries, keys
+        queries, keys = (
+            equations.split_heads(self._linear(name, inputs, count * self.config.key_dim), count)
+            for name, count in (("query", heads), ("key", groups))
+        )
+        if self.config.rotary is not None:
+            positions = jnp.arange(inputs.shape[-2], dtype=float)
+            queries, keys = (self.config.rotary(x, positions) for x in (queries, keys))
+        return queries, equations.share_heads(keys, heads)
 
     def _linear(self, name: str, x: Float[Array, "*B L I"], width: int) -> Float[Array, "*B L O"]:
         return linear(self, name, x, width, initializer(self.config.init, self.config.gain), self.config.bias)

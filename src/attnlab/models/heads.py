@@ -3,6 +3,7 @@
 Shapes stand in the names: B sequences (any leading axes), L tokens, D token dimension, H heads, K query/key dimension
 per head, V value dimension per head. Weights are two-dimensional, heads side by side: `query` and `key` D x (H K),
 `value` D x (H V), `output` (H V) x O, `query_key` D x (H D). With one head they are the W_Q, W_K, W_V of the papers.
+Where queries share keys and values, these have G heads.
 """
 
 from collections.abc import Callable
@@ -25,6 +26,12 @@ def merge_heads(x_BxHxLxV: Float[Array, "*B H L V"]) -> Float[Array, "*B L HV"]:
     """Put the heads side by side again: the inverse of `split_heads`."""
     x_BxLxHxV = jnp.moveaxis(x_BxHxLxV, -3, -2)
     return x_BxLxHxV.reshape(*x_BxLxHxV.shape[:-2], -1)
+
+
+def share_heads(x_BxGxLxK: Float[Array, "*B G L K"], heads: int) -> Float[Array, "*B H L K"]:
+    """Each of G heads H / G times, side by side: query head h looks at key and value head h G // H."""
+    groups = x_BxGxLxK.shape[-3]
+    return x_BxGxLxK if groups == heads else jnp.repeat(x_BxGxLxK, heads // groups, axis=-3)
 
 
 def attention_scores(

@@ -17,13 +17,19 @@ def _gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=False)
 
 
+def _gelu_tanh(x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(x, approximate=True)
+
+
 def _identity(x: jax.Array) -> jax.Array:
     return x
 
 
 ACTIVATIONS: dict[str, Activation] = {
     "relu": jax.nn.relu,  # derivative 0 at 0, second derivative 0 everywhere
-    "gelu": _gelu,  # x Phi(x) itself, not its tanh approximation
+    "gelu": _gelu,  # x Phi(x) itself
+    "gelu_tanh": _gelu_tanh,  # its tanh approximation, that of GPT-2
+    "silu": jax.nn.silu,  # x sigmoid(x)
     "tanh": jnp.tanh,
     "identity": _identity,
 }
@@ -63,6 +69,26 @@ class LayerNorm(nn.Module):
             for name, init in (("scale", nn.initializers.ones), ("bias", nn.initializers.zeros))
         )
         return layer_norm(x, scale, bias, self.epsilon)
+
+
+def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], epsilon: float) -> Float[Array, "*B D"]:
+    """scale x / sqrt(mean of x^2 + epsilon) over the last axis (Zhang, Sennrich, arXiv 1910.07467), in x's dtype."""
+    mean_square = jnp.mean(x**2, axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(mean_square + epsilon) * jnp.broadcast_to(scale, x.shape)
+
+
+class RMSNorm(nn.Module):
+    """`rms_norm` with the parameter `scale` (D,), ones at initialisation."""
+
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """See the class."""
+        return rms_norm(x, self.param("scale", nn.initializers.ones, x.shape[-1:], x.dtype), self.epsilon)
+
+
+NORMALIZATIONS: dict[str, type[LayerNorm] | type[RMSNorm]] = {"layer_norm": LayerNorm, "rms_norm": RMSNorm}
 
 
 def linear(

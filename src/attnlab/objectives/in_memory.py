@@ -12,6 +12,7 @@ from jax.tree_util import Partial
 from jaxtyping import Float
 
 from attnlab.checks import check_finite, check_floating, check_not_empty, is_concrete
+from attnlab.logits import example_axes, map_examples, with_examples
 from attnlab.losses import LOSSES, Loss, check_weights
 from attnlab.trees import Selection
 from attnlab.types import LossFunction, Params, Predict, PyTree, Scalar
@@ -159,16 +160,19 @@ def example_losses(risk: Objective, outputs: PyTree) -> tuple[Float[jax.Array, "
     An example of which no position counts has the loss 0 and the share 0. Raises `ValueError` where the first axes of
     inputs, outputs and targets differ.
     """
-    lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves((risk.inputs, outputs, *risk.answers))}
+    lengths = {jnp.shape(leaf)[:1] for leaf in (*with_examples(outputs), *jax.tree.leaves((risk.inputs, risk.answers)))}
     if len(lengths) != 1 or () in lengths:
         raise ValueError(
             f"inputs, outputs and targets have first axes {sorted(lengths)}; expected one number of examples in all. "
             "Give every array a leading axis of examples."
         )
     # The first axis is that of the examples, and the second one of batches of a single one. Weights may be None.
-    data, one_each = jax.tree.map(lambda leaf: leaf[:, None], ((risk.targets, risk.weights), outputs))
+    data, one_each = map_examples(lambda leaf: leaf[:, None], ((risk.targets, risk.weights), outputs))
     totals = jax.vmap(lambda answers: _answering(risk, answers).total())(data)
-    losses = jax.vmap(lambda answers, *rest: _loss_or_zero(_answering(risk, answers), *rest))(data, one_each, totals)
+    axes = (0, example_axes(one_each), 0)
+    losses = jax.vmap(lambda answers, *rest: _loss_or_zero(_answering(risk, answers), *rest), axes)(
+        data, one_each, totals
+    )
     shares = totals / jnp.sum(totals)
     return losses, shares.astype(losses.dtype)
 

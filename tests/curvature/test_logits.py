@@ -1,0 +1,151 @@
+"""Curvature of a model whose logits stay in two factors, against the same model with its logits multiplied out."""
+
+import math
+import re
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from attnlab import logits as logits_module
+from attnlab.curvature.operators import empirical_fisher, functional, ggn, hessian
+from attnlab.logits import Logits
+from attnlab.losses import cross_entropy, square_loss
+from attnlab.models.adapters import from_linen
+from attnlab.models.attention import AttentionConfig
+from attnlab.models.positions import Rotary
+from attnlab.models.transformer import LanguageModel, LanguageModelConfig, TransformerConfig
+from attnlab.objectives import objective
+from cases import generator, generic_params
+from compare import assert_close
+
+FEATURES, DIM, CLASSES, BATCH = 3, 2, 7, 2
+PARTS = {"hessian": hessian, "ggn": ggn, "functional": functional}
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Three positions at once, so that ten positions are four chunks, filled up, and eight are four whole ones."""
+    monkeypatch.setattr(logits_module, "CHUNK_BYTES", 3 * CLASSES * 8)
+
+
+def in_factors(params, inputs):
+    # The table reads the first parameter too, as one that is tied to an embedding does.
+    return Logits(jnp.tanh(inputs @ params["first"]), params["table"] + jnp.sum(jnp.sin(params["first"])))
+
+
+def multiplied_out(params, inputs):
+    return in_factors(params, inputs).dense()
+
+
+def risks(length=5, loss=cross_entropy, **options):
+    """The objective with logits in factors, the same one with logits multiplied out, and a point."""
+    random = generator(jax.random.key(1))
+    inputs = jnp.asarray(random.standard_normal((BATCH, length, FEATURES)))
+    targets = jnp.asarray(random.integers(CLASSES, size=(BATCH, length)))
+    shapes = {"first": (FEATURES, DIM), "table": (CLASSES, DIM)}
+    params = {name: jnp.asarray(random.standard_normal(shape)) for name, shape in shapes.items()}
+    made = (objective(model, loss, inputs, targets, **options) for model in (in_factors, multiplied_out))
+    return *made, params
+
+
+WEIGHTS = jnp.array([[1.0, 1.0, 0.5, 0.0, 2.0], [1.0, 3.0, 1.0, 1.0, 0.0]])
+DATA = {
+    "chunks that divide": {"length": 4},
+    "weights, chunks filled up": {"weights": WEIGHTS},
+    "ignored label": {"loss": cross_entropy.ignoring(3)},
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("options", DATA.values(), ids=DATA)
+def test_operators_are_those_of_the_whole_logits(part, options):
+    factored, dense, params = risks(**options)
+    found, expected = (PARTS[part](risk, params, check=False) for risk in (factored, dense))
+    assert_close(found.dense(), expected.dense(), 1e-12)
+
+
+def test_loss_and_gradient_are_those_of_the_whole_logits():
+    factored, dense, params = risks(weights=WEIGHTS)
+    found, expected = (jax.jit(jax.value_and_grad(risk))(params) for risk in (factored, dense))
+    assert_close(found, expected, 1e-13)
+    assert_close(factored(params), expected[0], 1e-14)
+
+
+def test_self_checks_and_examples_take_factors():
+    """Operators with their checks: a part of the batch has its own rows of the hidden state, and the same table."""
+    factored, dense, params = risks(weights=WEIGHTS)
+    assert_close(empirical_fisher(factored, params).dense(), empirical_fisher(dense, params).dense(), 1e-12)
+
+
+def test_weights_have_derivatives():
+    factored, dense, params = risks(weights=WEIGHTS)
+    found, expected = (
+        jax.grad(lambda weights, risk=risk: replace(risk, weights=weights)(params))(WEIGHTS)
+        for risk in (factored, dense)
+    )
+    assert_close(found, expected, 1e-12)
+
+
+def test_one_chunk_where_all_fit(monkeypatch):
+    monkeypatch.setattr(logits_module, "CHUNK_BYTES", 2**20)
+    factored, dense, params = risks(length=3)
+    found, expected = (hessian(risk, params, check=False).dense() for risk in (factored, dense))
+    assert_close(found, expected, 1e-12)
+
+
+def language_model(**options):
+    head = AttentionConfig(4, 2, 2, output_dim=4, key_value_heads=1, rotary=Rotary(base=50.0), causal=True)
+    scheme = {"normalization": "rms_norm", "final_norm": True, "scan": True, "remat": True}
+    blocks = TransformerConfig(head, 2, 3, "gated", "silu", **scheme)
+    module = LanguageModel(LanguageModelConfig(blocks, CLASSES, 5, 4, positions="none", tied=True, **options))
+    tokens = jnp.arange(10).reshape(2, 5) % CLASSES
+    return module, generic_params(module, tokens, generator(jax.random.key(1))), tokens
+
+
+def test_product_of_a_language_model_that_recomputes_its_blocks():
+    module, params, tokens = language_model(factored=True)
+    vector = jax.tree.map(jnp.sin, params)
+    risk = objective(from_linen(module), cross_entropy, tokens, tokens[:, ::-1])
+    found = hessian(risk, params, check=False).mv(vector)
+    dense = LanguageModel(replace(module.config, factored=False))
+    plain = objective(from_linen(dense), cross_entropy, tokens, tokens[:, ::-1])
+    assert_close(found, jax.jit(lambda: jax.jvp(jax.grad(plain), (params,), (vector,))[1])(), 1e-12)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_no_array_of_positions_times_vocabulary(part):
+    """Of the arrays with 1,000 classes in the compiled product none is larger than a chunk of four positions."""
+    classes, positions = 1000, 16
+    logits_module.CHUNK_BYTES = 4 * classes * 8
+    params = {"first": jnp.ones((FEATURES, DIM)), "table": jnp.ones((classes, DIM))}
+    inputs, targets = jnp.ones((positions, FEATURES)), jnp.zeros(positions, int)
+    built = PARTS[part](objective(in_factors, cross_entropy, inputs, targets), params, check=False)
+    program = jax.jit(lambda linear, vector: linear(vector)).lower(built.linear, params).compile().as_text()
+    shapes = {tuple(map(int, found.split(","))) for found in re.findall(r"f64\[([\d,]+)\]", program)}
+    sizes = {shape: math.prod(shape) for shape in shapes if classes in shape}
+    assert 4 * classes in sizes.values()
+    assert max(sizes.values()) <= 4 * classes, sizes
+
+
+def test_labels_that_are_no_class_are_nan_under_jit_and_errors_outside():
+    factored, _, params = risks()
+    outputs, bad = factored.outputs(params), factored.targets.at[0, 0].set(CLASSES)
+    with pytest.raises(ValueError, match="1 of 10 labels that are no class, such as 7"):
+        cross_entropy(outputs, bad)
+    value, slopes = jax.jit(jax.value_and_grad(cross_entropy))(outputs, bad)
+    assert jnp.isnan(value)
+    assert jnp.isnan(slopes.hidden[0, 0]).all()
+
+
+def test_losses_that_take_no_factors():
+    factored, _, params = risks()
+    outputs = factored.outputs(params)
+    with pytest.raises(TypeError, match="outputs are Logits in two factors; the loss square of targets of dtype int64"):
+        square_loss(outputs, factored.targets)
+    with pytest.raises(TypeError, match="only the cross-entropy of labels takes factors"):
+        cross_entropy(outputs, jnp.ones(outputs.shape))
+    own = replace(factored, loss=jax.tree_util.Partial(lambda outputs, targets: jnp.mean(outputs.hidden**2)))
+    with pytest.raises(TypeError, match="its Gauss-Newton matrix is not known; expected cross_entropy"):
+        ggn(own, params)
