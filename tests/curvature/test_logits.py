@@ -97,7 +97,7 @@ def test_one_chunk_where_all_fit(monkeypatch):
 
 def language_model(**options):
     head = AttentionConfig(4, 2, 2, output_dim=4, key_value_heads=1, rotary=Rotary(base=50.0), causal=True)
-    scheme = {"normalization": "rms_norm", "final_norm": True, "scan": True, "remat": True}
+    scheme = {"normalization": "rms_norm", "final_norm": True, "scan": True, "remat": "elementwise"}
     blocks = TransformerConfig(head, 2, 3, "gated", "silu", **scheme)
     module = LanguageModel(LanguageModelConfig(blocks, CLASSES, 5, 4, positions="none", tied=True, **options))
     tokens = jnp.arange(10).reshape(2, 5) % CLASSES

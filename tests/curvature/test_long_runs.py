@@ -343,7 +343,7 @@ def test_an_operator_with_noise_is_refused():
 
 
 def test_computations_that_do_not_fit_are_refused_before_they_start(monkeypatch):
-    monkeypatch.setattr(guards, "_available_bytes", lambda: 100_000)
+    monkeypatch.setattr(guards, "available_bytes", lambda: 100_000)
     with pytest.raises(MemoryError, match=r"a basis of 41 vectors of 600 numbers.*Ask for fewer eigenpairs"):
         eigenpairs(operator(), jax.random.key(1), 10)
     with pytest.raises(MemoryError, match=r"10 samples of 600 numbers at once.*Run fewer together"):

@@ -1,6 +1,7 @@
 """Every operator against its dense twin, over the table of models and losses."""
 
 import re
+import warnings
 from functools import cache
 
 import jax
@@ -11,6 +12,7 @@ from jax.flatten_util import ravel_pytree
 
 import oracles
 from attnlab.curvature.operators import PARTS, functional, ggn, hessian, restrict
+from attnlab.curvature.self_checks import CurvatureWarning
 from attnlab.losses import cross_entropy, square_loss
 from attnlab.objectives import objective
 from attnlab.trees import block_slices
@@ -213,3 +215,23 @@ class TestBadInput:
         risk = objective(lambda params, inputs: params * inputs, square_loss, jnp.ones(()), jnp.zeros(30_000))
         with pytest.raises(ValueError, match=r"dimension 30000 takes 6\.7 GiB"):
             hessian(risk, jnp.ones(30_000)).dense()
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_products_that_save_nothing_are_the_same(part):
+    risk, params, dense = case("softmax/cross_entropy")
+    with pytest.warns(CurvatureWarning, match=r"a linearisation would save .* GiB, and the budget is 0 GiB"):
+        found = PARTS[part](risk, params, budget=0)
+    assert_close(found.dense(), dense[part], scale=np.linalg.norm(dense["hessian"]))
+
+
+def test_what_a_linearisation_saves_is_counted_without_what_it_is_given():
+    """exp(p) x: it saves its slopes, one number a parameter for each order, and neither the data nor the parameters."""
+    params = jnp.zeros(1000)
+    risk = objective(lambda params, x: jnp.exp(params) * x, square_loss, jnp.ones(1000), jnp.zeros(1000))
+    allowed = 6 * params.nbytes
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hessian(risk, params, check=False, budget=allowed)
+    with pytest.warns(CurvatureWarning, match="each product linearises anew"):
+        hessian(risk, params, check=False, budget=params.nbytes // 2)

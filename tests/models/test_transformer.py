@@ -96,7 +96,9 @@ def test_language_model_is_the_loop(name):
     assert_close(logits.dense(), expected, 1e-12)
 
 
-@pytest.mark.parametrize("options", [{"scan": True}, {"remat": True}, {"scan": True, "remat": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"scan": True}, {"remat": "block"}, {"scan": True, "remat": "elementwise"}], ids=str
+)
 def test_scanned_and_recomputed_blocks_are_the_same_function(options):
     config = LANGUAGE_MODELS["llama"]
     module, params, tokens = language_model(jax.random.key(1), config)
@@ -266,6 +268,7 @@ BAD_CONFIGS = [
     (lambda: replace(CONFIG, activation="gleu"), "no activation 'gleu'.*Did you mean"),
     (lambda: replace(CONFIG, norm="preln"), "no place of the norm 'preln'; expected one of: pre, post, None"),
     (lambda: replace(CONFIG, normalization="rms"), "no kind of norm 'rms'; expected one of: layer_norm, rms_norm"),
+    (lambda: replace(CONFIG, remat="all"), "no rematerialisation 'all'; expected one of: elementwise, block, None"),
     (lambda: replace(CONFIG, mlp="swiglu"), "no kind of MLP 'swiglu'; expected one of: plain, gated"),
     (lambda: replace(CONFIG, parallel=True, norm="post"), "parallel is True with norm='post'"),
     (lambda: replace(MODEL, positions="rotary"), "no kind of position embeddings 'rotary'"),

@@ -99,14 +99,15 @@ def check_operator_and_key(operator: Any, key: Any) -> None:
 
 def check_memory(what: str, needed: int, remedy: str) -> None:
     """Raise `MemoryError` if `needed` bytes are more than the device has left."""
-    available = _available_bytes()
+    available = available_bytes()
     if available is not None and needed > available:
         raise MemoryError(
             f"{what} would take about {needed / 2**30:.2f} GiB, and {available / 2**30:.2f} GiB are left. {remedy}"
         )
 
 
-def _available_bytes() -> int | None:
+def available_bytes() -> int | None:
+    """What the first device has left, of a CPU the machine; None where that is not known."""
     statistics = jax.local_devices()[0].memory_stats()
     if statistics and "bytes_limit" in statistics:
         return statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)

@@ -5,10 +5,11 @@ H = J^T (d2 loss / d outputs^2) J  +  sum_n (d loss / d outputs)_n d2 outputs_n 
 
 Each is built by one jitted linearisation at the point, whose linear part is a pytree: data, weights and saved
 activations travel as arguments, so that one compiled product serves every point of the same shapes. Over a
-`BatchedObjective` nothing is saved: each product linearises batch after batch.
+`BatchedObjective`, or where that would take too much memory, nothing is saved: each product linearises anew.
 """
 
 import re
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,12 +18,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Var
 from jax.tree_util import Partial
 from jaxtyping import Array
 
 from attnlab.checks import is_concrete
+from attnlab.curvature.guards import available_bytes
 from attnlab.curvature.operator import Operator, apply
-from attnlab.curvature.self_checks import check_operator, check_risk, once
+from attnlab.curvature.self_checks import CurvatureWarning, check_operator, check_risk, once
 from attnlab.derivatives import Jacobian, Route, choose_route, hessian_product, jacobian
 from attnlab.logits import Logits
 from attnlab.losses import Loss
@@ -73,7 +76,9 @@ class Linearization:
         return self(risk, params).gradient
 
 
-def hessian(risk: Risk, params: Params, *, block: Block | None = None, check: bool = True) -> Operator:
+def hessian(
+    risk: Risk, params: Params, *, block: Block | None = None, check: bool = True, budget: int | None = None
+) -> Operator:
     """The Hessian of `risk` at `params`.
 
     With `block` (a name such as `query` or `layer_0/attention`, or a compiled regular expression) it is the diagonal
@@ -94,6 +99,9 @@ def hessian(risk: Risk, params: Params, *, block: Block | None = None, check: bo
     Of a `BatchedObjective` the first batch is tested, but every batch is read a second time and compared, and its
     examples are: coupled ones raise `ValueError`, and so does a batch that reads differently. Whatever `check` is, a
     loss that is not finite and labels that are no class raise `ValueError`, where values can be looked at.
+    With `budget` (bytes; by default half of what the device has left) the arrays that the linearisation saves between
+    products are bounded: where they would be more, every product linearises anew, in about 4/3 of the time, and a
+    `CurvatureWarning` says so.
     `check_curvature(risk, params, key)` tests more, at the point it is given; every Lanczos run tests the symmetry on
     its way.
 
@@ -106,10 +114,12 @@ def hessian(risk: Risk, params: Params, *, block: Block | None = None, check: bo
         >>> operator.mv(jnp.array([1.0, 1.0])).tolist(), operator.dense().tolist()
         ([1.0, 4.0], [[1.0, 0.0], [0.0, 4.0]])
     """
-    return _build(_hessian, risk, params, block, check)
+    return _build(_hessian, risk, params, block, check, budget)
 
 
-def ggn(risk: Risk, params: Params, *, block: Block | None = None, check: bool = True) -> Operator:
+def ggn(
+    risk: Risk, params: Params, *, block: Block | None = None, check: bool = True, budget: int | None = None
+) -> Operator:
     """The generalized Gauss-Newton matrix J^T (d2 loss / d outputs^2) J: the outer-product part H_o of the Hessian.
 
     Schraudolph (2002); H_o of Ormaniec, Dangel, Singh (arXiv 2410.10986). Arguments and errors as for `hessian`.
@@ -121,10 +131,12 @@ def ggn(risk: Risk, params: Params, *, block: Block | None = None, check: bool =
         >>> al.ggn(risk, jnp.zeros(1)).dense().tolist(), al.hessian(risk, jnp.zeros(1)).dense().tolist()
         ([[2.0]], [[4.0]])
     """
-    return _build(_ggn, risk, params, block, check)
+    return _build(_ggn, risk, params, block, check, budget)
 
 
-def functional(risk: Risk, params: Params, *, block: Block | None = None, check: bool = True) -> Operator:
+def functional(
+    risk: Risk, params: Params, *, block: Block | None = None, check: bool = True, budget: int | None = None
+) -> Operator:
     """The functional part H_f = H - GGN: the Hessian of <g, outputs> with g = d loss / d outputs held fixed.
 
     Its own product, not a difference: where H_f vanishes it is zero to rounding of H_f itself. Arguments and errors as
@@ -137,10 +149,12 @@ def functional(risk: Risk, params: Params, *, block: Block | None = None, check:
         >>> al.functional(risk, jnp.zeros(1)).dense().tolist()  # the Hessian, 4, less the Gauss-Newton matrix, 2
         [[2.0]]
     """
-    return _build(_functional, risk, params, block, check)
+    return _build(_functional, risk, params, block, check, budget)
 
 
-def fisher(risk: Risk, params: Params, *, block: Block | None = None, check: bool = True) -> Operator:
+def fisher(
+    risk: Risk, params: Params, *, block: Block | None = None, check: bool = True, budget: int | None = None
+) -> Operator:
     """The Fisher information: the mean over positions of E[s s^T], s = d log p(y | outputs) / d params, y ~ the model.
 
     The model is the one whose negative log-likelihood the loss of a position is: categorical for `cross_entropy`; for
@@ -163,10 +177,12 @@ def fisher(risk: Risk, params: Params, *, block: Block | None = None, check: boo
             f"the loss is {risk.loss.func}; the Fisher information needs a negative log-likelihood, one of: {known}. "
             "Take ggn, or empirical_fisher, for another loss."
         )
-    return _build(_ggn, risk, params, block, check)
+    return _build(_ggn, risk, params, block, check, budget)
 
 
-def empirical_fisher(risk: Risk, params: Params, *, block: Block | None = None, check: bool = True) -> Operator:
+def empirical_fisher(
+    risk: Risk, params: Params, *, block: Block | None = None, check: bool = True, budget: int | None = None
+) -> Operator:
     """The uncentred second moment of the examples' gradients, (1/N) sum_n g_n g_n^T.
 
     With weights or ignored labels the mean is weighted: an example has the share of its positions that count, as in the
@@ -183,7 +199,7 @@ def empirical_fisher(risk: Risk, params: Params, *, block: Block | None = None, 
         >>> al.empirical_fisher(risk, jnp.zeros((1, 2))).dense().tolist()  # (p - y)(p - y)^T
         [[0.25, -0.25], [-0.25, 0.25]]
     """
-    return _build(_empirical_fisher, risk, params, block, check)
+    return _build(_empirical_fisher, risk, params, block, check, budget)
 
 
 PARTS = {"hessian": hessian, "ggn": ggn, "functional": functional}
@@ -207,7 +223,7 @@ def restrict(operator: Operator, rows: Block) -> Operator:
     return replace(operator, linear=linear, point=selection.take(operator.point))
 
 
-def _build(kind: Kind, risk: Risk, params: Params, block: Block | None, check: bool) -> Operator:
+def _build(kind: Kind, risk: Risk, params: Params, block: Block | None, check: bool, budget: int | None) -> Operator:
     params = jax.tree.map(jnp.asarray, params)
     check_objective(risk, params)
     check = check and is_concrete((risk, params, jnp.zeros(())))  # under jit the last is a tracer, whatever the others
@@ -218,14 +234,44 @@ def _build(kind: Kind, risk: Risk, params: Params, block: Block | None, check: b
         risk = replace(risk, predict=predict_from_block(risk.predict, params, selection))
         params = selection.take(params)
     linearize = Linearization(kind, _route(kind, risk, params))
+    saved = isinstance(risk, BatchedObjective) or _fits(linearize, risk, params, budget)
     if check:
+        # Of batches the first is tested, on its own.
+        linear = linearize.linear if saved else partial(_afresh, linearize)
         gradient = linearize.gradient if kind is _hessian else None
-        once(partial(check_operator, linearize.linear, apply, gradient), risk, params, linearize)
-    if isinstance(risk, BatchedObjective):
-        return Operator(Partial(_BatchedProduct(linearize), risk, params), params, linearize.route)
+        once(partial(check_operator, linear, apply, gradient), risk, params, linearize, saved)
+    if isinstance(risk, BatchedObjective) or not saved:
+        return Operator(_afresh(linearize, risk, params), params, linearize.route)
     found = linearize(risk, params)
     check_loss(found.loss)
     return Operator(found.linear, params, linearize.route)
+
+
+def _fits(linearize: "Linearization", risk: Objective, params: Params, budget: int | None) -> bool:
+    """Whether the arrays that a linearisation saves fit the budget; warns where they do not. Nothing is run."""
+    if not is_concrete((risk, params, jnp.zeros(()))):
+        return True  # within one program, which keeps nothing between products
+    available = available_bytes() if budget is None else 2 * budget
+    saved = _saved_bytes(linearize, risk, params)
+    if available is None or saved <= available // 2:
+        return True
+    warnings.warn(
+        f"a linearisation would save {saved / 2**30:.3g} GiB, and the budget is {available / 2**31:.3g} GiB: each "
+        "product linearises anew, in about 4/3 of the time. A model that computes its blocks again saves less "
+        "(remat='elementwise' in a TransformerConfig); a larger budget allows more.",
+        CurvatureWarning,
+        stacklevel=4,
+    )
+    return False
+
+
+def _saved_bytes(linearize: "Linearization", risk: Objective, params: Params) -> int:
+    """Of the arrays that a linearisation makes; those that it is given take no more memory."""
+    program = _linearize.trace(linearize.kind, linearize.route, risk, params).jaxpr.jaxpr
+    given = set(program.invars)
+    made = {variable for variable in program.outvars if isinstance(variable, Var) and variable not in given}
+    arrays = [jax.ShapeDtypeStruct(variable.aval.shape, variable.aval.dtype) for variable in made]  # type: ignore[attr-defined]
+    return sum(array.size * array.dtype.itemsize for array in arrays)
 
 
 def _route(kind: Kind, risk: Risk, params: Params) -> Route:
@@ -245,12 +291,26 @@ def _route_of(kind: Kind, structure: jax.tree_util.PyTreeDef, leaves: tuple[jax.
     return choose_route(product, *arguments)
 
 
+def _afresh(linearize: Linearization, risk: Risk, params: Params) -> Partial:
+    """The product that saves nothing: it linearises, batch after batch, whenever it is called."""
+    product = _BatchedProduct if isinstance(risk, BatchedObjective) else _ProductAfresh
+    return Partial(product(linearize), risk, params)
+
+
 @dataclass(frozen=True)
 class _BatchedProduct:
     linearize: Linearization
 
     def __call__(self, risk: BatchedObjective, params: Params, vector: Params) -> Params:
         return risk.total(lambda part: self.linearize.linear(part, params)(vector))
+
+
+@dataclass(frozen=True)
+class _ProductAfresh:
+    linearize: Linearization
+
+    def __call__(self, risk: Objective, params: Params, vector: Params) -> Params:
+        return self.linearize.linear(risk, params)(vector)
 
 
 @jax.jit(static_argnums=(0, 1))

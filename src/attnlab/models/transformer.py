@@ -19,6 +19,7 @@ from attnlab.types import Params
 
 NORMS = ("pre", "post")
 POSITIONS = ("learned", "none")
+REMATS = {"elementwise": jax.checkpoint_policies.dots_saveable, "block": None}
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,9 @@ class TransformerConfig:
         epsilon: added to the variance, or the mean square, in every norm.
         scan: one program for all blocks instead of one for each, so that the time to compile does not grow with their
             number; the parameters of the blocks are then stacked (`stack_layers`).
-        remat: of a block, keep its input alone for the derivatives and compute the rest again (`jax.checkpoint`): less
-            memory, for one more forward pass a derivative.
+        remat: what derivatives compute again rather than keep (`jax.checkpoint` of every block), a key of `REMATS`:
+            `elementwise` keeps the matrix products alone, `block` the input of each block, for the least memory and one
+            more forward pass a derivative; None keeps everything.
         init: name of the initialisation scheme of the MLP's matrices (the attention layer has its own).
         gain: scale of that scheme.
     """
@@ -59,7 +61,7 @@ class TransformerConfig:
     bias: bool = False
     epsilon: float = 1e-6
     scan: bool = False
-    remat: bool = False
+    remat: str | None = None
     init: str = "lecun_normal"
     gain: float = 1.0
 
@@ -73,6 +75,8 @@ class TransformerConfig:
             raise unknown_name("kind of norm", self.normalization, NORMALIZATIONS)
         if self.mlp not in MLPS:
             raise unknown_name("kind of MLP", self.mlp, MLPS)
+        if self.remat is not None and self.remat not in REMATS:
+            raise unknown_name("rematerialisation", self.remat, (*REMATS, "None"))
         if not self.epsilon > 0:
             raise ValueError(f"epsilon is {self.epsilon}; expected a positive number, such as 1e-6.")
         if self.parallel and (self.norm != "pre" or not self.residual or self.mlp_width is None):
@@ -174,7 +178,9 @@ class Transformer(nn.Module):
         check_inputs(inputs, ("tokens", "token dimension"))
         config, tokens = self.config, inputs
         # Within a scan nothing is shared between the two passes that could be found again.
-        block = nn.remat(TransformerBlock, prevent_cse=not config.scan) if config.remat else TransformerBlock
+        block = TransformerBlock
+        if config.remat is not None:
+            block = nn.remat(TransformerBlock, prevent_cse=not config.scan, policy=REMATS[config.remat])
         if config.scan:
             tokens = _scanned(block(config, name="layers"), tokens, mask)
         else:
