@@ -7,6 +7,7 @@ from attnlab.attention import attention_hessian
 from attnlab.losses import LOSSES
 from attnlab.models.adapters import from_linen
 from attnlab.models.attention import AttentionConfig, SelfAttention
+from attnlab.models.positions import Rotary
 from attnlab.objectives import objective
 
 LENGTH, WIDTH = 5, 4
@@ -41,6 +42,30 @@ CASES = {
     "sigmoid": (layer_config(weights="sigmoid", heads=2, output_dim=3), "cross_entropy", (2,), None),
     "sigmoid_mask": (layer_config(weights="sigmoid"), "square", (2,), "per_sequence"),
     "linear_heads_projection": (layer_config(weights="linear", heads=2, output_dim=3), "square", (2,), None),
+    "shared_heads": (layer_config(heads=4, key_value_heads=2, output_dim=3), "square", (2,), None),
+    "one_key_for_all": (layer_config(heads=2, key_value_heads=1), "cross_entropy", (2,), "shared"),
+    "turned": (layer_config(key_dim=4, rotary=Rotary(base=20.0)), "square", (2,), None),
+    "turned_shared": (
+        layer_config(
+            key_dim=4, heads=4, key_value_heads=2, output_dim=3, causal=True, rotary=Rotary(pairs="neighbours")
+        ),
+        "cross_entropy",
+        (2,),
+        None,
+    ),
+    "turned_sink": (
+        layer_config(key_dim=4, weights="softmax_sink", rotary=Rotary(base=20.0, share=0.5)),
+        "square",
+        (2,),
+        "per_sequence",
+    ),
+    "turned_linear": (
+        layer_config(key_dim=2, weights="linear", causal=True, heads=2, rotary=Rotary(base=20.0)),
+        "square",
+        (2,),
+        None,
+    ),
+    "turned_sigmoid": (layer_config(key_dim=2, weights="sigmoid", rotary=Rotary()), "cross_entropy", (2,), None),
 }
 
 

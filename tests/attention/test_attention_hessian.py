@@ -45,6 +45,11 @@ NIGHTLY = (
     "no_scale_projection",
     "one_head",
     "two_batch_axes",
+    "shared_heads",
+    "one_key_for_all",
+    "turned",
+    "turned_linear",
+    "turned_sigmoid",
 )
 
 

@@ -17,6 +17,7 @@ from attnlab.data.addition import addition, answer_positions
 from attnlab.losses import cross_entropy, square_loss
 from attnlab.models.adapters import at_positions, from_linen
 from attnlab.models.attention import AttentionConfig, SelfAttention
+from attnlab.models.positions import Rotary
 from attnlab.models.transformer import LanguageModel, LanguageModelConfig, TransformerConfig
 from attnlab.objectives import objective, predict_from_block
 from attnlab.trees import block_slices, select
@@ -25,6 +26,10 @@ from compare import assert_close
 WIDTH, DIGITS = 8, 1
 ATTENTION = AttentionConfig(4, 4, heads=2, causal=True, output_dim=WIDTH, init="normal", gain=0.5)
 BLOCKS = TransformerConfig(ATTENTION, mlp_width=10, norm=None, bias=True, init="normal", gain=0.5)
+LLAMA_HEAD = replace(ATTENTION, rotary=Rotary(base=20.0), key_value_heads=1)
+LLAMA = TransformerConfig(
+    LLAMA_HEAD, 2, 10, "gated", "silu", normalization="rms_norm", final_norm=True, init="normal", gain=0.5
+)
 LINEAR = replace(ATTENTION, weights="linear", output_dim=None)
 
 # name: (the blocks, whether the rest of the network behind the last attention layer is piecewise linear)
@@ -35,6 +40,7 @@ NETWORKS = {
     "post_norm": (replace(BLOCKS, norm="post"), False),
     "relu": (replace(BLOCKS, activation="relu", attention=replace(ATTENTION, key_dim=8, value_dim=8, heads=1)), True),
     "merged": (replace(BLOCKS, layers=2, norm="pre", attention=replace(ATTENTION, merged=True)), False),
+    "llama": (LLAMA, False),
     "linear": (TransformerConfig(LINEAR, 2, norm=None, residual=False), True),
 }
 
@@ -98,6 +104,18 @@ def test_coupled_and_tokenwise_agree_where_both_hold(key):
         assert_close(coupled.dense(part), tokenwise.dense(part), 1e-12)
     assert_close(coupled.norms(), tokenwise.norms(), 1e-10)
     assert_close(coupled.traces(), tokenwise.traces(), 1e-10)
+
+
+@pytest.mark.parametrize("layer", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_logits_in_two_factors(layer):
+    """The same blocks as those of the logits multiplied out: in the last layer, and where tokens meet again."""
+    module, params, risk, _, _ = problem("llama", jax.random.key(1))
+    factored = from_linen(LanguageModel(replace(module.config, factored=True)))
+    tokens, path = risk.inputs, f"transformer/layer_{layer}/attention"
+    risks = (objective(model, cross_entropy, tokens, tokens[:, ::-1]) for model in (factored, from_linen(module)))
+    found, expected = (attention_hessian(risk, params, path) for risk in risks)
+    for part in PARTS:
+        assert_close(found.dense(part), expected.dense(part), 1e-10)
 
 
 def test_a_square_root_of_a_cancelling_sum_is_not_nan(key):

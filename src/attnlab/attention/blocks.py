@@ -19,6 +19,7 @@ from attnlab.attention.terms import (
     leaves,
     outer_term,
     same_vectors,
+    shared,
     sum_of_parts,
     token_jacobians,
     token_quantities,
@@ -130,6 +131,10 @@ def blocks_of(
         for (row, column), block in functional.items():
             bent = bent_term(jacobians[row], jacobians[column], bend)
             functional[row, column] = replace(block, terms=(bent, *block.terms))
+    ggn, functional = (
+        {pair: shared(block, (point.config.heads, point.config.heads)) for pair, block in part.items()}
+        for part in (ggn, functional)
+    )
     return AttentionHessian(point, moments, gradient, curvature, ggn, functional, bend)
 
 

@@ -18,9 +18,9 @@ from attnlab.attention.cut import Cut, cut_at_attention
 from attnlab.attention.downstream import columns
 from attnlab.attention.kronecker import KroneckerSum
 from attnlab.attention.moments import moments_of
-from attnlab.attention.terms import TokenJacobian, leaves, outer_term, token_jacobians, token_quantities
-from attnlab.derivatives import Route, choose_route, hessian_product, jacobian
-from attnlab.objectives import Objective
+from attnlab.attention.terms import TokenJacobian, leaves, outer_term, shared, token_jacobians, token_quantities
+from attnlab.derivatives import Route, choose_route, jacobian
+from attnlab.objectives import Objective, curvature_in_outputs
 from attnlab.types import Params
 
 
@@ -40,10 +40,10 @@ def cross_layer_ggn(risk: Objective, params: Params, row: str, column: str) -> d
     coupling = _coupling(first, second, risk)
     ours, theirs = _jacobians(first), _jacobians(second)
     shapes, others = leaves(first.layer), leaves(second.layer)
-    dtype = str(first.layer.inputs.dtype)
+    dtype, heads = str(first.layer.inputs.dtype), (first.layer.config.heads, second.layer.config.heads)
     return {
-        (mine, other): KroneckerSum(
-            (outer_term(ours[mine], theirs[other], coupling),), shapes[mine], others[other], dtype
+        (mine, other): shared(
+            KroneckerSum((outer_term(ours[mine], theirs[other], coupling),), shapes[mine], others[other], dtype), heads
         )
         for mine in ours
         for other in theirs
@@ -62,7 +62,7 @@ def _coupling(first: Cut, second: Cut, risk: Objective) -> Float[Array, "B L O L
 
     def build(route: Route) -> Callable[[Array], Array]:
         logits, behind = jacobian(second.rest, second.outputs, route)
-        _, _, curve = hessian_product(risk.score, logits, route)
+        _, curve = curvature_in_outputs(risk, logits, route)
         _, outer = jacobian(first.rest, first.outputs, route)
         return lambda probe: outer.pull(curve(behind.push(probe)), first.outputs)
 

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from attnlab.attention.blocks import AttentionHessian
 from attnlab.attention.kronecker import KroneckerSum, Pairing
+from attnlab.attention.turned import token_pairs
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,10 @@ def describe(hessian: AttentionHessian) -> tuple[TermDescription, ...]:
     """Every term of the `ggn` and the `functional` blocks of `hessian`, each pair of parameters once.
 
     Formulas are per head; ⊗ pairs the parameters' axes as `pairing` says. Here γ_i = W_O g_i is the gradient at the
-    head's values, κ̂_i the third moment along W_V γ_i, and τ the scale of the scores. For a layer inside a network
+    head's values, κ̂_i the third moment along W_V γ_i, and τ the scale of the scores. In a layer that turns its queries
+    and keys, T_ij = τ q_i . κ_ij = ρ_ij . W_K^T x_j: what a query's block holds of the keys are moments of the κ_ij
+    (Σκ_i with the tokens, κ̂κ_i the third), and its Kronecker form stays; a key's block is a double sum over tokens, of
+    products x_j ρ_ijᵀ that go with both. For a layer inside a network
     Λ_i is Λ_o and Λf_i is Λ_f, and what has an index i holds the tokens that the loss reads.
 
     Example:
@@ -116,13 +120,11 @@ def _factors(hessian: AttentionHessian) -> list[Factor]:
     point, moments = hessian.point, hessian.moments
     read = slice(None) if hessian.positions is None else np.asarray(hessian.positions)
     gamma = jnp.einsum("hvo,bio->bhiv", point.output, hessian.gradient)
-    third = moments.third_along(jnp.einsum("hav,bhiv->bhia", point.value, gamma))
+    direction = jnp.einsum("hav,bhiv->bhia", point.value, gamma)
     factors = [
         Factor("x_i", "data", point.inputs[:, read]),
         Factor("q_i", "data and weight", jnp.einsum("bia,hak->bhik", point.inputs, point.query)[:, :, read]),
         Factor("m_i", "first moment", moments.first[:, :, read]),
-        Factor("Σ_i", "second moment", moments.second[:, :, read]),
-        Factor("κ̂_i", "third moment", third[:, :, read]),
         Factor("W_K", "weight", point.key),
         Factor("W_V", "weight", point.value),
         Factor("W_O", "weight", point.output),
@@ -130,7 +132,34 @@ def _factors(hessian: AttentionHessian) -> list[Factor]:
         Factor("g_i", "loss gradient", hessian.gradient[:, read]),
         Factor("Λ_i", "loss curvature", hessian.curvature),
     ]
+    if point.config.rotary is None:
+        third = moments.third_along(direction)
+        factors.append(Factor("Σ_i", "second moment", moments.second[:, :, read]))
+        factors.append(Factor("κ̂_i", "third moment", third[:, :, read]))
+    else:
+        factors += _turned_factors(hessian, direction, read)
     return factors if hessian.bend is None else [*factors, Factor("Λf_i", "downstream curvature", hessian.bend)]
+
+
+def _turned_factors(
+    hessian: AttentionHessian, direction: Float[Array, "B H L D"], read: slice | np.ndarray
+) -> list[Factor]:
+    """Of a layer that turns its keys: a rotation of the keys is a weight and data at once."""
+    pairs = token_pairs(hessian.point, hessian.moments, direction)
+    batch, length, _ = hessian.point.inputs.shape
+    named = [
+        ("κ_i", "data and weight", pairs.keys),
+        ("ρ_i", "data and weight", pairs.queries),
+        ("R_i", "position", pairs.turns),
+        ("R_iᵀ", "position", pairs.turns),
+        ("s_i", "second moment", pairs.slopes),
+        ("t_i", "second moment", pairs.twists),
+        ("Σκ_i", "second moment", jnp.einsum("nhj,nhjc,nhja->nhca", pairs.slopes, pairs.keys, pairs.centred)),
+    ]
+    if pairs.bends is not None:
+        third = jnp.einsum("nhj,nhjc,nhjd->nhcd", pairs.bends, pairs.keys, pairs.keys)
+        named += [("b_i", "third moment", pairs.bends), ("κ̂κ_i", "third moment", third)]
+    return [Factor(symbol, role, x.reshape(batch, length, *x.shape[1:])[:, read]) for symbol, role, x in named]
 
 
 def _symbols(formula: str) -> set[str]:

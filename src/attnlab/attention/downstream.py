@@ -110,7 +110,10 @@ def downstream_derivatives(
 
     def build(route: Route) -> tuple[Array, Callable[[Array], Array]]:
         _, gradient, product = hessian_product(scalar, outputs, route)
-        return gradient, product if part == "hessian" else gauss_newton_product(rest, loss, outputs, route)
+        if part == "hessian":
+            return gradient, product
+        curvature = lambda logits: hessian_product(loss, logits, route)[2]  # noqa: E731
+        return gradient, gauss_newton_product(rest, curvature, outputs, route)
 
     gradient, product = build(choose_route(lambda route, outputs: build(route)[1](outputs), outputs))
     return gradient, columns(product, outputs, "what stands behind the attention layer", coupled=coupled)
@@ -134,11 +137,12 @@ def columns(product: Callable[[Array], Array], outputs: Float[Array, "B L O"], n
 
 
 def gauss_newton_product(
-    rest: Callable[[Array], PyTree], loss: Callable[[PyTree], Array], outputs: Array, route: Route
+    rest: Callable[[Array], PyTree], curvature: Callable[[PyTree], Callable], outputs: Array, route: Route
 ) -> Callable[[Array], Array]:
-    """The map from a vector like `outputs` to J^T (d²loss/dlogits²) J times it, J the Jacobian of `rest`."""
+    """The map from a vector like `outputs` to J^T C J times it, J the Jacobian of `rest` and C the map that `curvature`
+    gives at the logits."""
     logits, outer = jacobian(rest, outputs, route)
-    _, _, curve = hessian_product(loss, logits, route)
+    curve = curvature(logits)
     return lambda vector: outer.pull(curve(outer.push(vector)), vector)
 
 

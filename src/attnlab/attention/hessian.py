@@ -25,7 +25,8 @@ def attention_hessian(
     """The Hessian of an objective in the weights of one of its attention layers, in closed form.
 
     Args:
-        risk: the objective, whose model is, or calls, a `SelfAttention` of `attnlab.models` without biases:
+        risk: the objective, whose model is, or calls, a `SelfAttention` of `attnlab.models` without biases, with its
+            parameters not stacked (`unstack_layers`):
             `objective(from_linen(module), loss, tokens, targets)`. A model that is that layer alone, under a loss of
             `attnlab.losses`, may have any leading axes of sequences and is never run; any other has tokens of shape
             (B, L, D) at the layer.
@@ -94,7 +95,8 @@ def layer_curvature(
 def _meet(cut: Cut) -> bool:
     batch, length, _ = cut.outputs.shape
     rows = length if cut.positions is None else len(cut.positions)
-    return bool(cut.behind) or jnp.ndim(cut.predicted) != 3 or jnp.shape(cut.predicted)[:2] != (batch, rows)
+    shape = getattr(cut.predicted, "shape", ())
+    return bool(cut.behind) or len(shape) != 3 or shape[:2] != (batch, rows)
 
 
 def _check_objective(risk: Objective) -> None:

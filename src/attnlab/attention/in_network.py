@@ -35,13 +35,15 @@ from attnlab.attention.terms import (
     functional_terms,
     leaves,
     outer_term,
+    shared,
     sum_of_parts,
     token_jacobians,
     token_quantities,
 )
 from attnlab.checks import is_concrete
-from attnlab.derivatives import choose_route, hessian_product
-from attnlab.objectives import Objective
+from attnlab.derivatives import Route, choose_route, hessian_product
+from attnlab.logits import Logits
+from attnlab.objectives import Objective, curvature_in_outputs, outputs_along_slopes
 from attnlab.types import PyTree
 
 
@@ -97,12 +99,17 @@ class TokenwiseNetwork:
         """H_o = J^T Λ_o J = (Z J)^T (Z J) of every pair, Z the root of Λ_o."""
         jacobians, shapes = self._jacobians_times(self.roots), leaves(self.point)
         dtype, one = str(self.point.inputs.dtype), _one(self.point)
-        return {
+        blocks = {
             (row, column): KroneckerSum(
                 (outer_term(jacobians[row], jacobians[column], one),), shapes[row], shapes[column], dtype
             )
             for row, column in self.pairs
         }
+        return self._shared(blocks)
+
+    def _shared(self, blocks: dict[Pair, KroneckerSum]) -> dict[Pair, KroneckerSum]:
+        heads = self.point.config.heads
+        return {pair: shared(block, (heads, heads)) for pair, block in blocks.items()}
 
     def _jacobians_times(self, rows: Float[Array, "N R O"]) -> dict[str, TokenJacobian]:
         """The Jacobians of the features `rows` f_i in place of those of f_i."""
@@ -125,12 +132,12 @@ class TokenwiseNetwork:
         dtype = str(self.point.inputs.dtype)
         blocks = {pair: oriented(table, pair, shapes, dtype) for pair in self.pairs}
         if self.bend is None:
-            return blocks
+            return self._shared(blocks)
         jacobians, bent_jacobians = token_jacobians(self.point, self.tokens), self._jacobians_times(self.bend)
         for (row, column), block in blocks.items():
             bent = replace(block, terms=(bent_term(jacobians[row], bent_jacobians[column], _one(self.point)),))
             blocks[row, column] = sum_of_parts(bent, block)
-        return blocks
+        return self._shared(blocks)
 
 
 def _one(point: AttentionLayer) -> Float[Array, ""]:
@@ -154,13 +161,15 @@ def tokenwise(cut: Cut, risk: Objective, piecewise_linear: bool) -> TokenwiseNet
     if len(set(chosen.tolist())) < len(chosen):
         raise ValueError(f"positions are {chosen.tolist()}; expected each token once. Take out what is double.")
     predicted, pull = jax.vjp(cut.rest, cut.outputs)
-    cotangent = jax.grad(risk.score)(predicted)
-    (gradient,) = pull(cotangent)
+    (gradient,) = pull(jax.grad(risk.score)(predicted))
     moments = moments_of(cut.layer)
     everything = token_quantities(cut.layer, moments, gradient)
     tokens = jax.tree.map(lambda x: _at(x.reshape(-1, length, *x.shape[1:]), chosen), everything)
-    roots = _roots(_Reader(cut, chosen, pull), risk.score, predicted)
-    bend = _bend(cut, cotangent, chosen, piecewise_linear)
+    if isinstance(predicted, Logits):
+        roots = _roots_of_logits(cut, risk, chosen)
+    else:
+        roots = _roots(_Reader(cut, chosen, pull), risk.score, predicted)
+    bend = _bend(cut, outputs_along_slopes(risk, predicted), chosen, piecewise_linear)
     return TokenwiseNetwork(cut.layer, moments, gradient, tokens, roots, bend, tuple(chosen.tolist()))
 
 
@@ -188,9 +197,9 @@ def coupled_hessian(cut: Cut, risk: Objective) -> AttentionHessian:
 
     Raises `ValueError` where sequences meet; not under `jit`.
     """
-    cotangent = jax.grad(risk.score)(cut.predicted)
-    along = lambda outputs: _inner_product(cotangent, cut.rest(outputs))  # noqa: E731
-    outer = lambda route, outputs: gauss_newton_product(cut.rest, risk.score, outputs, route)  # noqa: E731
+    slopes = outputs_along_slopes(risk, cut.predicted)
+    along = lambda outputs: slopes(cut.rest(outputs))  # noqa: E731
+    outer = lambda route, outputs: _gauss_newton_product(cut, risk, outputs, route)  # noqa: E731
     name, outputs = "what stands behind the attention layer", cut.outputs
     route = choose_route(lambda route, outputs: outer(route, outputs)(outputs), outputs)
     curvature = columns(outer(route, outputs), outputs, name, coupled=True)
@@ -199,8 +208,8 @@ def coupled_hessian(cut: Cut, risk: Objective) -> AttentionHessian:
     return blocks_of(cut.layer, moments_of(cut.layer), gradient, curvature, bend)
 
 
-def _inner_product(left: PyTree, right: PyTree) -> Array:
-    return jax.tree.reduce(jnp.add, jax.tree.map(jnp.vdot, left, right))
+def _gauss_newton_product(cut: Cut, risk: Objective, outputs: Array, route: Route) -> Callable[[Array], Array]:
+    return gauss_newton_product(cut.rest, lambda logits: curvature_in_outputs(risk, logits, route)[1], outputs, route)
 
 
 def _at(by_sequence: Float[Array, "B L *rest"], chosen: np.ndarray) -> Float[Array, "N *rest"]:
@@ -231,6 +240,16 @@ def _roots(
     return jnp.einsum("nca,nco->nao", root, jacobian)
 
 
+def _roots_of_logits(cut: Cut, risk: Objective, chosen: np.ndarray) -> Float[Array, "N O O"]:
+    """Rows of the root of Λ_o itself, O products: the logits are too many to go through one by one."""
+    name, outputs = "what stands behind the attention layer", cut.outputs
+    build = lambda route, outputs: _gauss_newton_product(cut, risk, outputs, route)  # noqa: E731
+    route = choose_route(lambda route, outputs: build(route, outputs)(outputs), outputs)
+    curvature = columns(build(route, outputs), outputs, name, coupled=False)
+    values, vectors = jnp.linalg.eigh(_at(curvature, chosen))
+    return jnp.swapaxes(vectors * jnp.sqrt(jnp.maximum(values, 0))[:, None, :], -1, -2)
+
+
 def _by_token(by_probe: Float[Array, "C B P O"], place: int) -> Float[Array, "N *rest"]:
     """The axis of probes at `place`, the tokens of all sequences in one axis."""
     moved = jnp.moveaxis(by_probe, 0, place)
@@ -238,12 +257,12 @@ def _by_token(by_probe: Float[Array, "C B P O"], place: int) -> Float[Array, "N 
 
 
 def _bend(
-    cut: Cut, cotangent: Float[Array, "B L C"], chosen: np.ndarray, piecewise_linear: bool
+    cut: Cut, slopes: Callable[[PyTree], Array], chosen: np.ndarray, piecewise_linear: bool
 ) -> Float[Array, "N O O"] | None:
     """Λ_f: the Hessian of <dloss/doutputs, rest(.)> with the first factor held fixed; None for zero."""
     if piecewise_linear and not is_concrete(cut.outputs):
         return None
-    along = lambda out: jnp.vdot(cotangent, cut.rest(out))  # noqa: E731
+    along = lambda out: slopes(cut.rest(out))  # noqa: E731
     route = choose_route(lambda route, point: hessian_product(along, point, route)[2](point), cut.outputs)
     _, _, product = hessian_product(along, cut.outputs, route)
     if piecewise_linear:

@@ -31,7 +31,8 @@ Pairing = Literal["straight", "crossed"]
 
 _TRANSPOSED = str.maketrans("hrcgsd", "gsdhrc")
 _DIAGONAL = str.maketrans("gsd", "hrc")
-_SECOND_COPY = str.maketrans("bnmop", "BNMOP")
+_SUMMED = "abefijklmnopqtuvwxyz"
+_SECOND_COPY = str.maketrans(_SUMMED, _SUMMED.upper())
 _WORKING_ELEMENTS = 2**22
 """Intermediates of an inner product beyond this size (or the largest factor's) are made in pieces over the tokens."""
 

@@ -39,16 +39,20 @@ class AttentionLayer:
 
     @property
     def key(self) -> Float[Array, "H D K"]:
-        """W_K of every head; the identity in a merged layer."""
+        """W_K that every query head looks at; the identity in a merged layer."""
         if not self.config.merged:
-            return equations.split_heads(self.params["key"], self.config.heads)
+            return self._by_query_head("key")
         width, dtype = self.inputs.shape[-1], self.inputs.dtype
         return jnp.broadcast_to(jnp.eye(width, dtype=dtype), (self.config.heads, width, width))
 
     @property
     def value(self) -> Float[Array, "H D V"]:
-        """W_V of every head."""
-        return equations.split_heads(self.params["value"], self.config.heads)
+        """W_V that every query head looks at."""
+        return self._by_query_head("value")
+
+    def _by_query_head(self, name: str) -> Float[Array, "H D W"]:
+        by_group = equations.split_heads(self.params[name], self.config.groups)
+        return equations.share_heads(by_group, self.config.heads)
 
     @property
     def output(self) -> Float[Array, "H V O"]:
@@ -66,10 +70,10 @@ class AttentionLayer:
 
 def expected_shapes(config: AttentionConfig, width: int) -> dict[str, tuple[int, int]]:
     """Shape of every weight of the layer for tokens of dimension `width`."""
-    score = {"query": (width, config.heads * config.key_dim), "key": (width, config.heads * config.key_dim)}
+    score = {"query": (width, config.heads * config.key_dim), "key": (width, config.groups * config.key_dim)}
     if config.merged:
         score = {"query_key": (width, config.heads * width)}
-    shapes = {**score, "value": (width, config.heads * config.value_dim)}
+    shapes = {**score, "value": (width, config.groups * config.value_dim)}
     if config.output_dim is not None:
         shapes["output"] = (config.heads * config.value_dim, config.output_dim)
     return shapes
@@ -105,12 +109,6 @@ def checked_layer(
 
 
 def _check_covered(config: AttentionConfig) -> None:
-    for name in ("rotary", "key_value_heads"):
-        if getattr(config, name) is not None:
-            raise ValueError(
-                f"{name} is {getattr(config, name)}; the closed form covers layers without. Use {name}=None, or the "
-                "matrix-free operators of attnlab.curvature."
-            )
     if config.bias:
         raise ValueError(
             "bias is True; the closed form covers layers without biases. "

@@ -35,7 +35,9 @@ class AttentionMoments:
         tokens: the inputs x_j.
         weights: the attention matrix A (the bare scores for linear attention).
         first: m_i = sum_j A_ij x_j.
-        second: Sigma_i = dm_i/dz_i; the covariance under A_i (linear attention: the sum of x_j x_j^T).
+        second: Sigma_i, the covariance under A_i (linear attention: the sum of x_j x_j^T), which is dm_i/dz_i but in a
+            layer that turns its keys, whose scores are not of the form z_i . x_j: see `attnlab.attention.turned`.
+        slopes: its weights; None is 1 at every token that a query sees.
         bends: weights of the third moment; None where it is zero.
         rest: weight of the sink, a token at the origin; None where there is none.
         kind: the row of `attnlab.models.weightings`.
@@ -45,6 +47,7 @@ class AttentionMoments:
     weights: Float[Array, "B H L L"]
     first: Float[Array, "B H L D"]
     second: Float[Array, "B H L D D"]
+    slopes: Float[Array, "B H L L"] | None
     bends: Float[Array, "B H L L"] | None
     rest: Float[Array, "B H L"] | None
     kind: str = field(metadata={"static": True})
@@ -55,7 +58,7 @@ class AttentionMoments:
         Zero for linear attention.
         """
         if self.bends is None:
-            return jnp.zeros_like(self.second)
+            return jnp.zeros((*self.first.shape, self.first.shape[-1]), self.first.dtype)
         # sum_j t_ij (y_ij . w_i) y_ij y_ij^T, y_ij = x_j - c_i; the bracket is split so that it stays centred.
         along = jnp.einsum("bjd,bhid->bhij", self.tokens, direction)
         if not weighting(self.kind).centred:
@@ -101,22 +104,28 @@ def moments_of(point: AttentionLayer) -> AttentionMoments:
     kind = weighting(point.config.weights)
     weights, slopes, bends, rest = kind.derivatives(_scores(point), point.mask)
     first = jnp.einsum("bhij,bjd->bhid", weights, point.inputs)
+    second = _second(point, slopes, rest, first)
+    return AttentionMoments(point.inputs, weights, first, second, slopes, bends, rest, point.config.weights)
+
+
+def _second(point: AttentionLayer, slopes: Array | None, rest: Array | None, first: Array) -> Array:
+    kind = weighting(point.config.weights)
     if slopes is None:
         second = _visible_squares(point)
     else:
         second = _weighted_squares(slopes, point.inputs, first if kind.centred else jnp.zeros_like(first))
-    if rest is not None:
-        second = second + _squares(rest, first)
-    return AttentionMoments(point.inputs, weights, first, second, bends, rest, point.config.weights)
+    return second if rest is None else second + _squares(rest, first)
 
 
 def _scores(point: AttentionLayer) -> Float[Array, "B H L L"]:
     tokens = point.inputs
-    if weighting(point.config.weights).normalised:
+    if weighting(point.config.weights).normalised and point.config.rotary is None:
         # The weights do not see a shift of all keys; without their mean the scores keep their digits.
         tokens = tokens - jnp.mean(tokens, axis=1, keepdims=True)
     queries = jnp.einsum("bid,hdk->bhik", point.inputs, point.query)
     keys = jnp.einsum("bjd,hdk->bhjk", tokens, point.key)
+    if point.config.rotary is not None:
+        queries, keys = (point.config.rotary(x, jnp.arange(tokens.shape[1], dtype=float)) for x in (queries, keys))
     return equations.attention_scores(queries, keys, point.config.score_scale)
 
 

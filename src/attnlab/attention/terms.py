@@ -20,6 +20,7 @@ rule; its terms stay within a head. For one head without projection these are th
 """
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ from jaxtyping import Array, Float
 from attnlab.attention.kronecker import KroneckerSum, Leaf, Pairing, Term, contract
 from attnlab.attention.layer import AttentionLayer, expected_shapes
 from attnlab.attention.moments import AttentionMoments
+from attnlab.attention.turned import TokenPairs, by_token, token_pairs, turns_of
 
 
 @jax.tree_util.register_dataclass
@@ -36,16 +38,18 @@ class TokenQuantities:
     """What the terms are made of, tokens of all sequences in one axis N.
 
     x, q (scaled by the score scale), first and second moments, gradient g at the layer's output, and g pulled back to
-    the values (gamma = W_O g), with the third moment along W_V W_O g (None where it is zero).
+    the values (gamma = W_O g), with the third moment along W_V W_O g (None where it is zero). A layer that turns its
+    keys has pairs of tokens in place of second and third moments.
     """
 
     x: Float[Array, "N D"]
     q: Float[Array, "N H K"]
     first: Float[Array, "N H D"]
-    second: Float[Array, "N H D D"]
+    second: Float[Array, "N H D D"] | None
     third: Float[Array, "N H D D"] | None
     gradient: Float[Array, "N O"]
     gamma: Float[Array, "N H V"]
+    pairs: TokenPairs | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -53,10 +57,10 @@ class TokenQuantities:
 class TokenJacobian:
     """df_i/dP = l_i (x) M_i of one parameter; axes named as in `kronecker`, `o` the output feature.
 
-    `symbols` writes l, M^T and M.
+    `symbols` writes l, M^T and M. Without a vector (None, "") the derivative is no Kronecker product, and M all of it.
     """
 
-    vector: Array
+    vector: Array | None
     matrix: Array
     vector_indices: str = field(metadata={"static": True})
     matrix_indices: str = field(metadata={"static": True})
@@ -65,13 +69,7 @@ class TokenJacobian:
     @property
     def side(self) -> int:
         """The axis of the parameter on which the vector stands: 0 its rows, 1 its columns."""
-        return 0 if self.vector_indices[-1] == "r" else 1
-
-
-def by_token(per_head: Float[Array, "B H L *rest"]) -> Float[Array, "N H *rest"]:
-    """Heads last, tokens of all sequences in one axis."""
-    moved = jnp.moveaxis(per_head, 1, 2)
-    return moved.reshape(-1, *moved.shape[2:])
+        return 0 if self.vector_indices.endswith("r") else 1
 
 
 def token_quantities(
@@ -80,25 +78,50 @@ def token_quantities(
     """The quantities of all tokens; O(L^2 D^2) operations a head."""
     scale = point.config.score_scale
     gamma = jnp.einsum("hvo,bio->bhiv", point.output, gradient)
-    third = None
-    if moments.bends is not None:
+    third = pairs = None
+    if point.config.rotary is not None:
+        pairs = token_pairs(point, moments, jnp.einsum("hav,bhiv->bhia", point.value, gamma))
+    elif moments.bends is not None:
         third = by_token(moments.third_along(jnp.einsum("hav,bhiv->bhia", point.value, gamma)))
     x = point.inputs.reshape(-1, point.inputs.shape[-1])
     q = scale * jnp.einsum("na,hak->nhk", x, point.query)
-    first, second, gamma = map(by_token, (moments.first, moments.second, gamma))
-    return TokenQuantities(scale * x, q, first, second, third, gradient.reshape(-1, gradient.shape[-1]), gamma)
+    second = by_token(moments.second) if pairs is None else None
+    first, gamma = map(by_token, (moments.first, gamma))
+    return TokenQuantities(scale * x, q, first, second, third, gradient.reshape(-1, gradient.shape[-1]), gamma, pairs)
 
 
 def leaves(point: AttentionLayer) -> dict[str, Leaf]:
     """How every parameter holds its heads."""
-    heads, shapes = point.config.heads, expected_shapes(point.config, point.inputs.shape[-1])
-    return {name: Leaf(shapes[name], heads, 0 if name == "output" else 1) for name in point.names}
+    config, shapes = point.config, expected_shapes(point.config, point.inputs.shape[-1])
+    heads = {name: config.groups if name in ("key", "value") else config.heads for name in point.names}
+    return {name: Leaf(shapes[name], heads[name], 0 if name == "output" else 1) for name in point.names}
+
+
+def shared(block: KroneckerSum, heads: tuple[int, int]) -> KroneckerSum:
+    """A block from one in which every query head has a key and a value of its own: those that queries share are summed.
+
+    `heads` are the query heads of the row's and the column's layer. The head axis of a parameter with G heads becomes
+    an axis of these and one, `e` of the row and `f` of the column, of the H / G queries that share each.
+    """
+    sides = (("h", "he", block.row.heads, heads[0]), ("g", "gf", block.column.heads, heads[1]))
+    apart = {letter: (both, (groups, count // groups)) for letter, both, groups, count in sides if groups != count}
+    if not apart:
+        return block
+    table: dict[int, Any] = str.maketrans({letter: both for letter, (both, _) in apart.items()})
+
+    def split(operand: Array, index: str) -> Array:
+        sizes = ((apart[a][1] if a in apart else (size,)) for a, size in zip(index, operand.shape, strict=True))
+        return operand.reshape([size for group in sizes for size in group])
+
+    terms = (
+        replace(t, operands=tuple(map(split, t.operands, t.indices)), indices=t.relabelled(table)) for t in block.terms
+    )
+    return replace(block, terms=tuple(terms))
 
 
 def token_jacobians(point: AttentionLayer, tokens: TokenQuantities) -> dict[str, TokenJacobian]:
     """The table of the module docstring."""
     values = jnp.einsum("hav,hvo->hao", point.value, point.output)
-    moved = jnp.einsum("nhab,hbo->nhao", tokens.second, values)  # Σ_i W_V W_O, shared by queries and keys
     projected = "output" in point.params
     out, outT, both, bothT = ("W_O", "W_Oᵀ", "W_V W_O", "W_Oᵀ W_Vᵀ") if projected else ("I", "I", "W_V", "W_Vᵀ")
     table = {"value": TokenJacobian(tokens.first, point.output, "nhr", "hco", ("m_i", out, outT))}
@@ -106,6 +129,10 @@ def token_jacobians(point: AttentionLayer, tokens: TokenQuantities) -> dict[str,
         mixed = jnp.einsum("nha,hav->nhv", tokens.first, point.value)
         identity = jnp.eye(point.output_features, dtype=mixed.dtype)
         table["output"] = TokenJacobian(mixed, identity, "nhr", "co", ("W_Vᵀ m_i", "I", "I"))
+    if tokens.pairs is not None:
+        return table | _turned_jacobians(tokens, tokens.pairs, values)
+    assert tokens.second is not None
+    moved = jnp.einsum("nhab,hbo->nhao", tokens.second, values)  # Σ_i W_V W_O, shared by queries and keys
     if point.config.merged:
         table["query_key"] = TokenJacobian(tokens.x, moved, "nr", "nhco", ("τ x_i", f"Σ_i {both}", f"{bothT} Σ_i"))
         return table
@@ -116,6 +143,20 @@ def token_jacobians(point: AttentionLayer, tokens: TokenQuantities) -> dict[str,
     return table
 
 
+def _turned_jacobians(tokens: TokenQuantities, pairs: TokenPairs, values: Array) -> dict[str, TokenJacobian]:
+    """Of scores T_ij = τ q_i . κ_ij = ρ_ij . W_K^T x_j: df_i/dT_ij = s_ij W_O^T W_V^T (x_j - m_i) for both parameters,
+    dT_ij/dQ = τ x_i (x) κ_ij, and dT_ij/dK = x_j (x) ρ_ij, whose two factors both go with j."""
+    moved = jnp.einsum("nhj,nhja,hao->nhjo", pairs.slopes, pairs.centred, values)
+    queries = jnp.einsum("nhjk,nhjo->nhko", pairs.keys, moved)
+    keys = jnp.einsum("njr,nhjc,nhjo->nhrco", pairs.tokens, pairs.queries, moved)
+    return {
+        "query": TokenJacobian(tokens.x, queries, "nr", "nhco", ("τ x_i", "Σκ_i W_V W_O", "(Σκ_i W_V W_O)ᵀ")),
+        "key": TokenJacobian(
+            None, keys, "", "nhrco", ("", "sum_j s_ij (x_j ρ_ijᵀ) ⊗ x_j", "sum_j s_ij (x_j ρ_ijᵀ) ⊗ x_j")
+        ),
+    }
+
+
 def outer_term(row: TokenJacobian, column: TokenJacobian, curvature: Array) -> Term:
     """H_o[P, P'] = Σ_i (l_i l'_i^T) (x) (M_i^T Λ_i M'_i), or the double sum over tokens where Λ couples them.
 
@@ -124,6 +165,8 @@ def outer_term(row: TokenJacobian, column: TokenJacobian, curvature: Array) -> T
     pairing: Pairing = "straight" if row.side == column.side else "crossed"
     if curvature.ndim == 5:
         return _coupled_term(row, column, curvature, pairing)
+    if row.vector is None or column.vector is None:
+        return _term_in_factors(row, column, curvature, pairing)
     one_token = str.maketrans("hrc", "gsd")
     ours, theirs = row.matrix_indices, column.matrix_indices.translate(one_token)
     middle = "" if curvature.ndim == 0 else "nop"
@@ -144,6 +187,21 @@ def bent_term(row: TokenJacobian, column: TokenJacobian, bend: Array) -> Term:
     return replace(term, formula=term.formula.replace("Λ_i", "Λf_i"))
 
 
+def _term_in_factors(row: TokenJacobian, column: TokenJacobian, curvature: Array, pairing: Pairing) -> Term:
+    """Σ_i J_i^T Λ_i J'_i where one derivative is no Kronecker product: it is left as it is."""
+    other = str.maketrans("hrco", "gsdp" if curvature.ndim else "gsdo")
+    pieces = (
+        (curvature, "nop" if curvature.ndim else ""),
+        (row.vector, row.vector_indices),
+        (row.matrix, row.matrix_indices),
+        (column.vector, column.vector_indices.translate(other)),
+        (column.matrix, column.matrix_indices.translate(other)),
+    )
+    operands, indices = zip(*((array, index) for array, index in pieces if array is not None), strict=True)
+    formula = f"sum_i {row.symbols[0]} {row.symbols[1]} Λ_i {column.symbols[2]} {column.symbols[0]}"
+    return Term(operands, indices, pairing, " ".join(formula.split()))
+
+
 def _coupled_term(row: TokenJacobian, column: TokenJacobian, curvature: Array, pairing: Pairing) -> Term:
     """Σ_ij (l_i l'_j^T) (x) (M_i^T Λ_ij M'_j), kept in factors: the sandwich would hold N^2 matrices."""
     second_token = str.maketrans("hrcno", "gsdmp")
@@ -156,6 +214,8 @@ def _coupled_term(row: TokenJacobian, column: TokenJacobian, curvature: Array, p
     )
     operands, indices = [curvature], ["bnomp"]
     for array, index in pieces:
+        if array is None:
+            continue
         has_token = index[0] in "nm"
         operands.append(array.reshape(batch, length, *array.shape[1:]) if has_token else array)
         indices.append("b" + index if has_token else index)
@@ -170,7 +230,9 @@ def functional_terms(point: AttentionLayer, tokens: TokenQuantities) -> dict[tup
     d²(g.f)/dz² = κ̂_i (the third moment along W_V W_O g_i), d²z/dQdK = scale x_i (x) 1, and the layer is linear in the
     values and in the projection. `hg` is the identity over heads: two heads never meet in one feature of f_i.
     """
-    table = _score_terms(point, tokens) | _value_terms(point, tokens)
+    pairs = tokens.pairs
+    scores = _score_terms(point, tokens) if pairs is None else _turned_score_terms(point, tokens, pairs)
+    table = scores | _mixed_terms(point, tokens, "value", (tokens.gamma, "nhc"), "γ_i", None)
     if "output" in point.params:
         table |= _output_terms(point, tokens)
     return table
@@ -185,6 +247,7 @@ def _with_heads(point: AttentionLayer, *factors: tuple[Array, str], pairing: Pai
 def _score_terms(point: AttentionLayer, tokens: TokenQuantities) -> dict[tuple[str, str], tuple[Term, ...]]:
     """Second derivatives in query and key (or in their product), by way of z_i = scale W_K q_i."""
     x, q, third = tokens.x, tokens.q, tokens.third
+    assert tokens.second is not None
     if point.config.merged:
         if third is None:
             return {}
@@ -219,6 +282,7 @@ def _score_directions(
     """dz_i/dP for the score parameters as a column: its vector; Σ_i times its matrix, whose column axis comes last;
     that matrix's symbol; and the pairing of a term that couples the vector with a column axis of the row parameter."""
     second = tokens.second
+    assert second is not None
     if point.config.merged:
         return {"query_key": ((tokens.x, "ns"), second, "Σ_i", "crossed")}
     through_keys = jnp.einsum("nhab,hbk->nhak", second, point.key)
@@ -238,6 +302,8 @@ def _mixed_terms(
 ) -> dict[tuple[str, str], tuple[Term, ...]]:
     """Second derivatives in `name` (value or output, entering linearly through `vector`) and the score parameters."""
     table = {}
+    if tokens.pairs is not None:
+        return _turned_mixed_terms(point, tokens, tokens.pairs, name, vector, symbol, values)
     for score, (direction, matrix, matrix_symbol, pairing) in _score_directions(point, tokens).items():
         if values is not None:
             matrix, matrix_symbol = jnp.einsum("hav,nhab->nhvb", values, matrix), f"W_Vᵀ {matrix_symbol}"
@@ -245,11 +311,6 @@ def _mixed_terms(
         formula = f"sum_i {symbol} (τ {'x' if score != 'key' else 'q'}_i)ᵀ ⊗ {matrix_symbol}"
         table[name, score] = _with_heads(point, vector, direction, (matrix, axes), pairing=pairing, formula=formula)
     return table
-
-
-def _value_terms(point: AttentionLayer, tokens: TokenQuantities) -> dict[tuple[str, str], tuple[Term, ...]]:
-    """g.f = Σ_h m^T W_V gamma: its derivative in z is Σ_i W_V gamma."""
-    return _mixed_terms(point, tokens, "value", (tokens.gamma, "nhc"), "γ_i", None)
 
 
 def _output_terms(point: AttentionLayer, tokens: TokenQuantities) -> dict[tuple[str, str], tuple[Term, ...]]:
@@ -262,6 +323,57 @@ def _output_terms(point: AttentionLayer, tokens: TokenQuantities) -> dict[tuple[
     return table | {("output", "value"): _with_heads(point, *factors, pairing="crossed", formula=formula)}
 
 
+def _turned_score_terms(
+    point: AttentionLayer, tokens: TokenQuantities, pairs: TokenPairs
+) -> dict[tuple[str, str], tuple[Term, ...]]:
+    """Second derivatives in query and key of a layer that turns them.
+
+    d²(g.f)/dT_ij dT_il = Σ_j t_ij e_j e_j^T about the mean, and d²T_ij/dQdK = τ x_i x_j^T (x) R_i^T R_j.
+    """
+    x, others = tokens.x, turns_of(point)
+    sinks = pairs.tokens.shape[1] - len(others)
+    others = jnp.pad(others, [(0, sinks), (0, 0), (0, 0)])
+    delta = ((x, "nr"), (pairs.twists, "nhj"), (pairs.tokens, "njs"), (pairs.turns, "nzc"), (others, "jzd"))
+    formula = "sum_ij τ x_i t_ij x_jᵀ ⊗ R_iᵀ R_j"
+    table = {("query", "key"): _with_heads(point, *delta, pairing="straight", formula=formula)}
+    if pairs.bends is None:
+        return table
+    bends, keys, features = pairs.bends, pairs.keys, pairs.features()
+    full = jnp.einsum("nhj,nhjc,nhjd->nhcd", bends, keys, keys)
+    formula = "sum_i τ x_i (τ x_i)ᵀ ⊗ κ̂κ_i"
+    queries = _with_heads(point, (x, "nr"), (x, "ns"), (full, "nhcd"), pairing="straight", formula=formula)
+    squares = ((bends, "nhj"), (features, "nhjrc"), (features, "nhjsd"))
+    both = ((x, "nr"), (bends, "nhj"), (keys, "nhjc"), (features, "nhjsd"))
+    return {
+        ("query", "query"): queries,
+        ("key", "key"): _with_heads(
+            point, *squares, pairing="straight", formula="sum_ij b_ij (x_j ρ_ijᵀ) ⊗ (x_j ρ_ijᵀ)"
+        ),
+        ("query", "key"): _with_heads(point, *both, pairing="straight", formula="sum_ij τ x_i b_ij κ_ijᵀ ⊗ (x_j ρ_ijᵀ)")
+        + table["query", "key"],
+    }
+
+
+def _turned_mixed_terms(
+    point: AttentionLayer,
+    tokens: TokenQuantities,
+    pairs: TokenPairs,
+    name: str,
+    vector: tuple[Array, str],
+    symbol: str,
+    values: Array | None,
+) -> dict[tuple[str, str], tuple[Term, ...]]:
+    """`_mixed_terms` of a layer that turns its keys."""
+    means = pairs.centred if values is None else jnp.einsum("nhja,hav->nhjv", pairs.centred, values)
+    through_keys = jnp.einsum("nhj,nhjr,nhjd->nhrd", pairs.slopes, means, pairs.keys)
+    query = (vector, (tokens.x, "ns"), (through_keys, "nhrd"))
+    key = (vector, (pairs.slopes, "nhj"), (means, "nhjr"), (pairs.tokens, "njs"), (pairs.queries, "nhjd"))
+    return {
+        (name, "query"): _with_heads(point, *query, pairing="crossed", formula=f"sum_i {symbol} (τ x_i)ᵀ ⊗ Σκ_iᵀ"),
+        (name, "key"): _with_heads(point, *key, pairing="straight", formula=f"sum_ij s_ij {symbol} x_jᵀ ⊗ (x_j ρ_ijᵀ)"),
+    }
+
+
 def same_vectors(outer: KroneckerSum, functional: KroneckerSum) -> bool:
     """Whether both parts of a block start with sums over tokens of the same (l_i l'_i^T), times B_i and C_i.
 
@@ -269,8 +381,8 @@ def same_vectors(outer: KroneckerSum, functional: KroneckerSum) -> bool:
     has one vector l on each of its axes: where the axes agree (in either order: a block may be transposed), the vectors
     do.
     """
-    if not functional.terms or any("m" in index for index in outer.terms[0].indices):
-        return False  # nothing there, or a double sum over tokens, which stays in its factors
+    if not functional.terms or any("o" in index for index in outer.terms[0].indices):
+        return False  # nothing there, or a sum that stays in its factors, the output features among them
     ours, theirs = outer.terms[0], functional.terms[0]
     return set(ours.indices[:2]) == set(theirs.indices[:2])
 

@@ -27,16 +27,16 @@ from attnlab.curvature.guards import available_bytes
 from attnlab.curvature.operator import Operator, apply
 from attnlab.curvature.self_checks import CurvatureWarning, check_operator, check_risk, once
 from attnlab.derivatives import Jacobian, Route, choose_route, hessian_product, jacobian
-from attnlab.logits import Logits
-from attnlab.losses import Loss
 from attnlab.objectives import (
     BatchedObjective,
     Objective,
     Risk,
     check_loss,
     check_objective,
+    curvature_in_outputs,
     example_losses,
     known_loss,
+    outputs_along_slopes,
     predict_from_block,
 )
 from attnlab.trees import Selection, select, zeros_like
@@ -324,33 +324,15 @@ def _hessian(risk: Objective, params: Params, route: Route) -> Linearized:
 
 def _ggn(risk: Objective, params: Params, route: Route) -> Linearized:
     outputs, outer = jacobian(risk.outputs, params, route)
-    if isinstance(outputs, Logits):
-        loss, curvature = risk.score(outputs), _loss_of_logits(risk).curvature_of(outputs, *risk.answers)
-    else:
-        loss, _, curvature = hessian_product(risk.score, outputs, route)
+    loss, curvature = curvature_in_outputs(risk, outputs, route)
     return Linearized(loss, None, Partial(_apply_ggn, outer, curvature))
 
 
 def _functional(risk: Objective, params: Params, route: Route) -> Linearized:
     outputs = risk.outputs(params)
-    if isinstance(outputs, Logits):
-        slopes = _loss_of_logits(risk).along_slopes_at(outputs, *risk.answers)
-        _, _, product = hessian_product(lambda params: slopes(risk.outputs(params)), params, route)
-        return Linearized(risk.score(outputs), None, product)
-    loss, cotangent = jax.value_and_grad(risk.score)(outputs)
-    along = Objective(risk.predict, Partial(_inner_product), risk.inputs, cotangent)
-    return Linearized(loss, None, hessian_product(along, params, route)[2])
-
-
-def _loss_of_logits(risk: Objective) -> Loss:
-    """The loss of an objective whose model returns logits in two factors, in which only one loss is known."""
-    loss = known_loss(risk.loss)
-    if loss is None:
-        raise TypeError(
-            f"the loss is {risk.loss.func} and the model returns Logits in two factors, where its Gauss-Newton matrix "
-            "is not known; expected cross_entropy. Let the model multiply them out (factored=False, outputs.dense())."
-        )
-    return loss
+    along = outputs_along_slopes(risk, outputs)
+    _, _, product = hessian_product(lambda params: along(risk.outputs(params)), params, route)
+    return Linearized(risk.score(outputs), None, product)
 
 
 def _empirical_fisher(risk: Objective, params: Params, route: Route) -> Linearized:
@@ -365,11 +347,6 @@ def _apply_gram(outer: Jacobian, shares: Array, vector: Params) -> Params:
 
 def _apply_ggn(outer: Jacobian, curvature: Partial, vector: Params) -> Params:
     return outer.pull(curvature(outer.push(vector)), vector)
-
-
-def _inner_product(left: PyTree, right: PyTree) -> jax.Array:
-    products = jax.tree.map(jnp.vdot, left, right)
-    return jax.tree.reduce(jnp.add, products)
 
 
 @dataclass(frozen=True)

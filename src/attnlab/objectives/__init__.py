@@ -6,9 +6,11 @@ from attnlab.objectives.in_memory import (
     as_partial,
     check_loss,
     check_objective,
+    curvature_in_outputs,
     example_losses,
     known_loss,
     objective,
+    outputs_along_slopes,
     predict_from_block,
 )
 
@@ -20,8 +22,10 @@ __all__ = [
     "batched",
     "check_loss",
     "check_objective",
+    "curvature_in_outputs",
     "example_losses",
     "known_loss",
     "objective",
+    "outputs_along_slopes",
     "predict_from_block",
 ]

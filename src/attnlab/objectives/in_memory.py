@@ -12,7 +12,8 @@ from jax.tree_util import Partial
 from jaxtyping import Float
 
 from attnlab.checks import check_finite, check_floating, check_not_empty, is_concrete
-from attnlab.logits import example_axes, map_examples, with_examples
+from attnlab.derivatives import Route, hessian_product
+from attnlab.logits import Logits, example_axes, map_examples, with_examples
 from attnlab.losses import LOSSES, Loss, check_weights
 from attnlab.trees import Selection
 from attnlab.types import LossFunction, Params, Predict, PyTree, Scalar
@@ -126,6 +127,40 @@ def known_loss(loss: Partial) -> Loss | None:
 def as_partial(function: Any) -> Partial:
     """A function as a pytree, which it may be already."""
     return function if isinstance(function, Partial) else Partial(function)
+
+
+def _loss_of_logits(risk: Objective) -> Loss:
+    """The loss of an objective whose model returns logits in two factors, in which only one loss is known."""
+    loss = known_loss(risk.loss)
+    if loss is None:
+        raise TypeError(
+            f"the loss is {risk.loss.func} and the model returns Logits in two factors, where its Gauss-Newton matrix "
+            "is not known; expected cross_entropy. Let the model multiply them out (factored=False, outputs.dense())."
+        )
+    return loss
+
+
+def curvature_in_outputs(risk: Objective, outputs: PyTree, route: Route) -> tuple[jax.Array, Partial]:
+    """The loss at `outputs` and its curvature there, a map of changes of the outputs.
+
+    Of logits in two factors it is the curvature in the logits, of which the factors are a part of the model.
+    """
+    if isinstance(outputs, Logits):
+        return risk.score(outputs), _loss_of_logits(risk).curvature_of(outputs, *risk.answers)
+    loss, _, curvature = hessian_product(risk.score, outputs, route)
+    return loss, curvature
+
+
+def outputs_along_slopes(risk: Objective, outputs: PyTree) -> Callable[[PyTree], jax.Array]:
+    """<dloss/doutputs, .> with the first factor held at `outputs`: of the model, its Hessian is the functional part."""
+    if isinstance(outputs, Logits):
+        return _loss_of_logits(risk).along_slopes_at(outputs, *risk.answers)
+    slopes = jax.grad(risk.score)(outputs)
+
+    def along(changed: PyTree) -> jax.Array:
+        return jax.tree.reduce(jnp.add, jax.tree.map(jnp.vdot, slopes, changed))
+
+    return along
 
 
 def check_objective(risk: Callable[[Params], jax.Array], params: Params) -> None:
