@@ -83,7 +83,8 @@ def problem(config: Config):
         size = {"layers": 1, "width": 8, "heads": 2, "vocabulary": len(tokenizer.numbers), "length": config.length}
         encoder = TextEncoder(bert_config(**size))
     else:
-        encoder, trained, tokenizer = minilm()
+        found = minilm(dtype=None)
+        encoder, trained, tokenizer = TextEncoder(found.config), found.params, found.tokenizer
     firsts, seconds = sentence_pairs(data_key, config.pairs)
     batch = tokenizer.encode(firsts + seconds, config.length)
     pairs = TokenBatch(*(leaf.reshape(2, config.pairs, config.length) for leaf in batch))

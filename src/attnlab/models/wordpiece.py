@@ -43,6 +43,11 @@ class WordPiece:
         if missing:
             raise ValueError(f"numbers has no {', '.join(missing)}; expected a vocabulary with BERT's special tokens.")
 
+    @property
+    def vocabulary(self) -> int:
+        """One above the largest number of a piece."""
+        return max(self.numbers.values()) + 1
+
     def encode(self, texts: Sequence[str], length: int) -> TokenBatch:
         """Each text between `[CLS]` and `[SEP]`, cut or padded to `length` tokens: (texts, length)."""
         check_range("length", length, 2, 512, "There must be room for [CLS] and [SEP].")
