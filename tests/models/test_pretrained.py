@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from attnlab.losses import cross_entropy
 from attnlab.models.pretrained import load, next_tokens, smollm2
 from attnlab.models.pretrained.loading import SMOLLM2
-from attnlab.models.wordpiece import TokenBatch
+from attnlab.models.text_encoder import TokenBatch
 from attnlab.objectives import objective
 from attnlab.trees import dimension
 from compare import assert_close
@@ -289,6 +289,7 @@ def packaged():
     return smollm2(factored=True)
 
 
+@pytest.mark.slow
 def test_logits_and_loss_of_smollm2_are_those_of_another_implementation(packaged):
     """Both in float32: logits are up to 33."""
     expected = REFERENCE["smollm2"]

@@ -2,6 +2,16 @@
 
 from attnlab.models.pretrained.bert import bert_config
 from attnlab.models.pretrained.loading import FAMILIES, Pretrained, load, minilm, smollm2
-from attnlab.models.pretrained.tokenizers import Tokenizer, next_tokens
+from attnlab.models.pretrained.tokenizers import Tokenizer, next_tokens, wordpiece
 
-__all__ = ["FAMILIES", "Pretrained", "Tokenizer", "bert_config", "load", "minilm", "next_tokens", "smollm2"]
+__all__ = [
+    "FAMILIES",
+    "Pretrained",
+    "Tokenizer",
+    "bert_config",
+    "load",
+    "minilm",
+    "next_tokens",
+    "smollm2",
+    "wordpiece",
+]

@@ -22,7 +22,6 @@ from attnlab.models.pretrained.gpt_neox import GPT_NEOX
 from attnlab.models.pretrained.llama import LLAMA
 from attnlab.models.pretrained.tokenizers import Tokenizer
 from attnlab.models.transformer import EmbeddingConfig, LanguageModelConfig, stack_layers
-from attnlab.models.wordpiece import WordPiece
 from attnlab.types import Params
 
 FAMILIES = {"gpt2": GPT2, "gpt_neox": GPT_NEOX, "llama": LLAMA, "bert": BERT}
@@ -48,7 +47,7 @@ class Pretrained:
     config: EmbeddingConfig
     params: Params
     predict: Partial
-    tokenizer: Tokenizer | WordPiece | None
+    tokenizer: Tokenizer | None
     source: str
     formats: str
 
@@ -115,7 +114,7 @@ def _params(checkpoint: Checkpoint, family: Family, config: EmbeddingConfig) -> 
     return stack_layers(params) if config.transformer.scan else params
 
 
-def _tokenizer(checkpoint: Checkpoint, config: EmbeddingConfig) -> Tokenizer | WordPiece | None:
+def _tokenizer(checkpoint: Checkpoint, config: EmbeddingConfig) -> Tokenizer | None:
     if checkpoint.tokenizer is None:
         return None
     tokenizer = checkpoint.tokenizer()

@@ -1,5 +1,6 @@
 """Tokenizers of pretrained models by the package `tokenizers`, and the tokens of next-token prediction."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from attnlab.checks import check_range, unknown_name
-from attnlab.models.wordpiece import TokenBatch, WordPiece, wordpiece
+from attnlab.models.text_encoder import TokenBatch
 
 
 @dataclass(frozen=True)
@@ -64,15 +65,39 @@ def next_tokens(batch: TokenBatch) -> tuple[Int[Array, "*B L-1"], Int[Array, "*B
     return tokens[..., :-1], tokens[..., 1:], mask[..., 1:].astype(float)
 
 
-def tokenizer_of_folder(folder: Path) -> Callable[[], Tokenizer | WordPiece] | None:
+def tokenizer_of_folder(folder: Path) -> Callable[[], Tokenizer] | None:
     """A function that reads `tokenizer.json`, or else BERT's `vocab.txt`; None where the folder has neither."""
     if (folder / "tokenizer.json").exists():
         return partial(_from_json, folder / "tokenizer.json")
     return partial(_from_vocabulary, folder / "vocab.txt") if (folder / "vocab.txt").exists() else None
 
 
-def _from_vocabulary(path: Path) -> WordPiece:
-    return wordpiece(path.read_text(encoding="utf-8").splitlines())
+def _from_vocabulary(path: Path) -> Tokenizer:
+    settings = path.with_name("tokenizer_config.json")
+    lower_case = not settings.exists() or json.loads(settings.read_text()).get("do_lower_case", True)
+    return wordpiece(path.read_text(encoding="utf-8").splitlines(), lower_case=lower_case)
+
+
+def wordpiece(vocabulary: Sequence[str], *, lower_case: bool = True) -> Tokenizer:
+    """BERT's tokenizer (Devlin et al., arXiv 1810.04805) whose pieces are numbered in the order of `vocabulary`.
+
+    Each text stands between `[CLS]` and `[SEP]`. Raises `ValueError` without BERT's special tokens.
+    """
+    missing = [piece for piece in SPECIAL if piece not in vocabulary]
+    if missing:
+        raise ValueError(f"vocabulary has no {', '.join(missing)}; expected BERT's special tokens in it.")
+    library = _library()
+    numbers = {piece: number for number, piece in enumerate(vocabulary)}
+    backend = library.Tokenizer(library.models.WordPiece(numbers, unk_token="[UNK]"))
+    backend.normalizer = library.normalizers.BertNormalizer(lowercase=lower_case)
+    backend.pre_tokenizer = library.pre_tokenizers.BertPreTokenizer()
+    ends = [(piece, numbers[piece]) for piece in ("[CLS]", "[SEP]")]
+    backend.post_processor = library.processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    backend.decoder = library.decoders.WordPiece()
+    return Tokenizer(backend)
+
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 
 
 def _from_json(path: Path) -> Tokenizer:
