@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -107,6 +108,9 @@ def test_shards_are_read_as_the_index_says(tmp_path):
     second.unlink()
     with pytest.raises(FileNotFoundError, match=r"expected every file that model.safetensors.index.json names"):
         load(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_maps": {}}')
+    with pytest.raises(ValueError, match=r"the settings lack weight_map; .* Did you mean 'weight_maps'"):
+        load(tmp_path)
 
 
 WORDS = {
@@ -150,7 +154,7 @@ def as_gguf(name, tensor):
     return np.ascontiguousarray(tensor.T) if is_matrix else tensor
 
 
-def write_gguf(path, family, kind=None, quantised=False, **more):
+def write_gguf(path, family, **more):
     settings, writer = SETTINGS[family], gguf.GGUFWriter(path, family)
     writer.add_context_length(12)
     writer.add_embedding_length(settings.get("hidden_size", settings.get("n_embd")))
@@ -164,7 +168,7 @@ def write_gguf(path, family, kind=None, quantised=False, **more):
     else:
         writer.add_layer_norm_eps(1e-5)
     for name, value in more.items():
-        writer.add_string(f"{family}.{name}", value)
+        (writer.add_uint32 if isinstance(value, int) else writer.add_string)(f"{family}.{name}", value)
     for name, tensor in tensors_of(family).items():
         writer.add_tensor(gguf_name(name), as_gguf(name, tensor))
     writer.write_header_to_file()
@@ -194,6 +198,8 @@ def test_bad_gguf_files(tmp_path):
         load(write_gguf(tmp_path / "scaled.gguf", "llama", **{"rope.scaling.type": "yarn"}))
     with pytest.raises(ValueError, match=r"settings rope.scaling.what, which are not implemented for llama"):
         load(write_gguf(tmp_path / "odd.gguf", "llama", **{"rope.scaling.what": "yarn"}))
+    with pytest.raises(ValueError, match="rotary_dim = 2; only 4 is implemented"):
+        load(write_gguf(tmp_path / "part.gguf", "llama", **{"rope.dimension_count": 2, "attention.key_length": 4}))
     writer = gguf.GGUFWriter(tmp_path / "other.gguf", "mamba")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -243,6 +249,7 @@ QUERY = "model.layers.1.self_attn.q_proj.weight"
             r"pretrained models 'mamba \(Mamba\)'; expected one",
         ),
         (None, {"quantization_config": {}}, "quantization_config"),
+        (None, {"num_attention_heads": 3}, "a width of 16 and 3 heads; expected a multiple"),
     ],
 )
 def test_nothing_is_cut_or_left_over(tensors, changes, message, tmp_path):
@@ -270,6 +277,15 @@ def test_bad_paths_and_files(tmp_path):
     file.unlink()
     with pytest.raises(FileNotFoundError, match=r"holds config.json; expected model.safetensors, or"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("package", ["safetensors", "gguf", "tokenizers"])
+def test_a_missing_package_is_named(package, tmp_path, monkeypatch):
+    path = write_gguf(tmp_path / "tiny.gguf", "llama") if package == "gguf" else write(tmp_path, "bert")
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ModuleNotFoundError, match=rf'package {package}.*pip install "attnlab\[pretrained\]"'):
+        load(path)
 
 
 def test_bad_options_and_tokens(tmp_path):

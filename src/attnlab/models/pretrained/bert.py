@@ -3,7 +3,7 @@
 from attnlab.models.attention import AttentionConfig
 from attnlab.models.pretrained.checkpoint import Take
 from attnlab.models.pretrained.family import Family, all_layers, layer_norm, linear_map
-from attnlab.models.pretrained.settings import Settings, activation, needed, only
+from attnlab.models.pretrained.settings import Settings, activation, head_width, needed, only
 from attnlab.models.text_encoder import TextEncoder
 from attnlab.models.transformer import EmbeddingConfig, TransformerConfig
 
@@ -26,7 +26,8 @@ def bert_config(
     times the width.
     """
     scheme = {"init": "normal", "gain": std}
-    head = AttentionConfig(width // heads, width // heads, heads, output_dim=width, bias=True, **scheme)  # type: ignore[arg-type]
+    size = head_width(width, heads)
+    head = AttentionConfig(size, size, heads, output_dim=width, bias=True, **scheme)  # type: ignore[arg-type]
     hidden = mlp_width or 4 * width
     blocks = TransformerConfig(
         head,

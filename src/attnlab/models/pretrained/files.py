@@ -10,6 +10,7 @@ import numpy as np
 
 from attnlab.models.pretrained.checkpoint import Checkpoint, Stored
 from attnlab.models.pretrained.gguf_files import gguf_checkpoint
+from attnlab.models.pretrained.settings import needed
 from attnlab.models.pretrained.tokenizers import tokenizer_of_folder
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -61,7 +62,7 @@ def _weight_files(folder: Path, path: Path) -> dict[Path, set[str] | None]:
         return {path: None}
     if (folder / INDEX).exists() and (path.name == INDEX or not (folder / SINGLE).exists()):
         files: dict[Path, set[str] | None] = {}
-        for name, file in read_json(folder / INDEX)["weight_map"].items():
+        for name, file in needed(read_json(folder / INDEX), "weight_map").items():
             files.setdefault(folder / file, set()).add(name)  # type: ignore[union-attr]
         return files
     if not (folder / SINGLE).exists():
@@ -75,7 +76,9 @@ def _weight_files(folder: Path, path: Path) -> dict[Path, set[str] | None]:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises `FileNotFoundError`, or `ValueError` where it holds something else."""
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; expected it beside the weights.")
+        raise FileNotFoundError(
+            f"{path} does not exist; expected it beside the weights. Name a GGUF file by its own path."
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -24,7 +24,6 @@ class Architecture:
         settings: the name in `config.json` of each value under the name of the architecture.
         names: the published name of each tensor, without `.weight` and `.bias`; of the tensors of layers, from its
             name after `blk.0.`, `{}` being the number.
-        head: the settings of the head's width, of the rotary embedding and alike that are fixed by others.
         changes: what makes a tensor, by its own name, what is published (the same shape up to a transposition).
         constants: settings that a GGUF file leaves to its architecture.
     """
@@ -60,7 +59,9 @@ LLAMA = Architecture(
         "attention.head_count_kv": "num_key_value_heads",
         "attention.layer_norm_rms_epsilon": "rms_norm_eps",
         "rope.freq_base": "rope_theta",
-        "rope.dimension_count": "head_dim",
+        "rope.dimension_count": "rotary_dim",
+        "attention.key_length": "head_dim",
+        "attention.value_length": "value_dim",
         "rope.scaling.type": "rope_type",
         "attention.sliding_window": "sliding_window",
         "expert_count": "num_experts",

@@ -5,7 +5,7 @@ import numpy as np
 from attnlab.models.attention import AttentionConfig
 from attnlab.models.pretrained.checkpoint import Take
 from attnlab.models.pretrained.family import Family, all_layers, layer_norm
-from attnlab.models.pretrained.settings import Settings, activation, needed, only
+from attnlab.models.pretrained.settings import Settings, activation, head_width, needed, only
 from attnlab.models.transformer import EmbeddingConfig, LanguageModel, LanguageModelConfig, TransformerConfig
 
 
@@ -14,9 +14,8 @@ def gpt2_config(settings: Settings) -> LanguageModelConfig:
     only(settings, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
     width, heads = needed(settings, "n_embd"), needed(settings, "n_head")
     scheme = {"init": "normal", "gain": settings.get("initializer_range", 0.02)}
-    attention = AttentionConfig(
-        width // heads, width // heads, heads, causal=True, output_dim=width, bias=True, **scheme
-    )
+    head = head_width(width, heads)
+    attention = AttentionConfig(head, head, heads, causal=True, output_dim=width, bias=True, **scheme)
     blocks = TransformerConfig(
         attention,
         needed(settings, "n_layer"),

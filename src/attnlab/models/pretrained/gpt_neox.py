@@ -5,7 +5,7 @@ from attnlab.models.attention import AttentionConfig
 from attnlab.models.positions import Rotary
 from attnlab.models.pretrained.checkpoint import Take
 from attnlab.models.pretrained.family import Family, all_layers, layer_norm, linear_map
-from attnlab.models.pretrained.settings import Settings, activation, needed, only, rotary
+from attnlab.models.pretrained.settings import Settings, activation, head_width, needed, only, rotary
 from attnlab.models.transformer import EmbeddingConfig, LanguageModel, LanguageModelConfig, TransformerConfig
 
 ROTARY_SHARE = 0.25
@@ -18,7 +18,7 @@ def gpt_neox_config(settings: Settings) -> LanguageModelConfig:
     width, heads = needed(settings, "hidden_size"), needed(settings, "num_attention_heads")
     scheme = {"init": "normal", "gain": settings.get("initializer_range", 0.02)}
     base, share = rotary(settings)
-    head = width // heads
+    head = head_width(width, heads)
     turns = Rotary(base, "halves", ROTARY_SHARE if share is None else share)
     attention = AttentionConfig(head, head, heads, causal=True, output_dim=width, bias=True, rotary=turns, **scheme)
     blocks = TransformerConfig(

@@ -5,7 +5,7 @@ from attnlab.models.attention import AttentionConfig
 from attnlab.models.positions import Rotary
 from attnlab.models.pretrained.checkpoint import Take
 from attnlab.models.pretrained.family import Family, all_layers, linear_map
-from attnlab.models.pretrained.settings import Settings, activation, needed, only, rotary
+from attnlab.models.pretrained.settings import Settings, activation, head_width, needed, only, rotary
 from attnlab.models.transformer import EmbeddingConfig, LanguageModel, LanguageModelConfig, TransformerConfig
 
 
@@ -15,7 +15,8 @@ def llama_config(settings: Settings) -> LanguageModelConfig:
     width, heads = needed(settings, "hidden_size"), needed(settings, "num_attention_heads")
     scheme = {"init": "normal", "gain": settings.get("initializer_range", 0.02)}
     base, share = rotary(settings)
-    head = settings.get("head_dim") or width // heads
+    head = settings.get("head_dim") or head_width(width, heads)
+    only(settings, value_dim=head, rotary_dim=head)
     attention = AttentionConfig(
         head,
         head,

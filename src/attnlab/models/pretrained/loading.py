@@ -92,7 +92,6 @@ def load(
 
 
 def _family(settings: Mapping[str, Any]) -> Family:
-    """By the type of the model, or the name of its class: `GPT2LMHeadModel`, `BertModel`."""
     kind = settings.get("model_type")
     if kind not in FAMILIES:
         classes = ", ".join(settings.get("architectures") or ())

@@ -27,8 +27,15 @@ def needed(settings: Settings, name: str) -> Any:
     if settings.get(name) is None:
         near = get_close_matches(name, list(settings), n=1)
         hint = f" Did you mean '{near[0]}'?" if near else ""
-        raise ValueError(f"the settings lack {name}; expected it in config.json.{hint}")
+        raise ValueError(f"the settings lack {name}; expected it among {', '.join(settings) or '(none)'}.{hint}")
     return settings[name]
+
+
+def head_width(width: int, heads: int) -> int:
+    """The width of each head; raises `ValueError` where heads do not divide the width."""
+    if width % heads:
+        raise ValueError(f"the settings have a width of {width} and {heads} heads; expected a multiple of the heads.")
+    return width // heads
 
 
 def activation(settings: Settings, name: str) -> str:
