@@ -72,18 +72,18 @@ def problem(config: Config):
     import jax
 
     from attnlab.data.sentences import sentence_pairs
-    from attnlab.models.pretrained import bert_config, minilm
-    from attnlab.models.text_encoder import TextEncoder
-    from attnlab.models.wordpiece import TokenBatch, wordpiece
+    from attnlab.models.pretrained import bert_config, minilm, wordpiece
+    from attnlab.models.text_encoder import TextEncoder, TokenBatch
 
     data_key, init_key, tiny_key = jax.random.split(jax.random.key(config.seed), 3)
     if config.tiny:
         letters = string.ascii_lowercase
         tokenizer = wordpiece(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters, *(f"##{letter}" for letter in letters)])
-        size = {"layers": 1, "width": 8, "heads": 2, "vocabulary": len(tokenizer.numbers), "length": config.length}
+        size = {"layers": 1, "width": 8, "heads": 2, "vocabulary": tokenizer.vocabulary, "length": config.length}
         encoder = TextEncoder(bert_config(**size))
     else:
-        encoder, trained, tokenizer = minilm()
+        found = minilm(dtype=None)
+        encoder, trained, tokenizer = TextEncoder(found.config), found.params, found.tokenizer
     firsts, seconds = sentence_pairs(data_key, config.pairs)
     batch = tokenizer.encode(firsts + seconds, config.length)
     pairs = TokenBatch(*(leaf.reshape(2, config.pairs, config.length) for leaf in batch))

@@ -124,12 +124,12 @@ def test_paths_and_messages_are_no_markup(tmp_path, capsys):
     assert (tmp_path / "a" / "[" / "b]" / "results" / "tiny" / "arrays.npz").exists()
 
     def fails(config, progress):
-        raise ModuleNotFoundError('run pip install "attnlab[real]" [/b]')
+        raise ModuleNotFoundError('run pip install "attnlab[pretrained]" [/b]')
 
     with pytest.raises(SystemExit) as end:
         tiny(fails).main(["--output", str(tmp_path)])
     assert end.value.code == 1
-    assert capsys.readouterr().err == 'error: run pip install "attnlab[real]" [/b]\n'
+    assert capsys.readouterr().err == 'error: run pip install "attnlab[pretrained]" [/b]\n'
 
 
 def test_the_findings_are_shown_and_kept_and_the_figure_is_where_it_was_asked_for(tmp_path, capsys):

@@ -116,14 +116,14 @@ def test_bad_input_is_said_in_a_line(capsys, tmp_path, monkeypatch, words, conte
 
 def test_a_claim_without_its_package_is_skipped(capsys, tmp_path):
     """And what a message has in brackets is no markup."""
-    body = "raise ModuleNotFoundError('run pip install \"attnlab[real]\"')"
+    body = "raise ModuleNotFoundError('run pip install \"attnlab[pretrained]\"')"
     (tmp_path / "own.py").write_text(CLAIM.format(name="lacks", body=body) + CLAIM.format(name="holds", body=""))
     written = [tmp_path / "v.json", tmp_path / "a" / "[" / "b].json"]  # a closing tag to a terminal's markup
     for file in written:
         words = ("verify", tmp_path / "own.py", "--workers", 1, "--json", file, "--junit", tmp_path / "v.xml")
         status, out, _ = of_main(capsys, *words)
         assert status == 0
-        assert 'own-lacks seed 1: skipped: run pip install "attnlab[real]"' in out
+        assert 'own-lacks seed 1: skipped: run pip install "attnlab[pretrained]"' in out
         assert "own-holds seed 1: passed" in out
         assert "1 of 2 passed, 1 skipped" in out
         rows = json.loads(file.read_text())["verdicts"]

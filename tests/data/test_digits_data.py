@@ -10,7 +10,7 @@ import pytest
 from attnlab.data.digits import POSITION_CODES, digit_images, digits, patches
 from compare import assert_close
 
-sklearn_datasets = pytest.importorskip("sklearn.datasets", reason="the digits come with the extra attnlab[real]")
+sklearn_datasets = pytest.importorskip("sklearn.datasets", reason="the digits come with scikit-learn")
 
 SHAPES = {(4, 4): (4, 16), (2, 2): (16, 4), (1, 8): (8, 8), (8, 8): (1, 64), (8, 1): (8, 8), (2, 4): (8, 8)}
 

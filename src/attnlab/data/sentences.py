@@ -24,19 +24,26 @@ def sentence_pairs(key: PRNGKey, count: int) -> tuple[list[str], list[str]]:
     return [first for first, _ in chosen], [second for _, second in chosen]
 
 
-def _pairs() -> list[tuple[str, str]]:
+def paragraphs() -> list[str]:
+    """The paragraphs of English prose in the standard library's help topics, in alphabetical order of their topics.
+
+    Some hundreds of them; the text differs a little between versions of Python.
+    """
     from pydoc_data.topics import topics
 
+    return [paragraph for topic in sorted(topics) for paragraph in _prose(topics[topic])]
+
+
+def _pairs() -> list[tuple[str, str]]:
     pairs: list[tuple[str, str]] = []
     seen: set[str] = set()
-    for topic in sorted(topics):
-        for paragraph in _prose(topics[topic]):
-            sentences = re.split(r"(?<=[.!?])\s+(?=[A-Z])", paragraph)
-            for first, second in zip(sentences[::2], sentences[1::2], strict=False):
-                if {first, second} & seen or min(len(first.split()), len(second.split())) < SHORTEST:
-                    continue
-                seen |= {first, second}
-                pairs.append((first, second))
+    for paragraph in paragraphs():
+        sentences = re.split(r"(?<=[.!?])\s+(?=[A-Z])", paragraph)
+        for first, second in zip(sentences[::2], sentences[1::2], strict=False):
+            if {first, second} & seen or min(len(first.split()), len(second.split())) < SHORTEST:
+                continue
+            seen |= {first, second}
+            pairs.append((first, second))
     return pairs
 
 

@@ -1,13 +1,21 @@
 """A transformer that embeds texts as unit vectors: BERT's architecture with its tokens averaged."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from attnlab.models.layers import LayerNorm
 from attnlab.models.transformer import EmbeddingConfig, Transformer, embed
-from attnlab.models.wordpiece import TokenBatch
+
+
+class TokenBatch(NamedTuple):
+    """Sequences of tokens, padded at their end: the whole numbers, and where a token stands."""
+
+    tokens: Int[Array, "*B L"]
+    mask: Bool[Array, "*B L"]
 
 
 class TextEncoder(nn.Module):
