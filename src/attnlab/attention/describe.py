@@ -120,11 +120,11 @@ def _factors(hessian: AttentionHessian) -> list[Factor]:
     point, moments = hessian.point, hessian.moments
     read = slice(None) if hessian.positions is None else np.asarray(hessian.positions)
     gamma = jnp.einsum("hvo,bio->bhiv", point.output, hessian.gradient)
-    direction = jnp.einsum("hav,bhiv->bhia", point.value, gamma)
     factors = [
         Factor("x_i", "data", point.inputs[:, read]),
         Factor("q_i", "data and weight", jnp.einsum("bia,hak->bhik", point.inputs, point.query)[:, :, read]),
         Factor("m_i", "first moment", moments.first[:, :, read]),
+        *_moment_factors(hessian, jnp.einsum("hav,bhiv->bhia", point.value, gamma), read),
         Factor("W_K", "weight", point.key),
         Factor("W_V", "weight", point.value),
         Factor("W_O", "weight", point.output),
@@ -132,19 +132,17 @@ def _factors(hessian: AttentionHessian) -> list[Factor]:
         Factor("g_i", "loss gradient", hessian.gradient[:, read]),
         Factor("Λ_i", "loss curvature", hessian.curvature),
     ]
-    if point.config.rotary is None:
-        third = moments.third_along(direction)
-        factors.append(Factor("Σ_i", "second moment", moments.second[:, :, read]))
-        factors.append(Factor("κ̂_i", "third moment", third[:, :, read]))
-    else:
-        factors += _turned_factors(hessian, direction, read)
     return factors if hessian.bend is None else [*factors, Factor("Λf_i", "downstream curvature", hessian.bend)]
 
 
-def _turned_factors(
+def _moment_factors(
     hessian: AttentionHessian, direction: Float[Array, "B H L D"], read: slice | np.ndarray
 ) -> list[Factor]:
-    """Of a layer that turns its keys: a rotation of the keys is a weight and data at once."""
+    """Second and third moments; of a layer that turns its keys, what they are made of."""
+    moments = hessian.moments
+    if hessian.point.config.rotary is None:
+        second, third = (x[:, :, read] for x in (moments.second, moments.third_along(direction)))
+        return [Factor("Σ_i", "second moment", second), Factor("κ̂_i", "third moment", third)]
     pairs = token_pairs(hessian.point, hessian.moments, direction)
     batch, length, _ = hessian.point.inputs.shape
     named = [
