@@ -121,6 +121,7 @@ def test_a_folder_has_its_own_tokenizer(trained, tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match=r"tokenizer.json is no tokenizer .* cut short"):
         load(tmp_path)
+    assert load(tmp_path, tokenizer=False).tokenizer is None
     (tmp_path / "tokenizer.json").unlink()
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a"]
     (tmp_path / "vocab.txt").write_text("\n".join(pieces))
@@ -131,9 +132,9 @@ def test_a_folder_has_its_own_tokenizer(trained, tmp_path):
 
 
 def test_another_kind_of_tokenizer_is_an_error(trained, tmp_path):
-    with pytest.raises(ValueError, match="no splitting of words 'qwen2'; expected one of: smollm, gpt-2"):
+    with pytest.raises(ValueError, match=r"that splits words as 'qwen2'; expected 'gpt2', .* one of smollm, gpt-2"):
         tokenizer_of_gguf(fields_of_gguf(tmp_path / "a.gguf", trained, split="qwen2"))
-    with pytest.raises(ValueError, match="no kind of GGUF tokenizer that is read 'bert'; expected one of: gpt2"):
+    with pytest.raises(ValueError, match=r"a tokenizer of kind 'bert' .* Pass tokenizer=False"):
         tokenizer_of_gguf(fields_of_gguf(tmp_path / "b.gguf", trained, model="bert"))
 
 

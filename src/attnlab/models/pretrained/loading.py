@@ -59,6 +59,7 @@ def load(
     scan: bool = False,
     remat: str | None = None,
     factored: bool = False,
+    tokenizer: bool = True,
 ) -> Pretrained:
     """The pretrained model in a folder (config.json and safetensors), or of a .safetensors or .gguf file.
 
@@ -70,6 +71,7 @@ def load(
         dtype: of the parameters; None is JAX's default.
         scan, remat: as in `TransformerConfig`.
         factored: as in `LanguageModelConfig`.
+        tokenizer: read that too, if there is one.
 
     Raises `FileNotFoundError` for a path that is none, `ValueError` for files that are cut short, settings that are not
     implemented, tensors that are missing, left over or misshapen, or a tokenizer with more tokens than the model;
@@ -86,9 +88,9 @@ def load(
     if isinstance(config, LanguageModelConfig):
         config = replace(config, factored=factored)
     params = _params(checkpoint, family, config)
-    tokenizer = _tokenizer(checkpoint, config)
+    found = _tokenizer(checkpoint, config) if tokenizer else None
     predict = from_linen(family.module(config))
-    return Pretrained(config, params, predict, tokenizer, str(path), checkpoint.formats)
+    return Pretrained(config, params, predict, found, str(path), checkpoint.formats)
 
 
 def _family(settings: Mapping[str, Any]) -> Family:

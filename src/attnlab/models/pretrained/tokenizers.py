@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from attnlab.checks import check_range, unknown_name
+from attnlab.checks import check_range
 from attnlab.models.text_encoder import TokenBatch
 
 
@@ -58,6 +58,14 @@ def next_tokens(batch: TokenBatch) -> tuple[Int[Array, "*B L-1"], Int[Array, "*B
 
     For `objective(predict, cross_entropy, inputs, targets, weights=weights)`. Raises `ValueError` where no token has a
     next one.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from attnlab.models.pretrained import next_tokens
+        >>> from attnlab.models.text_encoder import TokenBatch
+        >>> padded = TokenBatch(jnp.array([[5, 6, 7, 0]]), jnp.array([[True, True, True, False]]))
+        >>> [leaf.tolist() for leaf in next_tokens(padded)]
+        [[[5, 6, 7]], [[6, 7, 0]], [[1.0, 1.0, 0.0]]]
     """
     tokens, mask = batch
     if not bool(jnp.any(mask[..., 1:])):
@@ -105,7 +113,9 @@ def _from_json(path: Path) -> Tokenizer:
     try:
         backend = library.Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises no narrower one
-        raise ValueError(f"{path} is no tokenizer ({error}); is it cut short?") from error
+        raise ValueError(
+            f"{path} is no tokenizer ({error}); is it cut short? Pass tokenizer=False to read the weights alone."
+        ) from error
     backend.no_truncation()
     backend.no_padding()
     return Tokenizer(backend)
@@ -121,7 +131,7 @@ def _library() -> Any:
     return tokenizers
 
 
-DIGITS_APART = {"smollm": True, "gpt-2": False, "default": False}
+DIGITS_APART = {"smollm": True, "gpt-2": False}
 """By what a GGUF file calls its splitting of words: whether each digit is a word of its own before GPT-2's pattern."""
 CONTROL, USER_DEFINED = 3, 4
 """Kinds of tokens in a GGUF file that are read as a whole, whatever stands around them."""
@@ -135,11 +145,13 @@ def tokenizer_of_gguf(fields: Mapping[str, Any]) -> Tokenizer:
     library = _library()
     held = {name.removeprefix("tokenizer.ggml."): field for name, field in fields.items()}
     kind, split = (held[name].contents() if name in held else "" for name in ("model", "pre"))
-    if kind != "gpt2":
-        raise unknown_name("kind of GGUF tokenizer that is read", kind, ("gpt2",))
-    if split not in DIGITS_APART:
-        raise unknown_name("splitting of words", split, DIGITS_APART)
-    vocabulary = {piece: number for number, piece in enumerate(held["tokens"].contents())}
+    if kind != "gpt2" or split not in DIGITS_APART:
+        raise ValueError(
+            f"the GGUF file has a tokenizer of kind {kind!r} that splits words as {split!r}; expected 'gpt2', "
+            f"byte-level BPE, and one of {', '.join(DIGITS_APART)}. Pass tokenizer=False to read the weights alone."
+        )
+    pieces = held["tokens"].contents()
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
     merges = [tuple(merge.split(" ", 1)) for merge in held["merges"].contents()]
     backend = library.Tokenizer(library.models.BPE(vocabulary, merges))
     byte_level = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -147,11 +159,11 @@ def tokenizer_of_gguf(fields: Mapping[str, Any]) -> Tokenizer:
     backend.pre_tokenizer = library.pre_tokenizers.Sequence([*digits, byte_level])
     backend.decoder = library.decoders.ByteLevel()
     kinds = held["token_type"].contents() if "token_type" in held else []
-    whole = [piece for piece, kind in zip(vocabulary, kinds, strict=False) if kind in (CONTROL, USER_DEFINED)]
+    whole = [piece for piece, kind in zip(pieces, kinds, strict=False) if kind in (CONTROL, USER_DEFINED)]
     backend.add_special_tokens([library.AddedToken(piece, special=True, normalized=False) for piece in whole])
     if "add_bos_token" in held and held["add_bos_token"].contents():
         number = held["bos_token_id"].contents()
-        first = next(piece for piece, other in vocabulary.items() if other == number)
+        first = pieces[number]
         template = library.processors.TemplateProcessing(single=f"{first} $A", special_tokens=[(first, number)])
         backend.post_processor = template
     return Tokenizer(backend)
