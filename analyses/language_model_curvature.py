@@ -53,8 +53,10 @@ class Config(SinglePrecisionConfig):
 
 def compute(config: Config, progress: Progress) -> Arrays:
     """Of every block, by weights and text, v.Av and |Av|^2 for a random v; Gauss rules of the whole; the losses."""
+    from attnlab.checks import check_range
     from attnlab.runs import stored_arrays
 
+    check_range("texts", config.texts, 2, 10_000, "Error bars are over the texts.")
     model = language_model(config)
     (risks, whole), weights = risks_of(model, config), weights_of(model, config)
     chosen = chosen_layers(config, model.config.transformer.layers)
@@ -274,7 +276,8 @@ def plot(arrays: Arrays, config: Config):
     axes[0, 1].legend(fontsize=8, ncols=2)
     for color, matrix in enumerate(matrices(arrays)):
         draw(axes[0, 2], layers, *functional_share(arrays, "trained", matrix), color, matrix)
-        draw(axes[1, 0], layers, *traces(arrays, "trained", "hessian", matrix), color, matrix)
+        value, error = traces(arrays, "trained", "hessian", matrix)
+        axes[1, 0].errorbar(layers, value, 2 * error, fmt=again(color), color=f"C{color}", capsize=2, markersize=4)
     axes[0, 2].axhline(1, color="black", linewidth=0.7)
     axes[0, 2].set(yscale="log", title="functional against Gauss-Newton part, trained")
     axes[0, 2].set_ylabel(r"$\Vert H_f \Vert / \Vert H_o \Vert$")
@@ -293,9 +296,16 @@ def model_name(config: Config) -> str:
 
 
 def draw(axes, layers, value, error, color: int, label: str, line: str = "o-") -> None:
-    """Points with bars of two standard errors; dashed where the colours begin again."""
-    line = "^--" if color > 6 and line == "o-" else line
-    axes.errorbar(layers, value, 2 * error, fmt=line, color=f"C{color}", capsize=2, label=label, markersize=4)
+    """Points with bars; dashed where the colours begin again."""
+    from attnlab.plotting.curves import points_with_bars
+
+    line = again(color) if line == "o-" else line
+    points_with_bars(axes, layers, value, error, line, color=f"C{color}", label=label, markersize=4)
+
+
+def again(color: int) -> str:
+    """The style of a line, by whether its colour is there already."""
+    return "^--" if color > 6 else "o-"
 
 
 def plot_lead(axes, arrays: Arrays) -> None:
@@ -306,7 +316,7 @@ def plot_lead(axes, arrays: Arrays) -> None:
     axes.axhline(1, color="black", linewidth=0.7)
     axes.set(yscale="log", title="lead of the value block")
     axes.set_ylabel(r"$\Vert VV\Vert \, / \sqrt{\Vert QQ\Vert \, \Vert KK\Vert}$")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=7, loc="lower left")
 
 
 def density(arrays: Arrays, part: str):
@@ -362,12 +372,13 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
         loss, error = mean_and_error(arrays[name]["loss"])
         title = f"{model_name(config)}, {caption}: loss {loss:.3f} ± {error:.3f}; weights: {arrays['formats']}"
         table = Table("matrix", "layer", "|H|", "|H_o|", "|H_f|", "tr H", "tr H_o", title=title)
-        for matrix in matrices(arrays):
+        for matrix in ("embedding", *matrices(arrays)):
             cells = [norms(arrays, name, part, matrix) for part in PARTS]
             cells += [traces(arrays, name, part, matrix) for part in ("hessian", "ggn")]
-            for row, layer in enumerate(arrays["layers"]):
+            layers = [""] if matrix == "embedding" else [str(layer + 1) for layer in arrays["layers"]]
+            for row, layer in enumerate(layers):
                 shown = ["{:.3g} ± {:.1g}".format(*cell[:, row]) for cell in cells]
-                table.add_row(matrix, str(layer + 1), *shown)
+                table.add_row(matrix, layer, *shown)
         found.append(table)
     return found
 

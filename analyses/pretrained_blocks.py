@@ -248,10 +248,11 @@ def plot_balance(axes, arrays: Arrays) -> None:
 
 
 def draw(axes, layers, value, error, color: str, line: str, face: str | None, label: str) -> None:
-    """Points with bars of two standard errors; only filled ones go into the legend."""
-    low = np.minimum(2 * error, 0.9 * value)  # a bar that reaches zero cannot be drawn to its end
+    """Points with bars; only filled ones go into the legend."""
+    from attnlab.plotting.curves import points_with_bars
+
     label = label if face is None else "_nolegend_"
-    axes.errorbar(layers, value, (low, 2 * error), fmt=line, color=color, markerfacecolor=face, capsize=2, label=label)
+    points_with_bars(axes, layers, value, error, line, color=color, markerfacecolor=face, label=label)
 
 
 def plot_ends(axes, arrays: Arrays) -> None:

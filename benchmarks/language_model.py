@@ -119,6 +119,8 @@ def measure(size: tuple[int, int], rounds: int, python: str | None) -> tuple[dic
     print(f"  {label} tokens; ours")
     ours = {case: in_a_process([sys.executable, __file__, "--case"], case, size, rounds) for case in OURS}
     for case, found in ours.items():
+        if found is None:
+            raise SystemExit(f"{case} could not be measured.")
         show(case, found, ours["gradient"])
         values |= {f"{label} {case}: {name}": value for name, value in found.items()}
         values[f"{label} {case}: gradients, cpu"] = found["cpu"] / ours["gradient"]["cpu"]
@@ -154,12 +156,13 @@ def main() -> None:
         print(json.dumps(run_ours(request["case"], tuple(request["size"]), request["rounds"])))
         return
     from common.results import write_results
+    from peers.client import peer_versions
 
     ratios, values = {}, {}
     for size in QUICK if options.quick else SIZES:
         more_ratios, more_values = measure(size, 1 if options.quick else 3, options.peers)
         ratios, values = ratios | more_ratios, values | more_values
-    write_results(options.json, ratios, values)
+    write_results(options.json, ratios, values, peer_versions(options.peers) if options.peers else None)
 
 
 if __name__ == "__main__":

@@ -60,9 +60,7 @@ class Logits:
 
 
 def cross_entropy_of(logits: Logits, labels: Int[Array, "*B"], shares: Float[Array, "*B"]) -> Float[Array, ""]:
-    """sum_n s_n (log sum exp z_n - z_n[y_n]), in chunks of positions; NaN, with all derivatives, for a label that is no
-    class."""
-    known = (labels >= 0) & (labels < logits.table.shape[0])
+    """sum_n s_n (log sum exp z_n - z_n[y_n]), in chunks of positions."""
 
     def chunk(total: Array, hidden: Array, labels: Array, shares: Array) -> tuple[Array, None]:
         log_probabilities = jax.nn.log_softmax(hidden @ logits.table.T, axis=-1)
@@ -70,7 +68,7 @@ def cross_entropy_of(logits: Logits, labels: Int[Array, "*B"], shares: Float[Arr
         return total - jnp.vdot(shares, picked), None
 
     zero = jnp.zeros((), logits.dtype)
-    return _in_chunks(chunk, zero, logits, labels, jnp.where(known, shares, jnp.nan))[0]
+    return _in_chunks(chunk, zero, logits, labels, shares)[0]
 
 
 def gauss_newton(logits: Logits, shares: Float[Array, "*B"], vector: Logits) -> Logits:

@@ -97,11 +97,12 @@ class Loss:
         return Partial(_along, *self._factored(outputs, jnp.asarray(targets), weights))
 
     def _factored(self, outputs: Logits, targets: Array, weights: Array | None) -> tuple[Logits, Array, Array]:
-        """Logits, labels and shares in the mean, zero where a position does not count."""
+        """Logits, labels and shares in the mean: zero where a position does not count, NaN where a label that counts is
+        no class, so that loss, gradient and curvature are."""
         full = self.weights(targets, weights, outputs.dtype)
-        if full is None:
-            return outputs, targets, jnp.full(targets.shape, 1 / max(targets.size, 1), outputs.dtype)
-        return *_counted(outputs, targets, full), _shares(full)
+        full = jnp.ones(targets.shape, outputs.dtype) if full is None else full
+        logits, labels = _counted(outputs, targets, full)
+        return logits, labels, _shares(full) * _one_or_nan(labels, logits)
 
     def total_loss(self, outputs: Array, targets: Array, weights: Array | None = None) -> tuple[Scalar, Scalar]:
         """sum_n w_n l_n, and sum_n w_n: both are zero where nothing counts. Raises as the loss itself does."""
@@ -109,9 +110,9 @@ class Loss:
         targets = jnp.asarray(targets)
         full = self.weights(targets, weights, outputs.dtype)
         if isinstance(outputs, Logits):
-            ones = jnp.ones(targets.shape, outputs.dtype)
-            shares = ones if full is None else full
-            return cross_entropy_of(*_counted(outputs, targets, shares), shares), jnp.sum(shares)
+            full = jnp.ones(targets.shape, outputs.dtype) if full is None else full
+            logits, labels = _counted(outputs, targets, full)
+            return cross_entropy_of(logits, labels, full * _one_or_nan(labels, logits)), jnp.sum(full)
         if full is None:
             entries = self.entries(outputs, targets)
             return jnp.sum(entries), jnp.asarray(entries.size, entries.dtype)
@@ -282,7 +283,7 @@ def _cross_entropy_entries(outputs: Array, targets: Array) -> Array:
     return -picked * _one_or_nan(targets, outputs)
 
 
-def _one_or_nan(labels: Int[Array, "*batch"], outputs: Float[Array, "*batch classes"]) -> Float[Array, "*batch"]:
+def _one_or_nan(labels: Int[Array, "*batch"], outputs: Any) -> Float[Array, "*batch"]:
     # As a factor, it makes the derivatives NaN as well: by `where` they would be finite, and wrong.
     known = (labels >= 0) & (labels < outputs.shape[-1])
     return jnp.where(known, 1, jnp.nan).astype(outputs.dtype)

@@ -115,10 +115,10 @@ def test_product_of_a_language_model_that_recomputes_its_blocks():
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_no_array_of_positions_times_vocabulary(part):
+def test_no_array_of_positions_times_vocabulary(part, monkeypatch):
     """Of the arrays with 1,000 classes in the compiled product none is larger than a chunk of four positions."""
     classes, positions = 1000, 16
-    logits_module.CHUNK_BYTES = 4 * classes * 8
+    monkeypatch.setattr(logits_module, "CHUNK_BYTES", 4 * classes * 8)
     params = {"first": jnp.ones((FEATURES, DIM)), "table": jnp.ones((classes, DIM))}
     inputs, targets = jnp.ones((positions, FEATURES)), jnp.zeros(positions, int)
     built = PARTS[part](objective(in_factors, cross_entropy, inputs, targets), params, check=False)
@@ -137,6 +137,22 @@ def test_labels_that_are_no_class_are_nan_under_jit_and_errors_outside():
     value, slopes = jax.jit(jax.value_and_grad(cross_entropy))(outputs, bad)
     assert jnp.isnan(value)
     assert jnp.isnan(slopes.hidden[0, 0]).all()
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_curvature_of_a_label_that_is_no_class_is_nan_under_jit(part):
+    """As that of the whole logits: the curvature itself does not read the label."""
+    for risk in risks(weights=WEIGHTS)[:2]:
+        params = risks()[2]
+
+        @jax.jit
+        def product(targets, risk=risk, params=params):
+            return PARTS[part](replace(risk, targets=targets), params).mv(params)
+
+        assert not any(jnp.isnan(leaf).any() for leaf in product(risk.targets).values())
+        assert jnp.isnan(product(risk.targets.at[0, 0].set(CLASSES))["table"]).any()
+        # Where the position does not count, nor does its label.
+        assert not jnp.isnan(product(risk.targets.at[0, 3].set(CLASSES))["table"]).any()
 
 
 def test_losses_that_take_no_factors():

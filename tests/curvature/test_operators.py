@@ -233,5 +233,7 @@ def test_what_a_linearisation_saves_is_counted_without_what_it_is_given():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         hessian(risk, params, check=False, budget=allowed)
+    with pytest.raises(ValueError, match="budget is -1"):
+        hessian(risk, params, check=False, budget=-1)
     with pytest.warns(CurvatureWarning, match="each product linearises anew"):
         hessian(risk, params, check=False, budget=params.nbytes // 2)

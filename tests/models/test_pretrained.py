@@ -316,6 +316,7 @@ def test_logits_and_loss_of_smollm2_are_those_of_another_implementation(packaged
     ]
     found = logits[list(expected["positions"])][:, list(expected["entries"])]
     assert_close(found, np.float32(expected["logits"]), 1e-5)
+    assert np.max(np.abs(found - np.float32(expected["logits"]))) <= 1e-4
     assert_close(np.linalg.norm(logits, axis=-1), np.float32(expected["norms"]), 1e-5)
     _, targets, weights = next_tokens(batch)
     logits = jnp.asarray(logits[None, :-1])

@@ -59,8 +59,8 @@ def describe(hessian: AttentionHessian) -> tuple[TermDescription, ...]:
     head's values, κ̂_i the third moment along W_V γ_i, and τ the scale of the scores. In a layer that turns its queries
     and keys, T_ij = τ q_i . κ_ij = ρ_ij . W_K^T x_j: what a query's block holds of the keys are moments of the κ_ij
     (Σκ_i with the tokens, κ̂κ_i the third), and its Kronecker form stays; a key's block is a double sum over tokens, of
-    products x_j ρ_ijᵀ that go with both. For a layer inside a network
-    Λ_i is Λ_o and Λf_i is Λ_f, and what has an index i holds the tokens that the loss reads.
+    products x_j ρ_ijᵀ that go with both. For a layer inside a network Λ_i is Λ_o and Λf_i is Λ_f, and what has an index
+    i holds the tokens that the loss reads.
 
     Example:
         >>> import attnlab as al

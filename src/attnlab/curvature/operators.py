@@ -8,6 +8,7 @@ activations travel as arguments, so that one compiled product serves every point
 `BatchedObjective`, or where that would take too much memory, nothing is saved: each product linearises anew.
 """
 
+import math
 import re
 import warnings
 from collections import OrderedDict
@@ -22,7 +23,7 @@ from jax.extend.core import Var
 from jax.tree_util import Partial
 from jaxtyping import Array
 
-from attnlab.checks import is_concrete
+from attnlab.checks import check_number, is_concrete
 from attnlab.curvature.guards import available_bytes
 from attnlab.curvature.operator import Operator, apply
 from attnlab.curvature.self_checks import CurvatureWarning, check_operator, check_risk, once
@@ -100,8 +101,8 @@ def hessian(
     examples are: coupled ones raise `ValueError`, and so does a batch that reads differently. Whatever `check` is, a
     loss that is not finite and labels that are no class raise `ValueError`, where values can be looked at.
     With `budget` (bytes; by default half of what the device has left) the arrays that the linearisation saves between
-    products are bounded: where they would be more, every product linearises anew, in about 4/3 of the time, and a
-    `CurvatureWarning` says so.
+    products are bounded: where they would be more, every product linearises anew, for the time of one more gradient at
+    most, and a `CurvatureWarning` says so.
     `check_curvature(risk, params, key)` tests more, at the point it is given; every Lanczos run tests the symmetry on
     its way.
 
@@ -249,6 +250,8 @@ def _build(kind: Kind, risk: Risk, params: Params, block: Block | None, check: b
 
 def _fits(linearize: "Linearization", risk: Objective, params: Params, budget: int | None) -> bool:
     """Whether the arrays that a linearisation saves fit the budget; warns where they do not. Nothing is run."""
+    if budget is not None:
+        check_number("budget", budget, 0, math.inf, "It is in bytes; leave it out for half of what is left.")
     if not is_concrete((risk, params, jnp.zeros(()))):
         return True  # within one program, which keeps nothing between products
     available = available_bytes() if budget is None else 2 * budget
@@ -257,8 +260,8 @@ def _fits(linearize: "Linearization", risk: Objective, params: Params, budget: i
         return True
     warnings.warn(
         f"a linearisation would save {saved / 2**30:.3g} GiB, and the budget is {available / 2**31:.3g} GiB: each "
-        "product linearises anew, in about 4/3 of the time. A model that computes its blocks again saves less "
-        "(remat='elementwise' in a TransformerConfig); a larger budget allows more.",
+        "product linearises anew. A model that computes its blocks again saves less (remat='elementwise' in a "
+        "TransformerConfig); a larger budget allows more.",
         CurvatureWarning,
         stacklevel=4,
     )

@@ -1,5 +1,7 @@
 """Curves: means or medians over seeds with a band, and lines of a given slope in log-log axes."""
 
+from typing import Any
+
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
@@ -46,3 +48,19 @@ def power_guide(axes: Axes, line: Float[np.ndarray, "points"], start: float, exp
     axes.annotate(
         f"${symbol}^{{{exponent:g}}}$", (line[-1], values[-1]), (3, -9), textcoords="offset points", fontsize=8
     )
+
+
+def points_with_bars(
+    axes: Axes,
+    places: np.ndarray,
+    values: Float[np.ndarray, "points"],
+    errors: Float[np.ndarray, "points"],
+    style: str,
+    **options: Any,
+) -> None:
+    """Positive values with bars of two standard errors; `options` are those of `errorbar`.
+
+    A bar that reaches zero stops at a tenth of the value: on a logarithmic axis it cannot be drawn to its end.
+    """
+    below = np.minimum(2 * errors, 0.9 * values)
+    axes.errorbar(places, values, (below, 2 * errors), fmt=style, capsize=2, **options)
