@@ -101,8 +101,8 @@ def hessian(
     examples are: coupled ones raise `ValueError`, and so does a batch that reads differently. Whatever `check` is, a
     loss that is not finite and labels that are no class raise `ValueError`, where values can be looked at.
     With `budget` (bytes; by default half of what the device has left) the arrays that the linearisation saves between
-    products are bounded: where they would be more, every product linearises anew, for the time of one more gradient at
-    most, and a `CurvatureWarning` says so.
+    products are bounded: where they would be more, every product linearises anew, for about the time of one more
+    gradient, and a `CurvatureWarning` says so.
     `check_curvature(risk, params, key)` tests more, at the point it is given; every Lanczos run tests the symmetry on
     its way.
 
