@@ -1,14 +1,17 @@
 """The Lanczos recurrences on matrices with known spectra."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
 
+from attnlab.curvature.spectrum import BESIDE
 from attnlab.krylov.lanczos import gauss_quadrature, tridiagonalize
-from attnlab.krylov.restarts import thick_restart
-from attnlab.krylov.ritz import plan_restarts
+from attnlab.krylov.restarts import MISSED, first_state, restart_cycle, thick_restart
+from attnlab.krylov.ritz import FEWEST, plan_restarts
 from compare import assert_close
 
 
@@ -52,6 +55,34 @@ def test_thick_restart_finds_the_ends_with_multiplicity(name, low, high, key):
     true_residuals = np.linalg.norm(pairs.vectors @ matrix - pairs.values[:, None] * pairs.vectors, axis=1)
     assert np.all(true_residuals <= pairs.residuals + 1e-13 * scale)
     assert_close(pairs.vectors @ pairs.vectors.T, np.eye(low + high), 1e-12)
+
+
+@pytest.mark.parametrize(("name", "low", "high"), [("repeated", 0, 5), ("separated", 4, 4)])
+def test_a_small_basis_changed_column_by_column_finds_the_same(name, low, high, key):
+    eigenvalues = np.sort(SPECTRA[name])
+    matrix = symmetric(eigenvalues, key)
+    plan = plan_restarts(low, high, 200, basis=low + high + FEWEST, slab=37)  # 200 is no multiple of it
+    pairs = extreme(matrix, jax.random.normal(key, (200,)), plan, 1e-9, jax.random.fold_in(key, 1))
+    expected = np.r_[eigenvalues[:low], eigenvalues[200 - high :]]
+    assert pairs.missed <= MISSED
+    assert_close(pairs.values, expected, 1e-9)
+    assert_close(pairs.vectors @ pairs.vectors.T, np.eye(low + high), 1e-12)
+
+
+def test_a_cycle_holds_the_basis_once():
+    n, plan = 10_000_000, plan_restarts(0, 2, 10_000_000, basis=8)
+    diagonal, start = (jax.ShapeDtypeStruct((n,), np.float32) for _ in range(2))
+    state = jax.eval_shape(lambda start: first_state(start, plan), start)
+
+    @partial(jax.jit, donate_argnames="state")
+    def cycle(diagonal, state, key):
+        return restart_cycle(lambda vector: diagonal * vector, state, plan, 1e-4, key)
+
+    memory = cycle.lower(diagonal, state, jax.eval_shape(lambda: jax.random.key(0))).compile().memory_analysis()
+    operator, slabs = 4 * n, 2 * 4 * plan.size * plan.slab
+    taken = memory.argument_size_in_bytes + memory.temp_size_in_bytes - operator - slabs
+    assert memory.alias_size_in_bytes >= 4 * n * (plan.size + 1)
+    assert taken <= 4 * n * (plan.size + BESIDE)
 
 
 def test_residuals_bound_the_error_when_the_iteration_is_cut_short(key):

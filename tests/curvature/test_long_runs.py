@@ -62,6 +62,11 @@ def kill_after(calls):
     return report
 
 
+def save_always(monkeypatch):
+    monkeypatch.setattr(session_module, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(session_module, "SAVE_SHARE", np.inf)
+
+
 RUNS = {
     "density": (partial(spectral_density, samples=4, steps=40), Session(), 5),
     "density_together": (partial(spectral_density, samples=4, steps=40), Session(together=2), 2),
@@ -71,7 +76,7 @@ RUNS = {
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_killed_run_resumes_to_the_bit(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(session_module, "SAVE_SECONDS", 0.0)
+    save_always(monkeypatch)
     run, session, calls = RUNS[name]
     key, matrix = jax.random.key(1), operator()
     untouched = run(matrix, key, session=replace(session, directory=tmp_path / "untouched"))
@@ -111,7 +116,7 @@ def some_blocks():
 
 
 def test_densities_of_blocks_resume_at_the_block_that_was_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr(session_module, "SAVE_SECONDS", 0.0)
+    save_always(monkeypatch)
     run = partial(block_densities, *some_blocks(), jax.random.key(1), blocks=["in", "out/w"], samples=2)
     untouched = run(session=Session(directory=tmp_path / "untouched"))
     with pytest.raises(Killed):
@@ -138,7 +143,7 @@ def test_blocks_before_a_failure_are_kept():
 
 
 def test_one_directory_serves_every_damping(tmp_path, monkeypatch):
-    monkeypatch.setattr(session_module, "SAVE_SECONDS", 0.0)
+    save_always(monkeypatch)
     matrix, key = operator(), jax.random.key(1)
     values = 2 * np.linspace(-1, 1, DIMENSION) ** 9
     runs = {
@@ -344,7 +349,7 @@ def test_an_operator_with_noise_is_refused():
 
 def test_computations_that_do_not_fit_are_refused_before_they_start(monkeypatch):
     monkeypatch.setattr(guards, "available_bytes", lambda: 100_000)
-    with pytest.raises(MemoryError, match=r"a basis of 41 vectors of 600 numbers.*Ask for fewer eigenpairs"):
+    with pytest.raises(MemoryError, match=r"46 vectors of 600 numbers, for a basis of 40.*Ask for fewer eigenpairs"):
         eigenpairs(operator(), jax.random.key(1), 10)
     with pytest.raises(MemoryError, match=r"10 samples of 600 numbers at once.*Run fewer together"):
         spectral_density(operator(), jax.random.key(1), session=Session(together=10))

@@ -48,6 +48,15 @@ def test_eigenpairs_of_a_wide_layer(which, each_key):
         assert residual <= pairs.residuals[i] + 1e-13 * exact[-1]
 
 
+def test_a_small_basis_finds_the_same_pairs(key):
+    operator, exact = wide_attention()
+    pairs = eigenpairs(operator, key, 2, basis=6)
+    assert np.max(np.abs(pairs.values - exact[-2:])) <= 1e-8 * exact[-1]
+    assert pairs.missed <= 1e-3
+    with pytest.raises(ValueError, match="basis is 5; expected 6 <= basis"):
+        eigenpairs(operator, key, 2, basis=5)
+
+
 def test_small_operators_are_solved_densely(key):
     operator = hessian(*CASES["softmax/square"](key))
     pairs = eigenpairs(operator, key, 3, which="both")

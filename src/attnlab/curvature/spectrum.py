@@ -30,7 +30,7 @@ from attnlab.krylov.restarts import (
     thick_restart,
     wanted_pairs,
 )
-from attnlab.krylov.ritz import RestartPlan, plan_restarts
+from attnlab.krylov.ritz import FEWEST, RestartPlan, plan_restarts
 from attnlab.runs.progress import Clock
 from attnlab.runs.session import AT_ONCE, Session, fold
 from attnlab.trees import power_of_two
@@ -40,6 +40,9 @@ __all__ = ["Eigenpairs", "SpectralDensity", "eigenpairs", "spectral_density"]
 
 REPORT_EVERY = 8
 """Products between two reports at least."""
+
+BESIDE = 6
+"""Vectors beside the basis while it grows: the next direction, a product, and what makes it orthogonal."""
 
 DENSE_DIMENSION = 512
 """Up to this dimension eigenpairs come from the dense matrix: no more work, and exact."""
@@ -74,6 +77,7 @@ def eigenpairs(
     *,
     which: Literal["low", "high", "both"] = "high",
     tolerance: float | None = None,
+    basis: int | None = None,
     session: Session = AT_ONCE,
 ) -> Eigenpairs:
     """The `count` algebraically lowest or highest eigenpairs, or that many at both ends.
@@ -81,7 +85,7 @@ def eigenpairs(
     The dense matrix up to dimension 512; beyond it thick-restart Lanczos with locking, repeated eigenvalues included:
     after convergence random directions are tested until an eigenvalue further out than the wanted ones, by more than
     the tolerance and counted with multiplicity, is missing with a probability of at most 0.001 (see `restarts`).
-    Memory: twice 2 * wanted + 21 vectors, and orthogonalisation reads half of them per product.
+    Memory: 2 * wanted + 26 vectors, and orthogonalisation reads half of them per product.
 
     Args:
         operator: the operator A; its symmetry is tested on the way, at no product's cost.
@@ -90,6 +94,8 @@ def eigenpairs(
         which: end of the spectrum.
         tolerance: of the residuals relative to the largest eigenvalue in modulus; by default the square root of the
             machine epsilon.
+        basis: how many vectors the iteration keeps, six more than these in all: at least four more than are wanted; by
+            default twice the wanted plus twenty. Fewer take less memory and more products.
         session: where to save the basis, every second at most, after a cycle of some products, and what to call every
             some products with a `Progress`; `print_progress` is one. At the end the directory holds `result.npz`
             (values, flat vectors, residuals) and `manifest.json`. Without both it is one compiled program.
@@ -123,11 +129,11 @@ def eigenpairs(
     if operator.dimension <= max(DENSE_DIMENSION, 2 * wanted + 20):
         pairs = _dense_eigenpairs(operator, low, high)
     else:
-        plan = plan_restarts(low, high, operator.dimension)
+        plan = _plan(operator, low, high, basis)
         check_memory(
-            f"a basis of {plan.size + 1} vectors of {operator.dimension} numbers, twice at a restart,",
-            2 * (plan.size + 1) * operator.dimension * operator.flat_dtype.itemsize,
-            "Ask for fewer eigenpairs.",
+            f"{plan.size + BESIDE} vectors of {operator.dimension} numbers, for a basis of {plan.size},",
+            (plan.size + BESIDE) * operator.dimension * operator.flat_dtype.itemsize,
+            f"Ask for fewer eigenpairs, or for a smaller basis, of at least {wanted + FEWEST}.",
         )
         if session.in_chunks:
             pairs = _in_cycles(operator, key, tolerance, plan, session)
@@ -136,6 +142,14 @@ def eigenpairs(
     if is_concrete(pairs):
         _check(operator, pairs, tolerance)
     return _like_point(operator, pairs)
+
+
+def _plan(operator: Operator, low: int, high: int, basis: int | None) -> RestartPlan:
+    if basis is not None:
+        check_integer(basis=basis)
+        remedy = "Leave it out for twice the wanted plus twenty."
+        check_range("basis", basis, low + high + FEWEST, operator.dimension, remedy)
+    return plan_restarts(low, high, operator.dimension, basis=basis)
 
 
 def _like_point(operator: Operator, pairs: RitzPairs) -> Eigenpairs:
@@ -196,6 +210,11 @@ def _in_one_program(operator: Operator, key: PRNGKey, tolerance: float, plan: Re
 
 
 @jax.jit(static_argnames=("plan",))
+def _first(operator: Operator, key: PRNGKey, plan: RestartPlan) -> Restarted:
+    return first_state(_start(operator, key), plan)
+
+
+@jax.jit(static_argnames=("plan",), donate_argnames=("state",))
 def _cycle(operator: Operator, state: Restarted, key: PRNGKey, tolerance: float, plan: RestartPlan) -> Restarted:
     return restart_cycle(operator.flat_mv, state, plan, tolerance, key)
 
@@ -203,9 +222,6 @@ def _cycle(operator: Operator, state: Restarted, key: PRNGKey, tolerance: float,
 def _in_cycles(operator: Operator, key: PRNGKey, tolerance: float, plan: RestartPlan, session: Session) -> RitzPairs:
     """The same iteration, a call for every cycle."""
     start_key, cycle_key = jax.random.split(key)
-
-    def start() -> Restarted:
-        return first_state(_start(operator, start_key), plan)
 
     def cycles(state: Restarted) -> int | None:
         return None if state.done or state.cycle >= plan.cycles else int(state.cycle)
@@ -231,7 +247,7 @@ def _in_cycles(operator: Operator, key: PRNGKey, tolerance: float, plan: Restart
         return tell
 
     with session.open(lambda: identity_of(operator, key, tolerance, plan)) as stretch:
-        pairs = wanted_pairs(fold(step, start, cycles, stretch, watch=watch), plan)
+        pairs = wanted_pairs(fold(step, lambda: _first(operator, start_key, plan), cycles, stretch, watch=watch), plan)
         choices = {"computation": "eigenpairs", "dimension": operator.dimension, "low": plan.low, "high": plan.high}
         choices |= {"tolerance": tolerance, "products": int(pairs.products), "missed": float(pairs.missed)}
         stretch.write_result(choices, values=pairs.values, vectors=pairs.vectors, residuals=pairs.residuals)

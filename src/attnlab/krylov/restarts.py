@@ -32,13 +32,16 @@ from jaxtyping import Array, Float
 
 from attnlab.krylov.lanczos import Extension, FlatProduct, KrylovBasis, extend, relative_asymmetry
 from attnlab.krylov.ritz import (
+    Change,
     RestartPlan,
     Ritz,
     begun_anew,
+    changed_basis,
+    combinations,
     compressed,
     inwards,
     kept_places,
-    locked_basis,
+    locking,
     ritz_of,
 )
 from attnlab.trees import length
@@ -182,10 +185,12 @@ def restart_cycle(
     draw = jax.tree.map(lambda new, old: jnp.where(lock, new, old), _next_draw(state.draw), draw)
     count, within = _neighbours(thresholds, ritz, couplings, state.draw, plan)
 
-    basis = grown.basis
-    basis = jax.lax.cond(restart, lambda b: compressed(b, ritz, kept, filled, state.locked, plan), lambda b: b, basis)
-    basis = jax.lax.cond(lock, lambda b: locked_basis(b, ritz, picked, count, key, plan), lambda b: b, basis)
-    basis = jax.lax.cond(anew, lambda b: begun_anew(b, ritz, outside, plan), lambda b: b, basis)
+    change = _picked(
+        [lock, anew],
+        [locking(ritz, picked, count, plan), begun_anew(grown.basis, ritz, outside, plan)],
+        compressed(grown.basis, ritz, kept, filled, state.locked, plan),
+    )
+    basis = changed_basis(grown.basis, change, restart | lock | anew, lock | anew, lock, key, plan)
     first = jnp.where(lock, count, jnp.where(restart, plan.kept, jnp.where(anew, plan.wanted, filled)))
     return Restarted(
         basis=basis,
@@ -209,13 +214,18 @@ def wanted_pairs(state: Restarted, plan: RestartPlan) -> RitzPairs:
     """The pairs that the iteration has come to."""
     low = plan.low
     order = jnp.concatenate([jnp.argsort(state.values[:low]), low + jnp.argsort(state.values[low:])])
-    used = jnp.any(state.rotation != 0, axis=1)  # behind them may stand what is not finite
-    basis = jnp.where(used[:, None], state.basis.vectors[: plan.size], 0)
-    vectors = state.rotation[:, order].T @ basis
+    vectors = combinations(state.basis.vectors, state.rotation[:, order], plan.slab)
     asymmetry = relative_asymmetry(state.asymmetry, state.scale)
     missed = jnp.where(state.done, MISSED, 1).astype(state.scale.dtype)
     values, residuals = state.values[order], state.residuals[order]
     return RitzPairs(values, vectors, residuals, state.scale, asymmetry, state.products, missed)
+
+
+def _picked(conditions: list[Array], changes: list[Change], otherwise: Change) -> Change:
+    """The change of the first condition that holds."""
+    for condition, change in zip(reversed(conditions), reversed(changes), strict=True):
+        otherwise = jax.tree.map(lambda a, b, c=condition: jnp.where(c, a, b), change, otherwise)
+    return otherwise
 
 
 def _thresholds(values: Array, limit: Array, ritz: Ritz, plan: RestartPlan) -> Array:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from attnlab.krylov.lanczos import KrylovBasis, orthogonalize
+from attnlab.krylov.lanczos import KrylovBasis
 from attnlab.trees import length
 from attnlab.types import PRNGKey
 
@@ -14,7 +14,8 @@ from attnlab.types import PRNGKey
 class RestartPlan(NamedTuple):
     """Sizes of a thick-restart iteration: wanted pairs at the `low` and `high` end, basis `size`, how many Ritz vectors
     are kept at a restart (`keep_low`, `keep_high`, the wanted among them), after how many products convergence is
-    looked at (`stride`), and the bound on cycles of that many products."""
+    looked at (`stride`), the bound on cycles of that many products, and how many columns of the basis are changed at a
+    time (`slab`)."""
 
     low: int
     high: int
@@ -23,6 +24,7 @@ class RestartPlan(NamedTuple):
     keep_high: int
     stride: int
     cycles: int
+    slab: int
 
     @property
     def wanted(self) -> int:
@@ -50,14 +52,24 @@ class RestartPlan(NamedTuple):
         return max(self.low, self.high) == 1
 
 
-def plan_restarts(low: int, high: int, dimension: int, cycles: int = 1000) -> RestartPlan:
-    """Sizes for `low` + `high` wanted pairs: a basis of twice the wanted plus twenty, of which a restart keeps the
-    wanted and two thirds of the rest (Wu & Simon 2000, thick-restart Lanczos)."""
+SLAB = 2**16
+"""Columns of a basis that are changed at a time: enough to keep the cores busy, few beside the basis."""
+
+FEWEST = 4
+"""A basis needs so many vectors more than the wanted ones."""
+
+
+def plan_restarts(
+    low: int, high: int, dimension: int, cycles: int = 1000, *, basis: int | None = None, slab: int | None = None
+) -> RestartPlan:
+    """Sizes for `low` + `high` wanted pairs: a `basis` of twice the wanted plus twenty, if none is named, of which a
+    restart keeps the wanted and two thirds of the rest (Wu & Simon 2000, thick-restart Lanczos)."""
     wanted = low + high
-    size = min(2 * wanted + 20, dimension)
+    size = min(2 * wanted + 20 if basis is None else basis, dimension)
     extra = 2 * (size - wanted) // 3
     extra_low = extra * low // wanted
-    return RestartPlan(low, high, size, low + extra_low, high + extra - extra_low, 4, cycles)
+    slab = min(SLAB if slab is None else slab, dimension)
+    return RestartPlan(low, high, size, low + extra_low, high + extra - extra_low, 4, cycles, slab)
 
 
 class Ritz(NamedTuple):
@@ -105,44 +117,101 @@ def kept_places(ritz: Ritz, locked: Array, plan: RestartPlan) -> Array:
     return jnp.where(locked > 0, behind, free)
 
 
-def compressed(
-    basis: KrylovBasis, ritz: Ritz, kept: Array, filled: Array, locked: Array, plan: RestartPlan
-) -> KrylovBasis:
+class Change(NamedTuple):
+    """What becomes of a basis: the `rotation` whose rows (m + 1, m + 1) make the new vectors of the old ones, the
+    `values` (m) of the operator on them, and how many are `held` before the next direction."""
+
+    rotation: Array
+    values: Array
+    held: Array | int
+
+
+def compressed(basis: KrylovBasis, ritz: Ritz, kept: Array, filled: Array, locked: Array, plan: RestartPlan) -> Change:
     """Keep what is locked, the Ritz vectors `kept` behind it, and the next direction; all behind is zero again."""
     size, count = plan.size, plan.kept
     fixed = jnp.arange(count) < locked
     rotation = jnp.where(fixed, jnp.eye(size, count, dtype=ritz.vectors.dtype), ritz.vectors[:, kept])
     values = jnp.where(fixed, jnp.diagonal(basis.projected)[:count], ritz.values[kept])
-    vectors = jnp.zeros_like(basis.vectors).at[:count].set(rotation.T @ basis.vectors[:size])
-    vectors = vectors.at[count].set(basis.vectors[filled])
-    return KrylovBasis(vectors, _diagonal(values, size))
+    change = _change(rotation, values, count, plan)
+    return change._replace(rotation=change.rotation.at[count, filled].set(1))
 
 
-def _diagonal(values: Array, size: int) -> Array:
-    return jnp.diag(jnp.zeros(size, values.dtype).at[: values.size].set(values))
-
-
-def locked_basis(
-    basis: KrylovBasis, ritz: Ritz, picked: Array, count: Array, key: PRNGKey, plan: RestartPlan
-) -> KrylovBasis:
-    """Keep the wanted Ritz vectors and those next to them, `count` in all, and continue from a random direction that is
-    orthogonal to them."""
+def locking(ritz: Ritz, picked: Array, count: Array, plan: RestartPlan) -> Change:
+    """Keep the wanted Ritz vectors and those next to them, `count` in all, and nothing else."""
     places = jnp.concatenate([picked, outermost(ritz, 1, plan)])[: plan.wanted + plan.ends * plan.neighbours]
     there = jnp.arange(places.size) < count
-    rotation = jnp.where(there, ritz.vectors[:, places], 0)
-    locked = jnp.zeros_like(basis.vectors).at[: places.size].set(rotation.T @ basis.vectors[: plan.size])
-    random = jax.random.normal(key, locked.shape[1:], locked.dtype)
-    direction = orthogonalize(orthogonalize(random, locked)[0], locked)[0]
-    values = jnp.where(there, ritz.values[places], 0)
-    return KrylovBasis(locked.at[count].set(direction / length(direction)), _diagonal(values, plan.size))
+    return _change(jnp.where(there, ritz.vectors[:, places], 0), jnp.where(there, ritz.values[places], 0), count, plan)
 
 
-def begun_anew(basis: KrylovBasis, ritz: Ritz, outside: Array, plan: RestartPlan) -> KrylovBasis:
+def begun_anew(basis: KrylovBasis, ritz: Ritz, outside: Array, plan: RestartPlan) -> Change:
     """Keep the wanted, and continue from the sum of the Ritz vectors beyond the thresholds: the residuals of what else
     was deflated are lost, and with them the relation that later restarts would need."""
     size, wanted = plan.size, plan.wanted
-    kept = jnp.zeros_like(basis.vectors).at[:wanted].set(basis.vectors[:wanted])
-    direction = (ritz.vectors @ outside.astype(ritz.vectors.dtype)) @ basis.vectors[:size]
-    direction = orthogonalize(direction, kept)[0]
-    projected = _diagonal(jnp.diagonal(basis.projected)[:wanted], size)
-    return KrylovBasis(kept.at[wanted].set(direction / length(direction)), projected)
+    direction = ritz.vectors @ outside.astype(ritz.vectors.dtype)
+    rotation = jnp.eye(size, wanted + 1, dtype=direction.dtype).at[:, wanted].set(direction)
+    values = jnp.diagonal(basis.projected)[:wanted]
+    return _change(rotation, values, wanted, plan)
+
+
+def _change(rotation: Array, values: Array, count: Array | int, plan: RestartPlan) -> Change:
+    """From columns (m, k) of a rotation and k values or fewer."""
+    whole = jnp.zeros((plan.size + 1, plan.size + 1), rotation.dtype)
+    whole = whole.at[: rotation.shape[1], : plan.size].set(rotation.T)
+    return Change(whole, jnp.zeros(plan.size, values.dtype).at[: values.size].set(values), count)
+
+
+def changed_basis(
+    basis: KrylovBasis, change: Change, needed: Array, turned: Array, random: Array, key: PRNGKey, plan: RestartPlan
+) -> KrylovBasis:
+    """The basis after a `change`, where it is `needed`; where the next direction has `turned` it is made orthogonal to
+    the others again, and where it is `random` drawn before.
+
+    The basis is the memory that this takes, and a second one would not fit where the first just does: all is written
+    in place, in loops of no or one round, as a conditional would copy.
+    """
+    last = change.held
+
+    def next_direction(_: int, vectors: Array) -> Array:
+        drawn = jax.lax.cond(
+            random, lambda old: jax.random.normal(key, old.shape, old.dtype), lambda old: old, vectors[last]
+        )
+        for _ in range(2):
+            drawn = drawn - (vectors @ drawn).at[last].set(0) @ vectors
+        return vectors.at[last].set(drawn / length(drawn))
+
+    vectors = _rotated(basis.vectors, change.rotation, needed, plan.slab)
+    vectors = jax.lax.fori_loop(0, turned.astype(int), next_direction, vectors)
+    return KrylovBasis(vectors, jnp.where(needed, jnp.diag(change.values), basis.projected))
+
+
+def _rotated(vectors: Array, rotation: Array, needed: Array, slab: int) -> Array:
+    """`rotation @ vectors`, `slab` columns at a time."""
+    whole, rest = divmod(vectors.shape[1], slab)
+
+    def rotate(width: int, first: Array | int, vectors: Array) -> Array:
+        columns = jax.lax.dynamic_slice_in_dim(vectors, first, width, axis=1)
+        return jax.lax.dynamic_update_slice_in_dim(vectors, rotation @ columns, first, axis=1)
+
+    rounds = needed.astype(int)
+    vectors = jax.lax.fori_loop(0, whole * rounds, lambda i, v: rotate(slab, i * slab, v), vectors)
+    if rest:
+        vectors = jax.lax.fori_loop(0, rounds, lambda _, v: rotate(rest, whole * slab, v), vectors)
+    return vectors
+
+
+def combinations(vectors: Array, rotation: Array, slab: int) -> Array:
+    """(k, n): the combinations of the first m vectors by a `rotation` (m, k); vectors that none uses may hold anything.
+
+    `slab` columns at a time, without a copy of the vectors."""
+    size, count = rotation.shape
+    used = jnp.any(rotation != 0, axis=1)
+    whole, rest = divmod(vectors.shape[1], slab)
+
+    def combine(width: int, first: Array | int, found: Array) -> Array:
+        columns = jax.lax.dynamic_slice(vectors, (0, first), (size, width))
+        columns = rotation.T @ jnp.where(used[:, None], columns, 0)
+        return jax.lax.dynamic_update_slice_in_dim(found, columns, first, axis=1)
+
+    found = jnp.zeros((count, vectors.shape[1]), vectors.dtype)
+    found = jax.lax.fori_loop(0, whole, lambda i, found: combine(slab, i * slab, found), found)
+    return combine(rest, whole * slab, found) if rest else found

@@ -25,6 +25,9 @@ SAVE_SECONDS = 1.0
 """Least time between two saves of a state alone, so that the disk costs little: a run that is killed loses that much.
 What comes in parts is saved with every part."""
 
+SAVE_SHARE = 0.1
+"""Largest share of the time that saving a large state may take: then the next save waits longer than `SAVE_SECONDS`."""
+
 State = TypeVar("State")
 Chunk = TypeVar("Chunk")
 
@@ -101,7 +104,8 @@ class OpenSession:
         self.parts: list[PyTree] = []
         self.resumed = checkpoint is not None and checkpoint.exists()
         self._end: PyTree | None = None
-        self._began = self._saved = time.monotonic()
+        self._began = time.monotonic()
+        self._due = self._began + SAVE_SECONDS
 
     def restore(self, start: Callable[[], State], part: Callable[[State], PyTree] | None = None) -> State:
         """The state that was saved, in the shapes of `start()`, which it is itself where nothing was. Where chunks give
@@ -122,9 +126,11 @@ class OpenSession:
             return
         if part is not None:
             self.checkpoint.save(len(self.parts) - 1, part, state)
-        elif last or time.monotonic() - self._saved >= SAVE_SECONDS:
+        elif last or time.monotonic() >= self._due:
+            began = time.monotonic()
             self.checkpoint.save(0, (), state)
-            self._saved = time.monotonic()
+            now = time.monotonic()
+            self._due = now + max(SAVE_SECONDS, (now - began) / SAVE_SHARE)
         self._end = None
 
     def at_end(self, measure: Callable[[], PyTree]) -> PyTree:
