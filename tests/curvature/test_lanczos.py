@@ -9,7 +9,7 @@ import pytest
 import scipy.linalg
 
 from attnlab.curvature.spectrum import BESIDE
-from attnlab.krylov.lanczos import gauss_quadrature, tridiagonalize
+from attnlab.krylov.lanczos import gauss_quadrature, inner_products, tridiagonalize
 from attnlab.krylov.restarts import MISSED, first_state, restart_cycle, thick_restart
 from attnlab.krylov.ritz import FEWEST, plan_restarts
 from compare import assert_close
@@ -93,6 +93,12 @@ def test_residuals_bound_the_error_when_the_iteration_is_cut_short(key):
     assert np.max(pairs.residuals) > 1e-6
     nearest = np.min(np.abs(eigenvalues[None, :] - pairs.values[:, None]), axis=1)
     assert np.all(nearest <= pairs.residuals)
+
+
+def test_inner_products_of_long_vectors_do_not_lose_their_sums():
+    rows = np.random.default_rng(0).standard_normal((2, 2**22), np.float32)
+    exact = rows.astype(np.float64) @ rows[0].astype(np.float64)
+    assert_close(np.asarray(inner_products(jnp.asarray(rows), jnp.asarray(rows[0])), np.float64), exact, 1e-6)
 
 
 def test_tridiagonal_matrix_is_the_projection(key):

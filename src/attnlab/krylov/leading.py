@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from attnlab.krylov.lanczos import inner_products
+
 KRYLOV_STEPS = 24
 RESTARTS = 50
 
@@ -39,7 +41,7 @@ def _krylov_step(apply: Callable[[Array], Array], start: Array, steps: int) -> t
         image = apply(vector)
         rest = image
         for _ in range(2):
-            rest = rest - basis.T @ (basis @ rest)
+            rest = rest - basis.T @ inner_products(basis, rest)
         length = jnp.linalg.norm(rest)
         # an exhausted space: the remaining basis vectors are zero and add zero eigenvalues
         alive = length > 100 * jnp.finfo(start.dtype).eps * jnp.linalg.norm(image)

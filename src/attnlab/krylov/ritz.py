@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from attnlab.krylov.lanczos import KrylovBasis
+from attnlab.krylov.lanczos import KrylovBasis, inner_products
 from attnlab.trees import length
 from attnlab.types import PRNGKey
 
@@ -176,7 +176,7 @@ def changed_basis(
             random, lambda old: jax.random.normal(key, old.shape, old.dtype), lambda old: old, vectors[last]
         )
         for _ in range(2):
-            drawn = drawn - (vectors @ drawn).at[last].set(0) @ vectors
+            drawn = drawn - inner_products(vectors, drawn).at[last].set(0) @ vectors
         return vectors.at[last].set(drawn / length(drawn))
 
     vectors = _rotated(basis.vectors, change.rotation, needed, plan.slab)

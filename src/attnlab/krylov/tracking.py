@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attnlab.krylov.lanczos import FlatProduct, advance, begin
+from attnlab.krylov.lanczos import FlatProduct, advance, begin, inner_products
 from attnlab.krylov.restarts import thick_restart
 from attnlab.krylov.ritz import plan_restarts
 from attnlab.trees import length, power_of_two
@@ -143,7 +143,7 @@ def upper_bound(product: FlatProduct, pairs: TopPairs, key: PRNGKey, steps: int)
     count, dimension = pairs.vectors.shape
 
     def outside(vector: Array) -> Array:
-        return vector - pairs.vectors.T @ (pairs.vectors @ vector)
+        return vector - pairs.vectors.T @ inner_products(pairs.vectors, vector)
 
     start = outside(jax.random.normal(key, (dimension,), pairs.vectors.dtype))
     _, (diagonal, norms) = advance(lambda vector: outside(product(outside(vector))), begin(start), steps)
