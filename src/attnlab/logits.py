@@ -59,6 +59,17 @@ class Logits:
         return (rows @ self.table.T).reshape(self.shape)
 
 
+def widened(values: PyTree) -> PyTree:
+    """Every floating-point array in float32 at least: exponentials and sums over classes and positions need it."""
+
+    def wide(leaf: Any) -> Any:
+        dtype = jnp.result_type(leaf)
+        narrow = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+        return leaf.astype(jnp.float32) if narrow else leaf
+
+    return jax.tree.map(wide, values)
+
+
 def cross_entropy_of(logits: Logits, labels: Int[Array, "*B"], shares: Float[Array, "*B"]) -> Float[Array, ""]:
     """sum_n s_n (log sum exp z_n - z_n[y_n]), in chunks of positions."""
 
@@ -73,7 +84,8 @@ def cross_entropy_of(logits: Logits, labels: Int[Array, "*B"], shares: Float[Arr
 
 def gauss_newton(logits: Logits, shares: Float[Array, "*B"], vector: Logits) -> Logits:
     """J^T C J times `vector`: J the derivative of Z = H W^T in H and W, C the curvature of the cross-entropy in Z."""
-    table = logits.table
+    table, dtypes = logits.table, jax.tree.map(jnp.result_type, vector)
+    vector = jax.tree.map(lambda part: part.astype(logits.dtype), vector)
 
     def chunk(sums: Array, hidden: Array, change: Array, shares: Array) -> tuple[Array, Array]:
         probabilities = jax.nn.softmax(hidden @ table.T, axis=-1)
@@ -83,7 +95,7 @@ def gauss_newton(logits: Logits, shares: Float[Array, "*B"], vector: Logits) -> 
         return sums + curved.T @ hidden, curved @ table
 
     sums, hidden = _in_chunks(chunk, jnp.zeros_like(table), logits, vector.hidden, shares)
-    return Logits(hidden, sums)
+    return jax.tree.map(lambda part, dtype: part.astype(dtype), Logits(hidden, sums), dtypes)
 
 
 def along_slopes(logits: Logits, held: Logits, labels: Int[Array, "*B"], shares: Float[Array, "*B"]) -> Array:

@@ -21,7 +21,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
 from attnlab.checks import check_finite, is_concrete, local_values, unknown_name
-from attnlab.logits import Logits, along_slopes, cross_entropy_of, gauss_newton
+from attnlab.logits import Logits, along_slopes, cross_entropy_of, gauss_newton, widened
 from attnlab.types import Scalar
 
 
@@ -63,7 +63,7 @@ class Loss:
     ignored: float | None = None
 
     def __call__(self, outputs: Array, targets: Array, weights: Array | None = None) -> Scalar:
-        """The mean over all positions, weighted where there are `weights`.
+        """The mean over all positions, weighted where there are `weights`; of bfloat16 or float16 outputs in float32.
 
         Args:
             outputs: what a model predicts.
@@ -76,7 +76,7 @@ class Loss:
         the loss and all its derivatives are NaN instead.
         """
         self.check_answers(outputs, targets, weights)
-        targets = jnp.asarray(targets)
+        outputs, targets = widened((outputs, jnp.asarray(targets)))
         if isinstance(outputs, Logits):
             return cross_entropy_of(*self._factored(outputs, targets, weights))
         full = self.weights(targets, weights, outputs.dtype)
@@ -99,6 +99,7 @@ class Loss:
     def _factored(self, outputs: Logits, targets: Array, weights: Array | None) -> tuple[Logits, Array, Array]:
         """Logits, labels and shares in the mean: zero where a position does not count, NaN where a label that counts is
         no class, so that loss, gradient and curvature are."""
+        outputs = widened(outputs)
         full = self.weights(targets, weights, outputs.dtype)
         full = jnp.ones(targets.shape, outputs.dtype) if full is None else full
         logits, labels = _counted(outputs, targets, full)
@@ -107,7 +108,7 @@ class Loss:
     def total_loss(self, outputs: Array, targets: Array, weights: Array | None = None) -> tuple[Scalar, Scalar]:
         """sum_n w_n l_n, and sum_n w_n: both are zero where nothing counts. Raises as the loss itself does."""
         self.check_answers(outputs, targets, weights)
-        targets = jnp.asarray(targets)
+        outputs, targets = widened((outputs, jnp.asarray(targets)))
         full = self.weights(targets, weights, outputs.dtype)
         if isinstance(outputs, Logits):
             full = jnp.ones(targets.shape, outputs.dtype) if full is None else full
@@ -217,12 +218,12 @@ class Loss:
 
 def _shares(full: Array) -> Array:
     """w_n / sum w of all positions; NaN where nothing counts."""
-    wide = full.astype(full.dtype if jnp.finfo(full.dtype).bits >= 32 else jnp.float32)  # bfloat16 counts to 256
+    wide = widened(full)  # bfloat16 counts to 256
     return (wide / jnp.sum(wide)).astype(full.dtype)
 
 
 def _along(held: Logits, labels: Array, shares: Array, outputs: Logits) -> Scalar:
-    return along_slopes(outputs, held, labels, shares)
+    return along_slopes(widened(outputs), held, labels, shares)
 
 
 def _counted(outputs: Any, targets: Array, full: Array) -> tuple[Any, Array]:

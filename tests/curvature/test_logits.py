@@ -165,3 +165,34 @@ def test_losses_that_take_no_factors():
     own = replace(factored, loss=jax.tree_util.Partial(lambda outputs, targets: jnp.mean(outputs.hidden**2)))
     with pytest.raises(TypeError, match="its Gauss-Newton matrix is not known; expected cross_entropy"):
         ggn(own, params)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_sums_over_classes_and_positions_of_low_precision_are_in_single(dtype):
+    """Held against the same numbers in double: the loss to rounding of single precision, slopes to one of their own."""
+    random = generator(jax.random.key(2))
+    low = {"hidden": jnp.asarray(random.standard_normal((40, 30)), dtype)}
+    low["table"] = jnp.asarray(random.standard_normal((300, 30)), dtype)
+    labels = jnp.asarray(random.integers(300, size=40))
+
+    def at(params):
+        risk = objective(lambda params, _: Logits(params["hidden"], params["table"]), cross_entropy, labels, labels)
+        vector = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape).astype(dtype), params)
+        vector = jax.tree.map(lambda leaf, point: leaf.astype(point.dtype), vector, params)
+        slopes = jax.grad(risk)(params)
+        return risk(params), (slopes, *(build(risk, params, check=False).mv(vector) for build in PARTS.values()))
+
+    loss, found = at(low)
+    exact, expected = at(jax.tree.map(lambda leaf: leaf.astype(float), low))
+    assert loss.dtype == jnp.float32
+    assert_close(loss.astype(float), exact, 1e-6)
+    epsilon = float(jnp.finfo(dtype).eps)
+    assert_close(jax.tree.map(lambda leaf: leaf.astype(float), found), expected, 2 * epsilon)
+
+
+def test_a_dense_loss_of_low_precision_is_in_single():
+    outputs = jnp.asarray(generator(jax.random.key(3)).standard_normal((500, 100)), jnp.bfloat16)
+    labels = jnp.arange(500) % 100
+    wide = outputs.astype(float)
+    assert_close(cross_entropy(outputs, labels).astype(float), cross_entropy(wide, labels), 1e-6)
+    assert_close(square_loss(outputs, -outputs).astype(float), 4 * jnp.mean(wide**2), 1e-6)

@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from attnlab.checks import check_finite, check_floating, check_not_empty, is_concrete
 from attnlab.derivatives import Route, hessian_product
-from attnlab.logits import Logits, example_axes, map_examples, with_examples
+from attnlab.logits import Logits, example_axes, map_examples, widened, with_examples
 from attnlab.losses import LOSSES, Loss, check_weights
 from attnlab.trees import Selection
 from attnlab.types import LossFunction, Params, Predict, PyTree, Scalar
@@ -155,10 +155,10 @@ def outputs_along_slopes(risk: Objective, outputs: PyTree) -> Callable[[PyTree],
     """<dloss/doutputs, .> with the first factor held at `outputs`: of the model, its Hessian is the functional part."""
     if isinstance(outputs, Logits):
         return _loss_of_logits(risk).along_slopes_at(outputs, *risk.answers)
-    slopes = jax.grad(risk.score)(outputs)
+    slopes = jax.grad(risk.score)(widened(outputs))
 
     def along(changed: PyTree) -> jax.Array:
-        return jax.tree.reduce(jnp.add, jax.tree.map(jnp.vdot, slopes, changed))
+        return jax.tree.reduce(jnp.add, jax.tree.map(jnp.vdot, slopes, widened(changed)))
 
     return along
 
