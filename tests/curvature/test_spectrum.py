@@ -14,7 +14,8 @@ from attnlab.curvature.estimators import condition_number
 from attnlab.curvature.guards import NonFiniteProductError
 from attnlab.curvature.operator import Operator
 from attnlab.curvature.operators import empirical_fisher, ggn, hessian
-from attnlab.curvature.spectrum import eigenpairs, spectral_density
+from attnlab.curvature.self_checks import CurvatureWarning
+from attnlab.curvature.spectrum import eigenpairs, residuals, spectral_density
 from attnlab.losses import square_loss
 from attnlab.models.adapters import from_linen
 from attnlab.models.attention import AttentionConfig, SelfAttention
@@ -55,6 +56,31 @@ def test_a_small_basis_finds_the_same_pairs(key):
     assert pairs.missed <= 1e-3
     with pytest.raises(ValueError, match="basis is 5; expected 6 <= basis"):
         eigenpairs(operator, key, 2, basis=5)
+
+
+def test_residuals_of_pairs_that_an_operator_in_bfloat16_found(key):
+    """Its own residuals are of the iteration; one product in float64 bounds the distance to the true eigenvalues."""
+    random = np.random.default_rng(0)
+    values = np.r_[np.linspace(-1, 1, 590), np.arange(2.0, 12.0)]
+    basis = np.linalg.qr(random.standard_normal((600, 600)))[0]
+    matrix = (basis * values) @ basis.T
+
+    def low(matrix, vector):
+        return (matrix.astype(jnp.bfloat16) @ vector.astype(jnp.bfloat16)).astype(vector.dtype)
+
+    coarse = Operator(Partial(low, jnp.asarray(matrix, jnp.bfloat16)), jnp.zeros(600, jnp.float32))
+    with pytest.warns(CurvatureWarning, match="products are rounded to 0.0078"):
+        pairs = eigenpairs(coarse, key, 4, tolerance=1e-4)
+    errors = np.min(np.abs(values[None] - np.asarray(pairs.values, float)[:, None]), axis=1)
+    assert np.any(errors > np.asarray(pairs.residuals))
+    checked = residuals(Operator(Partial(jnp.dot, jnp.asarray(matrix)), jnp.zeros(600)), pairs)
+    vectors = np.asarray(pairs.vectors, float)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    exact = np.linalg.norm(vectors @ matrix - np.asarray(pairs.values, float)[:, None] * vectors, axis=1)
+    assert_close(checked, exact, 1e-12)
+    assert np.all(errors <= checked)
+    with pytest.raises(ValueError, match=r"pairs.vectors\[0\].*has shape \(600,\); expected \(736,\)"):
+        residuals(Operator(Partial(jnp.dot, jnp.eye(736)), jnp.zeros(736)), pairs)
 
 
 def test_small_operators_are_solved_densely(key):

@@ -16,7 +16,7 @@ from attnlab.curvature.linear_systems import solve
 from attnlab.curvature.operator import Operator
 from attnlab.curvature.operators import empirical_fisher, fisher, functional, ggn, hessian, restrict
 from attnlab.curvature.self_checks import CurvatureWarning, VerificationError
-from attnlab.curvature.spectrum import Eigenpairs, eigenpairs
+from attnlab.curvature.spectrum import Eigenpairs, eigenpairs, residuals
 from attnlab.curvature.transforms import CrossBlock, cross, precondition
 from attnlab.curvature.xtrace import xtrace
 from attnlab.objectives import BatchedObjective, batched
@@ -53,6 +53,7 @@ __all__ = [
     "per_block",
     "precondition",
     "print_progress",
+    "residuals",
     "restrict",
     "solve",
     "spectral_density",

@@ -11,16 +11,25 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from attnlab.checks import check_integer, check_number, check_range, is_concrete, unknown_name
+from attnlab.checks import (
+    check_integer,
+    check_number,
+    check_range,
+    check_same_structure,
+    is_concrete,
+    unknown_name,
+)
 from attnlab.curvature.density import SpectralDensity, spectral_density
 from attnlab.curvature.guards import (
     check_memory,
+    check_operator,
     check_operator_and_key,
     check_symmetric,
     identity_of,
     non_finite,
 )
 from attnlab.curvature.operator import Operator
+from attnlab.curvature.self_checks import CurvatureWarning
 from attnlab.krylov.restarts import (
     MISSED,
     Restarted,
@@ -33,10 +42,10 @@ from attnlab.krylov.restarts import (
 from attnlab.krylov.ritz import FEWEST, RestartPlan, plan_restarts
 from attnlab.runs.progress import Clock
 from attnlab.runs.session import AT_ONCE, Session, fold
-from attnlab.trees import power_of_two
+from attnlab.trees import length, power_of_two
 from attnlab.types import Params, PRNGKey
 
-__all__ = ["Eigenpairs", "SpectralDensity", "eigenpairs", "spectral_density"]
+__all__ = ["Eigenpairs", "SpectralDensity", "eigenpairs", "residuals", "spectral_density"]
 
 REPORT_EVERY = 8
 """Products between two reports at least."""
@@ -100,10 +109,11 @@ def eigenpairs(
             some products with a `Progress`; `print_progress` is one. At the end the directory holds `result.npz`
             (values, flat vectors, residuals) and `manifest.json`. Without both it is one compiled program.
 
-    Warns where the tolerance was not reached, as the residuals then say, or no certificate. Raises `ValueError` for a
-    count that does not fit the dimension, a negative tolerance, an operator that is not symmetric, or a directory of
-    another computation; `NonFiniteProductError`, which has the pairs after the last finite cycle as its `partial`;
-    `MemoryError` before the start, if the basis does not fit.
+    Warns where the tolerance was not reached, as the residuals then say, or no certificate; and of products in bfloat16
+    or float16, whose own errors the residuals do not see: `residuals` with an operator in float32 does. Raises
+    `ValueError` for a count that does not fit the dimension, a negative tolerance, an operator that is not symmetric,
+    or a directory of another computation; `NonFiniteProductError`, which has the pairs after the last finite cycle as
+    its `partial`; `MemoryError` before the start, if the basis does not fit.
 
     Example:
         >>> import attnlab as al
@@ -144,6 +154,29 @@ def eigenpairs(
     return _like_point(operator, pairs)
 
 
+def residuals(operator: Operator, pairs: Eigenpairs) -> Float[Array, " k"]:
+    """||A v - value v|| / ||v|| of eigenpairs, by one product each: within that distance of each value lies an
+    eigenvalue of A, however the pairs were found.
+
+    Pairs found with products in bfloat16, or of a part of the data, are held to an operator in float32, or of all of
+    it, at the same point. Raises `ValueError` where the vectors are not like the operator's point.
+    """
+    check_operator(operator)
+    check_same_structure("pairs.vectors[0]", jax.tree.map(lambda leaf: leaf[0], pairs.vectors), operator.point)
+    return _residuals(operator, pairs)
+
+
+@jax.jit
+def _residuals(operator: Operator, pairs: Eigenpairs) -> Float[Array, " k"]:
+    def one(pair: tuple[Array, Params]) -> Array:
+        value, vector = pair
+        flat = operator.ravel(vector)
+        flat = flat / length(flat)
+        return length(operator.flat_mv(flat) - value.astype(flat.dtype) * flat)
+
+    return jax.lax.map(one, (pairs.values, pairs.vectors))
+
+
 def _plan(operator: Operator, low: int, high: int, basis: int | None) -> RestartPlan:
     if basis is not None:
         check_integer(basis=basis)
@@ -159,6 +192,14 @@ def _like_point(operator: Operator, pairs: RitzPairs) -> Eigenpairs:
 
 
 def _check(operator: Operator, pairs: RitzPairs, tolerance: float) -> None:
+    if operator.epsilon > jnp.finfo(operator.flat_dtype).eps:
+        warnings.warn(
+            f"products are rounded to {operator.epsilon:.2g} on their way, and the residuals of the iteration do not "
+            "see it: they may lie below the error of the eigenvalues. Hold the pairs to an operator in float32: "
+            "residuals(operator, pairs).",
+            CurvatureWarning,
+            stacklevel=3,
+        )
     if not np.isfinite(pairs.scale):
         raise non_finite(operator, f"within {pairs.products} products", _before_failure(operator, pairs))
     check_symmetric(pairs.asymmetry, operator.epsilon)
