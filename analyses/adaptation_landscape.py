@@ -223,7 +223,7 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
     return [signs, slopes, errors]
 
 
-ANALYSIS = Analysis("adaptation-landscape", Config, compute, plot, tables, findings, __doc__)
+ANALYSIS = Analysis("adaptation-landscape", Config, compute, plot, tables, findings, __doc__, slow=True)
 
 if __name__ == "__main__":
     ANALYSIS.main()

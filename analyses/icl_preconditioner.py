@@ -252,7 +252,7 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
     return [table]
 
 
-ANALYSIS = Analysis("icl-preconditioner", Config, compute, plot, tables, findings, __doc__)
+ANALYSIS = Analysis("icl-preconditioner", Config, compute, plot, tables, findings, __doc__, slow=True)
 
 if __name__ == "__main__":
     ANALYSIS.main()

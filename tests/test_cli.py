@@ -47,6 +47,7 @@ def test_an_unknown_flag_is_named():
     assert "--step" in done.stderr
 
 
+@pytest.mark.slow
 def test_bad_input_fails_with_one_line_and_leaves_nothing(tmp_path):
     done = run(ATTNLAB, "run", "attention-spectrum", "--images", "5000", "--output", tmp_path)
     assert done.returncode == 1

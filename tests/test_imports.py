@@ -20,6 +20,7 @@ def test_commands_answer_before_anything_heavy_is_imported(module):
     assert found.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_importing_everything_leaves_the_precision_alone():
     program = (
         "import pkgutil, importlib, attnlab, jax\n"

@@ -16,6 +16,7 @@ from attnlab.models.attention import AttentionConfig, SelfAttention
 from attnlab.objectives import batched, objective
 from attnlab.training import minibatches, train
 from compare import assert_close
+from nightly import nightly
 
 SEQUENCES, LENGTH, CLASSES = 4, 3, 3
 WEIGHTS = {
@@ -139,7 +140,7 @@ def test_unsigned_labels_hold_no_negative_one():
     assert_close(cross_entropy.ignoring(255)(outputs, labels), np.log(2), 1e-14)
 
 
-@pytest.mark.parametrize("name", [*PARTS, *FISHERS])
+@pytest.mark.parametrize("name", nightly((*PARTS, *FISHERS), ("functional", "empirical_fisher")))
 def test_batches_weigh_by_what_counts(name):
     """Unequal weights, a ragged last batch, ignored labels, and a batch of which nothing counts."""
     params, inputs, labels = problem("cross_entropy")

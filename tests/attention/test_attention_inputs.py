@@ -13,6 +13,7 @@ from rich.console import Console
 from attnlab.attention import attention_moments, describe, describe_table
 from attnlab.models.attention import SelfAttention
 from compare import assert_close
+from nightly import nightly
 
 
 def good():
@@ -129,15 +130,15 @@ def test_the_factors_make_the_block(key):
     assert rows["query", "value", "functional"].roles == ("data", "second moment", "weight", "loss gradient")
 
 
-def test_every_term_is_described(key):
-    for name in ("heads_projection", "linear_merged"):
-        config, loss, params, inputs, targets, mask = problem(name, key)
-        hessian = closed_form_of(config, loss, params, inputs, targets, mask)
-        rows = describe(hessian)
-        terms = sum(len(block.terms) for blocks in (hessian.ggn, hessian.functional) for block in blocks.values())
-        assert len(rows) == terms
-        assert all(row.factors for row in rows)
-        console = Console(width=400, file=io.StringIO())
-        console.print(describe_table(hessian))
-        assert all(row.formula in console.file.getvalue() for row in rows)
-        assert all(f"│ {row.row} x {row.column} " in str(describe_table(hessian)) for row in rows)
+@pytest.mark.parametrize("name", nightly(("heads_projection", "linear_merged"), ("linear_merged",)))
+def test_every_term_is_described(name, key):
+    config, loss, params, inputs, targets, mask = problem(name, key)
+    hessian = closed_form_of(config, loss, params, inputs, targets, mask)
+    rows = describe(hessian)
+    terms = sum(len(block.terms) for blocks in (hessian.ggn, hessian.functional) for block in blocks.values())
+    assert len(rows) == terms
+    assert all(row.factors for row in rows)
+    console = Console(width=400, file=io.StringIO())
+    console.print(describe_table(hessian))
+    assert all(row.formula in console.file.getvalue() for row in rows)
+    assert all(f"│ {row.row} x {row.column} " in str(describe_table(hessian)) for row in rows)

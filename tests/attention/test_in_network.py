@@ -22,6 +22,7 @@ from attnlab.models.transformer import LanguageModel, LanguageModelConfig, Trans
 from attnlab.objectives import objective, predict_from_block
 from attnlab.trees import block_slices, select
 from compare import assert_close
+from nightly import nightly
 
 WIDTH, DIGITS = 8, 1
 ATTENTION = AttentionConfig(4, 4, heads=2, causal=True, output_dim=WIDTH, init="normal", gain=0.5)
@@ -78,12 +79,8 @@ def check_blocks(risk, params, path, **options):
         assert_close(norms[part], hessian.norms()[part])
 
 
-QUICK = ("pre_norm", "linear")  # the others differ in one choice each, and run nightly
-
-
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS]
-)
+# The others differ in one choice each, or have one layer more to compile.
+@pytest.mark.parametrize("name", nightly(NETWORKS, ("post_norm", "linear")))
 def test_blocks_of_the_network(name):
     _, params, risk, path, piecewise_linear = problem(name, jax.random.key(1))
     check_blocks(risk, params, path, piecewise_linear=piecewise_linear)
@@ -97,9 +94,11 @@ def test_blocks_of_an_earlier_layer(name):
     check_blocks(risk, params, "transformer/layer_0/attention")
 
 
-def test_coupled_and_tokenwise_agree_where_both_hold(key):
-    _, params, risk, path, _ = problem("two_layers", key)
-    tokenwise, coupled = (attention_hessian(risk, params, path, coupled=coupled) for coupled in (False, True))
+@pytest.mark.parametrize("name", nightly(("no_norm", "two_layers"), ("no_norm",)))
+def test_coupled_and_tokenwise_agree_where_both_hold(name, key):
+    _, params, risk, path, _ = problem(name, key)
+    build = jax.jit(attention_hessian, static_argnames=("layer", "coupled"))
+    tokenwise, coupled = (build(risk, params, path, coupled=coupled) for coupled in (False, True))
     for part in PARTS:
         assert_close(coupled.dense(part), tokenwise.dense(part), 1e-12)
     assert_close(coupled.norms(), tokenwise.norms(), 1e-10)
@@ -118,6 +117,7 @@ def test_logits_in_two_factors(layer):
         assert_close(found.dense(part), expected.dense(part), 1e-10)
 
 
+@pytest.mark.slow
 def test_a_square_root_of_a_cancelling_sum_is_not_nan(key):
     """Without a functional block, the norm of H is that of H_o."""
     _, params, risk, path, _ = problem("relu", key)

@@ -10,6 +10,7 @@ from attnlab.attention import KroneckerSum, Leaf, Term, nearest_kronecker
 from attnlab.attention import kronecker as module
 from attnlab.trees import ravel
 from compare import assert_close
+from nightly import nightly
 
 LAYERS = ("heads_projection", "merged_heads", "linear_causal")
 
@@ -32,7 +33,7 @@ def rearranged(block, pairing):
     return array.transpose(order).reshape(left, -1)
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", nightly(LAYERS, ("linear_causal", "merged_heads")))
 def test_operations_against_the_dense_block(name, key):
     blocks = blocks_of(name, key)
     for block in blocks[::5]:
@@ -51,7 +52,7 @@ def test_operations_against_the_dense_block(name, key):
     assert_close((first + second).norm(), np.linalg.norm(dense[0] + dense[1]), 1e-12)
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", nightly(LAYERS, ("linear_causal",)))
 @pytest.mark.parametrize("pairing", ["straight", "crossed"])
 def test_nearest_kronecker_against_the_dense_svd(name, pairing):
     blocks = blocks_of(name, jax.random.key(1))

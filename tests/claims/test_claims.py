@@ -136,7 +136,7 @@ def one_is_one(key):
 '''
 
 
-@pytest.mark.parametrize(("number", "status"), [(1.0, 0), (2.0, 1)])
+@pytest.mark.parametrize(("number", "status"), [pytest.param(1.0, 0, marks=pytest.mark.slow), (2.0, 1)])
 def test_verify_takes_a_file_of_ones_own(tmp_path, number, status):
     (tmp_path / "own.py").write_text(OWN.format(number=number))
     done = subprocess.run([ATTNLAB, "verify", tmp_path / "own.py"], capture_output=True, text=True)
@@ -144,6 +144,7 @@ def test_verify_takes_a_file_of_ones_own(tmp_path, number, status):
     assert f"{1 - status} of 1 passed" in done.stdout
 
 
+@pytest.mark.slow
 def test_verify_names_an_unknown_claim():
     done = subprocess.run([ATTNLAB, "verify", "softmax-outer-exponent"], capture_output=True, text=True)
     assert done.returncode == 2

@@ -5,6 +5,7 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.flatten_util import ravel_pytree
 
 from attnlab.curvature import hessian, spectral_density
@@ -36,6 +37,7 @@ def density(scale=1.0):
     return operator, spectral_density(operator, jax.random.key(0), samples=4, steps=32)
 
 
+@pytest.mark.slow
 def test_products_are_symmetric(key):
     operator, _ = density()
     u, v = jax.random.normal(key, (2, operator.dimension), jnp.float32)

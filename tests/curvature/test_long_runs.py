@@ -32,6 +32,7 @@ from attnlab.runs import session as session_module
 from attnlab.runs.progress import Progress, print_progress
 from attnlab.runs.session import Session
 from compare import assert_close
+from nightly import nightly
 
 DIMENSION = 600
 
@@ -74,7 +75,7 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", nightly(RUNS, ("density", "eigenpairs")))
 def test_a_killed_run_resumes_to_the_bit(name, tmp_path, monkeypatch):
     save_always(monkeypatch)
     run, session, calls = RUNS[name]
@@ -115,6 +116,7 @@ def some_blocks():
     return objective(predict, square_loss, x, y), params
 
 
+@pytest.mark.slow
 def test_densities_of_blocks_resume_at_the_block_that_was_killed(tmp_path, monkeypatch):
     save_always(monkeypatch)
     run = partial(block_densities, *some_blocks(), jax.random.key(1), blocks=["in", "out/w"], samples=2)
@@ -186,7 +188,7 @@ def test_a_directory_belongs_to_one_operator(tmp_path):
             run(second, session=Session(directory=tmp_path / str(number)))
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", nightly(RUNS, ("density",)))
 def test_long_runs_give_the_numbers_of_short_ones(name, key, tmp_path):
     run, session, _ = RUNS[name]
     matrix = operator()
@@ -270,7 +272,8 @@ def test_a_failure_in_the_first_probe_is_named_alike_by_both_paths(tmp_path):
     assert messages[0] == messages[1]
 
 
-@pytest.mark.parametrize("long", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("long", [False, True])
 def test_pairs_before_a_failure_are_kept(long, tmp_path):
     matrix, calls = operator(), []
 

@@ -11,6 +11,7 @@ from attnlab.derivatives import FORWARD, REVERSE
 from attnlab.losses import square_loss
 from attnlab.objectives import batched, objective
 from compare import assert_close
+from nightly import nightly
 
 
 @jax.custom_vjp
@@ -66,7 +67,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("part", [*PARTS, *FISHERS])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", nightly(CASES, ("nested",)))
 def test_operators_of_a_model_with_a_custom_rule(case, part):
     if (case, part) == ("both", "fisher"):
         pytest.skip("a loss of one's own has no likelihood")

@@ -24,6 +24,7 @@ from attnlab.runs.session import Session
 from attnlab.statistics import standard_error
 from cases import CASES
 from compare import assert_close
+from nightly import nightly
 
 
 @cache
@@ -36,7 +37,7 @@ def wide_attention():
     return operator, np.linalg.eigvalsh(operator.dense())
 
 
-@pytest.mark.parametrize("which", ["low", pytest.param("high", marks=pytest.mark.slow), "both"])
+@pytest.mark.parametrize("which", nightly(("low", "high", "both"), ("both",)))
 def test_eigenpairs_of_a_wide_layer(which, each_key):
     operator, exact = wide_attention()
     pairs = eigenpairs(operator, each_key, 5, which=which)
@@ -206,6 +207,7 @@ class TestBadInput:
             spectral_density(ggn(*CASES["softmax/square"](key)), key, steps=3, session=Session(together=3))
 
 
+@pytest.mark.slow
 def test_a_space_that_is_exhausted_but_for_rounding(key):
     """Eight examples, a matrix of rank eight: the remainders of Lanczos fade into rounding, not to zero."""
     random = np.random.default_rng(0)

@@ -86,6 +86,7 @@ def check_network_values(values, module, risk, params):
     check_moments(values["moments"], layer.config, layer.params, layer.inputs)
 
 
+@pytest.mark.slow
 def test_blocks_of_a_layer_in_a_network_are_those_of_autodiff():
     module, risk, params, blocks = network_problem((1, 3))
     state = TrainingState(jnp.array(0), params, (), jax.random.key(0), {})

@@ -10,6 +10,7 @@ from attnlab.icl.population import PARAMETRIZATIONS, population_objective, popul
 from attnlab.icl.tasks import isotropic, linear_regression, sample_prompts, with_tasks
 from attnlab.objectives import check_objective
 from compare import assert_close
+from nightly import nightly
 
 LENGTH, SAMPLES = 5, 50_000
 
@@ -30,7 +31,7 @@ def _errors_and_gradients(effective, prompts):
     return jax.vmap(jax.value_and_grad(squared), (None, 0))(effective, prompts)
 
 
-@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("heads", nightly((1, 2), (2,)))
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_risk_and_gradient_against_monte_carlo(name, heads):
     problem = PROBLEMS[name]()

@@ -13,6 +13,7 @@ from attnlab.icl.population import PARAMETRIZATIONS, population_objective
 from attnlab.icl.tasks import isotropic, linear_regression, sample_prompts
 from attnlab.icl.training_time import direction_forces, merged_growth, staircase_times
 from compare import assert_close
+from nightly import nightly
 
 
 def descend(risk, params, optimizer, steps):
@@ -100,7 +101,7 @@ BAD_MINIMA = {
 }
 
 
-@pytest.fixture(scope="module", params=BAD_MINIMA)
+@pytest.fixture(scope="module", params=nightly(BAD_MINIMA, ("isotropic_2",)))
 def bad_minimum(request):
     problem, length, symmetries, *risks = BAD_MINIMA[request.param]
     risk = population_objective(problem, length)

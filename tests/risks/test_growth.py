@@ -112,6 +112,7 @@ def test_norms_of_a_linear_mlp_are_those_of_autodiff():
         assert_close(found[place], np.linalg.norm(dense))
 
 
+@pytest.mark.slow
 def test_lower_precision_errs_by_its_rounding():
     network = AdditionNetwork("softmax", None, 1, **TINY)
     assert precision_error(network, jax.random.key(1), 0.5) == 0  # float64 against itself

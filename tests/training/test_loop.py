@@ -17,6 +17,7 @@ from attnlab.training.loop import _first_state, _identity, _Plan
 from attnlab.trees import ravel
 from cases import CASES
 from compare import assert_close
+from nightly import nightly
 
 
 def by_hand(risk, params, optimizer, steps):
@@ -108,7 +109,7 @@ class Killed(BaseException):
     """What a kill looks like from inside."""
 
 
-@pytest.mark.parametrize("killed_after", [1, 3])
+@pytest.mark.parametrize("killed_after", nightly((1, 3), (3,)))
 def test_a_killed_run_resumes_with_equal_bits(tmp_path, key, killed_after):
     """Killed between two parts; the probes draw numbers, count, and start from the last eigenvectors."""
     risk, params = CASES["softmax/square"](key)
