@@ -125,7 +125,7 @@ def compared(operator, finer, exact: np.ndarray, count: int, key) -> Arrays:
     error = matrix - exact
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CurvatureWarning)  # of what is looked at here
-        pairs = eigenpairs(operator, key, count, tolerance=1e-4)
+        pairs = eigenpairs(operator, key, count, tolerance=max(1e-4, operator.epsilon))
     found = trace(operator, jax.random.fold_in(key, 1), samples=20)
     return {
         "values": np.linalg.eigvalsh((matrix + matrix.T) / 2),

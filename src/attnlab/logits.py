@@ -86,10 +86,13 @@ def gauss_newton(logits: Logits, shares: Float[Array, "*B"], vector: Logits) -> 
     """J^T C J times `vector`: J the derivative of Z = H W^T in H and W, C the curvature of the cross-entropy in Z."""
     table, dtypes = logits.table, jax.tree.map(jnp.result_type, vector)
     vector = jax.tree.map(lambda part: part.astype(logits.dtype), vector)
+    # Side by side, for one product: where the change of the table is a constant zero, XLA's fused products for CPUs
+    # read beyond the one number that they have of it (seen in jax 0.10, float32).
+    both = jnp.concatenate([table, vector.table], axis=1)
 
     def chunk(sums: Array, hidden: Array, change: Array, shares: Array) -> tuple[Array, Array]:
         probabilities = jax.nn.softmax(hidden @ table.T, axis=-1)
-        changes = change @ table.T + hidden @ vector.table.T  # u = J vector
+        changes = jnp.concatenate([change, hidden], axis=1) @ both.T  # u = J vector = dH W^T + H dW^T
         mean = jnp.sum(probabilities * changes, axis=-1, keepdims=True)
         curved = shares[:, None] * probabilities * (changes - mean)
         return sums + curved.T @ hidden, curved @ table

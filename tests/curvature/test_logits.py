@@ -198,3 +198,27 @@ def test_a_dense_loss_of_low_precision_is_in_single():
     wide = outputs.astype(float)
     assert_close(cross_entropy(outputs, labels).astype(float), cross_entropy(wide, labels), 1e-6)
     assert_close(square_loss(outputs, -outputs).astype(float), 4 * jnp.mean(wide**2), 1e-6)
+
+
+@pytest.mark.parametrize("classes", [7, 30])
+def test_a_block_without_the_table_in_single_precision(classes, monkeypatch):
+    """The change of the table is a constant zero then: products of many vectors at once were garbage on some CPUs."""
+    monkeypatch.setattr(logits_module, "CHUNK_BYTES", 2**20)
+    random = generator(jax.random.key(4))
+    inputs = jnp.asarray(random.standard_normal((1, 6, 8)))
+    labels = jnp.asarray(random.integers(classes, size=(1, 6)))
+    params = {"deep": random.standard_normal((8, 8)), "wide": random.standard_normal((8, 8))}
+    params = jax.tree.map(jnp.asarray, params | {"table": random.standard_normal((classes, 8))})
+
+    def predict(params, inputs):
+        hidden = jnp.tanh(inputs @ params["deep"]) @ params["wide"]
+        return Logits(hidden / jnp.sqrt(1 + jnp.mean(hidden**2, axis=-1, keepdims=True)), params["table"])
+
+    def dense(dtype, block):
+        inputs_of, params_of = jax.tree.map(lambda leaf: leaf.astype(dtype), (inputs, params))
+        risk = objective(predict, cross_entropy, inputs_of, labels)
+        return ggn(risk, params_of, block=block, check=False).dense()
+
+    for block in ("deep", "wide"):
+        found, exact = (dense(dtype, block) for dtype in (jnp.float32, jnp.float64))
+        assert_close(found.astype(float), exact, 1e-5)

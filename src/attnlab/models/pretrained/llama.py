@@ -11,7 +11,7 @@ from attnlab.models.transformer import EmbeddingConfig, LanguageModel, LanguageM
 
 def llama_config(settings: Settings) -> LanguageModelConfig:
     """The config of Llama's settings."""
-    only(settings, attention_bias=False, mlp_bias=False, sliding_window=None, num_experts=None)
+    only(settings, attention_bias=False, mlp_bias=False, sliding_window=None, num_experts=None, rope_interleaved=False)
     width, heads = needed(settings, "hidden_size"), needed(settings, "num_attention_heads")
     scheme = {"init": "normal", "gain": settings.get("initializer_range", 0.02)}
     base, share = rotary(settings)

@@ -20,6 +20,7 @@ from attnlab.models.pretrained.files import open_checkpoint
 from attnlab.models.pretrained.gpt2 import GPT2
 from attnlab.models.pretrained.gpt_neox import GPT_NEOX
 from attnlab.models.pretrained.llama import LLAMA
+from attnlab.models.pretrained.settings import Read
 from attnlab.models.pretrained.tokenizers import Tokenizer
 from attnlab.models.transformer import EmbeddingConfig, LanguageModelConfig, stack_layers
 from attnlab.types import Params
@@ -73,14 +74,16 @@ def load(
         factored: as in `LanguageModelConfig`.
         tokenizer: read that too, if there is one.
 
-    Raises `FileNotFoundError` for a path that is none, `ValueError` for files that are cut short, settings that are not
+    Warns of settings that are not known. Raises `FileNotFoundError` for a path that is none, `ValueError` for files that are cut short, settings that are not
     implemented, tensors that are missing, left over or misshapen, or a tokenizer with more tokens than the model;
     `ModuleNotFoundError` without the packages of the extra `pretrained`.
     """
     checkpoint = open_checkpoint(path)
     family = _family(checkpoint.settings)
     checkpoint = replace(checkpoint, tensors=bare_names(checkpoint.tensors, family.prefixes, family.renamed))
-    config = replace(family.config(checkpoint.settings), dtype=dtype)
+    settings = Read(checkpoint.settings)
+    config = replace(family.config(settings), dtype=dtype)
+    settings.warn_of_the_rest(checkpoint.source)
     blocks = replace(config.transformer, scan=scan, remat=remat)
     config = replace(config, transformer=blocks)
     if factored and not isinstance(config, LanguageModelConfig):
@@ -137,7 +140,7 @@ def minilm(*, dtype: str | None = "float32") -> Pretrained:
 
 
 def smollm2(
-    *, dtype: str | None = "float32", scan: bool = True, remat: str | None = None, factored: bool = False
+    *, dtype: str | None = "float32", scan: bool = True, remat: str | None = "elementwise", factored: bool = False
 ) -> Pretrained:
     """SmolLM2-135M-Instruct (Allal et al., arXiv 2502.02737), a language model of 30 layers.
 

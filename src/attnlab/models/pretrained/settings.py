@@ -1,6 +1,8 @@
 """The settings of a checkpoint: which are needed, and which values of the others are implemented."""
 
-from collections.abc import Mapping
+import re
+import warnings
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -20,6 +22,42 @@ ACTIVATIONS = {
 """Ours by the names that `config.json` has."""
 
 Settings = Mapping[str, Any]
+
+WITHOUT_EFFECT = re.compile(
+    r"_.*|.*dropout.*|.*_pdrop|.*_token_id|summary_.*|.*torch_dtype|dtype|transformers.*|architectures|model_type|"
+    r"initializer_range|n_ctx|use_cache|gradient_checkpointing|pretraining_tp|reorder_and_upcast_attn|is_llama_config|"
+    r"auto_map|id2label|label2id|num_labels|problem_type|finetuning_task|task_specific_params|return_dict|output_.*|"
+    r"tokenizer_class|prefix|chunk_size_feed_forward|pruned_heads|torchscript|use_bfloat16|quantization_config"
+)
+"""Settings that change no output in evaluation: of training, of the text around, of the library that wrote them."""
+
+
+class Read(Mapping[str, Any]):
+    """Settings that know which of them were read."""
+
+    def __init__(self, settings: Settings):
+        self._settings, self._read = settings, set[str]()
+
+    def __getitem__(self, name: str) -> Any:
+        self._read.add(name)
+        return self._settings[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._settings)
+
+    def __len__(self) -> int:
+        return len(self._settings)
+
+    def warn_of_the_rest(self, source: object) -> None:
+        """Warn of settings that nobody read, unless they are known to have no effect."""
+        rest = sorted(name for name in self if name not in self._read and not WITHOUT_EFFECT.fullmatch(name))
+        if rest:
+            named = ", ".join(f"{name} = {self._settings[name]!r}" for name in rest)
+            warnings.warn(
+                f"{source}: the settings {named} are not known here, and not heeded; see that the model does not need "
+                "them, by its outputs on some text.",
+                stacklevel=4,
+            )
 
 
 def needed(settings: Settings, name: str) -> Any:
