@@ -143,7 +143,7 @@ def plot(arrays: Arrays, config: Config):
     """Norms of the blocks, exact and by products; of every term; and how concentrated data, weights, moments are."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(17, 4.8), width_ratios=(1, 1.2, 1))
+    figure, axes = plt.subplots(1, 3, figsize=(16, 4.8), width_ratios=(1, 1.1, 1))
     places = np.arange(len(MEASURED))
     for color, (part, label) in enumerate(PARTS.items()):
         shift, found = 0.25 * (color - 1), arrays["products"][part]
@@ -154,9 +154,10 @@ def plot(arrays: Arrays, config: Config):
     axes[0].set(xticks=places, xticklabels=MEASURED, yscale="log", ylabel="Frobenius norm", title="diagonal blocks")
     axes[0].legend(fontsize=8)
     order = np.argsort(arrays["terms"])
-    axes[1].barh(np.arange(len(order)), arrays["terms"][order], color="C4")
-    axes[1].set_yticks(np.arange(len(order)), [str(arrays["formulas"][place]) for place in order], fontsize=6)
-    axes[1].set(xlabel="Frobenius norm", title="terms of the closed form")
+    axes[1].barh(np.arange(len(order)), arrays["terms"][order], color="C4", alpha=0.5)
+    for height, place in enumerate(order):
+        axes[1].annotate(f" {arrays['formulas'][place]}", (0, height), fontsize=6.5, va="center")
+    axes[1].set(yticks=[], xlabel="Frobenius norm", title="terms of the closed form, diagonal blocks")
     for name, values in arrays["factors"].items():
         axes[2].plot(np.arange(1, len(values) + 1), values / values[0], label=name)
     axes[2].set(xscale="log", yscale="log", xlabel="number", ylabel="singular value / largest", ylim=(1e-5, 1.5))

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -323,6 +324,24 @@ def test_logits_and_loss_of_smollm2_are_those_of_another_implementation(packaged
     assert_close(cross_entropy(logits, targets, weights), np.float32(expected["loss"]), 1e-5)
     assert packaged.formats == "210 tensors Q4_1, 61 F32, 1 Q8_0"
     assert dimension(packaged.params) == 134_515_008
+
+
+@pytest.mark.slow
+def test_digits_behind_white_space_are_tokens_of_their_own(packaged):
+    """As the rule of this vocabulary says. The reader of GGUF files in `transformers` does not split them there, so
+    that the reference has no such text."""
+    tokens = packaged.tokenizer.encode(["A\n\t12345 7"], 9).tokens[0].tolist()
+    assert [packaged.tokenizer.decode([token]) for token in tokens] == ["A", "\n\t", *"12345", " ", "7"]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "bert"])
+def test_settings_that_nobody_reads_are_told(name, tmp_path):
+    harmless = {"bos_token_id": 0, "attention_dropout": 0.1, "torch_dtype": "float16", "_name_or_path": "x"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(write(tmp_path, name, **harmless))
+    with pytest.warns(UserWarning, match=r"the settings logit_scale = 0\.5, residual_scale = 2 are not known here"):
+        load(write(tmp_path, name, residual_scale=2, logit_scale=0.5))
 
 
 def test_padding_counts_for_nothing(tmp_path):

@@ -74,9 +74,9 @@ def load(
         factored: as in `LanguageModelConfig`.
         tokenizer: read that too, if there is one.
 
-    Warns of settings that are not known. Raises `FileNotFoundError` for a path that is none, `ValueError` for files that are cut short, settings that are not
-    implemented, tensors that are missing, left over or misshapen, or a tokenizer with more tokens than the model;
-    `ModuleNotFoundError` without the packages of the extra `pretrained`.
+    Warns of settings that are not known. Raises `FileNotFoundError` for a path that is none, `ValueError` for files
+    that are cut short, settings that are not implemented, tensors that are missing, left over or misshapen, or a
+    tokenizer with more tokens than the model; `ModuleNotFoundError` without the packages of the extra `pretrained`.
     """
     checkpoint = open_checkpoint(path)
     family = _family(checkpoint.settings)
