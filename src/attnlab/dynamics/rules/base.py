@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
@@ -13,6 +13,7 @@ import optax
 from jaxtyping import Array
 
 from attnlab.checks import check_arrays, is_concrete
+from attnlab.dynamics.norms import Norm
 from attnlab.dynamics.states import joined, learning_rate_in, parts_of, steps_of
 from attnlab.types import Params, Scalar
 
@@ -81,6 +82,33 @@ class UpdateRule(ABC):
         """What a step adds to parameters and first moment, with its P held; arrays of one shape."""
         return -learning_rate * gradient / denominator, jnp.zeros_like(first)
 
+    @property
+    def norm(self) -> Norm | None:
+        """In which the step is the steepest; None for the Euclidean one in the metric P."""
+        return None
+
+    def undecayed(self) -> "UpdateRule":
+        """The same without decay of the weights."""
+        return replace(self, **dict.fromkeys({"weight_decay"} & {field.name for field in fields(self)}, 0.0))
+
+    def edge_at(self, rate: Rate, steps: Array) -> Rate:
+        """The edge after so many steps, where bias corrections move it."""
+        return self.edge(rate)
+
+    def kept(self, first: Params, gradient: Params) -> Params:
+        """What a step adds to the first moment."""
+        unit = lambda m, g: self.drift(1.0, jnp.zeros_like(m), m, g, jnp.ones_like(m))[1]  # noqa: E731
+        return jax.tree.map(unit, first, gradient)
+
+    def read(self, before: Moments, gradient: Params, denominator: Params) -> Params:
+        """What the rule steps along at learning rate 1, without decay of the weights."""
+        drift = lambda m, g, p: -self.drift(1.0, jnp.zeros_like(m), m, g, p)[0]  # noqa: E731
+        return jax.tree.map(drift, before.first, gradient, denominator)
+
+    def shaped(self, direction: Params) -> Params:
+        """The step along what `read` gives: itself, or the steepest in the rule's norm."""
+        return direction if self.norm is None else self.norm.descent(direction)
+
     @cached_property
     def transformation(self) -> optax.GradientTransformation:
         """What `train` takes; one object a rule, so that training compiles once. Its learning rate, and nothing else,
@@ -90,7 +118,13 @@ class UpdateRule(ABC):
         return with_rate(learning_rate=self.learning_rate)
 
     def threshold(self, state: optax.OptState) -> Scalar:
-        """The edge at the learning rate in `state`, anywhere in a chain; `ValueError` where that holds none, or two."""
+        """The edge at the learning rate in `state`, anywhere in a chain; `ValueError` where that holds none, or two,
+        and for a rule whose step is the steepest in a norm: its effective rate depends on the gradient."""
+        if self.norm is not None:
+            raise ValueError(
+                f"rule is {self.name}, whose effective rate is the length of its step; expected a gradient too. Take "
+                "edge_of_step(rule, rule.transformation, gradient, state, params)."
+            )
         return jnp.asarray(self.edge(learning_rate_in(state)))
 
     def preconditioner(self, state: optax.OptState) -> Params | None:
@@ -115,8 +149,10 @@ class UpdateRule(ABC):
             first = joined([getattr(part, name) for part in parts_of(state, kind)])
         if self.second_moment is not None:
             kind, name = self.second_moment
-            parts = parts_of(state, kind)
-            second, steps = joined([getattr(part, name) for part in parts]), steps_of(parts[0])
+            second = joined([getattr(part, name) for part in parts_of(state, kind)])
+        memory = self.second_moment or self.first_moment
+        if memory is not None:
+            steps = steps_of(parts_of(state, memory[0])[0])
         return Moments(first, second, steps)
 
 

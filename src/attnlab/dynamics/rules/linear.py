@@ -65,3 +65,26 @@ class Nesterov(UpdateRule):
     ) -> tuple[Array, Array]:
         after = self.momentum * first + gradient
         return -learning_rate * (gradient + self.momentum * after) / denominator, after - first
+
+
+@dataclass(frozen=True)
+class Averaged(UpdateRule):
+    """m' = beta m + (1 - beta) g, w' = w - eta m': heavy ball at the learning rate (1 - beta) eta."""
+
+    momentum: float = 0.9
+
+    name = "ema"
+    first_moment = (optax.EmaState, "ema")
+
+    def optimizer(self, learning_rate: Rate) -> optax.GradientTransformation:
+        average = optax.ema(self.momentum, debias=False)
+        return optax.chain(average, optax.scale_by_learning_rate(learning_rate))
+
+    def edge(self, learning_rate: Rate) -> Rate:
+        return (2 + 2 * self.momentum) / ((1 - self.momentum) * learning_rate)
+
+    def drift(
+        self, learning_rate: Rate, point: Array, first: Array, gradient: Array, denominator: Array
+    ) -> tuple[Array, Array]:
+        after = self.momentum * first + (1 - self.momentum) * gradient
+        return -learning_rate * after / denominator, after - first
