@@ -114,7 +114,7 @@ class LargestEntry(LargestPart):
         return jax.tree.map(lambda weight, leaf: weight**power * leaf, weights, tree)
 
     def blend(self, weights: PyTree, share: float, like: Params) -> PyTree:
-        mean = jnp.mean(ravel(weights))
+        mean = _positive(jnp.mean(ravel(weights)))
         return jax.tree.map(lambda weight: weight + share * mean.astype(weight.dtype), weights)
 
     def total(self, weights: PyTree, like: Params) -> Scalar:
@@ -143,7 +143,8 @@ class LargestMatrix(LargestPart):
         return jnp.max(jnp.stack(tops))
 
     def dual(self, slope: Params) -> Scalar:
-        return sum(jnp.sum(_singular_values(leaf)) * self.scale(leaf) for leaf in jax.tree.leaves(slope))
+        sums = [jnp.sum(_singular_values(leaf)) * self.scale(leaf) for leaf in jax.tree.leaves(slope)]
+        return jnp.sum(jnp.stack(sums))
 
     def steepest(self, slope: Params) -> Params:
         return jax.tree.map(lambda leaf: self.scale(leaf) * polar(leaf), slope)
@@ -166,7 +167,7 @@ class LargestMatrix(LargestPart):
     def blend(self, weights: PyTree, share: float, like: Params) -> PyTree:
         leaves = jax.tree.leaves(weights)
         rows = sum(leaf[..., 0].size for leaf in leaves)
-        mean = sum(jnp.sum(jnp.trace(leaf, axis1=-2, axis2=-1)) for leaf in leaves) / rows
+        mean = _positive(sum(jnp.sum(jnp.trace(leaf, axis1=-2, axis2=-1)) for leaf in leaves) / rows)
         identity = lambda leaf: jnp.eye(leaf.shape[-1], dtype=leaf.dtype)[None]  # noqa: E731
         return jax.tree.map(lambda leaf: leaf + share * mean.astype(leaf.dtype) * identity(leaf), weights)
 
@@ -174,7 +175,7 @@ class LargestMatrix(LargestPart):
         traces = jax.tree.map(
             lambda weight, leaf: self.scale(leaf) ** 2 * jnp.sum(jnp.trace(weight, axis1=-2, axis2=-1)), weights, like
         )
-        return sum(jax.tree.leaves(traces))
+        return jnp.sum(jnp.stack(jax.tree.leaves(traces)))
 
 
 NORMS: dict[str, type[Norm]] = {row.name: row for row in (LargestEntry, LargestMatrix, LargestBlock)}
@@ -208,7 +209,11 @@ def polar(matrix: Array) -> Array:
 
 def _inner(first: Params, second: Params) -> Scalar:
     pairs = zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
-    return sum(jnp.vdot(a, b) for a, b in pairs)
+    return jnp.sum(jnp.stack([jnp.vdot(a, b) for a, b in pairs]))
+
+
+def _positive(number: Scalar) -> Scalar:
+    return jnp.maximum(number, jnp.finfo(number.dtype).tiny)
 
 
 def _lengths(tree: Params) -> Float[Array, " m"]:

@@ -187,9 +187,11 @@ class Muon(_InNorm):
     name = "muon"
     first_moment = (optax.contrib.MuonState, "mu")
 
+    _norm: ClassVar[LargestMatrix] = LargestMatrix(scaled=True)
+
     @property
     def norm(self) -> Norm:
-        return LargestMatrix(scaled=True)
+        return self._norm
 
     @property
     def averaging(self) -> float:
@@ -199,6 +201,7 @@ class Muon(_InNorm):
         b = self.momentum
         if steps is None:
             return (b**2, 1 - b**2) if self.nesterov else (b, 1 - b)
+        steps = steps.astype(float)
         seen = 1 - b ** (steps + 1)
         if not self.nesterov:
             return b / seen, (1 - b) / seen
@@ -211,7 +214,9 @@ class Muon(_InNorm):
     def shaped(self, direction: Params) -> Params:
         """By the same Newton-Schulz steps as the optimizer's."""
         steepest = self._orthogonal(0.0)
-        factor, length = steepest.update(direction, steepest.init(direction))[0], self.norm.dual(direction)
+        with jax.numpy_dtype_promotion("standard"):
+            factor = steepest.update(direction, steepest.init(direction))[0]
+        length = self.norm.dual(direction)
         return jax.tree.map(lambda leaf: length.astype(leaf.dtype) * leaf, factor)
 
     def _orthogonal(self, momentum: float) -> optax.GradientTransformation:
@@ -223,7 +228,8 @@ class Muon(_InNorm):
             nesterov=self.nesterov and momentum > 0,
             weight_dimension_numbers=_dimension_numbers,
         )
-        return optax.chain(factor, optax.contrib.scale_by_shape(_dimension_numbers))
+        scaled = lambda updates, params: jax.tree.map(lambda leaf: self._norm.scale(leaf) * leaf, updates)  # noqa: E731
+        return optax.chain(factor, optax.stateless(scaled))
 
 
 def _dimension_numbers(params: Params) -> Params:
