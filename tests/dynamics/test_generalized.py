@@ -204,13 +204,20 @@ def test_newton_schulz_of_muon_against_the_exact_factor(key):
     """Five steps leave singular values around 1, the exact coefficients leave 1."""
     matrices = {"a": jax.random.normal(key, (4, 6)), "b": jax.random.normal(key, (2, 5, 3))}
     for exact, low, high in ((False, 0.6, 1.3), (True, 1 - 1e-10, 1 + 1e-10)):
-        rule = update_rule("muon", 1.0, exact=exact)
-        length = rule.norm.dual(matrices)
-        for name, leaf in rule.shaped(matrices).items():
-            values = jnp.linalg.svd(leaf / length / rule.norm.scale(matrices[name]), compute_uv=False)
+        rule = update_rule("muon", 1.0, momentum=0.0, exact=exact)
+        optimizer = rule.transformation
+        state = optimizer.init(matrices)
+        with jax.numpy_dtype_promotion("standard"):
+            updates, _ = optimizer.update(matrices, state, matrices)
+        for name, leaf in updates.items():
+            factor = -leaf / rule.norm.scale(leaf)
+            values = jnp.linalg.svd(factor, compute_uv=False)
             assert low < np.min(values) <= np.max(values) < high
             if exact:
-                assert_close(leaf / length, rule.norm.scale(matrices[name]) * polar(matrices[name]), 1e-8)
+                assert_close(factor, polar(matrices[name]), 1e-8)
+        found = edge_of_step(rule, optimizer, matrices, state, matrices)
+        assert 0 <= found.mismatch[2] + 1e-12 < (1e-9 if exact else 0.35)
+        assert_close(found.rate * rule.norm.dual(matrices), 1.0, 1e-8 if exact else 0.3)
 
 
 def test_muon_is_that_of_optax(key):
@@ -263,8 +270,9 @@ class TestBadInput:
             generalized_stability(Adam(0.1))
 
     def test_a_vector_has_no_orthogonal_factor(self):
+        optimizer, bias = update_rule("muon", 0.1).optimizer(0.1), {"bias": jnp.zeros(3)}
         with pytest.raises(ValueError, match=r"bias has shape \(3,\); expected matrices"):
-            update_rule("muon", 0.1).shaped({"bias": jnp.zeros(3)})
+            optimizer.update(bias, optimizer.init(bias), bias)
 
     def test_search_of_nothing(self):
         with pytest.raises(ValueError, match="restarts is 0"):

@@ -64,16 +64,17 @@ class Search:
     """How much is spent on a bracket.
 
     Attributes:
-        restarts: k, starts of the ascent and directions of the relaxed problem; their products are taken at once.
+        restarts: k, starts of the ascent and directions of the relaxed problem; their products are taken at once. With
+            too few directions (6 of 1,440 parameters) the upper bound stays far above.
         rounds: at most so many times k products for the relaxed problem, and as many for the ascent.
         tolerance: an ascent ends where a round raises it by less than this share.
         products: of the upper bound, one after another.
     """
 
-    restarts: int = 6
+    restarts: int = 12
     rounds: int = 100
     tolerance: float = 1e-4
-    products: int = 30
+    products: int = 60
 
     def __post_init__(self) -> None:
         check_whole(restarts=self.restarts, rounds=self.rounds, products=self.products)
@@ -140,7 +141,8 @@ def _largest_part(
     best = jnp.argmax(jnp.where(jnp.isfinite(values), values, -jnp.inf))
     direction = jax.tree.map(lambda leaf: leaf[best], ends)
     weights = norm.spread(images)[1]
-    upper = _dual_bound(operator, norm, weights, direction, keys[2], search)
+    null = jax.tree.map(lambda leaf: leaf[0], stack)
+    upper = _dual_bound(operator, norm, weights, null, keys[2], search)
     return Bracket(values[best], jnp.maximum(upper, values[best]), direction, stack)
 
 
@@ -185,8 +187,9 @@ def _inner(first: PyTree, second: PyTree) -> Float[Array, " k"]:
 
 
 def _dual_bound(
-    operator: Operator, norm: LargestPart, weights: PyTree, direction: Params, key: PRNGKey, search: Search
+    operator: Operator, norm: LargestPart, weights: PyTree, null: Params, key: PRNGKey, search: Search
 ) -> Scalar:
+    """tr A + mu tr Q; `null` is a direction of the relaxed problem, for which (H - A) d is about 0."""
     blended = norm.blend(weights, BLEND, operator.point)
 
     def product(vector: Array) -> Array:
@@ -195,7 +198,7 @@ def _dual_bound(
         rest = jax.tree.map(jnp.subtract, operator.linear(inner), held)
         return operator.ravel(norm.weigh(blended, rest, -0.5))
 
-    known = operator.ravel(norm.weigh(blended, direction, 0.5))  # (H - A) d is about 0
+    known = operator.ravel(norm.weigh(blended, null, 0.5))
     known = known / length(known)
     image = product(known)
     value = jnp.vdot(known, image)

@@ -171,9 +171,9 @@ def stability(
     rule's, by its `mismatch`, the threshold is NaN. P and the threshold are those of the step from this point with
     the gradient over all examples, also where the run trains on batches, at the cost of that gradient. Raises
     `TypeError` for an optimizer that is no `UpdateRule`, whose threshold is not known, or one whose step is the
-    steepest in a norm (`generalized_stability`), and before training starts `ValueError` where the run's optimizer has a state of another structure. Another one with a state of
-    the same structure cannot be told: not `heavy_ball` from `nesterov`, nor one b1 or b2 from another; only the
-    learning rate is read from the run.
+    steepest in a norm (`generalized_stability`), and before training starts `ValueError` where the run's optimizer has
+    a state of another structure. Another one with a state of the same structure cannot be told: not `heavy_ball` from
+    `nesterov`, nor one b1 or b2 from another; only the learning rate is read from the run.
     """
     if not isinstance(rule, UpdateRule):
         raise TypeError(

@@ -91,6 +91,11 @@ class UpdateRule(ABC):
         """The same without decay of the weights."""
         return replace(self, **dict.fromkeys({"weight_decay"} & {field.name for field in fields(self)}, 0.0))
 
+    @property
+    def slack(self) -> float:
+        """How far the step may be from the steepest in the norm, as a share of it, before it is taken for another."""
+        return 0.0
+
     def edge_at(self, rate: Rate, steps: Array) -> Rate:
         """The edge after so many steps, where bias corrections move it."""
         return self.edge(rate)
@@ -104,10 +109,6 @@ class UpdateRule(ABC):
         """What the rule steps along at learning rate 1, without decay of the weights."""
         drift = lambda m, g, p: -self.drift(1.0, jnp.zeros_like(m), m, g, p)[0]  # noqa: E731
         return jax.tree.map(drift, before.first, gradient, denominator)
-
-    def shaped(self, direction: Params) -> Params:
-        """The step along what `read` gives: itself, or the steepest in the rule's norm."""
-        return direction if self.norm is None else self.norm.descent(direction)
 
     @cached_property
     def transformation(self) -> optax.GradientTransformation:

@@ -209,23 +209,19 @@ class Muon(_InNorm):
         return ahead * b, (1 - b) * (ahead + 1 / seen)
 
     def optimizer(self, learning_rate: Rate) -> optax.GradientTransformation:
-        return optax.chain(self._orthogonal(self.momentum), optax.scale_by_learning_rate(learning_rate))
+        return optax.chain(self._orthogonal(), optax.scale_by_learning_rate(learning_rate))
 
-    def shaped(self, direction: Params) -> Params:
-        """By the same Newton-Schulz steps as the optimizer's."""
-        steepest = self._orthogonal(0.0)
-        with jax.numpy_dtype_promotion("standard"):
-            factor = steepest.update(direction, steepest.init(direction))[0]
-        length = self.norm.dual(direction)
-        return jax.tree.map(lambda leaf: length.astype(leaf.dtype) * leaf, factor)
+    @property
+    def slack(self) -> float:
+        return 0.0 if self.exact else 0.35
 
-    def _orthogonal(self, momentum: float) -> optax.GradientTransformation:
+    def _orthogonal(self) -> optax.GradientTransformation:
         coefficients = (LIFT,) * 10 + (POLISH,) * 6 if self.exact else LIFT
         factor = optax.contrib.scale_by_muon(
             coefficients,
             len(coefficients) if self.exact else 5,
-            momentum,
-            nesterov=self.nesterov and momentum > 0,
+            self.momentum,
+            nesterov=self.nesterov,
             weight_dimension_numbers=_dimension_numbers,
         )
         scaled = lambda updates, params: jax.tree.map(lambda leaf: self._norm.scale(leaf) * leaf, updates)  # noqa: E731
