@@ -23,7 +23,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from attnlab.checks import check_key, check_number, check_whole
-from attnlab.curvature.operator import Operator
+from attnlab.curvature.operator import Operator, flat_dtype
 from attnlab.curvature.operators import hessian
 from attnlab.dynamics.norms import LargestBlock, LargestPart, Norm, norm_by_name
 from attnlab.dynamics.rules import UpdateRule, edge_of_step
@@ -31,7 +31,7 @@ from attnlab.krylov.tracking import TopPairs, cold_top_pairs, upper_bound
 from attnlab.objectives import Objective
 from attnlab.training.optimizer import check_optimizer
 from attnlab.training.probe import Probe, TrainingState
-from attnlab.trees import block_slices, length
+from attnlab.trees import block_slices, dimension, length
 from attnlab.types import Params, PRNGKey, PyTree, Scalar
 
 BLEND = 0.1
@@ -154,25 +154,24 @@ def _ascend(
     product = jax.vmap(linear)
 
     def once(carry: tuple) -> tuple:
-        number, stack, images, values, shift, _ = carry
-        pushed = jax.tree.map(lambda image, d: image + _along(shift, d) * d, images, stack)
-        after = ahead(pushed)
-        slopes = product(after)
-        reached = joined(_inner(after, slopes))
+        number, candidate, stack, images, values, shift, _ = carry
+        slopes = product(candidate)
+        reached = joined(_inner(candidate, slopes))
         rises = reached > values
         keep = lambda new, old: jnp.where(_along(rises, new), new, old)  # noqa: E731
-        stepped = jax.tree.map(keep, after, stack), jax.tree.map(keep, slopes, images)
-        scale = jnp.abs(values) / joined(_inner(stack, stack))
+        stack, images = jax.tree.map(keep, candidate, stack), jax.tree.map(keep, slopes, images)
+        scale = jnp.abs(reached) / joined(_inner(candidate, candidate))
         shift = jnp.where(rises, shift, jnp.maximum(2 * shift, scale / 4))
         gain = jnp.where(rises, (reached - values) / jnp.where(reached != 0, jnp.abs(reached), 1), jnp.inf)
         settled = (gain < search.tolerance) | (shift > 64 * scale) | ~jnp.isfinite(reached)
-        return number + 1, *stepped, jnp.where(rises, reached, values), shift, jnp.all(settled)
+        pushed = jax.tree.map(lambda image, d: image + _along(shift, d) * d, images, stack)
+        return number + 1, ahead(pushed), stack, images, jnp.where(rises, reached, values), shift, jnp.all(settled)
 
-    images = product(start)
-    values = joined(_inner(start, images))
-    carry = (jnp.array(0), start, images, values, jnp.zeros_like(values), jnp.array(False))
-    end = jax.lax.while_loop(lambda carry: (carry[0] < search.rounds) & ~carry[-1], once, carry)
-    return end[1], end[2]
+    zeros = jax.tree.map(jnp.zeros_like, start)
+    least = jnp.full_like(joined(_inner(start, zeros)), -jnp.inf)
+    carry = (jnp.array(0), start, zeros, zeros, least, jnp.zeros_like(least), jnp.array(False))
+    end = jax.lax.while_loop(lambda carry: (carry[0] <= search.rounds) & ~carry[-1], once, carry)
+    return end[2], end[3]
 
 
 def _along(numbers: Array, leaf: Array) -> Array:
@@ -249,7 +248,20 @@ class _Follow:
     search: Search
 
     def start(self, risk: Objective, state: TrainingState, key: PRNGKey) -> Bracket:
-        return self._bracket(risk, state, key, None)
+        """Nothing is searched yet: random directions, for the first measurement to start from."""
+        drawn = jax.random.normal(key, (self.search.restarts + 1, dimension(state.params)), flat_dtype(state.params))
+        stack = jax.vmap(Operator(Partial(jnp.zeros_like), state.params).unravel)(drawn)
+        none = jnp.zeros((), drawn.dtype)
+        direction = jax.tree.map(lambda leaf: leaf[0], stack)
+        if isinstance(self.rule.norm, LargestBlock):
+            return Bracket(none, none, direction, jax.tree.map(lambda leaf: leaf[:1], stack))
+        direction = self.norm.steepest(direction)
+        return Bracket(none, none, direction, self.norm.spread(jax.tree.map(lambda leaf: leaf[1:], stack))[0])
+
+    @property
+    def norm(self) -> LargestPart:
+        assert isinstance(self.rule.norm, LargestPart)
+        return self.rule.norm
 
     def __call__(
         self, risk: Objective, state: TrainingState, memory: Bracket, key: PRNGKey
@@ -268,7 +280,7 @@ class _Follow:
         }
         return values, found
 
-    def _bracket(self, risk: Objective, state: TrainingState, key: PRNGKey, start: Bracket | None) -> Bracket:
+    def _bracket(self, risk: Objective, state: TrainingState, key: PRNGKey, start: Bracket) -> Bracket:
         assert self.rule.norm is not None
         return generalized_sharpness(hessian(risk, state.params), self.rule.norm, key, self.search, start)
 
