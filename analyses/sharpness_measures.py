@@ -125,8 +125,11 @@ def plot(arrays: Arrays, config: Config):
     for column, name in enumerate(config.runs):
         upper, lower = rows[:, column]
         steps = arrays[name]["steps"][0]
-        upper.plot(steps, arrays[name]["ratio"].T, color="C0", lw=0.9)
-        upper.plot(steps, arrays[name]["critical"].T / 2, color="C1", lw=0.9)
+        for number, (label, values) in enumerate(
+            {"highest eigenvalue": arrays[name]["ratio"], "critical sharpness": arrays[name]["critical"] / 2}.items()
+        ):
+            upper.plot(steps, values.T, color=f"C{number}", lw=0.9)[0].set_label(label)
+        upper.set_ylim(-0.05, 1.6)  # Adam starts far above
         upper.axhline(1, color="0.4", ls=":")
         upper.set_title(name)
         for number, (label, measure) in enumerate(MEASURES.items()):
@@ -137,7 +140,8 @@ def plot(arrays: Arrays, config: Config):
         lower.axhline(1, color="0.4", ls=":")
         lower.set_yscale("symlog", linthresh=0.1)
         lower.set_xlabel("step")
-    rows[0, 0].set_ylabel("over the edge: eigenvalue (blue), critical (orange)")
+    rows[0, 0].set_ylabel("sharpness / threshold")
+    rows[0, -1].legend(fontsize="small")
     rows[1, 0].set_ylabel("measure / what it stands for")
     rows[1, 0].legend(fontsize="small")
     return figure
