@@ -1,9 +1,10 @@
-"""The edge of stability in the optimizer's own norm: sign descent, Muon and spectral descent settle where theirs is.
+"""The edge of stability in the optimizer's own norm: sign descent, Muon and spectral descent settle at theirs.
 
 Attention on digits, softmax and linear, trained by rules whose step is the steepest in a norm. At each measured step
 the largest curvature in the unit ball of that norm, as a bracket (attained from below, certified from above), over the
-rule's threshold at the effective rate of the very step; without momentum and with; and a control whose rate is too low
-to reach the edge. Three seeds.
+rule's threshold at the effective rate of the very step; without momentum and with, where the law is that of the
+critical ray and a finding may fail: signs had not settled by the end, and Muon with a plain average stays below. As a
+control a rate too low to reach the edge. Three seeds.
 """
 
 from dataclasses import dataclass
