@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from attnlab.curvature import trace as trace
     from attnlab.dynamics.closed_form import attention_blocks as attention_blocks
     from attnlab.dynamics.flows import central_flow as central_flow
+    from attnlab.dynamics.generalized import generalized_sharpness as generalized_sharpness
     from attnlab.dynamics.rules import update_rule as update_rule
     from attnlab.dynamics.sharpness import Tracking as Tracking
     from attnlab.dynamics.sharpness import stability as stability
@@ -102,6 +103,7 @@ TOPICS: dict[str, dict[str, tuple[str, ...]]] = {
         "attnlab.training": ("train", "probe", "minibatches", "load_records"),
         "attnlab.dynamics.sharpness": ("Tracking", "stability"),
         "attnlab.dynamics.rules": ("update_rule",),
+        "attnlab.dynamics.generalized": ("generalized_sharpness",),
         "attnlab.dynamics.closed_form": ("attention_blocks",),
         "attnlab.dynamics.flows": ("central_flow",),
     },

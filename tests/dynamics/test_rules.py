@@ -9,7 +9,7 @@ from jax.flatten_util import ravel_pytree
 
 from attnlab.dynamics.rules import RULES, Adam, GradientDescent, RMSProp, preconditioner_after_step, update_rule
 from compare import assert_close
-from update_rules import OPTIONS, rule_of
+from update_rules import LINEAR, OPTIONS, rule_of
 
 
 def step_map(optimizer, matrix, state):
@@ -27,18 +27,18 @@ def step_map(optimizer, matrix, state):
 
 
 def momentum_of(state):
-    """The first moments in a state: `trace` of sgd, `mu` of Adam."""
-    return [leaf for name in ("trace", "mu") for _, leaf in optax.tree.get_all_with_path(state, name)]
+    """The first moments in a state: `trace` of sgd, `ema` of an average, `mu` of Adam."""
+    return [leaf for name in ("trace", "ema", "mu") for _, leaf in optax.tree.get_all_with_path(state, name)]
 
 
 def with_momentum(state, momentum):
-    for name in ("trace", "mu"):
+    for name in ("trace", "ema", "mu"):
         if optax.tree.get_all_with_path(state, name):
             state = optax.tree.set(state, **{name: momentum[0]})
     return state
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", LINEAR)
 def test_threshold_is_where_the_step_loses_stability(name, key):
     """On a quadratic, with the second moment held, the spectral radius of the optax step crosses 1 at the threshold."""
     rate, n = 0.05, 3
@@ -64,7 +64,7 @@ def frozen_radius(rule, matrix, diagonal, name):
     matrix of the momentum rule written from its definition (its denominator is tested against optax below)."""
     options, rate, n = OPTIONS[name], 0.05, matrix.shape[0]
     identity, inverse = jnp.eye(n), jnp.diag(jnp.ones(n) if diagonal is None else 1 / diagonal)
-    if name in ("gd", "heavy_ball", "nesterov"):
+    if name in ("gd", "heavy_ball", "nesterov", "ema"):
         step = step_map(rule.transformation, matrix, rule.transformation.init(jnp.zeros(n)))
     elif name == "rmsprop":
         step = identity - rate * inverse @ matrix
@@ -122,7 +122,7 @@ WRAPPERS = {
 }
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", LINEAR)
 def test_the_state_is_found_inside_any_chain(name):
     """Around the rule stands what leaves the gradients alone: all that it remembers is as without."""
     rule = rule_of(name, 0.05)

@@ -12,7 +12,7 @@ from jax.tree_util import Partial
 
 import oracles
 from attnlab.curvature.operator import Operator
-from attnlab.dynamics.rules import RULES, preconditioner_after_step, update_rule
+from attnlab.dynamics.rules import preconditioner_after_step, update_rule
 from attnlab.dynamics.sharpness import (
     Tracking,
     block_norms,
@@ -36,7 +36,7 @@ from attnlab.trees import block_slices, leaf_names, ravel
 from cases import CASES
 from compare import assert_close
 from nightly import nightly
-from update_rules import rule_of
+from update_rules import LINEAR, rule_of
 
 
 def symmetric(eigenvalues, key):
@@ -277,7 +277,7 @@ def test_top_eigenvalues_along_training(key):
 
 
 @pytest.mark.parametrize(
-    "name", [name if name == "adam" else pytest.param(name, marks=pytest.mark.slow) for name in RULES]
+    "name", [name if name == "adam" else pytest.param(name, marks=pytest.mark.slow) for name in LINEAR]
 )
 def test_stability_probe_is_the_dense_preconditioned_sharpness(name, key):
     risk, params = CASES["softmax/square"](key)

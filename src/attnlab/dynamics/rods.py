@@ -112,12 +112,18 @@ def rod_flow(
         every: record the flow so often.
         substeps: Runge-Kutta steps, of eight gradients each, in the time of one of the optimizer.
 
-    Raises `ValueError` for steps that `every` does not divide, a learning rate that is a schedule, or a start that is
-    not finite or of another size than `like`; `ArithmeticError` where the flow leaves the finite numbers.
+    Raises `ValueError` for steps that `every` does not divide, a learning rate that is a schedule, a rule whose step is
+    the steepest in a norm, or a start that is not finite or of another size than `like`; `ArithmeticError` where the
+    flow leaves the finite numbers.
     """
     check_intervals(steps, every)
     check_positive(substeps=substeps)
     constant_rate(rule)
+    if rule.norm is not None:
+        raise ValueError(
+            f"rule is {rule.name}, whose step is the steepest in a norm and not linear in its moments; expected a rule "
+            "of linear steps over a diagonal P. Measure its edge along training instead (generalized_stability)."
+        )
     check_objective(risk, like)
     _check_start(start, ravel(like).size)
     flow = _rod_flow(risk, like, start, rule, steps, every, substeps)

@@ -10,13 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float
 
 from attnlab.checks import check_number, check_range, check_whole
 from attnlab.curvature.operator import Operator, flat_dtype
 from attnlab.curvature.operators import Block, hessian
 from attnlab.curvature.transforms import precondition
-from attnlab.dynamics.rules import RULES, UpdateRule, preconditioner_after_step
+from attnlab.dynamics.rules import RULES, UpdateRule, edge_of_step, preconditioner_after_step
 from attnlab.krylov.tracking import Course, TopPairs, cold_top_pairs, followed_top_pairs, upper_bound
 from attnlab.objectives import Objective
 from attnlab.statistics import estimate
@@ -122,21 +123,29 @@ class _Hessian:
 @dataclass(frozen=True)
 class _Preconditioned:
     rule: UpdateRule
+    optimizer: optax.GradientTransformation | None
 
     def __call__(self, risk: Objective, state: TrainingState) -> tuple[Callable[[], Operator], Values]:
         self._check_trained_with(state)
-        gradient = jax.grad(risk)(state.params)
-        diagonal, threshold = preconditioner_after_step(self.rule, gradient, state.optimizer_state, state.params)
+        gradient, dtype = jax.grad(risk)(state.params), flat_dtype(state.params)
+        if self.optimizer is None:
+            diagonal, threshold = preconditioner_after_step(self.rule, gradient, state.optimizer_state, state.params)
+            extra = {}
+        else:
+            edge = edge_of_step(self.rule, self.optimizer, gradient, state.optimizer_state, state.params)
+            diagonal, threshold = edge.metric, edge.threshold
+            extra = {"rate": edge.rate.astype(dtype), "mismatch": jnp.max(edge.mismatch).astype(dtype)}
 
         def linearise() -> Operator:
             operator = hessian(risk, state.params)
             return operator if diagonal is None else precondition(operator, diagonal)
 
-        return linearise, {"threshold": threshold.astype(flat_dtype(state.params))}
+        return linearise, {"threshold": threshold.astype(dtype), **extra}
 
     def _check_trained_with(self, state: TrainingState) -> None:
+        optimizer = self.rule.transformation if self.optimizer is None else self.optimizer
         with jax.numpy_dtype_promotion("standard"):
-            own = jax.eval_shape(self.rule.transformation.init, state.params)
+            own = jax.eval_shape(optimizer.init, state.params)
         if str(jax.tree.structure(own)) != str(jax.tree.structure(state.optimizer_state)):
             raise ValueError(
                 f"the probe stability is for '{self.rule.name}', and the run trains with an optimizer of another "
@@ -150,23 +159,33 @@ def top_eigenvalues(tracking: Tracking = Tracking()) -> Probe:
     return _tracked(_Hessian(), tracking)
 
 
-def stability(rule: UpdateRule, tracking: Tracking = Tracking()) -> Probe:
+def stability(
+    rule: UpdateRule, tracking: Tracking = Tracking(), optimizer: optax.GradientTransformation | None = None
+) -> Probe:
     """Probe: the highest eigenvalues of P^-1/2 H P^-1/2 (`values`, `residuals`), the rule's `threshold`, and
     `ratio`, the highest over the threshold: 1 at the edge of stability.
 
-    The run must train with `rule.transformation`. P and the threshold are those of the step from this point with
+    The run must train with `rule.transformation`, or with an `optimizer` of optax that is a chain around the rule:
+    clipped by norm, scheduled, decayed (masked too), in groups, over several steps. Then the effective `rate` and P are
+    read off its step (`rules.edge_of_step`; the rule's own rate and decay are not looked at), and where that is not the
+    rule's, by its `mismatch`, the threshold is NaN. P and the threshold are those of the step from this point with
     the gradient over all examples, also where the run trains on batches, at the cost of that gradient. Raises
-    `TypeError` for an optimizer that is no `UpdateRule`, whose threshold is not known, and before
-    training starts `ValueError` where the run's optimizer has a state of another structure. Another one with a state of
-    the same structure cannot be told: not `heavy_ball` from `nesterov`, nor one b1 or b2 from another; only the
-    learning rate is read from the run.
+    `TypeError` for an optimizer that is no `UpdateRule`, whose threshold is not known, or one whose step is the
+    steepest in a norm (`generalized_stability`), and before training starts `ValueError` where the run's optimizer has
+    a state of another structure. Another one with a state of the same structure cannot be told: not `heavy_ball` from
+    `nesterov`, nor one b1 or b2 from another; only the learning rate is read from the run.
     """
     if not isinstance(rule, UpdateRule):
         raise TypeError(
             f"rule is a {type(rule).__name__}, whose stability threshold is not known; expected one of "
             f"{', '.join(RULES)} as update_rule(name, learning_rate) builds it."
         )
-    return _tracked(_Preconditioned(rule), tracking)
+    if rule.norm is not None:
+        raise TypeError(
+            f"rule is {rule.name}, whose step is the steepest in a norm and has no preconditioner; expected a rule "
+            "that has one. The probe generalized_stability measures its edge."
+        )
+    return _tracked(_Preconditioned(rule, optimizer), tracking)
 
 
 def block_sharpness(blocks: tuple[Block, ...] | None = None, tracking: Tracking = Tracking()) -> Probe:

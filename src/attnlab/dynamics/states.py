@@ -56,3 +56,8 @@ def joined(parts: list[Params]) -> Params:
 
 def _is_masked(node: PyTree) -> bool:
     return isinstance(node, optax.MaskedNode)
+
+
+def filled(tree: PyTree, default: Params) -> Params:
+    """The tree with `default`'s leaf for each parameter that no part holds."""
+    return jax.tree.map(lambda held, leaf: leaf if _is_masked(held) else held, tree, default, is_leaf=_is_masked)

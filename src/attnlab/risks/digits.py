@@ -1,6 +1,6 @@
 """Handwritten digits through one attention layer and through two transformer blocks; and their easy control."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -24,14 +24,23 @@ def half_squared_error(outputs: Float[Array, "*B v"], targets: Float[Array, "*B 
     return jnp.mean(jnp.sum((outputs - targets) ** 2, axis=-1)) / 2
 
 
-def _digits_attention(params: Params, images: Float[Array, "n L pixels"]) -> Float[Array, "n classes"]:
-    tokens = images @ params["embedding"] + params["position"][None]
-    tokens = tokens + SelfAttention(ATTENTION).apply({"params": params["attention"]}, tokens)
-    return jnp.mean(tokens, axis=-2) @ params["readout"]
+@dataclass(frozen=True)
+class _DigitsAttention:
+    """Hashed by its layer, so that equal choices share one compiled loop."""
+
+    config: AttentionConfig
+
+    def __call__(self, params: Params, images: Float[Array, "n L pixels"]) -> Float[Array, "n classes"]:
+        tokens = images @ params["embedding"] + params["position"][None]
+        tokens = tokens + SelfAttention(self.config).apply({"params": params["attention"]}, tokens)
+        return jnp.mean(tokens, axis=-2) @ params["readout"]
 
 
-def digits_attention(data_key: PRNGKey, key: PRNGKey, count: int = 128) -> tuple[Objective, Params]:
-    """Handwritten digits through one layer of softmax attention, with square loss: the risk and a random start.
+def digits_attention(
+    data_key: PRNGKey, key: PRNGKey, count: int = 128, *, weights: str = "softmax"
+) -> tuple[Objective, Params]:
+    """Handwritten digits through one layer of attention, softmax unless told, with square loss: the risk and a random
+    start.
 
     The eight rows of each image are its tokens; embedded to width 16 with learned positions, one attention layer with a
     residual, a mean over tokens and a linear read-out to one-hot targets: 1,440 parameters. The read-out starts small,
@@ -40,13 +49,14 @@ def digits_attention(data_key: PRNGKey, key: PRNGKey, count: int = 128) -> tuple
     data = digits(data_key, count, patch=(1, SIDE), per_token=False)
     keys = jax.random.split(key, 4)
     lecun, normal, dtype = initializer("lecun_normal"), initializer("normal", 1.0), data.inputs.dtype
+    config = replace(ATTENTION, weights=weights)
     params = {
         "embedding": lecun(keys[0], (SIDE, WIDTH), dtype),
         "position": normal(keys[1], (SIDE, WIDTH), dtype),
-        "attention": SelfAttention(ATTENTION).init(keys[2], jnp.zeros((1, WIDTH), dtype))["params"],
+        "attention": SelfAttention(config).init(keys[2], jnp.zeros((1, WIDTH), dtype))["params"],
         "readout": initializer("lecun_normal", 0.1)(keys[3], (WIDTH, CLASSES), dtype),
     }
-    return objective(from_function(_digits_attention), half_squared_error, *data), params
+    return objective(from_function(_DigitsAttention(config)), half_squared_error, *data), params
 
 
 def easy_regression(key: PRNGKey, count: int = 192, length: int = 8, width: int = 8) -> tuple[Objective, Params]:

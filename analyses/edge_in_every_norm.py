@@ -1,0 +1,165 @@
+"""The edge of stability in the optimizer's own norm: sign descent, Muon and spectral descent settle at theirs.
+
+Attention on digits, softmax and linear, trained by rules whose step is the steepest in a norm. At each measured step
+the largest curvature in the unit ball of that norm, as a bracket (attained from below, certified from above), over the
+rule's threshold at the effective rate of the very step; without momentum and with, where the law is that of the
+critical ray and a finding may fail: signs had not settled by the end, and Muon with a plain average stays below. As a
+control a rate too low to reach the edge. Three seeds.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from rich.progress import Progress
+from rich.table import Table
+
+from attnlab.analysis import Analysis, Arrays, SinglePrecisionConfig
+from attnlab.expectation import Expectation, at_most, between
+
+MUON = {"momentum": 0.0, "nesterov": False, "exact": True}
+RUNS = {
+    "sign 0.001": ("softmax", "sign", 1e-3, 960, {}),
+    "Muon 0.01": ("softmax", "muon", 1e-2, 640, MUON),
+    "Muon 0.01, linear": ("linear", "muon", 1e-2, 640, MUON),
+    "spectral 0.005": ("softmax", "spectral", 5e-3, 1920, {}),
+    "sign 0.0003, b = 0.9": ("softmax", "sign", 3e-4, 960, {"momentum": 0.9}),
+    "Muon 0.01, b = 0.9": ("softmax", "muon", 1e-2, 640, MUON | {"momentum": 0.9}),
+    "Muon 0.01, Nesterov 0.95": ("softmax", "muon", 1e-2, 640, {}),
+    "control: sign 0.00003": ("softmax", "sign", 3e-5, 960, {}),
+}
+"""Name of the run: kind of attention, rule, learning rate, steps and options."""
+PANELS = {
+    "largest entry": ("sign 0.001", "control: sign 0.00003"),
+    "largest matrix": ("Muon 0.01", "Muon 0.01, linear", "spectral 0.005"),
+    "with momentum": (
+        "sign 0.0003, b = 0.9",
+        "Muon 0.01, b = 0.9",
+        "Muon 0.01, Nesterov 0.95",
+    ),
+}
+MEASUREMENTS = 16
+
+
+@dataclass(frozen=True)
+class Config(SinglePrecisionConfig):
+    """Options of the analysis."""
+
+    SMOKE: ClassVar = {"runs": ("sign 0.001",), "seeds": 1, "shorten": 60, "restarts": 2, "rounds": 3, "products": 4}
+
+    runs: tuple[str, ...] = tuple(RUNS)
+    """Which of the runs."""
+    seeds: int = 3
+    """How many seeds; the first has the number `--seed`."""
+    shorten: int = 1
+    """Divide the number of steps of every run by this."""
+    restarts: int = 12
+    """Starts of the ascent, and directions of the relaxed problem."""
+    rounds: int = 30
+    """Rounds of each, at most, at each measurement; the next one goes on from there."""
+    products: int = 40
+    """Of the upper bound."""
+
+
+def compute(config: Config, progress: Progress) -> Arrays:
+    """Every run at every seed, with its bracket measured inside the scan: (seeds, measurements) by name."""
+    import jax
+
+    from attnlab.checks import check_names
+    from attnlab.dynamics.generalized import Search, generalized_stability
+    from attnlab.dynamics.rules import update_rule
+    from attnlab.risks.digits import digits_attention
+    from attnlab.training import Session, show_progress, train
+
+    check_names("run", config.runs, RUNS)
+    search, arrays = Search(config.restarts, config.rounds, 1e-3, config.products), {}
+    for name in config.runs:
+        attention, kind, rate, steps, options = RUNS[name]
+        rule = update_rule(kind, rate, **options)
+        steps = steps // config.shorten
+        probes, parts = {"edge": generalized_stability(rule, search)}, []
+        for seed in range(config.seed, config.seed + config.seeds):
+            key = jax.random.key(seed)
+            risk, params = digits_attention(key, key, weights=attention)
+            folder, title = config.scratch() / f"{name}-{seed}", f"{name}, seed {seed}"
+            session = Session(directory=folder, report=show_progress(progress, title))
+            every = max(1, steps // MEASUREMENTS)
+            records = train(
+                risk, params, rule.transformation, key, steps=steps, every=every, probes=probes, session=session
+            ).records
+            parts.append({"losses": records.losses, "steps": records.steps, **records.values["edge"]})
+        arrays[name] = {field: np.stack([np.asarray(part[field]) for part in parts]) for field in parts[0]}
+    return arrays
+
+
+def settled(arrays: Arrays, name: str) -> np.ndarray:
+    """Lower bound over threshold in the second half of the run, (seeds,): the mean over the measurements at which the
+    step was one of the rule's."""
+    ratio = arrays[name]["ratio"]
+    return np.nanmean(ratio[:, ratio.shape[1] // 2 :], axis=1)
+
+
+def plot(arrays: Arrays, config: Config):
+    """The bracket over the threshold, the mean over seeds of each bound, and the loss below."""
+    import matplotlib.pyplot as plt
+
+    shown = {title: [name for name in names if name in config.runs] for title, names in PANELS.items()}
+    shown = {title: names for title, names in shown.items() if names}
+    figure, rows = plt.subplots(2, len(shown), figsize=(3.6 * len(shown), 5.8), sharex="col", squeeze=False)
+    for column, (title, names) in enumerate(shown.items()):
+        upper, lower = rows[:, column]
+        for name in names:
+            each = arrays[name]
+            steps, ratio = each["steps"][0], np.nanmean(each["ratio"], axis=0)
+            (line,) = upper.plot(steps, ratio)
+            bound = np.nanmean(each["upper"] / each["threshold"], axis=0)
+            upper.fill_between(steps, ratio, bound, color=line.get_color(), alpha=0.12, lw=0)
+            lower.semilogy(each["losses"].mean(axis=0), lw=0.8, label=name)
+        upper.axhline(1, color="0.4", ls=":")
+        upper.set_ylim(0, 2)
+        upper.set_title(title)
+        lower.legend(loc="upper right", fontsize="small")
+        lower.set_xlabel("step")
+    rows[0, 0].set_ylabel("sharpness in the norm / threshold")
+    rows[1, 0].set_ylabel("training loss")
+    return figure
+
+
+def findings(arrays: Arrays, config: Config) -> list[Expectation]:
+    """Where each run settles, at every seed, and that the control stays below."""
+    paper, law = "arXiv 2603.05002: at or a little above 2/eta", "derived here: the momentum law on the critical ray"
+    found = []
+    for name in config.runs:
+        what = f"{name}: sharpness / threshold, by seed"
+        if name.startswith("control"):
+            found.append(at_most(what, settled(arrays, name), 0.9, source="negative control"))
+            continue
+        momentum = name in PANELS["with momentum"]
+        because = "the edge, with the swings of large rates above it; what is measured is a lower bound"
+        seeds = settled(arrays, name)
+        found.append(between_each(what, seeds, 0.8, 1.25, because, law if momentum else paper))
+    return found
+
+
+def between_each(what: str, values: np.ndarray, low: float, high: float, because: str, source: str) -> Expectation:
+    """That every value lies in the interval."""
+    worst = values[np.argmax(np.abs(np.nan_to_num(values, nan=np.inf) - (low + high) / 2))]
+    return between(f"{what} (the farthest)", worst, low, high, because=because, source=source)
+
+
+def tables(arrays: Arrays, config: Config) -> list[Table]:
+    """Where each run settles, and how tight the bracket is."""
+    table = Table("run", "sharpness / threshold, settled", "spread over seeds", "upper / lower at the end", "loss")
+    for name in config.runs:
+        each, late = arrays[name], settled(arrays, name)
+        tight = (each["upper"] / each["lower"])[:, -1].mean()
+        table.add_row(
+            name, f"{late.mean():.3f}", f"{np.ptp(late):.3f}", f"{tight:.3g}", f"{each['losses'][:, -1].mean():.3g}"
+        )
+    return [table]
+
+
+ANALYSIS = Analysis("edge-in-every-norm", Config, compute, plot, tables, findings, __doc__, slow=True)
+
+if __name__ == "__main__":
+    ANALYSIS.main()
