@@ -10,7 +10,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 
-from attnlab.checks import check_key
+from attnlab.checks import check_key, is_concrete
 from attnlab.curvature.operator import Operator
 from attnlab.objectives import BatchedObjective
 from attnlab.runs.checkpoint import fingerprint
@@ -124,6 +124,8 @@ def available_bytes() -> int | None:
 def check_samples_fit(operator: Operator, together: int) -> None:
     """Raise `MemoryError` if as many samples do not fit at once, each with what a product keeps in flight: about what
     the operator's linearisation saved."""
+    if not is_concrete(operator):
+        return  # within a program that may run elsewhere
     dimension = operator.dimension
     saved = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(operator.linear))
     needed = together * 4 * dimension * operator.flat_dtype.itemsize + (together - 1) * saved

@@ -252,7 +252,7 @@ def _fits(linearize: "Linearization", risk: Objective, params: Params, budget: i
     """Whether the arrays that a linearisation saves fit the budget; warns where they do not. Nothing is run."""
     if budget is not None:
         check_number("budget", budget, 0, math.inf, "It is in bytes; leave it out for half of what is left.")
-    if not is_concrete((risk, params, jnp.zeros(()))):
+    if budget is None and not is_concrete((risk, params, jnp.zeros(()))):
         return True  # within one program, which keeps nothing between products
     available = available_bytes() if budget is None else 2 * budget
     saved = _saved_bytes(linearize, risk, params)
