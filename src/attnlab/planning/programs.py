@@ -5,7 +5,7 @@ import pickle
 import subprocess
 import sys
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from attnlab.models.adapters import from_linen
 from attnlab.models.transformer import LanguageModel, LanguageModelConfig
 from attnlab.objectives import Objective
 from attnlab.planning.cost import program_cost
-from attnlab.sharding import parameter_shardings
+from attnlab.sharding import layout_of, parameter_shardings
 from attnlab.types import PyTree
 
 AXIS = "devices"
@@ -105,6 +105,7 @@ def _compiled(case: Case) -> Footprint:
     build = jax.jit(lambda risk, params: _operator(case, risk, params)).trace(risk, params)
     built = build.lower().compile()
     operator = _placed(build.out_info, built.output_shardings)
+    operator = replace(operator, layout=layout_of(params))  # as a concrete one would have it
     saved = _bytes(_made(build, operator))
     density = jax.jit(partial(spectral_density, samples=case.probes, steps=case.steps))
     compiled = density.lower(operator, jax.random.key(0)).compile()
