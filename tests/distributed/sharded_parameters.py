@@ -74,7 +74,9 @@ def check_shares(devices: int, operator, params, image) -> None:
     for tree in (params, image):
         for name, shape in shares:
             assert {shard.data.shape for shard in tree[name].addressable_shards} == {shape}, name
-    flat = jax.jit(lambda operator, tree: operator.ravel(tree))(operator, params)
+    ravel = jax.jit(lambda operator, tree: operator.ravel(tree)).lower(operator, params).compile()
+    assert "all-gather" not in ravel.as_text()
+    flat = ravel(operator, params)
     assert flat.size == operator.flat_size
     assert {shard.data.shape for shard in flat.addressable_shards} == {(flat.size // devices,)}
     back = jax.jit(lambda operator, flat: operator.unravel(flat))(operator, flat)
@@ -88,9 +90,7 @@ def check_shares(devices: int, operator, params, image) -> None:
 
 def measure(devices: int, everything: bool) -> dict:
     import jax
-    import numpy as np
     import optax
-    from jax.experimental.multihost_utils import process_allgather
 
     from attnlab.curvature import eigenpairs, ggn, hessian, solve, spectral_density, trace
     from attnlab.runs.session import Session
@@ -117,9 +117,18 @@ def measure(devices: int, everything: bool) -> dict:
         sizes = probe(lambda risk, params: trace(hessian(risk, params, check=False), key, samples=2).value)
         run = train(risk, params, optax.sgd(0.1), key, steps=4, every=2, probes={"trace": sizes})
         found |= {"trained": run.params, "losses": run.records.losses, "traces": run.records.values["trace"]}
-    whole = process_allgather(found, tiled=True) if jax.process_count() > 1 else found
-    flat = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(whole)}
-    return {name: np.asarray(leaf).tolist() for name, leaf in flat.items()}
+    flat = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(found)}
+    return {name: whole(leaf).tolist() for name, leaf in flat.items()}
+
+
+def whole(leaf):
+    """All values of an array that may be spread over processes."""
+    import jax
+    import numpy as np
+    from jax.experimental.multihost_utils import process_allgather
+
+    spread = isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated)
+    return np.asarray(process_allgather(leaf, tiled=True) if spread else leaf)
 
 
 if __name__ == "__main__":

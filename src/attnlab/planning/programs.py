@@ -83,7 +83,7 @@ def footprint(case: Case) -> Footprint:
     """
     if len(jax.devices()) >= case.devices:
         return _compiled(case)
-    settings = {name: jax.config.read(name) for name in ("jax_enable_x64", "jax_compilation_cache_dir")}
+    settings = {name: getattr(jax.config, name) for name in ("jax_enable_x64", "jax_compilation_cache_dir")}
     command = [sys.executable, "-m", "attnlab.planning.programs"]
     ended = subprocess.run(command, input=pickle.dumps((case, settings)), capture_output=True)
     if ended.returncode:
