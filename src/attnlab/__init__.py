@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from attnlab.objectives import batched as batched
     from attnlab.objectives import objective as objective
     from attnlab.runs.session import Session as Session
+    from attnlab.sharding import shard_parameters as shard_parameters
     from attnlab.training import load_records as load_records
     from attnlab.training import minibatches as minibatches
     from attnlab.training import probe as probe
@@ -93,6 +94,7 @@ TOPICS: dict[str, dict[str, tuple[str, ...]]] = {
             "check_curvature",
         ),
         "attnlab.runs.session": ("Session",),
+        "attnlab.sharding": ("shard_parameters",),
     },
     "attention": {
         "attnlab.models.attention": ("AttentionConfig", "SelfAttention"),

@@ -148,6 +148,38 @@ def list_claims(console: Console) -> None:
     console.print(table)
 
 
+def plan(given: argparse.Namespace, console: Console) -> None:
+    """Print what each device would hold and do, for every number of devices, and what to change where it does not fit.
+
+    Raises `ValueError` for what cannot be planned.
+    """
+    from attnlab.analysis import configure_jax
+
+    configure_jax(given.dtype)
+    from attnlab.planning import Rates, plans_table, unfitting_table
+    from attnlab.planning import plan as plan_case
+
+    sequences, _, length = given.tokens.partition("x")
+    if not (sequences.isdecimal() and length.isdecimal()):
+        raise ValueError(f"tokens is '{given.tokens}'; expected sequences x length, such as 2x256.")
+    options = {name: getattr(given, name) for name in ("dtype", "product", "afresh", "probes", "steps")}
+    options |= {"sequences": int(sequences), "length": int(length), "sharded": not given.whole}
+    options |= {"memory": None if given.memory is None else given.memory * 2**30}
+    rates = Rates(*given.rates)
+    plans = [plan_case(given.model, devices=count, **options) for count in given.devices]
+    console.print(plans_table(plans, rates))
+    for each in plans:
+        if not each.fits:
+            console.print(unfitting_table(each))
+    say(console, PLAN_NOTE.format(platform=plans[0].found.platform))
+
+
+PLAN_NOTE = (
+    "Of each device, for programs compiled for {platform}: temporaries are what that needs. The process itself takes "
+    "about half a GiB more. Times are the least that the rates allow."
+)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="attnlab", description="A theory lab for attention, in JAX.")
@@ -177,7 +209,30 @@ def parser() -> argparse.ArgumentParser:
     )
     report_parser.add_argument("--figures", type=Path, default=Path("figures"), help="folder (%(default)s)")
     report_parser.add_argument("--output", type=Path, default=Path("report.html"), help="file (%(default)s)")
+    _add_plan(commands.add_parser("plan", help="say what the curvature of a language model would take, from shapes"))
     return top
+
+
+def _add_plan(plan_parser: argparse.ArgumentParser) -> None:
+    add = plan_parser.add_argument
+    add("model", metavar="MODEL", help="a folder with config.json (weights are not needed), or a GGUF file")
+    add("--tokens", default="1x128", metavar="BxL", help="sequences x length of the data (%(default)s)")
+    add("--dtype", default="float32", help="of the parameters (%(default)s)")
+    add("--product", default="hessian", help="hessian, ggn or functional (%(default)s)")
+    add("--devices", nargs="+", type=int, default=[1], metavar="N", help="one row of the table each (1)")
+    add("--whole", action="store_true", help="every device holds all parameters, instead of its share")
+    add("--afresh", action="store_true", help="keep nothing between two products")
+    add("--probes", type=int, default=10, help="samples of the density (%(default)s)")
+    add("--steps", type=int, default=64, help="Lanczos steps of each (%(default)s)")
+    add("--memory", type=float, metavar="GIB", help="of one device: says what to change where it does not suffice")
+    add(
+        "--rates",
+        nargs=3,
+        type=float,
+        default=(1e14, 1e12, 1e11),
+        metavar=("FLOPS", "MEMORY", "LINK"),
+        help="of one device, a second: operations, bytes of its memory, bytes from others (1e14 1e12 1e11)",
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -204,6 +259,8 @@ def _obey(given: argparse.Namespace, console: Console) -> bool:
         run(given.name, given.flags)
     elif given.command == "report":
         report(given, console)
+    elif given.command == "plan":
+        plan(given, console)
     elif given.list:
         list_claims(console)
     else:

@@ -1,4 +1,4 @@
-"""The same call on many devices, in one process and in two, gives the numbers of one device to rounding."""
+"""The same calls on many devices, in one process and in two, give the numbers of one device to rounding."""
 
 import json
 import os
@@ -10,15 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sharded_parameters
 
-pytestmark = pytest.mark.slow  # processes of their own, which compile everything again
-
-PROGRAM = Path(__file__).with_name("sharded_curvature.py")
+DATA, PARAMETERS = (Path(__file__).with_name(f"sharded_{what}.py") for what in ("curvature", "parameters"))
 
 
-def start(*arguments):
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    command = [sys.executable, PROGRAM, *map(str, arguments)]
+def start(program, *arguments):
+    # The quick test takes the flags of the suite, with which a program compiles faster.
+    quick = program == PARAMETERS and "--all" not in arguments
+    environment = {name: value for name, value in os.environ.items() if quick or name != "XLA_FLAGS"}
+    command = [sys.executable, program, *map(str, arguments)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -30,27 +31,47 @@ def finish(process):
 
 
 @cache
-def single():
-    return finish(start())
+def single(*arguments):
+    return finish(start(*arguments))
 
 
-def assert_same(found, expected):
+def assert_same(found, expected, tolerance=1e-9):
     assert set(found) == set(expected)
     for name in expected:
         scale = np.max(np.abs(expected[name]))
-        np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=1e-9 * scale, err_msg=name)
+        np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=tolerance * scale, err_msg=name)
 
 
-def test_eight_devices_of_one_process():
-    assert_same(finish(start("--simulate", 8, "--spread", 2)), single())
-
-
-@pytest.mark.parametrize("spread", [1, 2])
-def test_two_processes(spread):
+def in_two_processes(*arguments):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [start("--process", i, "--of", 2, "--port", port, "--spread", spread) for i in range(2)]
+    processes = [start(*arguments, "--process", i, "--of", 2, "--port", port) for i in range(2)]
     first, second = (finish(process) for process in processes)
     assert second is None
-    assert_same(first, single())
+    return first
+
+
+def test_parameters_on_eight_devices():
+    assert_same(finish(start(PARAMETERS, "--simulate", 8)), sharded_parameters.measure(1, everything=False))
+
+
+@pytest.mark.slow  # the others, too, are processes of their own, and compile everything again
+def test_all_that_takes_parameters_on_eight_devices():
+    assert_same(finish(start(PARAMETERS, "--all", "--simulate", 8)), single(PARAMETERS, "--all"))
+
+
+@pytest.mark.slow
+def test_parameters_on_two_processes():
+    assert_same(in_two_processes(PARAMETERS, "--all"), single(PARAMETERS, "--all"))
+
+
+@pytest.mark.slow
+def test_data_on_eight_devices_of_one_process():
+    assert_same(finish(start(DATA, "--simulate", 8, "--spread", 2)), single(DATA))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spread", [1, 2])
+def test_data_on_two_processes(spread):
+    assert_same(in_two_processes(DATA, "--spread", spread), single(DATA))

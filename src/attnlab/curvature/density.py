@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -172,7 +173,7 @@ def _checked(operator: Operator, projections: Tridiagonal) -> Tridiagonal:
 
 
 def _begin(operator: Operator, keys: Array, sharding: Sharding | None) -> Recurrence:
-    starts = jax.vmap(lambda key: jax.random.rademacher(key, (operator.dimension,), operator.flat_dtype))(keys)
+    starts = jax.vmap(partial(operator.sample, jax.random.rademacher))(keys)
     return jax.vmap(begin)(starts if sharding is None else jax.lax.with_sharding_constraint(starts, sharding))
 
 

@@ -89,7 +89,7 @@ def _squared_in_units(operator: Operator, key: PRNGKey, samples: int) -> tuple[E
 
 @jax.jit
 def _unit(operator: Operator, key: PRNGKey) -> Array:
-    sample = jax.random.rademacher(jax.random.split(key, 1)[0], (operator.dimension,), operator.flat_dtype)
+    sample = operator.sample(jax.random.rademacher, jax.random.split(key, 1)[0])
     return power_of_two(length(operator.flat_mv(sample)))
 
 
@@ -174,7 +174,7 @@ def _probe(operator: Operator, keys: Array, measure: Measure, unit: Array) -> tu
     def step(state: _Welford, item: tuple[Array, Array]) -> tuple[_Welford, None]:
         key, count = item
         number = count.astype(dtype)
-        sample = jax.random.rademacher(key, (operator.dimension,), dtype)
+        sample = operator.sample(jax.random.rademacher, key)
         image = operator.flat_mv(sample) / unit
         difference = measure(sample, image) - state.mean
         mean = state.mean + difference / number
@@ -186,9 +186,9 @@ def _probe(operator: Operator, keys: Array, measure: Measure, unit: Array) -> tu
         good = (state.seen == count - 1) & jnp.all(jnp.isfinite(mean))
         return jax.tree.map(partial(jnp.where, good), new, state), None
 
-    shape = jax.eval_shape(measure, *[jax.ShapeDtypeStruct((operator.dimension,), dtype)] * 2).shape
+    shape = jax.eval_shape(measure, *[jax.ShapeDtypeStruct((operator.flat_size,), dtype)] * 2).shape
     counts = jnp.arange(1, len(keys) + 1)
-    nothing, vector = jnp.zeros(shape, dtype), jnp.zeros(operator.dimension, dtype)
+    nothing, vector = jnp.zeros(shape, dtype), jnp.zeros(operator.flat_size, dtype)
     start = _Welford(jnp.zeros_like(counts[0]), nothing, nothing, vector, vector, jnp.zeros((), dtype))
     state, _ = jax.lax.scan(step, start, (keys, counts))
     number = state.seen.astype(dtype)

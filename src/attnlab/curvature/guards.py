@@ -10,7 +10,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 
-from attnlab.checks import check_key
+from attnlab.checks import check_key, is_concrete
 from attnlab.curvature.operator import Operator
 from attnlab.objectives import BatchedObjective
 from attnlab.runs.checkpoint import fingerprint
@@ -61,7 +61,7 @@ def identity_of(operator: Operator, *choices: PyTree) -> str:
     and loss, weights and data, however they are batched, sharded or composed.
     """
     sample = jax.random.normal(jax.random.key(0), (operator.dimension,), operator.flat_dtype)
-    witness = operator.mv(operator.unravel(sample))
+    witness = operator.mv(operator.in_order().unravel(sample))
     return fingerprint((witness, operator.point, list(map(_array, choices))))
 
 
@@ -124,7 +124,15 @@ def available_bytes() -> int | None:
 def check_samples_fit(operator: Operator, together: int) -> None:
     """Raise `MemoryError` if as many samples do not fit at once, each with what a product keeps in flight: about what
     the operator's linearisation saved."""
-    dimension = operator.dimension
+    if not is_concrete(operator):
+        return  # within a program that may run elsewhere
+    dimension = _share(operator)
     saved = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(operator.linear))
     needed = together * 4 * dimension * operator.flat_dtype.itemsize + (together - 1) * saved
     check_memory(f"{together} samples of {dimension} numbers at once", needed, "Run fewer together.")
+
+
+def _share(operator: Operator) -> int:
+    """The length of the part of a flat vector that one device holds."""
+    layout = operator.layout
+    return operator.dimension if layout is None else layout.sharding.shard_shape((layout.size,))[0]

@@ -11,8 +11,12 @@ from jaxtyping import Array, Float
 
 from attnlab.checks import check_same_structure
 from attnlab.derivatives import FORWARD, Route
+from attnlab.sharding import Layout
 from attnlab.trees import block_slices, dimension, power_of_two
-from attnlab.types import Params, PyTree
+from attnlab.types import Params, PRNGKey, PyTree
+
+Draw = Callable[[PRNGKey, tuple[int, ...], jnp.dtype], jax.Array]
+"""A function of `jax.random` such as `rademacher` or `normal`."""
 
 DENSE_LIMIT_BYTES = 4 * 2**30
 ROWS_AT_ONCE_BYTES = 12 * 2**20
@@ -29,11 +33,14 @@ class Operator:
         point: the parameters at which it was taken (its structure and shapes are those of its vectors).
         route: in which order derivatives are taken. Forward over reverse, but for a model or loss with a
             `jax.custom_vjp` rule, which has no forward mode: reverse over reverse, at up to twice the cost.
+        layout: how flat vectors lie on the devices, where the parameters are spread over them; None is in the order of
+            the parameters.
     """
 
     linear: Partial
     point: Params
     route: Route = field(default=FORWARD, metadata={"static": True})
+    layout: Layout | None = field(default=None, metadata={"static": True})
 
     @property
     def dimension(self) -> int:
@@ -56,8 +63,13 @@ class Operator:
         of what the linearisation saved. Tolerances are made of it."""
         return max(float(jnp.finfo(dtype).eps) for dtype in _dtypes((self.point, self.linear)))
 
+    @property
+    def flat_size(self) -> int:
+        """Length of flat vectors: the dimension, or that of the layout."""
+        return self.dimension if self.layout is None else self.layout.size
+
     def flat_mv(self, vector: Float[Array, " n"]) -> Float[Array, " n"]:
-        """The product on flat vectors, in the flattening order of `point`. For jitted code: it is not jitted itself.
+        """The product on flat vectors, in the order of `ravel`. For jitted code: it is not jitted itself.
 
         Vectors are of `flat_dtype`; each leaf takes part in its own dtype. Where one of them is float16, whose smallest
         number is 6e-8, the vector is brought to entries of at most 1 for the product.
@@ -70,14 +82,23 @@ class Operator:
         return flat * size if half else flat
 
     def ravel(self, vector: Params) -> Float[Array, " n"]:
-        """A pytree like `point` as a flat vector of `flat_dtype`."""
-        return ravel_pytree(jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(self.flat_dtype), vector))[0]
+        """A pytree like `point` as a flat vector of `flat_dtype`: leaf after leaf, or as the `layout` says."""
+        wide = jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(self.flat_dtype), vector)
+        return ravel_pytree(wide)[0] if self.layout is None else self.layout.ravel(wide)
 
     def unravel(self, vector: Float[Array, " n"]) -> Params:
         """The pytree like `point`, in its dtypes, of a flat vector."""
-        wide = jax.tree.map(lambda leaf: jnp.zeros(jnp.shape(leaf), self.flat_dtype), self.point)
-        leaves = ravel_pytree(wide)[1](vector)
+        leaves = wide_unravel(self)(vector)
         return jax.tree.map(lambda leaf, own: leaf.astype(jnp.result_type(own)), leaves, self.point)
+
+    def sample(self, draw: Draw, key: PRNGKey) -> Float[Array, " n"]:
+        """The flat vector of `draw(key, shape, dtype)`, the same one whatever the layout."""
+        numbers = draw(key, (self.dimension,), self.flat_dtype)
+        return numbers if self.layout is None else self.layout.ravel(wide_unravel(self.in_order())(numbers))
+
+    def in_order(self) -> "Operator":
+        """The operator with flat vectors in the order of the parameters, which no device holds a share of."""
+        return replace(self, layout=None)
 
     def dense(self) -> Float[Array, "n n"]:
         """The matrix, one product a row, or at once where the map has a `dense` of its own (a closed form).
@@ -86,7 +107,7 @@ class Operator:
         """
         _check_dense_size(self)
         own = getattr(self.linear.func, "dense", None)
-        return _dense(self) if own is None else own(*self.linear.args)
+        return _dense(self.in_order()) if own is None else own(*self.linear.args)
 
     def blocks(self) -> dict[tuple[str, str], Float[Array, "rows columns"]]:
         """The dense matrix cut at the leaves of the parameters: (row leaf, column leaf) -> block."""
@@ -105,6 +126,8 @@ class Operator:
 
 def wide_unravel(operator: Operator) -> Callable[[Array], PyTree]:
     """Like `Operator.unravel`, in the dtype of flat vectors: a sum has more digits than its terms."""
+    if operator.layout is not None:
+        return operator.layout.unravel
     wide = jax.tree.map(lambda leaf: jnp.zeros(jnp.shape(leaf), operator.flat_dtype), operator.point)
     return ravel_pytree(wide)[1]
 

@@ -40,6 +40,7 @@ from attnlab.objectives import (
     outputs_along_slopes,
     predict_from_block,
 )
+from attnlab.sharding import layout_of
 from attnlab.trees import Selection, select, zeros_like
 from attnlab.types import Params, PyTree
 
@@ -221,7 +222,8 @@ def restrict(operator: Operator, rows: Block) -> Operator:
     """
     selection = select(operator.point, rows)
     linear = Partial(_Restricted(selection), operator.linear, zeros_like(operator.point))
-    return replace(operator, linear=linear, point=selection.take(operator.point))
+    point = selection.take(operator.point)
+    return replace(operator, linear=linear, point=point, layout=layout_of(point))
 
 
 def _build(kind: Kind, risk: Risk, params: Params, block: Block | None, check: bool, budget: int | None) -> Operator:
@@ -242,17 +244,17 @@ def _build(kind: Kind, risk: Risk, params: Params, block: Block | None, check: b
         gradient = linearize.gradient if kind is _hessian else None
         once(partial(check_operator, linear, apply, gradient), risk, params, linearize, saved)
     if isinstance(risk, BatchedObjective) or not saved:
-        return Operator(_afresh(linearize, risk, params), params, linearize.route)
+        return Operator(_afresh(linearize, risk, params), params, linearize.route, layout_of(params))
     found = linearize(risk, params)
     check_loss(found.loss)
-    return Operator(found.linear, params, linearize.route)
+    return Operator(found.linear, params, linearize.route, layout_of(params))
 
 
 def _fits(linearize: "Linearization", risk: Objective, params: Params, budget: int | None) -> bool:
     """Whether the arrays that a linearisation saves fit the budget; warns where they do not. Nothing is run."""
     if budget is not None:
         check_number("budget", budget, 0, math.inf, "It is in bytes; leave it out for half of what is left.")
-    if not is_concrete((risk, params, jnp.zeros(()))):
+    if budget is None and not is_concrete((risk, params, jnp.zeros(()))):
         return True  # within one program, which keeps nothing between products
     available = available_bytes() if budget is None else 2 * budget
     saved = _saved_bytes(linearize, risk, params)

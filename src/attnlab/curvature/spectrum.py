@@ -136,7 +136,10 @@ def eigenpairs(
     low, high = count if which != "high" else 0, count if which != "low" else 0
     tolerance = operator.epsilon**0.5 if tolerance is None else tolerance
     check_number("tolerance", tolerance, 0, math.inf, "It is relative to the largest eigenvalue in modulus.")
-    if operator.dimension <= max(DENSE_DIMENSION, 2 * wanted + 20):
+    small = operator.dimension <= max(DENSE_DIMENSION, 2 * wanted + 20)
+    if small or (operator.layout is not None and operator.layout.filled):
+        operator = operator.in_order()  # an entry that is no parameter would count as an eigenvalue of zero
+    if small:
         pairs = _dense_eigenpairs(operator, low, high)
     else:
         plan = _plan(operator, low, high, basis)
@@ -241,7 +244,7 @@ def _dense_eigenpairs(operator: Operator, low: int, high: int) -> RitzPairs:
 
 
 def _start(operator: Operator, key: PRNGKey) -> Float[Array, " n"]:
-    return jax.random.normal(key, (operator.dimension,), operator.flat_dtype)
+    return operator.sample(jax.random.normal, key)
 
 
 @jax.jit(static_argnames=("plan",))

@@ -31,7 +31,7 @@ def xtrace(operator: Operator, key: PRNGKey, *, products: int = 48) -> Estimate:
         raise ValueError(f"products is {products}; expected an even number: half of them span a space.")
     memory = 6 * (products // 2) * operator.dimension * operator.flat_dtype.itemsize
     check_memory(f"{products // 2} directions of {operator.dimension} numbers", memory, "Take fewer products.")
-    estimates, asymmetry = _xtrace(operator, key, products // 2)
+    estimates, asymmetry = _xtrace(operator.in_order(), key, products // 2)
     if is_concrete(estimates):
         if not np.isfinite(estimates).all():
             raise non_finite(operator, f"within {products} products")

@@ -16,7 +16,7 @@ from attnlab.models.adapters import from_linen
 from attnlab.models.pretrained.bert import BERT
 from attnlab.models.pretrained.checkpoint import Checkpoint, bare_names, fill
 from attnlab.models.pretrained.family import Family
-from attnlab.models.pretrained.files import open_checkpoint
+from attnlab.models.pretrained.files import open_checkpoint, read_json
 from attnlab.models.pretrained.gpt2 import GPT2
 from attnlab.models.pretrained.gpt_neox import GPT_NEOX
 from attnlab.models.pretrained.llama import LLAMA
@@ -94,6 +94,16 @@ def load(
     found = _tokenizer(checkpoint, config) if tokenizer else None
     predict = from_linen(family.module(config))
     return Pretrained(config, params, predict, found, str(path), checkpoint.formats)
+
+
+def load_config(path: str | Path, *, dtype: str | None = "float32") -> EmbeddingConfig:
+    """The config alone, of a model as `load` reads it, or of a folder that holds no weights yet.
+
+    Raises as `load` does, but looks at no tensor.
+    """
+    folder = Path(path)
+    settings = read_json(folder / "config.json") if folder.is_dir() else open_checkpoint(path).settings
+    return replace(_family(settings).config(settings), dtype=dtype)
 
 
 def _family(settings: Mapping[str, Any]) -> Family:
