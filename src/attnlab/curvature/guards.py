@@ -126,13 +126,13 @@ def check_samples_fit(operator: Operator, together: int) -> None:
     the operator's linearisation saved."""
     if not is_concrete(operator):
         return  # within a program that may run elsewhere
-    dimension = _share(operator)
+    dimension = share_of(operator)
     saved = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(operator.linear))
     needed = together * 4 * dimension * operator.flat_dtype.itemsize + (together - 1) * saved
     check_memory(f"{together} samples of {dimension} numbers at once", needed, "Run fewer together.")
 
 
-def _share(operator: Operator) -> int:
+def share_of(operator: Operator) -> int:
     """The length of the part of a flat vector that one device holds."""
     layout = operator.layout
     return operator.dimension if layout is None else layout.sharding.shard_shape((layout.size,))[0]

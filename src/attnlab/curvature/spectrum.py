@@ -27,6 +27,7 @@ from attnlab.curvature.guards import (
     check_symmetric,
     identity_of,
     non_finite,
+    share_of,
 )
 from attnlab.curvature.operator import Operator
 from attnlab.curvature.self_checks import CurvatureWarning
@@ -144,8 +145,8 @@ def eigenpairs(
     else:
         plan = _plan(operator, low, high, basis)
         check_memory(
-            f"{plan.size + BESIDE} vectors of {operator.dimension} numbers, for a basis of {plan.size},",
-            (plan.size + BESIDE) * operator.dimension * operator.flat_dtype.itemsize,
+            f"{plan.size + BESIDE} vectors of {share_of(operator)} numbers, for a basis of {plan.size},",
+            (plan.size + BESIDE) * share_of(operator) * operator.flat_dtype.itemsize,
             f"Ask for fewer eigenpairs, or for a smaller basis, of at least {wanted + FEWEST}.",
         )
         if session.in_chunks:
@@ -185,7 +186,9 @@ def _plan(operator: Operator, low: int, high: int, basis: int | None) -> Restart
         check_integer(basis=basis)
         remedy = "Leave it out for twice the wanted plus twenty."
         check_range("basis", basis, low + high + FEWEST, operator.dimension, remedy)
-    return plan_restarts(low, high, operator.dimension, basis=basis)
+    # Where each device holds its share of every vector, a few columns at a time would be those of a few devices.
+    slab = None if operator.layout is None else operator.dimension
+    return plan_restarts(low, high, operator.dimension, basis=basis, slab=slab)
 
 
 def _like_point(operator: Operator, pairs: RitzPairs) -> Eigenpairs:
