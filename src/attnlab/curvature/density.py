@@ -215,7 +215,7 @@ def _merge(leaf: Array) -> Array:
 
 
 _begin_jitted = jax.jit(_begin, static_argnames=("sharding",))
-_advance_jitted = jax.jit(_advance, static_argnames=("steps", "sharding"))
+_advance_jitted = jax.jit(_advance, static_argnames=("steps", "sharding"), donate_argnames=("state",))
 
 
 class _Run(NamedTuple):
@@ -229,7 +229,7 @@ class _Run(NamedTuple):
 
 
 def _in_chunks(operator: Operator, keys: Array, steps: int, session: Session) -> Tridiagonal:
-    """The same recurrences, a call for every chunk of steps; a group of samples begins with its first one."""
+    """The same recurrences, a call for every chunk of steps; where a group of samples ends the next one begins."""
     groups, together = keys.shape
     firsts = range(0, steps, CHUNK)
 
@@ -243,14 +243,15 @@ def _in_chunks(operator: Operator, keys: Array, steps: int, session: Session) ->
         return None if group == groups else (group, firsts[chunk])
 
     def step(run: _Run, chunk: tuple[int, int]) -> tuple[_Run, None]:
-        group, first = chunk
-        state = run.state if first else _begin_jitted(operator, keys[group], session.sharding)
-        state, entries = _advance_jitted(operator, state, min(CHUNK, steps - first), session.sharding)
+        (group, first), size = chunk, min(CHUNK, steps - chunk[1])
+        state, entries = _advance_jitted(operator, run.state, size, session.sharding)
         run = _with_chunk(run, state, entries, group, first)
         if not np.isfinite(np.asarray(state.norm)).all():
             place = first + int(np.argwhere(~np.isfinite(np.asarray(entries.norms)))[:, 1].min())
             done = quadrature(_projections_of(run, group)) if group else None
             raise non_finite(operator, f"at step {place} of sample {group * together}", done)
+        if first + size == steps and group + 1 < groups:
+            run = run._replace(state=_begin_jitted(operator, keys[group + 1], session.sharding))
         return run, None
 
     def products(run: _Run) -> int:
