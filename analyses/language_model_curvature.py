@@ -354,14 +354,15 @@ def findings(arrays: Arrays, config: Config) -> list[Expectation]:
         "Ormaniec, Dangel, Singh, arXiv 2410.10986, for the start; measured here",
         "from few texts and vectors",
     )
+    here = "measured here"
     leads = {name: np.median(lead(arrays, name, "hessian")[0]) for name in WEIGHTS}
     share = np.median([functional_share(arrays, "trained", matrix)[0] for matrix in matrices(arrays)])
     negative = density(arrays, "ggn").negative_share()
     return [
         at_least("lead of the value block in H at initialisation, median layer", leads["initial"], 1.0, source=source),
         at_least("the same, trained", leads["trained"], 1.0, because=few, source=source),
-        at_least("|H_f| / |H_o| of a block, trained: median", share, 1.0, because=few, source="measured here"),
-        at_most("share of negative eigenvalues of the Gauss-Newton matrix", negative.value, 1e-3, because="rounding"),
+        at_least("|H_f| / |H_o| of a block, trained: median", share, 1.0, because=few, source=here),
+        at_most("negative share of the Gauss-Newton matrix", negative.value, 1e-3, because="rounding", source=here),
     ]
 
 

@@ -48,6 +48,7 @@ def kill_at(step):
 @pytest.mark.parametrize("parts", [False, True])
 def test_a_killed_fold_goes_on_where_it_was_saved(tmp_path, monkeypatch, parts):
     monkeypatch.setattr("attnlab.runs.session.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("attnlab.runs.session.SAVE_SHARE", float("inf"))
     session, seen = Session(directory=tmp_path / "run"), []
     with pytest.raises(Killed):
         total(replace(session, report=kill_at(2)), parts=parts)
