@@ -182,9 +182,13 @@ def findings(arrays: Arrays, config: Config) -> list[Expectation]:
     mixed = exact["functional"][0, 1] / exact["ggn"][0, 1]
     return [
         at_most(
-            "closed form and products, in standard errors, the worst of nine", float(deviations(arrays).max()), 4.0
+            "closed form against products, in standard errors, the worst of nine",
+            deviations(arrays).max(),
+            4.0,
+            because="of nine normal deviates one is beyond 4 in one run of 1,800",
+            source="arXiv 2410.10986, theorems 3.1 and 3.2, with rotary positions",
         ),
-        at_least("|H_f| / |H_o| of the block between value and output", float(mixed), 1.0, source="measured here"),
+        at_least("|H_f| / |H_o| of the block between value and output", mixed, 1.0, source="measured here"),
     ]
 
 
