@@ -66,7 +66,9 @@ class Eigenpairs:
     Attributes:
         values: (k,), ascending; with `which="both"` the k lowest, then the k highest.
         vectors: pytree like the operator's point with a leading axis k; orthonormal as flat vectors.
-        residuals: (k,), bounds on ||A v - value v||: within that distance of each value lies an eigenvalue.
+        residuals: (k,), bounds on ||A v - value v||: within that distance of each value lies an eigenvalue of the
+            matrix that the products are of. How far rounding takes that from A itself they do not see: in float32 up to
+            a hundred times the rounding error of its norm was met at a trained network; `residuals` tells.
         products: how many products with the operator were taken.
         missed: bound on the probability that an eigenvalue is missing, by which `values` would differ from the
             eigenvalues by more than twice the tolerance: 0 from the dense matrix, 0.001 from the iteration, 1 where it
