@@ -173,3 +173,8 @@ def test_rules_are_equal_where_their_numbers_are():
 def test_numbers_out_of_range_are_refused(name, rate, options, message):
     with pytest.raises(ValueError, match=message):
         update_rule(name, rate, **options)
+
+
+def test_a_rule_in_a_norm_has_no_drift():
+    with pytest.raises(ValueError, match=r"the rule muon has no drift.* such as gd or adam"):
+        update_rule("muon", 0.1).drift(0.1, *[jnp.ones((2, 2))] * 4)

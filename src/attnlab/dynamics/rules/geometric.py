@@ -71,7 +71,10 @@ class _InNorm(UpdateRule):
     def drift(
         self, learning_rate: Rate, point: Array, first: Array, gradient: Array, denominator: Array
     ) -> tuple[Array, Array]:
-        raise NotImplementedError(f"the step of {self.name} is not linear in the moments")
+        raise ValueError(
+            f"the rule {self.name} has no drift: its step is the steepest in a norm, not one divided by P. Take a rule "
+            "without a norm, such as gd or adam."
+        )
 
     def kept(self, first: Params, gradient: Params) -> Params:
         return jax.tree.map(lambda m, g: (1 - self.averaging) * (g - m), first, gradient)
