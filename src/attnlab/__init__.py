@@ -3,7 +3,8 @@
 `import attnlab as al` gives the names below, each imported when it is first used: the import itself costs no JAX. It
 changes no global setting of JAX either; 64-bit mode is the command line's or the user's choice.
 
-Everything else lies in the packages: `attnlab.curvature`, `attnlab.attention`, `attnlab.margin`, `attnlab.icl`, ...
+`al.plot` draws their results. Everything else lies in the packages: `attnlab.curvature`, `attnlab.attention`,
+`attnlab.margin`, `attnlab.icl`, ...
 """
 
 import importlib
@@ -11,6 +12,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from attnlab import plot as plot
     from attnlab.attention import attention_hessian as attention_hessian
     from attnlab.attention import describe as describe
     from attnlab.attention import nearest_kronecker as nearest_kronecker
@@ -131,6 +133,8 @@ __all__ = ["TOPICS", "__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "plot":
+        return importlib.import_module("attnlab.plot")
     if name not in _HOMES:
         raise AttributeError(f"module 'attnlab' has no attribute '{name}'; expected one of: {', '.join(_HOMES)}.")
     value = getattr(importlib.import_module(_HOMES[name]), name)
@@ -139,4 +143,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    return sorted({*globals(), *_HOMES, "plot"})

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from scipy.special import stdtrit
 
+from attnlab.display import brief
 from attnlab.trees import power_of_two
 from attnlab.types import PyTree
 
@@ -38,6 +39,14 @@ class Estimate:
     standard_error: PyTree
     samples: int = field(metadata={"static": True})
     bound: PyTree = None
+
+    def in_words(self) -> str:
+        """`value ± error` of a number; shapes of anything else."""
+        return f"{brief(self.value)} ± {brief(self.error)}"
+
+    def __repr__(self) -> str:
+        """The value and its error, and of how many samples."""
+        return f"Estimate({self.in_words()}, samples={self.samples})"
 
     @property
     def error(self) -> PyTree:

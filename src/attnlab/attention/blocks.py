@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import dataclass, field, replace
+from html import escape
 from typing import Literal
 
 import jax
@@ -24,8 +25,9 @@ from attnlab.attention.terms import (
     token_jacobians,
     token_quantities,
 )
-from attnlab.checks import unknown_name
+from attnlab.checks import is_concrete, unknown_name
 from attnlab.curvature.operator import Operator
+from attnlab.display import Words, html_table, line
 from attnlab.types import Params
 
 Part = Literal["hessian", "ggn", "functional"]
@@ -62,6 +64,20 @@ class AttentionHessian:
     functional: dict[Pair, KroneckerSum]
     bend: Array | None = None
     positions: tuple[int, ...] | None = field(default=None, metadata={"static": True})
+
+    def __repr__(self) -> str:
+        """The layer's parameters and data."""
+        shapes = Words(", ".join(f"{name} {tuple(self.point.params[name].shape)}" for name in self.names))
+        kind, tokens = self.point.config.weights, Words(tuple(self.point.inputs.shape))
+        return line("AttentionHessian", attention=kind, parameters=shapes, tokens=tokens, positions=self.positions)
+
+    def _repr_html_(self) -> str:
+        """The Frobenius norm of every block of H, H_o and H_f."""
+        if not is_concrete(self.gradient):
+            return escape(repr(self))
+        norms = self.norms()
+        rows = ((f"{row}, {column}", *(float(norms[part][row, column]) for part in PARTS)) for row, column in self.ggn)
+        return html_table(("block", *PARTS), rows, "Frobenius norms")
 
     @property
     def names(self) -> tuple[str, ...]:

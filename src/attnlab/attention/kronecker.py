@@ -26,6 +26,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
 from attnlab.curvature.operator import Operator
+from attnlab.display import Words, line, listed
 
 Pairing = Literal["straight", "crossed"]
 
@@ -119,6 +120,11 @@ class KroneckerSum:
     row: Leaf = field(metadata={"static": True})
     column: Leaf = field(metadata={"static": True})
     dtype: str = field(metadata={"static": True})
+
+    def __repr__(self) -> str:
+        """Shape and number of terms."""
+        formulas = listed(term.formula for term in self.terms)
+        return line("KroneckerSum", shape=Words(self.shape), terms=len(self.terms), formulas=formulas)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from attnlab.checks import unknown_name
 from attnlab.expectation import Expectation
 from attnlab.types import PRNGKey
@@ -35,6 +37,10 @@ class Claim:
     tolerance: float | None = None
     because: str = ""
     slow: bool = False
+
+    def __repr__(self) -> str:
+        """Name and source."""
+        return f"Claim({self.name!r}, source={self.source!r})"
 
     @property
     def sizable(self) -> bool:
@@ -82,6 +88,30 @@ class Verdict:
     problem: str = ""
     skipped: bool = False
 
+    def __repr__(self) -> str:
+        """Passed or not, and the worst part."""
+        outcome = self.problem or (
+            f"{self.worst.what}: {self.error:.3g} of the tolerance" if self.worst else "nothing measured"
+        )
+        passed = "skipped" if self.skipped else "passed" if self.passed else "failed"
+        return f"Verdict({self.claim.name!r}, seed={self.seed}, {passed}, {outcome})"
+
+    def _repr_html_(self) -> str:
+        """A row a part."""
+        rows = (
+            (
+                part.what,
+                _brief(part.measured),
+                part.relation,
+                _brief(part.reference),
+                "passed" if part.passed else "failed",
+            )
+            for part in self.parts
+        )
+        from attnlab.display import html_table  # costs JAX
+
+        return html_table(("", "measured", "relation", "reference", ""), rows, self.claim.name)
+
     @property
     def passed(self) -> bool:
         """Whether every part is within its tolerance."""
@@ -96,6 +126,10 @@ class Verdict:
     def error(self) -> float:
         """That multiple."""
         return float("inf") if self.worst is None else self.worst.error
+
+
+def _brief(numbers: np.ndarray) -> str:
+    return f"{numbers.item():.6g}" if numbers.size == 1 else f"{numbers.size} numbers"
 
 
 REGISTRY: dict[str, Claim] = {}

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from html import escape
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Float
 
-from attnlab.checks import check_range, check_whole, is_concrete
+from attnlab.checks import check_number, check_range, check_whole, is_concrete
 from attnlab.curvature.guards import (
     check_operator_and_key,
     check_samples_fit,
@@ -20,7 +21,10 @@ from attnlab.curvature.guards import (
     non_finite,
 )
 from attnlab.curvature.operator import Operator
+from attnlab.display import Words, line
 from attnlab.krylov.lanczos import Recurrence, Tridiagonal, advance, begin, finish, gauss_quadrature
+from attnlab.plotting.curves import density_on_logarithm
+from attnlab.plotting.inline import picture
 from attnlab.runs.progress import Clock
 from attnlab.runs.session import AT_ONCE, Session, fold
 from attnlab.statistics import Estimate, estimate, standard_error
@@ -50,6 +54,24 @@ class SpectralDensity:
     nodes: Float[Array, "samples m"]
     weights: Float[Array, "samples m"]
 
+    def __repr__(self) -> str:
+        """How it was made, the range of its nodes and the mean eigenvalue."""
+        if not is_concrete(self.nodes) or self.nodes.ndim != 2:
+            return line("SpectralDensity", nodes=self.nodes, weights=self.weights)
+        samples, steps = self.nodes.shape
+        ends = [float(jnp.min(self.nodes)), float(jnp.max(self.nodes))]
+        mean = Words(self.moment(1).in_words())
+        return line("SpectralDensity", samples=samples, steps=steps, nodes_within=ends, mean=mean)
+
+    def _repr_html_(self) -> str:
+        """The density, in a notebook: smoothed by a hundredth of its range, with a band of two standard errors."""
+        words = escape(repr(self))
+        if not is_concrete(self.nodes):
+            return words
+        grid, (mean, error) = self.smooth()
+        arrays = [np.asarray(part, float) for part in (grid, mean, error)]
+        return f"<p>{words}</p>{picture(lambda axes: density_on_logarithm(axes, *arrays), 'spectral density')}"
+
     def integral(self, function: Callable[[Array], Array]) -> Estimate:
         """Mean of `function` over the eigenvalues, (1/n) sum_i f(lambda_i), and its standard error over the samples.
 
@@ -66,6 +88,15 @@ class SpectralDensity:
         standard error, at each point of the grid."""
         norm = width * (2 * jnp.pi) ** 0.5
         return self.integral(lambda nodes: jnp.exp(-0.5 * ((grid[:, None] - nodes[None, :]) / width) ** 2) / norm)
+
+    def smooth(self, width: float | None = None, points: int = 512) -> tuple[Float[Array, " g"], Estimate]:
+        """A grid over all nodes and the density on it: what a picture needs. The width is by default a hundredth of the
+        range of the nodes. Raises `ValueError` for a width that is not positive."""
+        low, high = float(jnp.min(self.nodes)), float(jnp.max(self.nodes))
+        width = (high - low or abs(high) or 1.0) / 100 if width is None else width
+        check_number("width", width, 0, np.inf, "It is a standard deviation, in units of the eigenvalues.")
+        grid = jnp.linspace(low - 4 * width, high + 4 * width, points)
+        return grid, self.density(grid, width)
 
     def cumulative(self, grid: Float[Array, " g"]) -> Estimate:
         """Fraction of eigenvalues at or below each point of the grid, and its standard error; it needs no bandwidth."""

@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from html import escape
 from typing import Literal
 
 import jax
@@ -31,6 +32,7 @@ from attnlab.curvature.guards import (
 )
 from attnlab.curvature.operator import Operator
 from attnlab.curvature.self_checks import CurvatureWarning
+from attnlab.display import brief, html_table, line
 from attnlab.krylov.restarts import (
     MISSED,
     Restarted,
@@ -80,6 +82,19 @@ class Eigenpairs:
     residuals: Float[Array, " k"]
     products: Array
     missed: Float[Array, ""]
+
+    def __repr__(self) -> str:
+        """The eigenvalues, how well they are known, and their price."""
+        return line(
+            "Eigenpairs", values=self.values, residuals=self.residuals, products=self.products, missed=self.missed
+        )
+
+    def _repr_html_(self) -> str:
+        """A row an eigenvalue."""
+        if not is_concrete(self.values):
+            return escape(repr(self))
+        rows = zip(range(1, len(self.values) + 1), self.values.tolist(), self.residuals.tolist(), strict=True)
+        return html_table(("", "eigenvalue", "residual"), rows, f"{brief(self.products)} products")
 
 
 def eigenpairs(

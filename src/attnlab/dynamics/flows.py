@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from attnlab.checks import check_finite, check_intervals, check_positive, check_same_structure, is_concrete, lowest
 from attnlab.curvature.operators import hessian
 from attnlab.curvature.transforms import precondition
+from attnlab.display import line, parameters
 from attnlab.dynamics.complementarity import basis, solve_complementarity
 from attnlab.dynamics.rules import RULES, UpdateRule, constant_rate
 from attnlab.krylov.tracking import TopPairs, cold_top_pairs, warm_top_pairs
@@ -136,6 +137,11 @@ class CentralFlow(NamedTuple):
     sharpness: Float[Array, "r k"]
     variance: Float[Array, "r k"]
     residual: Float[Array, " r"]
+
+    def __repr__(self) -> str:
+        """How many times, and its ends."""
+        ends = [float(self.loss[0]), float(self.loss[-1])]
+        return line("CentralFlow", times=len(self.loss), loss=ends, params=parameters(self.params))
 
 
 def central_flow(

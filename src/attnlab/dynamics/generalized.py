@@ -25,6 +25,7 @@ from jaxtyping import Array, Float
 from attnlab.checks import check_key, check_number, check_whole
 from attnlab.curvature.operator import Operator, flat_dtype
 from attnlab.curvature.operators import hessian
+from attnlab.display import line, parameters
 from attnlab.dynamics.norms import LargestBlock, LargestPart, Norm, norm_by_name
 from attnlab.dynamics.rules import UpdateRule, edge_of_step
 from attnlab.krylov.tracking import TopPairs, cold_top_pairs, upper_bound
@@ -52,6 +53,12 @@ class Bracket(NamedTuple):
     upper: Scalar
     direction: Params
     stack: PyTree
+
+    def __repr__(self) -> str:
+        """The bounds and their distance."""
+        return line(
+            "Bracket", lower=self.lower, upper=self.upper, width=self.width, direction=parameters(self.direction)
+        )
 
     @property
     def width(self) -> Scalar:

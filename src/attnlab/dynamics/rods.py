@@ -29,6 +29,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from attnlab.checks import check_finite, check_intervals, check_positive
+from attnlab.display import line, parameters
 from attnlab.dynamics.flows import check_finite_flow
 from attnlab.dynamics.rules import UpdateRule, constant_rate
 from attnlab.objectives import Objective, check_objective
@@ -59,6 +60,10 @@ class RodFlow(NamedTuple):
     params: Params
     half: Float[Array, "r n"]
     loss: Float[Array, " r"]
+
+    def __repr__(self) -> str:
+        """Its fields, by their shapes."""
+        return line("RodFlow", **{name: parameters(value) for name, value in self._asdict().items()})
 
 
 def rod_between(rule: UpdateRule, first: tuple[Params, optax.OptState], second: tuple[Params, optax.OptState]) -> Rod:

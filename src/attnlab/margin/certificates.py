@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from attnlab.checks import check_finite
+from attnlab.checks import check_finite, is_concrete
+from attnlab.display import Words, line
 from attnlab.margin.checking import check_same_shape, host_array
 from attnlab.margin.problems import AnyArray, MarginProblem, Norm, check_problem, dual_exponent, exponent
 from attnlab.margin.rows import Rows
@@ -57,6 +58,10 @@ class Certificate:
     violation: Float[AnyArray, ""]
     residual: Float[AnyArray, ""]
 
+    def __repr__(self) -> str:
+        """The bounds and their distance."""
+        return line("Certificate", margin=self.margin, bound=self.bound, gap=self.gap, violation=self.violation)
+
     @property
     def gap(self) -> Float[AnyArray, ""]:
         """1 - margin / bound: the relative distance from optimality, at most; infinite where no margin is proved."""
@@ -89,6 +94,14 @@ class MaxMargin:
     support: Bool[AnyArray, " m"]
     status: Status | Int[AnyArray, ""]
     certificate: Certificate
+
+    def __repr__(self) -> str:
+        """The margin, what is proved of it, and how many rows it stands on."""
+        if np.ndim(self.margin) or not is_concrete(self.support):
+            return line("MaxMargin", direction=self.direction, margin=self.margin, status=self.status)
+        support = Words(f"{int(np.sum(self.support))} of {len(self.support)} rows")
+        status = Words(Status(int(self.status)).name)
+        return line("MaxMargin", margin=self.margin, gap=self.gap, status=status, support=support)
 
     @property
     def margin(self) -> Float[AnyArray, ""]:

@@ -12,6 +12,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int
 
 from attnlab.checks import check_finite
+from attnlab.display import line
 from attnlab.margin.checking import check_selection, real_array
 from attnlab.margin.problems import AnyArray
 from attnlab.margin.training import rescaled
@@ -36,6 +37,11 @@ class RegularizationPath(NamedTuple):
     params: Params
     log_excess: Float[np.ndarray, " r"]
     slope: Float[np.ndarray, " r"]
+
+    def __repr__(self) -> str:
+        """The radii, and where it ends."""
+        ends = [float(self.radii[0]), float(self.radii[-1])]
+        return line("RegularizationPath", radii=len(self.radii), within=ends, log_excess=float(self.log_excess[-1]))
 
 
 def regularization_path(

@@ -16,7 +16,8 @@ import numpy as np
 from jax.tree_util import Partial
 
 from attnlab.checks import check_finite, check_not_empty
-from attnlab.objectives.in_memory import Objective, as_partial, objective
+from attnlab.display import Words, line
+from attnlab.objectives.in_memory import Objective, as_partial, loss_name, objective
 from attnlab.types import LossFunction, Params, Predict, PyTree
 
 Batch = tuple[PyTree, PyTree] | tuple[PyTree, PyTree, PyTree] | Mapping[str, PyTree]
@@ -169,6 +170,10 @@ class BatchedObjective:
     predict: Partial
     loss: Partial
     feed: Feed = field(metadata={"static": True})
+
+    def __repr__(self) -> str:
+        """The loss and the number of batches."""
+        return line("BatchedObjective", loss=Words(loss_name(self.loss)), batches=self.feed.count)
 
     def __call__(self, params: Params) -> jax.Array:
         """The risk at `params`, a scalar in the scale of `loss`."""

@@ -13,6 +13,7 @@ from jaxtyping import Float
 
 from attnlab.checks import check_finite, check_floating, check_not_empty, is_concrete
 from attnlab.derivatives import Route, hessian_product
+from attnlab.display import Words, line, parameters
 from attnlab.logits import Logits, example_axes, map_examples, widened, with_examples
 from attnlab.losses import LOSSES, Loss, check_weights
 from attnlab.trees import Selection
@@ -33,6 +34,11 @@ class Objective:
     inputs: PyTree
     targets: PyTree
     weights: jax.Array | None = None
+
+    def __repr__(self) -> str:
+        """The loss and the sizes of the data."""
+        inputs, targets = parameters(self.inputs), parameters(self.targets)
+        return line("Objective", loss=Words(loss_name(self.loss)), inputs=inputs, targets=targets, weights=self.weights)
 
     def __call__(self, params: Params) -> jax.Array:
         """The risk at `params`, a scalar in the scale of `loss`."""
@@ -122,6 +128,12 @@ def _check_callable(predict: Any, loss: Any) -> None:
 def known_loss(loss: Partial) -> Loss | None:
     """The loss of `attnlab.losses` that an objective holds; None for any other function."""
     return loss.func if isinstance(loss.func, Loss) and not loss.args and not loss.keywords else None
+
+
+def loss_name(loss: Partial) -> str:
+    """What a loss is called."""
+    known = known_loss(loss)
+    return known.name if known is not None else getattr(loss.func, "__name__", type(loss.func).__name__)
 
 
 def as_partial(function: Any) -> Partial:

@@ -64,3 +64,18 @@ def points_with_bars(
     """
     below = np.minimum(2 * errors, 0.9 * values)
     axes.errorbar(places, values, (below, 2 * errors), fmt=style, capsize=2, **options)
+
+
+def density_on_logarithm(
+    axes: Axes,
+    grid: Float[np.ndarray, "points"],
+    mean: Float[np.ndarray, "points"],
+    error: Float[np.ndarray, "points"],
+    **options: Any,
+) -> None:
+    """A density with a band of two standard errors on a logarithmic axis of five decades below its peak."""
+    floor = max(float(mean.max()), np.finfo(float).tiny) * 1e-5
+    (drawn,) = axes.semilogy(grid, np.maximum(mean, floor / 10), **options)
+    low, high = (np.maximum(mean + sign * 2 * error, floor / 10) for sign in (-1, 1))
+    axes.fill_between(grid, low, high, color=drawn.get_color(), alpha=0.25, linewidth=0)
+    axes.set_ylim(bottom=min(floor, axes.get_ylim()[0]) if len(axes.lines) > 1 else floor)

@@ -11,6 +11,7 @@ import optax
 from jaxtyping import Array
 
 from attnlab.checks import check_arrays
+from attnlab.display import line, parameters
 from attnlab.objectives import Risk
 from attnlab.trees import leaf_names
 from attnlab.types import Params, PRNGKey, PyTree
@@ -27,6 +28,10 @@ class TrainingState(NamedTuple):
     optimizer_state: optax.OptState
     key: PRNGKey
     memory: dict[str, PyTree]
+
+    def __repr__(self) -> str:
+        """The step, and the size of the parameters."""
+        return line("TrainingState", step=self.step, params=parameters(self.params), memory=list(self.memory))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What a run measured: its records, those read back from its directory, and the error of a run that diverges."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,8 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, ArrayLike, Bool, Float
 
+from attnlab.checks import is_concrete
+from attnlab.display import line
 from attnlab.runs import DamagedFileError
 from attnlab.runs.checkpoint import SEPARATOR, Checkpoint, saved_parts, saved_state
 from attnlab.training.probe import summary
@@ -25,6 +27,19 @@ class Records(NamedTuple):
     steps: Array
     values: dict[str, PyTree]
     losses: Float[Array, "s ..."]
+
+    def __repr__(self) -> str:
+        """Steps, losses, and the probes."""
+        return line("Records", **self.facts())
+
+    def facts(self) -> dict[str, Any]:
+        """What a line says of them."""
+        shape, measured = self.losses.shape, len(self.steps)
+        loss = None
+        if is_concrete(self.losses) and shape[0]:
+            loss = [float(jnp.nanmedian(self.losses[0])), float(jnp.nanmedian(self.losses[-1]))]
+        members = shape[1] if len(shape) > 1 else None
+        return {"steps": shape[0], "members": members, "loss": loss, "measured": measured, "probes": list(self.values)}
 
 
 class DivergenceError(ArithmeticError):

@@ -12,6 +12,7 @@ from jax import tree
 from jax.tree_util import Partial
 
 from attnlab.checks import unknown_name
+from attnlab.display import Words, line, parameters
 from attnlab.models.adapters import from_linen
 from attnlab.models.pretrained.bert import BERT
 from attnlab.models.pretrained.checkpoint import Checkpoint, bare_names, fill
@@ -51,6 +52,11 @@ class Pretrained:
     tokenizer: Tokenizer | None
     source: str
     formats: str
+
+    def __repr__(self) -> str:
+        """The config's kind, the size, and what the weights were stored as."""
+        kind = Words(type(self.config).__name__)
+        return line("Pretrained", config=kind, params=parameters(self.params), formats=self.formats, source=self.source)
 
 
 def load(
