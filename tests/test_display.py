@@ -63,7 +63,7 @@ def test_lines_are_short_and_say_the_numbers(results, margin):
     assert "steps=20" in repr(results["run"])
     assert repr(solved).startswith("MaxMargin(margin=1.664, gap=")
     assert "status=SOLVED, support=2 of 2 rows" in repr(solved)
-    assert "loss=square_loss" in repr(results["objective"])
+    assert "loss=square," in repr(results["objective"])
     assert repr(Estimate(jnp.array(2.5), jnp.array(0.125), 9)) == "Estimate(2.5 ± 0.125, samples=9)"
 
 
