@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: run test check nightly figures bench lock clean
+.PHONY: run test check nightly figures bench docs lock clean
 
 run: $(READY)
 	$(BIN)/attnlab run attention-spectrum
@@ -29,6 +29,10 @@ figures: $(READY)
 bench: $(READY)
 	for script in benchmarks/*.py; do $(BIN)/python $$script --quick || exit 1; done
 
+# Offline, to docs/_build/html; tutorials that have not changed are not run again.
+docs: $(READY)
+	$(BIN)/sphinx-build --fail-on-warning --keep-going docs docs/_build/html
+
 # The environment is rebuilt when the lock or the project file changes. uv installs it in a third of pip's time;
 # where uv cannot be had, pip installs the same lock with the same hashes. The lock is complete: without --no-deps the
 # pretrained weights would ask for torch.
@@ -48,4 +52,4 @@ lock: $(READY)
 	  --fork-strategy fewest --generate-hashes --no-emit-index-url --no-header --no-annotate --quiet -o requirements.lock
 
 clean:
-	rm -rf $(VENV) results
+	rm -rf $(VENV) results docs/_build docs/learn

@@ -15,6 +15,7 @@ from rich.table import Table
 from attnlab.attention.blocks import AttentionHessian
 from attnlab.attention.kronecker import KroneckerSum, Pairing
 from attnlab.attention.turned import token_pairs
+from attnlab.display import Words, line
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,10 @@ class Factor:
     role: str
     array: Array
 
+    def __repr__(self) -> str:
+        """Symbol, role and shape."""
+        return line("Factor", symbol=Words(self.symbol), role=self.role, array=self.array)
+
 
 @dataclass(frozen=True)
 class TermDescription:
@@ -45,6 +50,12 @@ class TermDescription:
     formula: str
     factors: tuple[Factor, ...]
     norm: Float[Array, ""]
+
+    def __repr__(self) -> str:
+        """Where it stands, its formula, what that is made of, and its norm."""
+        block, made_of = Words(f"{self.row} x {self.column}"), Words(f"[{', '.join(self.roles)}]")
+        formula = Words(self.formula)
+        return line("Term", block=block, part=self.part, formula=formula, made_of=made_of, norm=self.norm)
 
     @property
     def roles(self) -> tuple[str, ...]:

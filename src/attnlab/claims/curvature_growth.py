@@ -154,6 +154,10 @@ def depth_of_linear_attention_cubes_the_exponent(key: PRNGKey) -> Expectation:
     tolerance=1e-5,
     because="H_o, and the outputs in the residual, are sigma^9 smaller: at sigma <= 0.1 they shift a slope by about 1e-6",
     slow=True,
+    disagrees_with="Ormaniec, Dangel, Singh, arXiv 2410.10986, section 4.2, give the growth 2 * 3^D of the Hessian of D linear "
+    "layers. It holds of H_o in every layer and of H in the last one; in an earlier layer H_f is not zero, and H grows with "
+    "half the exponent (two layers without residual, square loss, targets that do not vanish). Where the residual "
+    "vanishes with the outputs, the published exponent returns",
 )
 def earlier_linear_layers_grow_with_half_the_exponent(key: PRNGKey) -> Expectation:
     """Growth of the blocks of query, key and value of the whole Hessian and of H_o, in the first of two layers."""

@@ -351,6 +351,9 @@ def retrieval_and_alignment_have_exact_risks(key: PRNGKey) -> Expectation:
     tolerance=1e-4,
     because="to the digits given, 5e-5; the risks by Gauss rules over the length of the task and the inputs along it, which "
     "are exact for these polynomials, agree with the closed forms to rounding",
+    disagrees_with="Li, Rawat, Oymak, arXiv 2407.10005, replace the context by an effective one under alignment. Given as an "
+    "approximation, and a fair one at alignment .1, at .3 it underrates the risk by a third (d = N = 20, no noise). A "
+    "sharper condition on alignment and dimension, under which the error vanishes, would settle it",
 )
 def approximation_under_alignment_has_this_error(key: PRNGKey) -> list[Expectation]:
     """The published approximation against the risk by quadrature, and the closed form's relative to it; nothing here is

@@ -28,6 +28,8 @@ class Claim:
         tolerance: of the expectations that name none.
         because: why tolerances are what they are, for the expectations that do not say.
         slow: whether it compiles for several seconds: the quick tests leave it to the nightly ones.
+        disagrees_with: where the claim contradicts a published statement: which, under what conditions, and what would
+            change our mind.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Claim:
     tolerance: float | None = None
     because: str = ""
     slow: bool = False
+    disagrees_with: str = ""
 
     def __repr__(self) -> str:
         """Name and source."""
@@ -136,10 +139,16 @@ REGISTRY: dict[str, Claim] = {}
 
 
 def claim(
-    *, statement: str, source: str, tolerance: float | None = None, because: str = "", slow: bool = False
+    *,
+    statement: str,
+    source: str,
+    tolerance: float | None = None,
+    because: str = "",
+    slow: bool = False,
+    disagrees_with: str = "",
 ) -> Callable[[Callable[..., Found]], Claim]:
     """Register a function of a key (and a size) that returns one `Expectation` or several; its name, with dashes, is
-    the claim's. `tolerance` and `because` serve the expectations that name none.
+    the claim's. `tolerance` and `because` serve the expectations that name none; `disagrees_with` as of `Claim`.
 
     Raises `ValueError` for a name that is taken.
     """
@@ -148,7 +157,7 @@ def claim(
         name = measure.__name__.replace("_", "-")
         if name in REGISTRY:
             raise ValueError(f"there is a claim '{name}' already; expected a new name. Rename the function.")
-        REGISTRY[name] = Claim(name, statement, source, measure, tolerance, because, slow)
+        REGISTRY[name] = Claim(name, statement, source, measure, tolerance, because, slow, disagrees_with)
         return REGISTRY[name]
 
     return register

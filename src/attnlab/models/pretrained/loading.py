@@ -56,7 +56,8 @@ class Pretrained:
     def __repr__(self) -> str:
         """The config's kind, the size, and what the weights were stored as."""
         kind = Words(type(self.config).__name__)
-        return line("Pretrained", config=kind, params=parameters(self.params), formats=self.formats, source=self.source)
+        file = Path(self.source).name
+        return line("Pretrained", config=kind, params=parameters(self.params), formats=self.formats, source=file)
 
 
 def load(

@@ -1,0 +1,232 @@
+"""What the pages take from the lab itself: its claims, its names, its figures.
+
+```{claims} curvature attention     every claim of these strands: statement, source, command
+```{front-door} curvature           every name of a topic of the front door, with its docstring
+```{package} attnlab.curvature      every public name of a package
+```{parameters}                     parameter names and shapes of the models
+```{figures}                        the figures of figures/, each with its finding and command
+"""
+
+import json
+from html import escape
+from pathlib import Path
+from typing import Any, ClassVar
+
+import matplotlib.pyplot as plt
+from docutils import nodes
+from docutils.parsers.rst import Directive
+from latex2mathml.converter import convert
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+
+ROOT = Path(__file__).parents[2]
+
+
+def reset(gallery: dict[str, Any], script: Path) -> None:
+    """Every tutorial starts with matplotlib as it is, in attnlab's style."""
+    from attnlab.plotting.style import STYLE
+
+    plt.close("all")
+    plt.rcdefaults()
+    plt.style.use(STYLE)
+
+
+def strands() -> dict[str, list[Any]]:
+    """The claims by module, whose name is their strand."""
+    from attnlab.claims import load_claims
+
+    found: dict[str, list[Any]] = {}
+    for claim in load_claims().values():
+        found.setdefault(claim.measure.__module__.rpartition(".")[2], []).append(claim)
+    return found
+
+
+class Claims(Directive):
+    """A list of claims."""
+
+    optional_arguments = 20
+
+    def run(self) -> list[nodes.Node]:
+        """Raises `KeyError` for a strand that does not exist."""
+        found = strands()
+        claims = [claim for name in self.arguments for claim in found[name]]
+        return [nodes.raw("", f'<dl class="claims">{"".join(map(self.entry, claims))}</dl>', format="html")]
+
+    @staticmethod
+    def entry(claim: Any) -> str:
+        """Statement, source, and the command that checks it."""
+        what = escape((claim.measure.__doc__ or "").strip().split("\n\n")[0])
+        return (
+            f'<dt id="claim-{claim.name}">{claim.name}</dt><dd><p>{convert(claim.statement)}</p><p>{what}</p>'
+            f"<p><em>{escape(claim.source)}</em><br><code>attnlab verify {claim.name}</code></p></dd>"
+        )
+
+
+class Disagreements(Directive):
+    """Claims that contradict a published statement."""
+
+    def run(self) -> list[nodes.Node]:
+        """What was published, under which conditions it did not hold, and the command."""
+        found = [claim for claims in strands().values() for claim in claims if claim.disagrees_with]
+        entries = "".join(
+            f'<dt id="disagreement-{claim.name}">{claim.name}</dt><dd><p>{escape(claim.disagrees_with)}.</p>'
+            f"<p>Measured: {convert(claim.statement)}</p><p><code>attnlab verify {claim.name}</code></p></dd>"
+            for claim in found
+        )
+        return [nodes.raw("", f'<dl class="claims">{entries}</dl>', format="html")]
+
+
+class FrontDoor(SphinxDirective):
+    """The names of one topic of the front door."""
+
+    required_arguments = 1
+    final_argument_whitespace = True
+
+    def run(self) -> list[nodes.Node]:
+        """Raises `KeyError` for a topic that does not exist."""
+        import attnlab as al
+
+        names = [(module, name) for module, names in al.TOPICS[self.arguments[0]].items() for name in names]
+        return documented(self, names)
+
+
+class Package(SphinxDirective):
+    """The public names of a package."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """Those of its `__all__`, or all that it defines, that the page of the front door has not."""
+        import importlib
+
+        import attnlab as al
+
+        package = importlib.import_module(self.arguments[0])
+        listed = {name for modules in al.TOPICS.values() for names in modules.values() for name in names}
+        own = [name for name, thing in vars(package).items() if getattr(thing, "__module__", "") == package.__name__]
+        public = getattr(package, "__all__", [name for name in own if not name.startswith("_")])
+        names = [(self.arguments[0], name) for name in public if name not in listed]
+        return documented(self, names)
+
+
+def documented(directive: SphinxDirective, names: list[tuple[str, str]]) -> list[nodes.Node]:
+    """The docstrings of names, as autodoc shows them."""
+    import importlib
+    import inspect
+
+    found: list[str] = []
+    for module, name in names:
+        thing = getattr(importlib.import_module(module), name)
+        kind = "class" if inspect.isclass(thing) else "function" if callable(thing) else "data"
+        if not inspect.isclass(thing) and not inspect.isfunction(thing):
+            kind = "data"
+        found += [f".. auto{kind}:: {module}.{name}", *(["   :no-value:"] if kind == "data" else []), ""]
+    return directive.parse_text_to_nodes("\n".join(["```{eval-rst}", *found, "```"]))
+
+
+class Parameters(Directive):
+    """Names and shapes of the parameters of the models, made from the models."""
+
+    MODELS: ClassVar = {
+        "SelfAttention(AttentionConfig(key_dim=8, value_dim=4, heads=2, output_dim=12))": "attention",
+        "Transformer(TransformerConfig(attention, layers=1, mlp_width=24))": "transformer",
+        "LanguageModel(...), of Llama's kind, one layer": "llama",
+    }
+
+    def run(self) -> list[nodes.Node]:
+        """One table a model."""
+        found = []
+        for title, kind in self.MODELS.items():
+            rows = "".join(
+                f"<tr><td><code>{escape(name)}</code></td><td>{escape(str(shape))}</td></tr>"
+                for name, shape in parameters(kind)
+            )
+            head = "<thead><tr><th>parameter</th><th>shape</th></tr></thead>"
+            table = f"<table><caption>{escape(title)}</caption>{head}<tbody>{rows}</tbody></table>"
+            found.append(nodes.raw("", f'<div class="table-wrapper">{table}</div>', format="html"))
+        return found
+
+
+def parameters(kind: str) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of a small model's parameters, on tokens of width 12."""
+    import jax
+    import jax.numpy as jnp
+
+    import attnlab as al
+    from attnlab.trees import leaf_names
+
+    tokens = jnp.zeros((1, 5, 12))
+    attention = al.AttentionConfig(key_dim=8, value_dim=4, heads=2, output_dim=12)
+    if kind == "attention":
+        model = al.SelfAttention(attention)
+    elif kind == "transformer":
+        model = al.Transformer(al.TransformerConfig(attention, layers=1, mlp_width=24))
+    else:
+        from attnlab.models.pretrained.llama import llama_config
+
+        settings = {
+            "vocab_size": 32, "hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "num_key_value_heads": 1, "intermediate_size": 24, "max_position_embeddings": 16,
+            "rms_norm_eps": 1e-5, "rope_theta": 1e4, "tie_word_embeddings": True, "hidden_act": "silu",
+        }  # fmt: skip
+        model, tokens = al.LanguageModel(llama_config(settings)), jnp.zeros((1, 5), int)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    return [(name, leaf.shape) for name, leaf in zip(leaf_names(shapes), jax.tree.leaves(shapes), strict=True)]
+
+
+class Figures(Directive):
+    """All figures with what they show."""
+
+    def run(self) -> list[nodes.Node]:
+        """A grid of images that link to themselves at full size."""
+        return [nodes.raw("", f'<div class="figures">{"".join(map(self.entry, manifests()))}</div>', format="html")]
+
+    @staticmethod
+    def entry(found: tuple[str, dict[str, Any], str]) -> str:
+        """One figure."""
+        name, record, summary = found
+        findings = record.get("findings", [])
+        passed = sum(bool(finding.get("passed")) for finding in findings)
+        verdict = f"{passed} of {len(findings)} findings hold. " if findings else ""
+        return (
+            f'<figure id="{name}"><a href="../_static/figures/{name}.png"><img loading="lazy" alt="{escape(summary)}" '
+            f'src="../_static/figures/{name}.png"></a><figcaption><strong>{name}</strong>: {escape(summary)} {verdict}'
+            f"<br><code>attnlab run {name}</code></figcaption></figure>"
+        )
+
+
+def manifests() -> list[tuple[str, dict[str, Any], str]]:
+    """Name, manifest and first sentence of every committed figure's analysis."""
+    import ast
+
+    found = []
+    for manifest in sorted((ROOT / "figures").glob("*.json")):
+        name = manifest.stem
+        script = ROOT / "analyses" / f"{name.replace('-', '_')}.py"
+        if script.exists():
+            words = ast.get_docstring(ast.parse(script.read_text())) or ""
+            found.append((name, json.loads(manifest.read_text()), " ".join(words.split("\n\n")[0].split())))
+    return found
+
+
+def copy_figures(app: Sphinx, exception: Exception | None) -> None:
+    """The figures lie once in the repository and once in the built site."""
+    import shutil
+
+    if exception is None and app.builder.format == "html":
+        target = Path(app.outdir) / "_static" / "figures"
+        target.mkdir(parents=True, exist_ok=True)
+        for image in (ROOT / "figures").glob("*.png"):
+            shutil.copy(image, target)
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Register the directives."""
+    app.add_directive("claims", Claims)
+    app.add_directive("disagreements", Disagreements)
+    app.add_directive("front-door", FrontDoor)
+    app.add_directive("package", Package)
+    app.add_directive("parameters", Parameters)
+    app.add_directive("figures", Figures)
+    app.connect("build-finished", copy_figures)
+    return {"parallel_read_safe": False, "parallel_write_safe": False}
