@@ -30,7 +30,7 @@ exclude_patterns = [
     "**/sg_execution_times.rst",
 ]
 nitpicky = False
-suppress_warnings = ["config.cache", "docutils"]
+suppress_warnings = ["config.cache"]
 
 myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
 myst_heading_anchors = 3
@@ -38,12 +38,13 @@ html_math_renderer = "mathml"
 
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
-autodoc_default_options = {"members": True, "show-inheritance": False}
+autodoc_default_options = {"members": True}
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 90
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_use_ivar = True
+napoleon_attr_annotations = False
 
 sphinx_gallery_conf = {
     "examples_dirs": "tutorials",
@@ -58,6 +59,8 @@ sphinx_gallery_conf = {
     "abort_on_example_error": True,
     "copyfile_regex": r".*\.md",
 }
+
+default_role = "code"
 
 html_theme = "furo"
 html_title = "attnlab"

@@ -8,6 +8,7 @@
 """
 
 import json
+import re
 from html import escape
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,9 +16,10 @@ from typing import Any, ClassVar
 import matplotlib.pyplot as plt
 from docutils import nodes
 from docutils.parsers.rst import Directive
-from latex2mathml.converter import convert
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
+
+from attnlab.report.mathematics import mathematics
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,7 +59,7 @@ class Claims(Directive):
         """Statement, source, and the command that checks it."""
         what = escape((claim.measure.__doc__ or "").strip().split("\n\n")[0])
         return (
-            f'<dt id="claim-{claim.name}">{claim.name}</dt><dd><p>{convert(claim.statement)}</p><p>{what}</p>'
+            f'<dt id="claim-{claim.name}">{claim.name}</dt><dd><p>{mathematics(claim.statement)}</p><p>{what}</p>'
             f"<p><em>{escape(claim.source)}</em><br><code>attnlab verify {claim.name}</code></p></dd>"
         )
 
@@ -70,7 +72,7 @@ class Disagreements(Directive):
         found = [claim for claims in strands().values() for claim in claims if claim.disagrees_with]
         entries = "".join(
             f'<dt id="disagreement-{claim.name}">{claim.name}</dt><dd><p>{escape(claim.disagrees_with)}.</p>'
-            f"<p>Measured: {convert(claim.statement)}</p><p><code>attnlab verify {claim.name}</code></p></dd>"
+            f"<p>Measured: {mathematics(claim.statement)}</p><p><code>attnlab verify {claim.name}</code></p></dd>"
             for claim in found
         )
         return [nodes.raw("", f'<dl class="claims">{entries}</dl>', format="html")]
@@ -120,6 +122,9 @@ def documented(directive: SphinxDirective, names: list[tuple[str, str]]) -> list
         kind = "class" if inspect.isclass(thing) else "function" if callable(thing) else "data"
         if not inspect.isclass(thing) and not inspect.isfunction(thing):
             kind = "data"
+        if isinstance(thing, dict):  # a table: its docstring would be that of dict
+            found += [f".. py:data:: {module}.{name}", "", f"   Rows: {', '.join(f'`{row}`' for row in thing)}.", ""]
+            continue
         found += [f".. auto{kind}:: {module}.{name}", *(["   :no-value:"] if kind == "data" else []), ""]
     return directive.parse_text_to_nodes("\n".join(["```{eval-rst}", *found, "```"]))
 
@@ -209,6 +214,22 @@ def manifests() -> list[tuple[str, dict[str, Any], str]]:
     return found
 
 
+def plain_mathematics(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    """In docstrings |x|, A^* and w_ are mathematics, and not marks: outside of code they are escaped."""
+    example = False
+    for number, text in enumerate(lines):
+        example = bool(text.strip()) and (example or text.lstrip().startswith(">>>"))
+        if not example:
+            parts = text.split("`")
+            parts[::2] = [re.sub(r"([|*])|(?<=\w)(_)(?!\w)", r"\\\1\2", part) for part in parts[::2]]
+            lines[number] = "`".join(parts)
+
+
+def short_types(app: Sphinx, what: str, name: str, thing: Any, options: Any, signature: str, result: str) -> Any:
+    """Types by the names that one writes."""
+    return tuple(part and part.replace("jaxlib._jax.Array", "Array") for part in (signature, result))
+
+
 def copy_figures(app: Sphinx, exception: Exception | None) -> None:
     """The figures lie once in the repository and once in the built site."""
     import shutil
@@ -228,5 +249,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("package", Package)
     app.add_directive("parameters", Parameters)
     app.add_directive("figures", Figures)
+    app.connect("autodoc-process-docstring", plain_mathematics, priority=100)  # before sections are read
+    app.connect("autodoc-process-signature", short_types)
     app.connect("build-finished", copy_figures)
     return {"parallel_read_safe": False, "parallel_write_safe": False}

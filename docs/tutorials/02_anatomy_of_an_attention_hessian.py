@@ -57,12 +57,8 @@ figure.show()
 # What a block is made of
 # -----------------------
 # Every term of every block, with its formula, and which of its factors is data, a weight or an attention moment:
-print(al.describe(exact)[0])
-
-# %%
-from attnlab.attention import describe_table
-
-print(describe_table(exact))
+for term in al.describe(exact):
+    print(term)
 
 # %%
 # How far from a Kronecker product?

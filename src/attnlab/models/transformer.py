@@ -301,7 +301,9 @@ def embed_with_table(
 class LanguageModelConfig(EmbeddingConfig):
     """A transformer between an embedding of tokens and positions and a linear map to logits.
 
-    Attributes, besides those of `EmbeddingConfig`:
+    Beside the attributes of `EmbeddingConfig` it has its own.
+
+    Attributes:
         tied: the map to logits is the transposed token embedding instead of a matrix of its own.
         factored: the model returns `attnlab.logits.Logits`, the two factors of the logits, whose loss and curvature are
             had without the whole array of positions x vocabulary.

@@ -89,7 +89,7 @@ def train(
     """Minimise `risk` from `params` for `steps` steps of an optax optimizer, measuring `probes` on the way.
 
     Many runs in one: with keys (m,) instead of one key, and a leading axis m on every leaf of `params` (and on each of
-    the `hyperparameters`), it trains m members side by side, over seeds, learning rates or both:
+    the `hyperparameters`), it trains m members side by side, over seeds, learning rates or both::
 
         keys = jax.random.split(key, 3)
         train(risk, jax.vmap(init)(keys), optax.inject_hyperparams(optax.sgd)(learning_rate=0.1), keys,
