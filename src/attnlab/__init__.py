@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from attnlab.expectation import at_least as at_least
     from attnlab.expectation import at_most as at_most
     from attnlab.expectation import equal as equal
+    from attnlab.explorer import explore as explore
     from attnlab.icl.diagnostics import against_nulls as against_nulls
     from attnlab.icl.identification import fit_family as fit_family
     from attnlab.icl.population import population_objective as population_objective
@@ -105,6 +106,7 @@ TOPICS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "training": {
         "attnlab.training": ("train", "probe", "minibatches", "load_records"),
+        "attnlab.explorer": ("explore",),
         "attnlab.dynamics.sharpness": ("Tracking", "stability"),
         "attnlab.dynamics.rules": ("update_rule",),
         "attnlab.dynamics.generalized": ("generalized_sharpness",),

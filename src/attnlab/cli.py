@@ -98,6 +98,15 @@ def report(given: argparse.Namespace, console: Console) -> None:
     say(console, f"wrote {given.output}", *(f"left out: {reason}" for reason in left_out))
 
 
+def explore(given: argparse.Namespace, console: Console) -> None:
+    """Write the page of a run. Raises `OSError` or `ValueError` for a directory that holds none."""
+    from attnlab.explorer import explore as write_page
+    from attnlab.runs import check_writable
+
+    check_writable(given.output)
+    say(console, f"wrote {write_page(given.run, given.output)}")
+
+
 def say(console: Console, *lines: str) -> None:
     """Print lines as they are."""
     for line in lines:
@@ -209,6 +218,9 @@ def parser() -> argparse.ArgumentParser:
     )
     report_parser.add_argument("--figures", type=Path, default=Path("figures"), help="folder (%(default)s)")
     report_parser.add_argument("--output", type=Path, default=Path("report.html"), help="file (%(default)s)")
+    explore_parser = commands.add_parser("explore", help="write one page with a slider over the steps of a run")
+    explore_parser.add_argument("run", type=Path, metavar="RUN", help="directory of a training run or a saved analysis")
+    explore_parser.add_argument("--output", type=Path, default=Path("run.html"), help="file (%(default)s)")
     _add_plan(commands.add_parser("plan", help="say what the curvature of a language model would take, from shapes"))
     return top
 
@@ -259,6 +271,8 @@ def _obey(given: argparse.Namespace, console: Console) -> bool:
         run(given.name, given.flags)
     elif given.command == "report":
         report(given, console)
+    elif given.command == "explore":
+        explore(given, console)
     elif given.command == "plan":
         plan(given, console)
     elif given.list:
