@@ -135,6 +135,8 @@ for (const [kind, model, rows] of panels) {
 def measured(values: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """What probes measured, by path: real arrays with a row a measurement, those without a finite number left out.
 
+    >>> import numpy as np
+    >>> from attnlab.explorer import measured
     >>> measured({"edge": {"ratio": np.ones(3)}})
     {'edge/ratio': array([1., 1., 1.])}
     """
