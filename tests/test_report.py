@@ -12,18 +12,16 @@ from pathlib import Path
 
 import pytest
 from fontTools.ttLib import TTFont
+from PIL import Image
 
 from attnlab.claims import at_most, load_claims
 from attnlab.cli import analysis_scripts
 from attnlab.report import staleness, write_report
+from attnlab.report.changes import changes
 from attnlab.report.mathematics import mathematics
 from attnlab.runs import source_digests
 
-VOID = {"meta", "link", "img", "br"}
-PIXEL = bytes.fromhex(
-    "89504e470d0a1a0a0000000d4948445200000001000000010806000000"
-    "1f15c4890000000d49444154789c626001000000ffff03000006000557bfabd40000000049454e44ae426082"
-)
+VOID = {"meta", "link", "img", "br", "input"}
 
 
 class Balanced(HTMLParser):
@@ -68,7 +66,7 @@ def verdicts(*rows):
 
 def figure(folder: Path, name: str, **record):
     folder.mkdir(exist_ok=True)
-    (folder / f"{name}.png").write_bytes(PIXEL)
+    Image.effect_noise((1600, 900), 100).save(folder / f"{name}.png")
     (folder / f"{name}.json").write_text(json.dumps({"analysis": name, "command": f"attnlab run {name}", **record}))
 
 
@@ -85,11 +83,12 @@ def test_the_page_is_whole_and_needs_no_network(tmp_path):
     reader = Balanced()
     reader.feed(text)
     assert reader.open == []
-    assert all(address.startswith(("data:", "#")) for address in reader.addresses)
+    assert all(address.startswith(("data:", "#", "figures/")) for address in reader.addresses)
     assert "0 of 1 claims hold" in text
     assert "it &lt;broke&gt;" in text
     assert "a &lt;source&gt; &amp; co" in text
-    assert text.count("<img") == 1
+    (small,) = re.findall(r'<a href="figures/icl-depth.png"><img [^>]*src="data:image/png;base64,([^"]*)"', text)
+    assert Image.open(io.BytesIO(base64.b64decode(small))).size == (720, 405)
     assert "<math" in text
     assert text == page(tmp_path, row(), row(seed=2, passed=False, error=None, problem="it <broke>"))
 
@@ -179,4 +178,57 @@ def test_the_command_writes_the_report_from_what_is_there(tmp_path):
     assert "wrote report.html" in done.stdout
     text = (tmp_path / "report.html").read_text()
     assert "1 of 1 claims hold" in text
-    assert "stale: " in text
+    assert re.search(r">stale</span></summary>[0-9]+ of its files changed", text)
+
+
+def test_failures_and_disagreements_come_first_and_are_counted(tmp_path):
+    rows = (
+        row(),
+        row(claim="two-is-three", passed=False, error=2.0),
+        row(claim="three", disagrees_with="They say four"),
+    )
+    text = page(tmp_path, *rows)
+    assert text.index('id="failed"') < text.index('id="disagreements"') < text.index('id="claims"')
+    assert '<a href="#failed">Failed (1)</a>' in text
+    assert '<a href="#strand-arithmetic">arithmetic (3)</a>' in text
+    assert "They say four." in text
+    assert text.count('data-verdict="passed"') == 2
+    assert text.count('data-verdict="failed"') == 1
+
+
+def test_changes_between_two_runs():
+    part = at_most("one", 1.0, 1.0, 0.1).record()
+    moved = at_most("one", 1.35, 1.0, 0.1).record()
+    old = [row(claim="same"), row(claim="gone"), row(claim="moved", parts=[part]), row(claim="broken")]
+    new = [row(claim="same"), row(claim="new"), row(claim="moved", parts=[moved]), row(claim="broken", passed=False)]
+    assert changes(old, new) == {
+        "broken": "passed before, failed now (seed 1)",
+        "gone": "is not there any more",
+        "moved": "one: 1 before, 1.35 now (seed 1)",
+        "new": "is new",
+    }
+    assert changes(old, old) == {}
+
+
+def test_the_report_says_what_changed(tmp_path):
+    earlier = verdicts(row(passed=False))
+    write_report(tmp_path / "report.html", verdicts(row()), tmp_path / "figures", {}, earlier)
+    assert "one-is-one: failed before, passed now (seed 1)" in (tmp_path / "report.html").read_text()
+
+
+def test_comments_and_docstrings_do_not_make_a_figure_stale(tmp_path):
+    script = tmp_path / "mine.py"
+    script.write_text('"""One."""\n\nX = 1  # one\n"""Of X."""\n\n\ndef f(x):\n    """Two."""\n    return x + X\n')
+    before = source_digests(script)
+    script.write_text('"""Another."""\nX = 1\n\n\ndef f(x):\n    # more\n    return (x + X)\n')
+    assert source_digests(script) == before
+    script.write_text("X = 1\n\n\ndef f(x):\n    return x - X\n")
+    assert source_digests(script) != before
+
+
+def test_a_file_that_is_no_image_is_left_out(tmp_path):
+    figure(tmp_path / "figures", "icl-depth")
+    (tmp_path / "figures" / "icl-depth.png").write_text("no image")
+    left_out = write_report(tmp_path / "report.html", verdicts(row()), tmp_path / "figures", {})
+    assert len(left_out) == 1
+    assert "it is no image" in left_out[0]

@@ -99,7 +99,7 @@ def test_the_browser_shows_the_whole_page(tmp_path, every_claim, width):
     assert found["characters"] > 150
     assert found["missing"] == ""
     assert found["faces"] == ["loaded"]
-    assert found["images"] == [1]
+    assert found["images"] == [720]
     assert found["wide"] <= 0, f"the page scrolls sideways because of {found['beyond']}"
     assert found["cut"] == []
     assert found["scrolling"] <= (0.1 * len(load_claims()) if width < 500 else 0)

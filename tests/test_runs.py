@@ -44,7 +44,7 @@ def test_the_manifest_says_how_to_make_it_again(tmp_path):
 
     record = manifest(Config(), seconds=1.26)
     json.dumps(record)
-    assert record["config"] == {"seed": 3, "output": str(tmp_path)}
+    assert record["config"] == {"seed": 3}  # no folder of this machine
     assert record["seconds"] == 1.3
     assert record["dtype"] == "float64"
     assert {"python", "attnlab", "jax", "flax", "numpy"} <= set(record["versions"])

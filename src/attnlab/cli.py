@@ -94,7 +94,8 @@ def report(given: argparse.Namespace, console: Console) -> None:
     if given.verdicts is None and not path.exists():
         say(console, f"no verdicts in {path}: verifying every claim first")
         verify(parser().parse_args(["verify", "--json", str(path)]), console)
-    left_out = write_report(given.output, read_verdicts(path), given.figures, analysis_scripts())
+    earlier = None if given.compare is None else read_verdicts(given.compare)
+    left_out = write_report(given.output, read_verdicts(path), given.figures, analysis_scripts(), earlier)
     say(console, f"wrote {given.output}", *(f"left out: {reason}" for reason in left_out))
 
 
@@ -215,6 +216,9 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE",
         help=f"of attnlab verify --json FILE ({VERDICTS}, which is made first if it is not there)",
+    )
+    report_parser.add_argument(
+        "--compare", type=Path, metavar="FILE", help="earlier verdicts, to say what changed since"
     )
     report_parser.add_argument("--figures", type=Path, default=Path("figures"), help="folder (%(default)s)")
     report_parser.add_argument("--output", type=Path, default=Path("report.html"), help="file (%(default)s)")

@@ -200,6 +200,7 @@ def record(verdict: Verdict) -> dict[str, Any]:
         "strand": claim.measure.__module__.rpartition(".")[2],
         "statement": claim.statement,
         "source": claim.source,
+        "disagrees_with": claim.disagrees_with,
         "instance": (claim.measure.__doc__ or "").strip(),
         "seed": verdict.seed,
         "parts": [part.record() for part in verdict.parts],

@@ -1,17 +1,19 @@
 """Verdicts and figures as one HTML file: mathematics as MathML, images inside, the same bytes on every rerun."""
 
-import base64
 import html
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from attnlab.report.changes import changes
 from attnlab.report.fonts import FAMILY, embedded_font
 from attnlab.report.mathematics import mathematics
 from attnlab.report.staleness import staleness
+from attnlab.report.thumbnails import thumbnail
 from attnlab.runs import replace_file
 
 FONT_PLACE = "{embedded font}"
@@ -36,22 +38,37 @@ RUN = {"verdicts", "config", "versions", "device", "seconds"}
 ROW = {"claim", "strand", "statement", "source", "parts", "error", "passed", "seconds"}
 
 
-def write_report(path: Path, verdicts: Mapping[str, Any], figures: Path, scripts: Mapping[str, Path]) -> list[str]:
+def write_report(
+    path: Path,
+    verdicts: Mapping[str, Any],
+    figures: Path,
+    scripts: Mapping[str, Path],
+    earlier: Mapping[str, Any] | None = None,
+) -> list[str]:
     """Write the report to `path`; returns which figures were left out of it, and why.
+
+    It holds small images of the figures, which link to the files themselves.
 
     Args:
         path: of the HTML file.
         verdicts: what `attnlab verify --json` wrote.
         figures: folder of NAME.png beside NAME.json; figures of smoke runs are left out.
         scripts: the script of every analysis by name.
+        earlier: verdicts of another run, to say what changed since.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("attnlab.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["math"] = mathematics
-    shown_figures, left_out = _figures(figures, scripts)
+    shown_figures, left_out = _figures(figures, scripts, path.parent)
+    strands = _strands(verdicts["verdicts"])
     page = environment.get_template("page.html").render(
-        run=verdicts, strands=_strands(verdicts["verdicts"]), figures=shown_figures, family=FAMILY
+        run=verdicts,
+        strands=strands,
+        claims=[claim for claims in strands.values() for claim in claims],
+        changes=None if earlier is None else changes(earlier["verdicts"], verdicts["verdicts"]),
+        figures=shown_figures,
+        family=FAMILY,
     )
     shown = set(html.unescape(page))
     page = page.replace(FONT_PLACE, embedded_font(shown), 1)
@@ -76,13 +93,13 @@ def _strands(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]
     return strands
 
 
-def _figures(folder: Path, scripts: Mapping[str, Path]) -> tuple[list[dict[str, Any]], list[str]]:
+def _figures(folder: Path, scripts: Mapping[str, Path], beside: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """The figures, and why others of the folder are none."""
     found, left_out = [], []
     for name in sorted({file.stem for pattern in ("*.json", "*.png") for file in folder.glob(pattern)}):
         manifest, image = folder / f"{name}.json", folder / f"{name}.png"
         try:
-            record = _manifest(manifest, image)
+            record, small = _manifest(manifest, image), thumbnail(image)
         except ValueError as error:
             left_out.append(str(error))
             continue
@@ -92,7 +109,8 @@ def _figures(folder: Path, scripts: Mapping[str, Path]) -> tuple[list[dict[str, 
                 "name": name,
                 "record": record,
                 "manifest": json.dumps(record, indent=2),
-                "image": base64.b64encode(image.read_bytes()).decode(),
+                "image": small,
+                "file": Path(os.path.relpath(image, beside)).as_posix(),
                 "stale": staleness(record, scripts.get(name)),
             }
         )

@@ -17,13 +17,13 @@ PACKAGES = ("attnlab", "jax", "jaxlib", "flax", "optax", "numpy", "scipy", "scik
 def manifest(config: Any, seconds: float | None = None, script: Path | None = None) -> dict[str, Any]:
     """What a reader needs to make the result again: the config, the command, versions, git state, device and dtype.
 
-    `config` is a dataclass or a mapping of JSON values (paths become strings); `seconds` is the wall time that this
-    session took. With a `script`, also the digests of all code that it imports, by which a reader sees whether that
-    changed since.
+    `config` is a dataclass or a mapping of JSON values (folders of results are left out); `seconds` is the wall time
+    that this session took. With a `script`, also the digests of all code that it imports, by which a reader sees
+    whether that changed since.
     """
     fields = asdict(config) if is_dataclass(config) and not isinstance(config, type) else dict(config)
     return {
-        "config": {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()},
+        "config": {name: value for name, value in fields.items() if name not in FOLDERS},
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "seconds": None if seconds is None else round(seconds, 1),
         "versions": {"python": platform.python_version(), **_versions()},
@@ -33,8 +33,11 @@ def manifest(config: Any, seconds: float | None = None, script: Path | None = No
     }
 
 
+FOLDERS = ("output", "figures")
+"""Where results go, which no number depends on."""
+
 RUNS = ("runs/__init__", "runs/files", "runs/provenance")
-FRAME = ("analysis", "cli", "checks", "compiled", "expectation", "report", "types", "verification", *RUNS)
+FRAME = ("analysis", "cli", "checks", "compiled", "display", "expectation", "report", "types", "verification", *RUNS)
 """Modules and packages that no number depends on."""
 
 
@@ -44,13 +47,27 @@ def _in_frame(name: str) -> bool:
 
 
 def source_digests(script: Path) -> dict[str, str]:
-    """The start of the SHA-256 of a script and of every module of attnlab that it imports, directly or not, by path.
+    """The start of the SHA-256 of what a script and every module of attnlab that it imports, directly or not, do: of
+    their code without comments and docstrings, by path.
 
     Paths are relative to the folder that holds the package, or to the script's folder's parent; found by reading the
     imports, without running anything.
     """
     files = {f"{script.parent.name.lstrip('_')}/{script.name}": script} | _imported(script)
-    return {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in sorted(files.items())}
+    return {name: _digest(path) for name, path in sorted(files.items())}
+
+
+def _digest(path: Path) -> str:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            # Strings by themselves: docstrings, and what stands below an attribute or a constant.
+            node.body = [line for line in node.body if not _is_string(line)] or [ast.Pass()]
+    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16]
+
+
+def _is_string(line: ast.stmt) -> bool:
+    return isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant) and isinstance(line.value.value, str)
 
 
 def _imported(script: Path) -> dict[str, Path]:
