@@ -169,7 +169,56 @@ def accuracy(risk, params):
 
 
 def plot(arrays: Arrays, config: Config):
-    """Rows: initialisation and training; columns: block grid, spectra, block spectra. Below: norms and factors."""
+    """What training does to the curvature: spectra of H and of its parts before and after, and the norms of blocks."""
+    import matplotlib.pyplot as plt
+
+    shares = [100 * negative_share(arrays[stage]["eigenvalues"]["hessian"]) for stage in STAGES]
+    figure, ((before, after), (norms, blocks)) = plt.subplots(2, 2, figsize=(7.2, 5.8))
+    for letter, axes, stage, share in zip("ab", (before, after), STAGES, shares, strict=True):
+        plot_spectra(axes, arrays[stage])
+        words = {"initial": "at initialisation", "trained": f"after {config.steps} steps"}[stage]
+        axes.set_title(f"({letter}) {words}: {share:.2g} % negative", loc="left")
+    before.legend(loc="upper left")
+    plot_norms(norms, arrays)
+    norms.set_title("(c) norms of the diagonal blocks", loc="left")
+    plot_grid(figure, blocks, arrays["trained"], "(d) entries of the trained H", top_decade(arrays))
+    figure.suptitle(
+        f"Training removes the negative curvature: {shares[0]:.2g} % to {shares[1]:.2g} % of $\\sum|\\lambda|$",
+        fontsize=11,
+    )
+    return figure
+
+
+def negative_share(eigenvalues) -> float:
+    """Share of the negative eigenvalues in the sum of the magnitudes of all."""
+    return float(np.sum(np.maximum(-eigenvalues, 0)) / np.sum(np.abs(eigenvalues)))
+
+
+def plot_spectra(axes, now: Arrays) -> None:
+    """The densities of H, as an area, and of H_o and H_f, as lines, by Lanczos."""
+    from attnlab.plotting.style import PARTS as LOOKS
+
+    for part, label in PARTS.items():
+        mean, error, _ = now["density"][part]
+        color = LOOKS[part][0]
+        if part == "hessian":
+            axes.fill_between(now["grid"], mean, 1e-9, color="0.75", linewidth=0, label=f"${label}$")
+        else:
+            band = np.maximum(mean - 2 * error, 1e-9), mean + 2 * error
+            axes.fill_between(now["grid"], *band, color=color, alpha=0.35, linewidth=0)
+            axes.plot(
+                now["grid"], mean, color=color, linestyle={"ggn": "-", "functional": "--"}[part], label=f"${label}$"
+            )
+    ticks = np.array([-1, -0.01, 0, 0.01, 1])
+    axes.set(yscale="log", ylim=(1e-3, 9), xlim=(now["grid"][0], now["grid"][-1]))
+    axes.set_xticks(np.arcsinh(ticks * RELATIVE_RANGE), [f"{tick:g}" for tick in ticks])
+    axes.set(
+        xlabel="eigenvalue / largest of $H$ (asinh axis);\nbands: two standard errors over samples", ylabel="density"
+    )
+
+
+def details(arrays: Arrays, config: Config):
+    """Rows: initialisation and training; columns: block grid, spectra, block spectra. Below: what they are made of."""
     import matplotlib.pyplot as plt
 
     figure = plt.figure(figsize=(12, 11))
@@ -177,11 +226,10 @@ def plot(arrays: Arrays, config: Config):
     for row, stage in enumerate(STAGES):
         now = arrays[stage]
         title = {"initial": "at initialisation", "trained": f"after {config.steps} steps"}[stage]
-        plot_grid(figure, figure.add_subplot(grid[row, :2]), now, title, top_decade(arrays))
+        plot_grid(figure, figure.add_subplot(grid[row, :2]), now, f"Hessian blocks, {title}", top_decade(arrays))
         plot_densities(figure, grid[row, 2:4], now, title)
         plot_block_spectra(figure.add_subplot(grid[row, 4:]), now, title)
-    plot_norms(figure.add_subplot(grid[2, :3]), arrays)
-    plot_factors(figure.add_subplot(grid[2, 3:]), arrays)
+    plot_factors(figure.add_subplot(grid[2, 1:5]), arrays)
     return figure
 
 
@@ -194,19 +242,21 @@ def plot_grid(figure, axes, now: Arrays, title: str, top: float) -> None:
 
     sizes = {block: len(now["block eigenvalues"]["hessian"][block]) for block in BLOCKS}
     image = block_grid(axes, now["matrix"]["hessian"], sizes, (top - 6, top), BLOCKS)
-    axes.set_title(f"Hessian blocks, {title}")
+    axes.set_title(title, loc="left")
     figure.colorbar(image, ax=axes, label=r"$\log_{10}|\mathrm{entry}|$", shrink=0.85, extend="min")
 
 
 def plot_densities(figure, place, now: Arrays, title: str) -> None:
     """H, H_o and H_f above one another on one axis of eigenvalues."""
     from attnlab.plotting.matrices import density_with_band
+    from attnlab.plotting.style import PARTS as LOOKS
 
     ticks = np.array([-1, -0.1, -0.01, 0, 0.01, 0.1, 1])
     rows = place.subgridspec(len(PARTS), 1, hspace=0.08).subplots(sharex=True, sharey=True)
-    for color, (axes, (part, label)) in enumerate(zip(rows, PARTS.items(), strict=True)):
+    for axes, (part, label) in zip(rows, PARTS.items(), strict=True):
         mean, error, exact = now["density"][part]
-        density_with_band(axes, now["grid"], mean, error, exact, f"C{color}", f"${label}$: Lanczos")
+        color = "gray" if part == "hessian" else LOOKS[part][0]  # the exact one is drawn in black
+        density_with_band(axes, now["grid"], mean, error, exact, color, f"${label}$: Lanczos")
         axes.legend(loc="upper left", handlelength=1)
     axes.set(yscale="log", ylim=(1e-3, 9), xlim=(now["grid"][0], now["grid"][-1]), yticks=(1e-2, 1))
     axes.set_xticks(np.arcsinh(ticks * RELATIVE_RANGE), [f"{tick:g}" for tick in ticks])
@@ -217,12 +267,13 @@ def plot_densities(figure, place, now: Arrays, title: str) -> None:
 
 def plot_block_spectra(axes, now: Arrays, title: str) -> None:
     from attnlab.plotting.matrices import signed_spectrum
+    from attnlab.plotting.style import BLOCKS as LOOKS
 
     top = 0.0
-    for color, (block, label) in enumerate(reversed(BLOCKS.items())):
+    for block, label in reversed(BLOCKS.items()):
         eigenvalues = now["block eigenvalues"]["hessian"][block]
         top = max(top, np.abs(eigenvalues).max())
-        signed_spectrum(axes, eigenvalues, f"C{color}", f"{label} block")
+        signed_spectrum(axes, eigenvalues, LOOKS[block][0], f"{label} block")
     axes.plot([], [], "v", color="gray", markerfacecolor="none", label="negative")
     axes.set(ylim=(1e-7 * top, 3 * top), xlabel="rank", ylabel="|eigenvalue|")
     axes.set_title(f"blocks of $H$, {title}")
@@ -231,14 +282,14 @@ def plot_block_spectra(axes, now: Arrays, title: str) -> None:
 
 def plot_norms(axes, arrays: Arrays) -> None:
     from attnlab.plotting.matrices import before_and_after
+    from attnlab.plotting.style import PARTS as LOOKS
 
-    for color, (part, label) in enumerate(PARTS.items()):
+    for number, (part, label) in enumerate(PARTS.items()):
         before, after = (np.array([arrays[stage]["norm"][part][block] for block in BLOCKS]) for stage in STAGES)
         names = [f"{name}{name}" for name in BLOCKS.values()]
-        before_and_after(axes, names, before, after, f"C{color}", f"${label}$", 0.22 * (1 - color))
-    axes.set_xlabel("Frobenius norm of the diagonal block (open: initial, filled: trained)")
-    axes.set_title("block norms ($H_f$ of VV is zero: no mark)")
-    axes.legend(loc="best")
+        before_and_after(axes, names, before, after, LOOKS[part][0], f"${label}$", 0.22 * (1 - number))
+    axes.set_xlabel("Frobenius norm: initial (open) to trained (filled);\n$H_f$ of VV is zero")
+    axes.legend(loc="upper left", bbox_to_anchor=(0, 0.9))
 
 
 def plot_factors(axes, arrays: Arrays) -> None:
@@ -333,7 +384,7 @@ def covered(now: Arrays, part: str) -> float:
     return float(np.mean(np.abs(mean - exact)[shown] <= 3 * error[shown] + 1e-3))
 
 
-ANALYSIS = Analysis("attention-spectrum", Config, compute, plot, tables, findings, __doc__)
+ANALYSIS = Analysis("attention-spectrum", Config, compute, plot, tables, findings, __doc__, details=details)
 
 if __name__ == "__main__":
     ANALYSIS.main()

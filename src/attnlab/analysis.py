@@ -83,12 +83,13 @@ class Analysis:
         name: of the command and the files.
         config: a subclass of `AnalysisConfig`.
         compute: `compute(config, progress) -> arrays`, under a rich progress display.
-        plot: `plot(arrays, config) -> Figure`, from the arrays alone.
+        plot: `plot(arrays, config) -> Figure`, from the arrays alone: one message, at most four panels.
         tables: `tables(arrays, config) -> rich tables` for the terminal.
         findings: `findings(arrays, config) -> expectations` that the analysis puts to the test: shown behind the tables
             and kept in the manifest.
         description: what the command's help says first.
         slow: whether it compiles for many seconds even at smoke size: the quick tests leave it to the nightly ones.
+        details: what more there is to see, a second figure NAME-details; None where one suffices.
     """
 
     name: str
@@ -99,6 +100,7 @@ class Analysis:
     findings: Callable[[Arrays, Any], Sequence[Expectation]]
     description: str
     slow: bool = False
+    details: Callable[[Arrays, Any], "Figure"] | None = None
 
     def main(self, arguments: Sequence[str] | None = None) -> None:
         """Parse the command line, compute, and write the arrays to results/NAME and the figure NAME.{png,pdf,json}.
@@ -154,11 +156,13 @@ class Analysis:
         record["findings"] = [finding.record() for finding in self.findings(arrays, config)]
         results = config.output / "results" / name
         save_result(results, arrays, record)  # first: it is what took the time
+        place = (config.figures or results) / name
         with style():
-            figure = self.plot(arrays, config)
-            png, pdf = save_figure(figure, (config.figures or results) / name)
-        write_json(png.with_suffix(".json"), record)
-        return [png, pdf, results]
+            written = [*save_figure(self.plot(arrays, config), place)]
+            if self.details is not None:
+                written += save_figure(self.details(arrays, config), place.with_name(f"{name}-details"))
+        write_json(place.with_suffix(".json"), record)
+        return [*written, results]
 
     def _script(self) -> Path:
         return Path(str(sys.modules[self.config.__module__].__file__))

@@ -16,6 +16,9 @@ from attnlab.report.staleness import staleness
 from attnlab.report.thumbnails import thumbnail
 from attnlab.runs import replace_file
 
+DETAILS = "-details"
+"""Ending of a figure that shows more of another one, whose manifest is its own."""
+
 FONT_PLACE = "{embedded font}"
 """Stands in the page for the font until all of its characters are known."""
 
@@ -96,22 +99,24 @@ def _strands(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]
 def _figures(folder: Path, scripts: Mapping[str, Path], beside: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """The figures, and why others of the folder are none."""
     found, left_out = [], []
-    for name in sorted({file.stem for pattern in ("*.json", "*.png") for file in folder.glob(pattern)}):
+    stems = {file.stem for pattern in ("*.json", "*.png") for file in folder.glob(pattern)}
+    for name in sorted(stem for stem in stems if stem.removesuffix(DETAILS) not in stems - {stem}):
         manifest, image = folder / f"{name}.json", folder / f"{name}.png"
         try:
             record, small = _manifest(manifest, image), thumbnail(image)
         except ValueError as error:
             left_out.append(str(error))
             continue
-        name = record.get("analysis", manifest.stem)
+        shown = record.get("analysis", name)
         found.append(
             {
-                "name": name,
+                "name": shown,
                 "record": record,
                 "manifest": json.dumps(record, indent=2),
                 "image": small,
                 "file": Path(os.path.relpath(image, beside)).as_posix(),
-                "stale": staleness(record, scripts.get(name)),
+                "details": f"{name}{DETAILS}" in stems,
+                "stale": staleness(record, scripts.get(shown)),
             }
         )
     return found, left_out
