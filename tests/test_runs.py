@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -36,13 +37,16 @@ def test_objects_are_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_manifest_says_how_to_make_it_again(tmp_path):
+def test_the_manifest_says_how_to_make_it_again(tmp_path, monkeypatch):
     @dataclasses.dataclass
     class Config:
         seed: int = 3
         output: object = tmp_path
 
+    words = ["/somewhere/attnlab", "run", "a", "--output", str(tmp_path), "--seed", "3", "--figures", "b"]
+    monkeypatch.setattr(sys, "argv", words)
     record = manifest(Config(), seconds=1.26)
+    assert record["command"] == "attnlab run a --seed 3"
     json.dumps(record)
     assert record["config"] == {"seed": 3}  # no folder of this machine
     assert record["seconds"] == 1.3

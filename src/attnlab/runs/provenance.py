@@ -5,9 +5,10 @@ import hashlib
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def manifest(config: Any, seconds: float | None = None, script: Path | None = No
     fields = asdict(config) if is_dataclass(config) and not isinstance(config, type) else dict(config)
     return {
         "config": {name: value for name, value in fields.items() if name not in FOLDERS},
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": _command(sys.argv),
         "seconds": None if seconds is None else round(seconds, 1),
         "versions": {"python": platform.python_version(), **_versions()},
         **_git_state(),
@@ -35,6 +36,14 @@ def manifest(config: Any, seconds: float | None = None, script: Path | None = No
 
 FOLDERS = ("output", "figures")
 """Where results go, which no number depends on."""
+
+
+def _command(words: Sequence[str]) -> str:
+    """What was typed, without the folders that results go to."""
+    flags = {f"--{folder}" for folder in FOLDERS}
+    kept = [word for before, word in pairwise(["", *words[1:]]) if word not in flags and before not in flags]
+    return " ".join([Path(words[0]).name, *kept])
+
 
 RUNS = ("runs/__init__", "runs/files", "runs/provenance")
 FRAME = ("analysis", "cli", "checks", "compiled", "display", "expectation", "report", "types", "verification", *RUNS)
