@@ -143,6 +143,8 @@ def learning_coefficient(
         True
     """
     check_key(key)
+    if not isinstance(risk, Objective | BatchedObjective):
+        raise TypeError(f"risk is a {type(risk).__name__}; expected an Objective: objective(predict, loss, ...).")
     check_objective(risk, params)
     plan = plan_of(sampler, chains, steps, batch, step, by_example=count is None)
     number, shares = _examples(risk, params, count)
@@ -302,7 +304,7 @@ def _warn(found: LearningCoefficient, plan: Plan) -> None:
         (abs(found.drift) > noise, f"a gamma larger by a factor e changes it by {found.drift:.2g}. Vary localization"),
         (
             taken_off > LARGEST_STEP_SHARE * abs(value),
-            f"{taken_off:.2g} was taken off for the step. Take a smaller one",
+            f"{taken_off:.2g} was taken off for the step. Take less",
         ),
         (baseline > 0.1 * abs(value), f"L(w*) is not the least beside it, which adds {baseline:.2g}. Train on"),
         (adjusted and acceptance < LOWEST_ACCEPTANCE, f"acceptance is {acceptance:.3f}: the step is too large"),

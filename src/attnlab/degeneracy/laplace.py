@@ -21,7 +21,7 @@ class Laplace(NamedTuple):
             across which the risk grows quadratically (Morse-Bott).
         log_determinant: of the Hessian on these eigenvectors: the constant in Laplace's free energy.
         coefficient: n beta E[q(w)] of the quadratic form q under exp(-n beta q - gamma/2 ||w - w*||^2): half the sum of
-            n beta h / (n beta h + gamma) over the eigenvalues h; minus infinity where one falls faster than gamma holds.
+            n beta h / (n beta h + gamma) over eigenvalues h; minus infinity where one falls faster than gamma holds.
         eigenvalues: all of them, ascending.
     """
 

@@ -1,7 +1,7 @@
 """Risks whose minima are degenerate in a known way: products of powers, products of matrices; turned and padded."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -17,8 +17,14 @@ from attnlab.trees import dimension
 from attnlab.types import Params, PRNGKey
 
 
-def _product_of_powers(exponents: Array, params: Float[Array, " d"], inputs: Array) -> Array:
-    return inputs * jnp.prod(params ** exponents.astype(params.dtype))
+@dataclass(frozen=True)
+class _ProductOfPowers:
+    """Static, so that powers are products, whose derivatives at zero are numbers."""
+
+    exponents: tuple[int, ...]
+
+    def __call__(self, params: Float[Array, " d"], inputs: Array) -> Array:
+        return inputs * jnp.prod(jnp.stack([w**k for w, k in zip(params, self.exponents, strict=True)]))
 
 
 def crossing_risk(exponents: Sequence[int]) -> tuple[Objective, Float[Array, " d"]]:
@@ -31,7 +37,7 @@ def crossing_risk(exponents: Sequence[int]) -> tuple[Objective, Float[Array, " d
         >>> float(risk(jnp.array([3.0, 2.0]))), float(risk(origin))  # 3^2 x 2^4
         (144.0, 0.0)
     """
-    predict = Partial(_product_of_powers, jnp.asarray(exponents))
+    predict = _ProductOfPowers(tuple(exponents))
     return objective(predict, square_loss, jnp.ones(1), jnp.zeros(1)), jnp.zeros(len(exponents))
 
 
