@@ -68,8 +68,8 @@ def deep_linear(widths: Sequence[int], rank: int) -> Exact:
 
     Example:
         >>> from attnlab.degeneracy.exact import deep_linear
-        >>> deep_linear((1, 1, 1, 1), 0)  # a product of three numbers
-        Exact(value=0.5, multiplicity=3)
+        >>> deep_linear((2, 2, 2, 2), 0)
+        Exact(value=1.5, multiplicity=3)
     """
     _check_widths(widths, rank)
     surplus = [width - rank for width in widths]
@@ -78,9 +78,9 @@ def deep_linear(widths: Sequence[int], rank: int) -> Exact:
     ceiling = -(-total // edges)
     remainder = total - (ceiling - 1) * edges
     pairs = sum(one * other for one, other in combinations(chosen, 2))
-    value = rank * (widths[0] + widths[-1] - rank) / 2 + remainder * (edges - remainder) / (4 * edges)
-    value += pairs / 2 - (edges - 1) * total**2 / (4 * edges)
-    return Exact(value, remainder * (edges - remainder) + 1)
+    regular = 2 * edges * rank * (widths[0] + widths[-1] - rank)
+    singular = remainder * (edges - remainder) + 2 * edges * pairs - (edges - 1) * total**2
+    return Exact((regular + singular) / (4 * edges), remainder * (edges - remainder) + 1)
 
 
 def _bottleneck(surplus: Sequence[int]) -> list[int]:

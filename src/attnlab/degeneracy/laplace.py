@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from attnlab.checks import check_number
 from attnlab.curvature import hessian
+from attnlab.curvature.operator import Operator
 from attnlab.objectives import Risk
 from attnlab.types import Params, Real, Scalar
 
@@ -45,10 +46,15 @@ def laplace(risk: Risk, params: Params, scale: Real, localization: Real = 1.0, *
     """
     check_number("scale", scale, 0.0, jnp.inf, "It is n beta.")
     check_number("localization", localization, math.ulp(0.0), jnp.inf, "It is gamma.")
-    eigenvalues = jnp.linalg.eigvalsh(jax.jit(lambda operator: operator.dense())(hessian(risk, params, check=False)))
+    eigenvalues = _eigenvalues(hessian(risk, params, check=False))
     counted = eigenvalues > tolerance * jnp.max(jnp.abs(eigenvalues))
     logs = jnp.where(counted, jnp.log(jnp.where(counted, eigenvalues, 1)), 0)
     bent = scale * eigenvalues
     held = bent + localization > 0
     share = jnp.where(held, bent / jnp.where(held, bent + localization, 1), -jnp.inf)
     return Laplace(jnp.sum(counted), jnp.sum(logs), jnp.sum(share) / 2, eigenvalues)
+
+
+@jax.jit
+def _eigenvalues(operator: Operator) -> Float[Array, " d"]:
+    return jnp.linalg.eigvalsh(operator.dense())
