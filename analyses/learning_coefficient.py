@@ -22,7 +22,12 @@ PRODUCTS = (
     ((4, 3, 4), 1), ((2, 2, 2, 2), 0), ((2, 2, 2, 2), 1), ((3, 2, 2, 3), 1), ((3, 1, 2), 0),
 )  # fmt: skip
 """Widths and rank of the truth."""
-WAYS = {"HMC": ("hmc", None), "MALA": ("mala", None), "SGLD": ("sgld", None), "SGLD, batches of 32": ("sgld", 32)}
+WAYS = {
+    "HMC": ("hmc", None),
+    "MALA": ("mala", None),
+    "SGLD": ("sgld", None),
+    "SGLD, batches of 32": ("controlled_sgld", 32),
+}
 SPECTRUM = (4.0, 2.0, 1.0, 0.5)
 
 
@@ -46,7 +51,7 @@ class Config(AnalysisConfig):
     """Moments of the staircase."""
     staircase_count: int = 1000
     """n of the staircase."""
-    staircase_localization: float = 1000.0
+    staircase_localization: float = 3000.0
     """gamma of the staircase: it holds the chains at the saddles."""
 
 
@@ -238,7 +243,7 @@ def plot_crossings(axes, part: Arrays) -> None:
         values, errors = part["found"][number, ..., 0], part["found"][number, ..., 1]
         for seed in range(values.shape[1]):
             offsets = np.array(part["scales"]) * 1.12 ** (seed - (values.shape[1] - 1) / 2)
-            label = f"({name})$^2$" if seed == 0 else None
+            label = f"({name})²".replace("(w)", "w") if seed == 0 else None
             axes.errorbar(offsets, values[:, seed], 2 * errors[:, seed], fmt="o", ms=3, color=f"C{number}", label=label)
     axes.set_xscale("log")
     axes.set(xlabel=r"$n\beta$", ylabel=r"$\hat\lambda$", ylim=(0, 0.62))

@@ -51,7 +51,7 @@ def quiet(*arguments, **options):
 BATCHES = [(name, batch) for name, row in SAMPLERS.items() for batch in (None, 32) if batch is None or not row.adjusted]
 
 
-@pytest.mark.parametrize("way", nightly(BATCHES, [("hmc", None), ("rmsprop_sgld", 32)]))
+@pytest.mark.parametrize("way", nightly(BATCHES, [("hmc", None), ("controlled_sgld", 32), ("rmsprop_sgld", 32)]))
 def test_a_quadratic_risk_has_the_coefficient_of_its_spectrum(way):
     sampler, batch = way
     found = measure(sampler=sampler, batch=batch)

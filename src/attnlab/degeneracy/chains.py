@@ -62,12 +62,18 @@ class Piece(NamedTuple):
     examples: Float[Array, " n"]
 
 
-def localised(risk: Risk, params: Params, scale: Real, localization: Real) -> Posterior:
-    """The posterior around `params` at n beta = `scale`."""
+def localised(risk: Risk, params: Params, scale: Real, localization: Real, *, by_example: bool = False) -> Posterior:
+    """The posterior around `params` at n beta = `scale`; `by_example` with the loss of every example there."""
     baseline, gradient = jax.value_and_grad(risk)(params)
     slope = ravel(gradient)
     numbers = (jnp.asarray(number, slope.dtype) for number in (scale, localization))
-    return Posterior(risk, params, baseline, slope, *numbers)
+    examples = _losses(risk, params) if by_example else jnp.zeros(0, slope.dtype)
+    return Posterior(risk, params, baseline, slope, examples, *numbers)
+
+
+def _losses(risk: Risk, params: Params) -> Float[Array, " n"]:
+    assert isinstance(risk, Objective)  # checked by who asks for them
+    return example_losses(risk, risk.outputs(params))[0]
 
 
 def first_state(posterior: Posterior, plan: Plan, key: PRNGKey) -> ChainState:
@@ -142,7 +148,5 @@ def _tuning_error(plan: Plan, records: Record, share: Scalar) -> Scalar:
 def _by_example(posterior: Posterior, offsets: Float[Array, "chains d"]) -> Float[Array, " n"]:
     """The mean over the chains of the excess of every example."""
     center, unravel = ravel_pytree(posterior.params)
-    risk = posterior.risk
-    assert isinstance(risk, Objective)  # checked by who asks for them
-    losses = lambda offset: example_losses(risk, risk.outputs(unravel(center + offset)))[0]  # noqa: E731
-    return jnp.mean(jax.lax.map(losses, offsets), axis=0) - losses(jnp.zeros_like(center))
+    losses = jax.lax.map(lambda offset: _losses(posterior.risk, unravel(center + offset)), offsets)
+    return jnp.mean(losses, axis=0) - posterior.examples

@@ -122,7 +122,7 @@ def learning_coefficient(
         inverse_temperature: beta; 1 / log n if it is left out.
         localization: gamma.
         sampler: a row of `attnlab.degeneracy.posterior.SAMPLERS`.
-        batch: examples of a minibatch, drawn with replacement; of `sgld` and `rmsprop_sgld` alone.
+        batch: examples of a minibatch, drawn with replacement; of the samplers without a test of acceptance.
         step: e, held; tuned if it is left out.
         chains: how many run side by side.
         steps: that are kept of each chain, rounded up to a multiple of 32.
@@ -152,9 +152,9 @@ def learning_coefficient(
     check_number("inverse_temperature", beta, np.nextafter(0, 1), np.inf, "It is beta, 1 / log n by default.")
     check_number("localization", localization, np.nextafter(0, 1), np.inf, "It is gamma, of a proper prior.")
     _check_batch(risk, plan, number)
-    posterior = jax.jit(localised)(risk, params, number * beta, localization)
+    posterior = _localised(risk, params, number * beta, localization, by_example=plan.by_example)
     kept = joined(_pieces(posterior, plan, key, session))
-    summary = jax.jit(summarise, static_argnums=1)(posterior, plan.sampler, kept, shares)
+    summary = _summarise(posterior, plan.sampler, kept, shares)
     found = _result(summary, number, float(beta), float(localization), sampler)
     _warn(found, plan)
     return found
@@ -232,7 +232,9 @@ def _check_batch(risk: Risk, plan: Plan, number: int) -> None:
         )
 
 
+_localised = jax.jit(localised, static_argnames=("by_example",))
 _first = jax.jit(first_state, static_argnames=("plan",))
+_summarise = jax.jit(summarise, static_argnames=("sampler",))
 _run = jax.jit(run_piece, static_argnames=("plan",))
 
 

@@ -23,6 +23,8 @@ class Sampler:
         adjusted: whether a Metropolis test makes the posterior exact.
         preconditioned: whether P = 1 / sqrt(mean squared gradient), learned in the burn-in and held from then on
             (with a P that goes on changing, Li et al., arXiv 1512.07666, the chain has another stationary law).
+        controlled: whether the gradient of a minibatch is corrected by its gradient at w* (see `evaluate`): twice the
+            cost, and less noise the nearer w*.
         target: acceptance that the burn-in tunes the step to; of a sampler that is not adjusted, the share of the
             kinetic energy that its finite step adds (see `Record.dissipation`).
     """
@@ -30,19 +32,21 @@ class Sampler:
     leapfrogs: int = 1
     adjusted: bool = False
     preconditioned: bool = False
+    controlled: bool = False
     target: float = 0.03
 
 
 SAMPLERS: dict[str, Sampler] = {
     "sgld": Sampler(),
+    "controlled_sgld": Sampler(controlled=True),
     "rmsprop_sgld": Sampler(preconditioned=True),
     "mala": Sampler(adjusted=True, target=0.6),
     "hmc": Sampler(leapfrogs=8, adjusted=True, target=0.8),
 }
-"""Samplers by name. The first two take minibatches; the last two, whose posterior is exact, need all data."""
+"""Samplers by name. The Langevin ones take minibatches; the last two, whose posterior is exact, need all data."""
 
 
-SHORTEST = 0.1
+SHORTEST = 0.03
 """Of the step: where moves are tested, each takes a step between this share of it and all of it, uniform in
 logarithm."""
 
@@ -57,6 +61,7 @@ class Posterior:
         params: w*.
         baseline: L(w*).
         slope: grad L(w*), flat.
+        examples: l_i(w*), the losses of all examples there; empty where there are none.
         scale: n beta.
         localization: gamma.
     """
@@ -65,6 +70,7 @@ class Posterior:
     params: Params
     baseline: Scalar
     slope: Float[Array, " d"]
+    examples: Float[Array, " n"]
     scale: Scalar
     localization: Scalar
 
@@ -100,11 +106,15 @@ class Record(NamedTuple):
     acceptance: Array
 
 
-def evaluate(posterior: Posterior, offset: Float[Array, " d"], key: PRNGKey, batch: int | None) -> Point:
+def evaluate(
+    posterior: Posterior, offset: Float[Array, " d"], key: PRNGKey, batch: int | None, controlled: bool = False
+) -> Point:
     """The point at an offset; with `batch`, from that many examples drawn with replacement.
 
-    Of a batch B the excess is L_B(w) - L_B(w*) - <grad L_B(w*) - grad L(w*), w - w*>: unbiased, and its gradient is
-    that of control variates (Baker et al., arXiv 1706.05439), whose noise vanishes at w*.
+    The excess of a batch is the mean of l_i(w) - l_i(w*) over its own examples, so that most of the noise of L_B cancels.
+    With `controlled` so does that of the gradient: it
+    is then L_B(w) - L_B(w*) - <grad L_B(w*) - grad L(w*), w - w*>, also unbiased, whose gradient is that of control
+    variates (Baker et al., arXiv 1706.05439), without noise at w*.
     """
     center, unravel = ravel_pytree(posterior.params)
     risk = posterior.risk
@@ -118,7 +128,10 @@ def evaluate(posterior: Posterior, offset: Float[Array, " d"], key: PRNGKey, bat
     rows = jax.random.randint(key, (batch,), 0, count)
     part = risk.on(lambda leaf: leaf[rows])
     gradients = jax.value_and_grad(lambda offset: part(unravel(center + offset)))
-    (here, gradient), (there, slope) = gradients(offset), gradients(jnp.zeros_like(offset))
+    here, gradient = gradients(offset)
+    if not controlled:
+        return Point(offset, here - jnp.mean(posterior.examples[rows]), gradient)
+    there, slope = gradients(jnp.zeros_like(offset))
     correction = posterior.slope - slope
     return Point(offset, here - there + correction @ offset, gradient + correction)
 
@@ -154,7 +167,7 @@ def move(
     def leapfrog(carry: tuple[Point, Array], key: PRNGKey) -> tuple[tuple[Point, Array], None]:
         point, momentum = carry
         half = momentum - step / 2 * root * force(posterior, point)
-        moved = evaluate(posterior, point.offset + step * root * half, key, batch)
+        moved = evaluate(posterior, point.offset + step * root * half, key, batch, sampler.controlled)
         return (moved, half - step / 2 * root * force(posterior, moved)), None
 
     keys = jax.random.split(batch_key, sampler.leapfrogs)
