@@ -57,8 +57,8 @@ def test_a_quadratic_risk_has_the_coefficient_of_its_spectrum(way):
     found = measure(sampler=sampler, batch=batch)
     expected = laplace(RISK, BEST, 300 * found.inverse_temperature).coefficient
     assert abs(found.value - expected) < 4 * found.summary.sampling
-    assert found.summary.sampling < 0.15
-    assert found.rhat < 1.05
+    assert found.summary.sampling < 0.25
+    assert found.rhat < 1.2
 
 
 CASES = {

@@ -111,9 +111,8 @@ def evaluate(
 ) -> Point:
     """The point at an offset; with `batch`, from that many examples drawn with replacement.
 
-    The excess of a batch is the mean of l_i(w) - l_i(w*) over its own examples, so that most of the noise of L_B cancels.
-    With `controlled` so does that of the gradient: it
-    is then L_B(w) - L_B(w*) - <grad L_B(w*) - grad L(w*), w - w*>, also unbiased, whose gradient is that of control
+    The excess of a batch is the mean of l_i(w) - l_i(w*) over its own examples, so that most of the noise of L_B
+    cancels. With `controlled` so does that of the gradient: it is then L_B(w) - L_B(w*) - <grad L_B(w*) - grad L(w*), w - w*>, also unbiased, whose gradient is that of control
     variates (Baker et al., arXiv 1706.05439), without noise at w*.
     """
     center, unravel = ravel_pytree(posterior.params)
