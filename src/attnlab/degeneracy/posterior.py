@@ -112,8 +112,8 @@ def evaluate(
     """The point at an offset; with `batch`, from that many examples drawn with replacement.
 
     The excess of a batch is the mean of l_i(w) - l_i(w*) over its own examples, so that most of the noise of L_B
-    cancels. With `controlled` so does that of the gradient: it is then L_B(w) - L_B(w*) - <grad L_B(w*) - grad L(w*), w - w*>, also unbiased, whose gradient is that of control
-    variates (Baker et al., arXiv 1706.05439), without noise at w*.
+    cancels. With `controlled` so does that of the gradient: the excess is then L_B(w) - L_B(w*) - <grad L_B(w*) -
+    grad L(w*), w - w*>, also unbiased, whose gradient is that of control variates (Baker et al., arXiv 1706.05439).
     """
     center, unravel = ravel_pytree(posterior.params)
     risk = posterior.risk
