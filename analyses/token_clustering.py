@@ -339,6 +339,14 @@ def findings(arrays: Arrays, config: Config) -> list[Expectation]:
         why = "what rises is common to all texts, not the meeting of the tokens of one"
         what = f"{label}: largest excess within texts before the last layer"
         found.append(at_most(what, inner, 0.1, because=why, source="derived here"))
+        last, nothing = (excess(each[kind]).mean(axis=0)[-1] for kind in ("trained", "initial"))
+        if name == "minilm":
+            found.append(at_least(f"{label}: excess in the last layer", last, 0.2, source="its training, which pools"))
+            collapsed = each["initial"]["within"][:, -1].mean()
+            found.append(at_least(f"{label}, shuffled: cosine in the last layer", collapsed, 0.9, source=RIGOLLET))
+        else:
+            what = f"{label}, shuffled: excess in the last layer over that of the trained one"
+            found.append(at_least(what, nothing / last, 2.0, source="derived here"))
     return found
 
 
