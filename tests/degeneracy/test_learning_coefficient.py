@@ -12,11 +12,12 @@ from jax.tree_util import Partial
 
 import attnlab as al
 from attnlab.degeneracy.diagnostics import effective_size, error_of_mean, split_rhat
-from attnlab.degeneracy.estimate import DivergedChainError, LearningCoefficientWarning
+from attnlab.degeneracy.estimate import LearningCoefficientWarning, at_temperatures
 from attnlab.degeneracy.laplace import laplace
 from attnlab.degeneracy.posterior import SAMPLERS
 from attnlab.degeneracy.probe import learning_coefficient_probe
 from attnlab.degeneracy.quadrature import crossing_energy, two_layer_energy
+from attnlab.degeneracy.run import DivergedChainError
 from attnlab.objectives import batched, objective
 from attnlab.risks.degenerate import crossing_risk, deep_linear_risk, turned
 from attnlab.runs.session import Session
@@ -85,17 +86,17 @@ def test_a_degenerate_minimum_has_the_coefficient_of_the_integral(name, padding,
 
 
 @pytest.mark.slow
-def test_a_bar_covers_over_a_hundred_seeds():
-    """Of 95 % intervals of regression with fresh noise, and of HMC on a crossing, at most 12 of 100 miss."""
+def test_a_bar_covers_over_forty_seeds():
+    """Of 95 % intervals of regression with fresh noise, and of HMC on a crossing, at most 6 of 40 miss."""
     risk, params = CROSSING
     expected = crossing_energy((1, 1), SCALE)
     covered = {"crossing": 0, "regression": 0}
-    for seed in range(100):
+    for seed in range(40):
         low, high = quiet(risk, params, jax.random.key(seed), count=COUNT).estimate.interval()
         covered["crossing"] += bool(low <= expected <= high)
         low, high = quiet(*regression(jax.random.key(seed), 1000), jax.random.key(seed)).estimate.interval()
         covered["regression"] += bool(low <= 2.0 <= high)
-    assert min(covered.values()) >= 88, covered
+    assert min(covered.values()) >= 34, covered
 
 
 def test_the_bound_says_what_a_baseline_off_the_minimum_loses():
@@ -147,6 +148,40 @@ def test_a_killed_run_goes_on_with_the_same_numbers(tmp_path):
     assert resumed.value == whole.value
     with pytest.raises(ValueError, match="holds another run"):
         short(session=Session(tmp_path), localization=2.0)
+
+
+def test_temperatures_side_by_side_have_the_coefficients_of_their_spectrum():
+    betas = (0.05, 0.2, 1.0)
+    found = at_temperatures(RISK, BEST, jax.random.key(1), betas, localization=3.0)
+    for one, beta in zip(found, betas, strict=True):
+        expected = laplace(RISK, BEST, 300 * beta, 3.0).coefficient
+        assert (one.inverse_temperature, one.localization) == (beta, 3.0)
+        assert abs(one.value - expected) < 4 * one.summary.sampling
+    assert found[0].value < found[2].value
+    with pytest.raises(ValueError, match="inverse_temperatures is empty"):
+        at_temperatures(RISK, BEST, jax.random.key(1), ())
+    with pytest.raises(ValueError, match=r"inverse_temperature is 0\.0; expected"):
+        at_temperatures(RISK, BEST, jax.random.key(1), (1.0, 0))
+
+
+@pytest.mark.slow
+def test_single_precision_stays_single():
+    risk = RISK.on(lambda leaf: leaf.astype(jnp.float32))
+    found = quiet(risk, BEST.astype(jnp.float32), jax.random.key(1), steps=512)
+    assert found.summary.losses.dtype == jnp.float32
+    assert abs(found.value - laplace(RISK, BEST, 300 * found.inverse_temperature).coefficient) < 5 * found.error
+
+
+@pytest.mark.slow
+def test_weighted_examples_count_as_many_as_weigh_anything():
+    weights = jnp.ones(300).at[100:].set(0.0)
+    part = RISK.on(lambda leaf: leaf[:100])
+    best = jnp.linalg.lstsq(part.inputs, part.targets)[0]
+    weighted = objective(RISK.predict, al.square_loss, RISK.inputs, RISK.targets, weights=weights)
+    found, expected = (quiet(risk, best, jax.random.key(1), steps=512) for risk in (weighted, part))
+    assert found.count == expected.count == 100
+    assert found.value == pytest.approx(expected.value)
+    assert float(found.summary.data) == pytest.approx(float(expected.summary.data))
 
 
 def test_it_shows_itself_briefly():

@@ -66,7 +66,7 @@ def localised(risk: Risk, params: Params, scale: Real, localization: Real, *, by
     """The posterior around `params` at n beta = `scale`; `by_example` with the loss of every example there."""
     baseline, gradient = jax.value_and_grad(risk)(params)
     slope = ravel(gradient)
-    numbers = (jnp.asarray(number, slope.dtype) for number in (scale, localization))
+    numbers = (jnp.asarray(number).astype(slope.dtype) for number in (scale, localization))
     examples = _losses(risk, params) if by_example else jnp.zeros(0, slope.dtype)
     return Posterior(risk, params, baseline, slope, examples, *numbers)
 
@@ -123,15 +123,14 @@ def _step(posterior: Posterior, state: ChainState, plan: Plan) -> tuple[ChainSta
     step = jnp.exp(state.log_step)
     moved = partial(move, posterior, sampler, plan.batch)
     points, records = jax.vmap(moved, (0, None, None, None, 0))(state.points, step, scaling, adjust, keys)
-    forces = jax.vmap(partial(force, posterior))(state.points)
-    squares = jnp.mean(forces**2, axis=0)
-    pace = (state.time + 1).astype(step.dtype)
+    log_step, newest = state.log_step, state.squares
+    if plan.step is None or sampler.preconditioned:
+        squares = jnp.mean(jax.vmap(partial(force, posterior))(state.points) ** 2, axis=0)
+        pace = (state.time + 1).astype(step.dtype)
+        newest = jnp.where(tuning, newest + (squares - newest) / jnp.minimum(pace + 1, 200), newest)
     if plan.step is None:
         error = _tuning_error(plan, records, step**2 / 4 * jnp.mean(scaling * squares))
-        log_step = jnp.where(tuning, state.log_step + error / pace**0.6, state.log_step)
-    else:
-        log_step = state.log_step
-    newest = jnp.where(tuning, state.squares + (squares - state.squares) / jnp.minimum(pace + 1, 200), state.squares)
+        log_step = jnp.where(tuning, log_step + error / pace**0.6, log_step)
     return ChainState(state.time + 1, points, log_step, newest, state.key), records
 
 

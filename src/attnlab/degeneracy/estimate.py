@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,13 +12,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from attnlab.checks import check_key, check_number, check_whole, unknown_name
-from attnlab.degeneracy.chains import BURN_IN, PIECES, ChainState, Piece, Plan, first_state, localised, run_piece
-from attnlab.degeneracy.posterior import SAMPLERS, Posterior
-from attnlab.degeneracy.summary import Summary, joined, summarise
+from attnlab.degeneracy.chains import PIECES, Plan
+from attnlab.degeneracy.posterior import SAMPLERS
+from attnlab.degeneracy.run import posteriors_at, run_chains, summaries_of
+from attnlab.degeneracy.summary import Summary, joined
 from attnlab.objectives import BatchedObjective, Objective, Risk, check_objective, example_losses, known_loss
-from attnlab.runs.checkpoint import fingerprint
-from attnlab.runs.progress import Clock
-from attnlab.runs.session import AT_ONCE, Session, fold
+from attnlab.runs.session import AT_ONCE, Session
 from attnlab.statistics import Estimate
 from attnlab.types import Params, PRNGKey, Real
 
@@ -29,10 +29,6 @@ LARGEST_STEP_SHARE = 0.3
 
 class LearningCoefficientWarning(UserWarning):
     """The chains say that the value should not be trusted as it stands."""
-
-
-class DivergedChainError(ArithmeticError):
-    """A chain left all finite numbers."""
 
 
 @dataclass(frozen=True)
@@ -142,21 +138,67 @@ def learning_coefficient(
         >>> abs(found.value - 1.5) < 3 * found.error  # half of three parameters
         True
     """
+    betas = None if inverse_temperature is None else (inverse_temperature,)
+    run: dict[str, Any] = {
+        "sampler": sampler,
+        "batch": batch,
+        "step": step,
+        "chains": chains,
+        "steps": steps,
+        "session": session,
+    }
+    (found,) = _sampled(risk, params, key, betas, count=count, localization=localization, **run)
+    return found
+
+
+def at_temperatures(
+    risk: Risk, params: Params, key: PRNGKey, inverse_temperatures: Sequence[Real], **options: Any
+) -> list[LearningCoefficient]:
+    """`learning_coefficient` at each of these beta, all chains of all of them side by side.
+
+    Where beta is right for n the value does not depend on it: it falls at small beta, where the chains feel the
+    localization, and keeps the logarithmic correction of degenerate minima. The `options` are those of
+    `learning_coefficient`. Raises as it does, and `ValueError` for no temperature.
+    """
+    if not len(inverse_temperatures):
+        raise ValueError("inverse_temperatures is empty; expected one or more numbers beta, about 1 / log n.")
+    return _sampled(risk, params, key, tuple(inverse_temperatures), **options)
+
+
+def _sampled(
+    risk: Risk,
+    params: Params,
+    key: PRNGKey,
+    betas: tuple[Real, ...] | None,
+    *,
+    count: int | None = None,
+    localization: Real = 1.0,
+    sampler: str = "hmc",
+    batch: int | None = None,
+    step: float | None = None,
+    chains: int = 4,
+    steps: int = 2048,
+    session: Session = AT_ONCE,
+) -> list[LearningCoefficient]:
     check_key(key)
     if not isinstance(risk, Objective | BatchedObjective):
         raise TypeError(f"risk is a {type(risk).__name__}; expected an Objective: objective(predict, loss, ...).")
     check_objective(risk, params)
     plan = plan_of(sampler, chains, steps, batch, step, by_example=count is None)
     number, shares = _examples(risk, params, count)
-    beta = 1 / math.log(number) if inverse_temperature is None else inverse_temperature
-    check_number("inverse_temperature", beta, np.nextafter(0, 1), np.inf, "It is beta, 1 / log n by default.")
+    betas = (1 / math.log(number),) if betas is None else betas
+    for beta in betas:
+        check_number("inverse_temperature", beta, np.nextafter(0, 1), np.inf, "It is beta, 1 / log n by default.")
     check_number("localization", localization, np.nextafter(0, 1), np.inf, "It is gamma, of a proper prior.")
     _check_batch(risk, plan, number)
-    posterior = _localised(risk, params, number * beta, localization, by_example=plan.by_example)
-    kept = joined(_pieces(posterior, plan, key, session))
-    summary = _summarise(posterior, plan.sampler, kept, shares)
-    found = _result(summary, number, float(beta), float(localization), sampler)
-    _warn(found, plan)
+    scales = jnp.asarray([number * float(beta) for beta in betas])
+    posteriors = posteriors_at(risk, params, scales, localization, by_example=plan.by_example)
+    summaries = summaries_of(posteriors, joined(run_chains(posteriors, plan, key, session)), shares, plan.sampler)
+    found = []
+    for place, beta in enumerate(betas):
+        summary = jax.tree.map(lambda leaf, place=place: leaf[place], summaries)
+        found.append(_result(summary, number, float(beta), float(localization), sampler))
+        _warn(found[-1], plan)
     return found
 
 
@@ -229,49 +271,6 @@ def _check_batch(risk: Risk, plan: Plan, number: int) -> None:
     if plan.batch > number:
         raise ValueError(
             f"batch is {plan.batch}; expected at most the {number} examples. Leave it out for all of them."
-        )
-
-
-_localised = jax.jit(localised, static_argnames=("by_example",))
-_first = jax.jit(first_state, static_argnames=("plan",))
-_summarise = jax.jit(summarise, static_argnames=("sampler",))
-_run = jax.jit(run_piece, static_argnames=("plan",))
-
-
-def _pieces(posterior: Posterior, plan: Plan, key: PRNGKey, session: Session) -> list[Piece]:
-    """All pieces, those of the burn-in first; saved and reported one by one."""
-    session.check_one_by_one("chains, which run side by side anyway")
-    total = BURN_IN + PIECES
-
-    def chunks(state: ChainState) -> int | None:
-        done = int(state.time) // plan.length
-        return done if done < total else None
-
-    def advance(state: ChainState, number: int) -> tuple[ChainState, Piece]:
-        state, piece = _run(posterior, state, plan)
-        _check_finite(state, piece, number, plan)
-        return state, piece
-
-    def watch(state: ChainState) -> Any:
-        assert session.report is not None
-        gradients = plan.chains * plan.sampler.leapfrogs
-        clock = Clock(session.report, int(state.time) * gradients, total * plan.length * gradients)
-        return lambda state: clock.tell(int(state.time) * gradients)
-
-    part = lambda state: _run(posterior, state, plan)[1]  # noqa: E731
-    with session.open(lambda: fingerprint((posterior, key, np.frombuffer(repr(plan).encode(), np.uint8)))) as running:
-        fold(advance, lambda: _first(posterior, plan, key), chunks, running, part=part, watch=watch)
-        return list(running.parts)
-
-
-def _check_finite(state: ChainState, piece: Piece, number: int, plan: Plan) -> None:
-    finite = np.isfinite(np.asarray(piece.records.excess)).all(axis=1) & np.isfinite(state.points.offset).all(axis=1)
-    if not finite.all():
-        bad = ", ".join(map(str, np.flatnonzero(~finite)))
-        raise DivergedChainError(
-            f"chain {bad} of {plan.chains} is not finite within steps {number * plan.length} to "
-            f"{(number + 1) * plan.length}, at the step {float(piece.step):.3g}. Take a smaller step, a larger "
-            "localization, or sampler='hmc', which refuses such moves."
         )
 
 
