@@ -297,7 +297,7 @@ def plot_staircase(axes, arrays: Arrays) -> None:
     below.set_ylabel("risk (grey)")
     levels = [np.median(part["found"][..., 0][at]) for at in rests(arrays)[1:] if at.any()]
     axes.set_title("(d) steps of rank 1, 2, ... at " + ", ".join(f"{level:.1f}" for level in levels))
-    axes.legend(fontsize="small", loc="lower right", title="dots sampled, lines Hessian", title_fontsize="small")
+    axes.legend(fontsize="small", loc="center right", title="dots sampled, lines Hessian", title_fontsize="small")
 
 
 def findings(arrays: Arrays, config: Config) -> list[Expectation]:

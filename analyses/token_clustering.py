@@ -140,15 +140,15 @@ def long_context(config: Config) -> Arrays:
 
 
 def real_tokens(config: Config) -> Arrays:
-    """By model, trained and at initialisation: mean cosines within texts and between texts after every layer (seeds,
-    layers), and clusters at a cosine of 0.9 over tokens."""
+    """By model, trained and with shuffled weights: mean cosines within texts and between texts after every layer
+    (seeds, layers), and clusters at a cosine of 0.9 over tokens."""
     arrays = {}
     for name in config.models or ("tiny",):
-        model, trained, initial = weights_of(name, config)
+        model, trained, mixed = weights_of(name, config)
         batches = [batch_of(model, seed, config) for seed in seeds(config)]
         arrays[name] = {
             "trained": stacked([geometry(model.predict, trained, batch) for batch in batches]),
-            "initial": stacked([geometry(model.predict, initial, batch) for batch in batches]),
+            "shuffled": stacked([geometry(model.predict, mixed, batch) for batch in batches]),
         }
     return arrays
 
@@ -158,7 +158,7 @@ def stacked(parts: list[Arrays]) -> Arrays:
 
 
 def weights_of(name: str, config: Config):
-    """The model, its trained parameters, and parameters at initialisation: every matrix with its entries in another
+    """The model, its trained parameters, and shuffled ones: every matrix with its entries in another
     order, which keeps the sizes and leaves nothing learned."""
     import jax
 
@@ -304,15 +304,17 @@ def plot_real(axes, part: Arrays) -> None:
         depth = np.arange(1, trained["within"].shape[1] + 1) / trained["within"].shape[1]
         for field, style in (("within", "-"), ("between", "--")):
             mean = trained[field].mean(axis=0)
-            axes.plot(depth, mean, style, color=color, marker="o", ms=3, label=f"{label}, {field} texts")
+            axes.plot(
+                depth, mean, style, color=color, marker="o" * (field == "within"), ms=3, label=f"{label}, {field} texts"
+            )
             low, high = trained[field].min(axis=0), trained[field].max(axis=0)
             axes.fill_between(depth, low, high, color=color, alpha=0.2, lw=0)
-        nothing = excess(part[name]["initial"]).mean(axis=0)
+        nothing = excess(part[name]["shuffled"]).mean(axis=0)
         axes.plot(depth, nothing, ":", color=color, label=f"{label}, shuffled: difference")
     tops = ", ".join(f"{np.mean(excess(part[name]['trained'])[:, -1]):.2f}" for name in part)
     axes.set(xlabel="depth (layer over layers)", ylabel="mean cosine of two tokens")
     axes.set_title(f"(d) real tokens: within less between, last layer, {tops}")
-    axes.legend(fontsize="x-small")
+    axes.legend(fontsize="x-small", handlelength=3)
 
 
 def findings(arrays: Arrays, config: Config) -> list[Expectation]:
@@ -339,10 +341,10 @@ def findings(arrays: Arrays, config: Config) -> list[Expectation]:
         why = "what rises is common to all texts, not the meeting of the tokens of one"
         what = f"{label}: largest excess within texts before the last layer"
         found.append(at_most(what, inner, 0.1, because=why, source="derived here"))
-        last, nothing = (excess(each[kind]).mean(axis=0)[-1] for kind in ("trained", "initial"))
+        last, nothing = (excess(each[kind]).mean(axis=0)[-1] for kind in ("trained", "shuffled"))
         if name == "minilm":
             found.append(at_least(f"{label}: excess in the last layer", last, 0.2, source="its training, which pools"))
-            collapsed = each["initial"]["within"][:, -1].mean()
+            collapsed = each["shuffled"]["within"][:, -1].mean()
             found.append(at_least(f"{label}, shuffled: cosine in the last layer", collapsed, 0.9, source=RIGOLLET))
         else:
             what = f"{label}, shuffled: excess in the last layer over that of the trained one"

@@ -139,15 +139,9 @@ def learning_coefficient(
         True
     """
     betas = None if inverse_temperature is None else (inverse_temperature,)
-    run: dict[str, Any] = {
-        "sampler": sampler,
-        "batch": batch,
-        "step": step,
-        "chains": chains,
-        "steps": steps,
-        "session": session,
-    }
-    (found,) = _sampled(risk, params, key, betas, count=count, localization=localization, **run)
+    how: dict[str, Any] = {"sampler": sampler, "batch": batch, "step": step, "chains": chains, "steps": steps}
+    how |= {"count": count, "localization": localization, "session": session}
+    (found,) = _sampled(risk, params, key, betas, **how)
     return found
 
 

@@ -1,4 +1,4 @@
-"""A run of chains at several temperatures at once, in pieces between which it saves, reports and looks for divergence."""
+"""Chains at one temperature or several, run in pieces: between two they save, report and look for divergence."""
 
 from typing import Any
 
