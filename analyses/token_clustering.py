@@ -158,7 +158,7 @@ def stacked(parts: list[Arrays]) -> Arrays:
 
 
 def weights_of(name: str, config: Config):
-    """The model, its trained parameters, and shuffled ones: every matrix with its entries in another order, which keeps the sizes and leaves nothing learned."""
+    """The model, its trained parameters, and shuffled ones, whose matrices keep their entries and nothing learned."""
     import jax
 
     if name == "tiny":
