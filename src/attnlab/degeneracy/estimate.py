@@ -308,4 +308,4 @@ def _warn(found: LearningCoefficient, plan: Plan) -> None:
     for holds, reason in reasons:
         if holds:
             message = f"the learning coefficient {value:.4g} ± {found.error:.2g} is not to be trusted: {reason}."
-            warnings.warn(message, LearningCoefficientWarning, stacklevel=3)
+            warnings.warn(message, LearningCoefficientWarning, stacklevel=4)
