@@ -1,5 +1,8 @@
 """Claims about degenerate minima: learning coefficients sampled, by quadrature and in closed form."""
 
+import warnings
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +10,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array
 
 from attnlab.claims.registry import claim
-from attnlab.degeneracy.estimate import learning_coefficient
+from attnlab.degeneracy.estimate import LearningCoefficient, LearningCoefficientWarning, learning_coefficient
 from attnlab.degeneracy.exact import deep_linear, normal_crossing, reduced_rank
 from attnlab.degeneracy.laplace import laplace
 from attnlab.degeneracy.quadrature import crossing_energy, two_layer_energy
@@ -21,6 +24,13 @@ COUNT = 10_000
 SCALE = COUNT / np.log(COUNT)
 """n and n beta."""
 BARS = "four standard errors, of the chains alone: the reference is that of the same n and gamma"
+
+
+def _sampled(risk: Objective, params: Array, key: PRNGKey, **options: Any) -> LearningCoefficient:
+    """Without warnings: some of the claims are about what they warn of."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LearningCoefficientWarning)
+        return learning_coefficient(risk, params, key, **options)
 
 
 def _linear(weights: Array, inputs: Array) -> Array:
@@ -49,7 +59,7 @@ def a_regular_minimum_has_half_its_dimension(key: PRNGKey) -> list[Expectation]:
     for name, noise in (("exact targets", 0.0), ("noisy targets", 1.0)):
         risk, best, _ = _regression(key, 1000, 5, noise)
         risk, best = turned(key, risk, best, padding=7)
-        sampled = learning_coefficient(risk, best, key)
+        sampled = _sampled(risk, best, key)
         quadratic = laplace(risk, best, 1000 / np.log(1000))
         error = sampled.summary.sampling
         found.append(equal(f"{name}: sampled", sampled.value, quadratic.coefficient, standard_error=error))
@@ -117,7 +127,7 @@ def sampling_sees_what_the_hessian_does_not(key: PRNGKey) -> list[Expectation]:
     found, curvatures = [], []
     for name, ((risk, params), energy) in cases.items():
         risk, moved = turned(key, risk, params, padding=2)
-        sampled = learning_coefficient(risk, moved, key, count=COUNT, steps=4096)
+        sampled = _sampled(risk, moved, key, count=COUNT, steps=4096)
         found.append(equal(name, sampled.value, energy, standard_error=sampled.error))
         curvatures.append(_bent(risk, moved))
     return [*found, equal("largest |eigenvalue| of the Hessian", curvatures, 0.0, 1e-10, because="rounding")]
@@ -161,8 +171,8 @@ def the_baseline_shares_its_data_with_the_chain(key: PRNGKey) -> list[Expectatio
     """Regression in eight dimensions on 400 noisy examples, at the truth and at least squares."""
     risk, best, truth = _regression(key, 400, 8, 1.0)
     gap = 400 / np.log(400) * float(risk(truth) - risk(best))
-    at_truth = learning_coefficient(risk, truth, key, steps=8192)
-    at_best = learning_coefficient(risk, best, key, steps=8192)
+    at_truth = _sampled(risk, truth, key, steps=8192)
+    at_best = _sampled(risk, best, key, steps=8192)
     error = np.hypot(at_truth.summary.sampling, at_best.summary.sampling)
     alone = 400 / np.log(400) * float(jnp.std((risk.outputs(best) - risk.targets) ** 2)) / 400**0.5
     return [
@@ -185,7 +195,7 @@ def the_error_of_a_finite_step_is_known(key: PRNGKey) -> list[Expectation]:
     risk = objective(Partial(_linear), square_loss, jnp.eye(2), jnp.zeros(2))
     scale = COUNT / np.log(COUNT)
     step = float((scale + 1) ** -0.5)
-    found = learning_coefficient(risk, jnp.zeros(2), key, count=COUNT, sampler="sgld", step=step, steps=8192)
+    found = _sampled(risk, jnp.zeros(2), key, count=COUNT, sampler="sgld", step=step, steps=8192)
     raw = found.value + float(found.summary.discretisation)
     expected = scale / (scale + 1)
     error = found.summary.sampling

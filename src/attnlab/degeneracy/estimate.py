@@ -299,7 +299,7 @@ def _warn(found: LearningCoefficient, plan: Plan) -> None:
         (abs(found.drift) > noise, f"a gamma larger by a factor e changes it by {found.drift:.2g}. Vary localization"),
         (
             taken_off > LARGEST_STEP_SHARE * abs(value),
-            f"{taken_off:.2g} was taken off for the step. Take less",
+            f"{taken_off:.2g} was taken off for the step. Shorten it",
         ),
         (baseline > 0.1 * abs(value), f"L(w*) is not the least beside it, which adds {baseline:.2g}. Train on"),
         (adjusted and acceptance < LOWEST_ACCEPTANCE, f"acceptance is {acceptance:.3f}: the step is too large"),
