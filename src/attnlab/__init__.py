@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from attnlab.curvature import solve as solve
     from attnlab.curvature import spectral_density as spectral_density
     from attnlab.curvature import trace as trace
+    from attnlab.degeneracy.estimate import learning_coefficient as learning_coefficient
     from attnlab.dynamics.closed_form import attention_blocks as attention_blocks
     from attnlab.dynamics.flows import central_flow as central_flow
     from attnlab.dynamics.generalized import generalized_sharpness as generalized_sharpness
@@ -112,6 +113,9 @@ TOPICS: dict[str, dict[str, tuple[str, ...]]] = {
         "attnlab.dynamics.generalized": ("generalized_sharpness",),
         "attnlab.dynamics.closed_form": ("attention_blocks",),
         "attnlab.dynamics.flows": ("central_flow",),
+    },
+    "degeneracy": {
+        "attnlab.degeneracy.estimate": ("learning_coefficient",),
     },
     "margin": {
         "attnlab.margin": ("attention_problem", "max_margin", "regularization_path", "margin_probe"),

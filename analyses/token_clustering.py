@@ -1,0 +1,374 @@
+"""Tokens as particles on the sphere: when attention clusters them in theory, and what real tokens do.
+
+Clusters of tokens on the circle against the fastest growing mode, equal angles against their law, the transition of
+long contexts; and the tokens of a sentence encoder and of a language model on English prose, layer by layer, where a
+cosine within a text means something only beside that between texts.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from rich.progress import Progress
+from rich.table import Table
+
+from attnlab.analysis import Analysis, Arrays, SinglePrecisionConfig
+from attnlab.expectation import Expectation, at_least, at_most, between
+
+RIGOLLET = "Geshkovski, Letrouit, Polyanskiy, Rigollet, arXiv 2312.10794"
+LONG = "Rigollet, arXiv 2512.01868"
+COSINE = 0.5
+"""Of the tokens at equal angles in a long context."""
+MODELS = {"minilm": "MiniLM", "smollm2": "SmolLM2"}
+
+
+@dataclass(frozen=True)
+class Config(SinglePrecisionConfig):
+    """Options of the analysis."""
+
+    SMOKE: ClassVar = {
+        "betas": (16.0,), "seeds": 1, "tokens": 32, "horizon": 200.0,
+        "counts": (16,), "texts": 2, "length": 8, "models": (),
+    }  # fmt: skip
+
+    betas: tuple[float, ...] = (9.0, 16.0, 25.0, 36.0, 49.0, 64.0, 81.0, 100.0)
+    """Inverse temperatures on the circle."""
+    seeds: int = 3
+    """How many seeds; the first has the number `--seed`."""
+    tokens: int = 128
+    """Tokens on the circle."""
+    horizon: float = 1000.0
+    """Time at which the tokens on the circle are last seen."""
+    counts: tuple[int, ...] = (16, 128, 1024)
+    """Lengths of the context."""
+    texts: int = 8
+    """Texts of each seed."""
+    length: int = 64
+    """Tokens of each text."""
+    models: tuple[str, ...] = tuple(MODELS)
+    """Which real models; none for a tiny random encoder."""
+
+
+def compute(config: Config, progress: Progress) -> Arrays:
+    """The four parts."""
+    parts = {"circle": circle, "angles": angles, "long": long_context, "real": real_tokens}
+    task, arrays = progress.add_task("parts", total=len(parts), status=""), {}
+    for name, part in parts.items():
+        progress.update(task, status=name)
+        arrays[name] = part(config)
+        progress.advance(task)
+    return arrays
+
+
+def seeds(config: Config) -> range:
+    return range(config.seed, config.seed + config.seeds)
+
+
+def circle(config: Config) -> Arrays:
+    """Clusters at all times (betas, seeds, times) of tokens drawn on the circle, the number that lasts longest and how
+    long (betas, seeds, 2), and the fastest mode."""
+    import jax
+    import jax.numpy as jnp
+
+    from attnlab.particles.clusters import count_clusters, metastable_count
+    from attnlab.particles.flow import token_flow, uniform_tokens
+    from attnlab.particles.laws import fastest_mode
+
+    times = np.concatenate([[0.0], np.geomspace(1.0, config.horizon, 60)])
+    counts, lasting = [], []
+    for beta in config.betas:
+        paths = [
+            token_flow(uniform_tokens(jax.random.key(seed), config.tokens, 2), jnp.asarray(times), beta, tolerance=1e-5)
+            for seed in seeds(config)
+        ]
+        counts.append([jax.lax.map(lambda x, b=beta: count_clusters(x, 1 - 0.02 / b), path) for path in paths])
+        lasting.append([metastable_count(one, times) for one in counts[-1]])
+    modes = [fastest_mode(beta) for beta in config.betas]
+    return {"times": times, "counts": np.array(counts), "lasting": np.array(lasting), "modes": modes}
+
+
+ANGLE_BETAS = (1.0, 4.0, 9.0)
+
+
+def angles(config: Config) -> Arrays:
+    """Mean cosines in time (betas, times) from equal angles of cosine 0.05, from tokens drawn in 64 dimensions (seeds,
+    betas, times), and the law."""
+    import jax
+    import jax.numpy as jnp
+
+    from attnlab.dynamics.tokens import mean_cosine
+    from attnlab.particles.flow import equiangular_tokens, token_flow, uniform_tokens
+    from attnlab.particles.laws import equiangular_cosine
+
+    times = jnp.linspace(0.0, 16.0, 41)
+    drawn = [uniform_tokens(jax.random.key(seed), 32, 64) for seed in seeds(config)]
+
+    def cosines(start, beta):
+        return jax.vmap(mean_cosine)(token_flow(start, times, beta, tolerance=1e-6))
+
+    return {
+        "times": times,
+        "equal": [cosines(equiangular_tokens(32, 0.05), beta) for beta in ANGLE_BETAS],
+        "law": [equiangular_cosine(0.05, times, 32, beta, tolerance=1e-6) for beta in ANGLE_BETAS],
+        "drawn": np.array([[cosines(start, beta) for beta in ANGLE_BETAS] for start in drawn]),
+    }
+
+
+def long_context(config: Config) -> Arrays:
+    """How fast the cosine of tokens at equal angles grows over what averaging gives, measured (counts, strengths) at
+    beta = strength log n, and what law gives (counts, fine)."""
+    import jax
+    import jax.numpy as jnp
+
+    from attnlab.particles.flow import equiangular_tokens, velocity
+    from attnlab.particles.laws import self_attention_share
+
+    strengths, fine = np.linspace(0.25, 4.0, 16), np.linspace(0.1, 4.0, 100)
+
+    @jax.jit
+    def rate(tokens, beta):
+        moved = velocity(tokens, beta)
+        return moved[0] @ tokens[1] + moved[1] @ tokens[0]
+
+    measured = []
+    for n in config.counts:
+        tokens = equiangular_tokens(n, COSINE)
+        slowed = 2 * (1 - COSINE) * (1 + (n - 1) * COSINE) / (n - 1)
+        measured.append([float(rate(tokens, jnp.float32(c * np.log(n)))) / slowed for c in strengths])
+    law = [1 - self_attention_share(n, fine, COSINE) for n in config.counts]
+    return {"strengths": strengths, "fine": fine, "measured": measured, "law": np.array(law)}
+
+
+def real_tokens(config: Config) -> Arrays:
+    """By model, trained and with shuffled weights: mean cosines within texts and between texts after every layer
+    (seeds, layers), and clusters at a cosine of 0.9 over tokens."""
+    arrays = {}
+    for name in config.models or ("tiny",):
+        model, trained, mixed = weights_of(name, config)
+        batches = [batch_of(model, seed, config) for seed in seeds(config)]
+        arrays[name] = {
+            "trained": stacked([geometry(model.predict, trained, batch) for batch in batches]),
+            "shuffled": stacked([geometry(model.predict, mixed, batch) for batch in batches]),
+        }
+    return arrays
+
+
+def stacked(parts: list[Arrays]) -> Arrays:
+    return {name: np.array([part[name] for part in parts]) for name in parts[0]}
+
+
+def weights_of(name: str, config: Config):
+    """The model, its trained parameters, and shuffled ones, whose matrices keep their entries and nothing learned."""
+    import jax
+
+    if name == "tiny":
+        return tiny_model(config)
+    from attnlab.models.pretrained import minilm, smollm2
+
+    model = minilm() if name == "minilm" else smollm2(scan=False, remat=None, factored=True)
+    return model, model.params, jax.jit(shuffled)(model.params, jax.random.key(config.seed))
+
+
+def shuffled(params, key):
+    """Every matrix of the layers with its entries in random order; vectors and embeddings as they are."""
+    import jax
+
+    named, structure = jax.tree_util.tree_flatten_with_path(params)
+    keys = jax.random.split(key, len(named))
+    mixed = [
+        leaf
+        if leaf.ndim < 2 or "embedding" in jax.tree_util.keystr(path)
+        else jax.random.permutation(part, leaf.ravel()).reshape(leaf.shape)
+        for part, (path, leaf) in zip(keys, named, strict=True)
+    ]
+    return jax.tree_util.tree_unflatten(structure, mixed)
+
+
+def tiny_model(config: Config):
+    """A random encoder of one small layer, in place of a pretrained one."""
+    import string
+
+    import jax
+    import jax.numpy as jnp
+
+    from attnlab.models.adapters import from_linen
+    from attnlab.models.pretrained import Pretrained, bert_config, wordpiece
+    from attnlab.models.text_encoder import TextEncoder, TokenBatch
+
+    letters = string.ascii_lowercase
+    tokenizer = wordpiece(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters, *(f"##{letter}" for letter in letters)])
+    size = {"layers": 1, "width": 8, "heads": 2, "vocabulary": tokenizer.vocabulary, "length": config.length}
+    module = TextEncoder(bert_config(**size))
+    tokens = jnp.ones((1, config.length), jnp.int32)
+    params = module.init(jax.random.key(0), TokenBatch(tokens, tokens > 0))["params"]
+    model = Pretrained(module.config, params, from_linen(module), tokenizer, "", "")
+    return model, params, shuffled(params, jax.random.key(1))
+
+
+def batch_of(model, seed: int, config: Config):
+    """Texts that fill the length, drawn by the seed, as the model takes them."""
+    from attnlab.data.sentences import paragraphs
+    from attnlab.models.text_encoder import TokenBatch
+    from attnlab.models.transformer import LanguageModelConfig
+
+    batch = model.tokenizer.encode(paragraphs(), config.length)
+    full = np.flatnonzero(np.asarray(batch.mask).all(axis=1))
+    chosen = np.random.default_rng(seed).choice(full, config.texts, replace=False)
+    tokens = batch.tokens[chosen]
+    return tokens if isinstance(model.config, LanguageModelConfig) else TokenBatch(tokens, batch.mask[chosen])
+
+
+def geometry(predict, params, batch) -> Arrays:
+    """Cosines and clusters of the tokens after each layer, without the first of each text, which models use as a
+    sink."""
+    import jax
+    import jax.numpy as jnp
+
+    from attnlab.dynamics.tokens import mean_cosine, representations
+    from attnlab.particles.clusters import count_clusters
+
+    def measure(tokens):
+        tokens = tokens[:, 1:]
+        unit = tokens / jnp.linalg.norm(tokens, axis=-1, keepdims=True)
+        means = jnp.mean(unit, axis=1)
+        texts = len(means)
+        products = means @ means.T
+        between_texts = (jnp.sum(products) - jnp.trace(products)) / (texts * (texts - 1))
+        clusters = jnp.mean(jax.lax.map(lambda one: count_clusters(one, 0.9), unit) / tokens.shape[1])
+        return {"within": mean_cosine(tokens), "between": between_texts, "clusters": clusters}
+
+    def run(params, batch):
+        return {name: measure(tokens) for name, tokens in representations(predict, params, batch).items()}
+
+    found = jax.jit(run)(params, batch)
+    ordered = sorted(found, key=lambda name: int(name.rsplit("_", 1)[1]))
+    return {field: np.array([found[name][field] for name in ordered]) for field in ("within", "between", "clusters")}
+
+
+def plot(arrays: Arrays, config: Config):
+    """The four parts, a panel each."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(9.5, 7.4))
+    plot_circle(axes[0, 0], arrays["circle"], config)
+    plot_angles(axes[0, 1], arrays["angles"])
+    plot_long(axes[1, 0], arrays["long"], config)
+    plot_real(axes[1, 1], arrays["real"])
+    return figure
+
+
+def plot_circle(axes, part: Arrays, config: Config) -> None:
+    betas = np.array(config.betas)
+    axes.plot(betas, part["modes"], color="black", lw=1, drawstyle="steps-mid", label=r"fastest mode, $\sqrt{2\beta}$")
+    for seed in range(config.seeds):
+        label = "clusters that last longest" if seed == 0 else None
+        axes.plot(betas * 1.02 ** (seed - 1), part["lasting"][:, seed, 0], "o", color=f"C{seed}", ms=4, label=label)
+    ratio = np.mean(part["lasting"][..., 0] / np.array(part["modes"])[:, None])
+    axes.set(xlabel=r"$\beta$", ylabel="clusters on the circle", ylim=(0, None))
+    axes.set_title(f"(a) metastable clusters: {ratio:.2f} of the fastest mode")
+    axes.legend(fontsize="small")
+
+
+def plot_angles(axes, part: Arrays) -> None:
+    for number, beta in enumerate(ANGLE_BETAS):
+        color = f"C{number}"
+        axes.plot(part["times"], part["law"][number], color=color, label=rf"$\beta = {beta:g}$")
+        axes.plot(part["times"][::3], part["equal"][number][::3], "o", color=color, ms=4, markerfacecolor="none")
+        axes.plot(part["times"], part["drawn"][:, number].T, color=color, lw=0.6, ls=":")
+    off = np.max(np.abs(np.array(part["law"]) - part["equal"]))
+    axes.set(xlabel="time", ylabel="mean cosine of two tokens")
+    axes.set_title(f"(b) equal angles follow their law within {off:.0e}")
+    axes.legend(fontsize="small", title="line: law; circles: flow;\ndotted: drawn tokens", title_fontsize="small")
+
+
+def plot_long(axes, part: Arrays, config: Config) -> None:
+    for number, n in enumerate(config.counts):
+        axes.plot(part["fine"], part["law"][number], color=f"C{number}", lw=1)
+        axes.plot(part["strengths"], part["measured"][number], "o", color=f"C{number}", ms=4, label=f"n = {n}")
+    critical = 1 / (1 - COSINE)
+    axes.axvline(critical, color="black", ls="--", lw=0.8)
+    axes.set(xlabel=r"$c$, with $\beta = c\,\log n$", ylabel="contraction / that of averaging")
+    axes.set_title(f"(c) long contexts stop at c = 1 / (1 − γ) = {critical:g}")
+    axes.legend(fontsize="small")
+
+
+def excess(part: Arrays) -> np.ndarray:
+    """Cosine within a text above that between texts, (seeds, layers)."""
+    return part["within"] - part["between"]
+
+
+def plot_real(axes, part: Arrays) -> None:
+    for number, name in enumerate(part):
+        trained, color, label = part[name]["trained"], f"C{number}", MODELS.get(name, name)
+        depth = np.arange(1, trained["within"].shape[1] + 1) / trained["within"].shape[1]
+        for field, style in (("within", "-"), ("between", "--")):
+            mean = trained[field].mean(axis=0)
+            axes.plot(
+                depth, mean, style, color=color, marker="o" * (field == "within"), ms=3, label=f"{label}, {field} texts"
+            )
+            low, high = trained[field].min(axis=0), trained[field].max(axis=0)
+            axes.fill_between(depth, low, high, color=color, alpha=0.2, lw=0)
+        nothing = excess(part[name]["shuffled"]).mean(axis=0)
+        axes.plot(depth, nothing, ":", color=color, label=f"{label}, shuffled: difference")
+    tops = ", ".join(f"{np.mean(excess(part[name]['trained'])[:, -1]):.2f}" for name in part)
+    axes.set(xlabel="depth (layer over layers)", ylabel="mean cosine of two tokens")
+    axes.set_title(f"(d) real tokens: within less between, last layer, {tops}")
+    axes.legend(fontsize="x-small", handlelength=3)
+
+
+def findings(arrays: Arrays, config: Config) -> list[Expectation]:
+    """Clusters, the law of equal angles, the transition, and whether real tokens cluster by text."""
+    part, long = arrays["circle"], arrays["long"]
+    ratio = np.mean(part["lasting"][..., 0] / np.array(part["modes"])[:, None])
+    off = np.max(np.abs(np.array(arrays["angles"]["law"]) - arrays["angles"]["equal"]))
+    near = np.interp(long["strengths"], long["fine"], long["law"][-1])
+    why = "the law is that of an even spread; random starts leave gaps, in which neighbours meet"
+    what = "clusters that last longest over the fastest mode"
+    found = [
+        between(what, ratio, 0.5, 1.0, because=why, source="derived here"),
+        at_most("equal angles: distance from the law", off, 1e-3, because="float32 and the solver",
+        source=RIGOLLET), at_most("long contexts: distance from the law", np.max(np.abs(near - long["measured"][-1])),
+                0.02, because="float32, and the grid of the law", source=LONG),
+    ]  # fmt: skip
+    for name, each in arrays["real"].items():
+        if name not in MODELS:
+            continue
+        rise = each["trained"]["within"][:, -2].mean() - each["trained"]["within"][:, 0].mean()
+        label = MODELS[name]
+        found.append(at_least(f"{label}: rise of the cosine to the last layer but one", rise, 0.1, source=RIGOLLET))
+        inner = np.max(excess(each["trained"]).mean(axis=0)[:-1])
+        why = "what rises is common to all texts, not the meeting of the tokens of one"
+        what = f"{label}: largest excess within texts before the last layer"
+        found.append(at_most(what, inner, 0.1, because=why, source="derived here"))
+        last, nothing = (excess(each[kind]).mean(axis=0)[-1] for kind in ("trained", "shuffled"))
+        if name == "minilm":
+            found.append(at_least(f"{label}: excess in the last layer", last, 0.2, source="its training, which pools"))
+            collapsed = each["shuffled"]["within"][:, -1].mean()
+            found.append(at_least(f"{label}, shuffled: cosine in the last layer", collapsed, 0.9, source=RIGOLLET))
+        else:
+            what = f"{label}, shuffled: excess in the last layer over that of the trained one"
+            found.append(at_least(what, nothing / last, 2.0, source="derived here"))
+    return found
+
+
+def tables(arrays: Arrays, config: Config) -> list[Table]:
+    """Clusters by beta, and cosines by layer."""
+    first = Table("beta", "fastest mode", "clusters that last longest", "from t to so many t", title="The circle")
+    part = arrays["circle"]
+    for beta, mode, lasting in zip(config.betas, part["modes"], part["lasting"], strict=True):
+        numbers = (", ".join(f"{value:.3g}" for value in column) for column in lasting.T)
+        first.add_row(f"{beta:g}", str(int(mode)), *numbers)
+    second = Table("model", "weights", "layer", "within", "between", "clusters / tokens", title="Real tokens")
+    for name, each in arrays["real"].items():
+        for kind, part in each.items():
+            layers = part["within"].shape[1]
+            for layer in sorted({0, layers // 2, max(layers - 2, 0), layers - 1}):
+                cells = (f"{part[field][:, layer].mean():.3f}" for field in ("within", "between", "clusters"))
+                second.add_row(name, kind, str(layer + 1), *cells)
+    return [first, second]
+
+
+ANALYSIS = Analysis("token-clustering", Config, compute, plot, tables, findings, __doc__, slow=True)
+
+if __name__ == "__main__":
+    ANALYSIS.main()

@@ -1,0 +1,1 @@
+"""How degenerate a minimum is: the local learning coefficient by sampling, exact values, and the Hessian beside it."""

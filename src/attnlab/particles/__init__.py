@@ -1,0 +1,1 @@
+"""Tokens as interacting particles on the sphere: attention flows, their energies, laws and clusters."""
