@@ -78,7 +78,9 @@ def test_many_numbers_are_counted_and_traced_ones_named():
 
 def test_every_result_can_be_shown_while_it_is_traced(results):
     for name in ("operator", "attention", "density", "pairs", "objective"):
-        jax.jit(lambda thing: repr(thing) and jnp.zeros(()))(results[name])
+        seen = []
+        jax.jit(lambda thing, seen=seen: seen.append(repr(thing)) or jnp.zeros(()))(results[name])
+        assert seen[0].startswith(type(results[name]).__name__)
 
 
 def test_an_operator_of_many_leaves_names_the_first():
