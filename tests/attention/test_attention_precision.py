@@ -6,6 +6,11 @@ import numpy as np
 import pytest
 from attention_cases import closed_form_of, problem, risk_of
 
+from attnlab.attention import attention_hessian
+from attnlab.losses import square_loss
+from attnlab.models.adapters import from_linen
+from attnlab.models.attention import AttentionConfig, SelfAttention
+from attnlab.objectives import objective
 from compare import relative_error
 from oracles import ggn, hessian
 
@@ -41,3 +46,21 @@ def test_at_least_as_accurate_as_autodiff(name, offset):
     for part in ("hessian", "ggn"):
         ours, theirs = np.mean([draw[part] for draw in draws], axis=0)
         assert ours <= max(theirs, 2 * np.finfo(np.float32).eps)
+
+
+@pytest.mark.parametrize("scale", [1e5, 1e9])
+def test_huge_tokens_choose_one_and_give_its_curvature(scale):
+    """Scores of 1e10 and more, in one compiled program: attention is one-hot, and only the value block is left."""
+    layer = SelfAttention(AttentionConfig(key_dim=8, value_dim=4))
+    tokens = scale * jax.random.normal(jax.random.key(0), (2, 16, 12), jnp.float32)
+    params = layer.init(jax.random.key(1), tokens)["params"]
+    params = cast(params, jnp.float32)
+    risk = objective(from_linen(layer), square_loss, tokens, jnp.zeros((2, 16, 4), jnp.float32))
+    exact = attention_hessian(risk, params)
+    winners = jnp.take_along_axis(tokens, jnp.argmax(exact.moments.weights[:, 0], axis=-1)[..., None], axis=1)
+    np.testing.assert_array_equal(exact.moments.first[:, 0], winners)
+    gram = np.einsum("bia,bic->ac", *[np.asarray(winners, float)] * 2)
+    expected = 2 / (2 * 16 * 4) * np.linalg.norm(gram) * 2  # 2 / (L v) of the mean, and four equal columns
+    norms = exact.norms()["hessian"]
+    np.testing.assert_allclose(norms["value", "value"], expected, rtol=1e-5)
+    assert max(float(norms[pair]) for pair in norms if pair != ("value", "value")) == 0

@@ -37,8 +37,12 @@ def share_heads(x_BxGxLxK: Float[Array, "*B G L K"], heads: int) -> Float[Array,
 def attention_scores(
     queries_BxHxLxK: Float[Array, "*B H L K"], keys_BxHxMxK: Float[Array, "*B H M K"], scale: float
 ) -> Float[Array, "*B H L M"]:
-    """T = scale * Q K^T; the papers' temperature 1/sqrt(d_k) is `scale`."""
-    return scale * jnp.einsum("...lk,...mk->...lm", queries_BxHxLxK, keys_BxHxMxK)
+    """T = scale * Q K^T; the papers' temperature 1/sqrt(d_k) is `scale`.
+
+    The queries are scaled, not the scores: XLA joins a product behind the dot with softmax's subtraction of the maximum
+    and rounds them once, the maximum itself twice. Where scores are beyond 1e9 in float32 the difference overflows exp.
+    """
+    return jnp.einsum("...lk,...mk->...lm", scale * queries_BxHxLxK, keys_BxHxMxK)
 
 
 def additive_scores(
