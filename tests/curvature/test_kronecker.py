@@ -47,11 +47,6 @@ def perceptron(loss=al.cross_entropy, **options):
     return al.objective(al.from_linen(model), loss, inputs, targets, **options), params
 
 
-def second_moment(pseudo):
-    flat = lambda g: g.reshape(len(g), -1)  # noqa: E731
-    return pseudo.total(lambda g: flat(g).T @ flat(g))
-
-
 KERNELS = re.compile("query|key|value|output|up|down|unembedding")
 NETWORKS = {
     "labels": (*perceptron(), None),
@@ -69,7 +64,7 @@ def test_the_second_moment_of_pseudo_gradients_is_the_gauss_newton_block(name):
     blocks = al.ggn(risk, params, block=block, check=False).blocks()
     for leaf, pseudo in pseudo_gradients(risk, params, selection_of(params, block)).items():
         exact = blocks[leaf, leaf]
-        np.testing.assert_allclose(second_moment(pseudo), exact, atol=1e-13 * float(jnp.abs(exact).max()) + 1e-16)
+        np.testing.assert_allclose(pseudo.second_moment(), exact, atol=1e-13 * float(jnp.abs(exact).max()) + 1e-16)
 
 
 def test_a_kernel_that_is_used_twice_or_turned_is_one_kernel():
@@ -78,7 +73,7 @@ def test_a_kernel_that_is_used_twice_or_turned_is_one_kernel():
     twice = lambda p, x: jnp.tanh(jnp.tanh(x @ p["w"]) @ p["w"]) @ p["v"].T  # noqa: E731
     risk = al.objective(twice, al.square_loss, inputs, inputs[:, :2])
     for leaf, pseudo in pseudo_gradients(risk, params, selection_of(params, None)).items():
-        np.testing.assert_allclose(second_moment(pseudo), al.ggn(risk, params, block=leaf).dense(), atol=1e-13)
+        np.testing.assert_allclose(pseudo.second_moment(), al.ggn(risk, params, block=leaf).dense(), atol=1e-13)
     both = al.objective(lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"].T, al.square_loss, inputs, inputs)
     with pytest.raises(ValueError, match="'w' is met as W and as its transpose"):
         kronecker_approximation("kfac", both, {"w": params["w"]})
@@ -112,7 +107,7 @@ def matrix(kind, leaf):
 
 
 def test_kfoc_is_the_leading_singular_pair_of_the_rearranged_block():
-    exact = np.asarray(second_moment(FOUND[KEY]))
+    exact = np.asarray(FOUND[KEY].second_moment())
     m, n = PARAMS["transformer"]["layer_0"]["attention"]["key"].shape
     rearranged = exact.reshape(m, n, m, n).transpose(0, 2, 1, 3).reshape(m * m, n * n)
     left = np.linalg.svd(rearranged, compute_uv=False)
@@ -133,7 +128,7 @@ def test_kfoc_of_an_attention_layer_is_the_nearest_product_of_its_closed_form():
 
 
 def test_shampoo_is_made_of_the_roots_of_its_sides():
-    exact = np.asarray(second_moment(FOUND[KEY]))
+    exact = np.asarray(FOUND[KEY].second_moment())
     m, n = PARAMS["transformer"]["layer_0"]["attention"]["key"].shape
     left, right = np.einsum("iaja->ij", exact.reshape(m, n, m, n)), np.einsum("aiaj->ij", exact.reshape(m, n, m, n))
     half = np.kron(scipy.linalg.sqrtm(left).real, scipy.linalg.sqrtm(right).real)
@@ -143,7 +138,7 @@ def test_shampoo_is_made_of_the_roots_of_its_sides():
 
 
 def test_corrected_eigenvalues_are_the_diagonal_of_the_block_in_their_basis():
-    exact = np.asarray(second_moment(FOUND[KEY]))
+    exact = np.asarray(FOUND[KEY].second_moment())
     for kind in ("ekfac", "soap"):
         block = approximate(kind, (FOUND[KEY],), selection_of(PARAMS, KEY).take(PARAMS)).blocks[0]
         basis = np.kron(block.left, block.right)
@@ -154,7 +149,7 @@ def test_corrected_eigenvalues_are_the_diagonal_of_the_block_in_their_basis():
 
 @pytest.mark.parametrize("kind", APPROXIMATIONS)
 def test_a_bias_is_exact_but_for_the_form_that_sums_positions(kind):
-    exact = second_moment(FOUND[BIAS])
+    exact = FOUND[BIAS].second_moment()
     close = np.allclose(matrix(kind, BIAS), exact, atol=1e-12 * float(exact.max()))
     # Over several positions K-FAC leaves out what positions do together; SOAP and EKFAC keep its diagonal.
     assert close == (kind in ("shampoo", "shampoo_squared", "kfoc", "kfac_reduce", "soap"))
@@ -236,7 +231,7 @@ def test_examples_that_are_not_independent_are_an_error():
         kronecker_approximation("kfac", single, params, block="value")
     one = al.objective(al.from_linen(layer), al.square_loss, tokens[None], tokens[None, :, :2])
     (pseudo,) = pseudo_gradients(one, params, selection_of(params, "value")).values()
-    np.testing.assert_allclose(second_moment(pseudo), al.ggn(one, params, block="value").dense(), atol=1e-12)
+    np.testing.assert_allclose(pseudo.second_moment(), al.ggn(one, params, block="value").dense(), atol=1e-12)
 
 
 def test_a_scanned_stack_is_an_error():
@@ -255,7 +250,7 @@ def test_a_dense_layer_of_flax_is_found():
     params = model.init(jax.random.key(1), inputs)["params"]
     risk = al.objective(al.from_linen(model), al.square_loss, inputs, inputs[..., :2])
     for leaf, pseudo in pseudo_gradients(risk, params, selection_of(params, None)).items():
-        np.testing.assert_allclose(second_moment(pseudo), al.ggn(risk, params, block=leaf).dense(), atol=1e-13)
+        np.testing.assert_allclose(pseudo.second_moment(), al.ggn(risk, params, block=leaf).dense(), atol=1e-13)
 
 
 def test_singular_systems_and_wrong_vectors_are_errors():

@@ -127,7 +127,7 @@ def kronecker_approximation(
         >>> import jax
         >>> from flax import linen as nn
         >>> from attnlab.curvature.kronecker import kronecker_approximation
-        >>> model, inputs = nn.Dense(2, use_bias=False), jax.random.normal(jax.random.key(0), (8, 3))
+        >>> model, inputs = nn.Dense(2, use_bias=False), jax.random.normal(jax.random.key(0), (8, 3), "float32")
         >>> params = model.init(jax.random.key(1), inputs)["params"]
         >>> risk = al.objective(al.from_linen(model), al.square_loss, inputs, inputs[:, :2])
         >>> found = kronecker_approximation("kfac", risk, params)

@@ -15,7 +15,7 @@ from attnlab.curvature.operator import Operator
 from attnlab.statistics import Estimate
 from attnlab.types import Params, PRNGKey
 
-DENSE_DIMENSION = 1500
+DENSE_DIMENSION = 2048
 """Up to which matrices are formed; beyond, samples say what they can."""
 
 
@@ -54,7 +54,7 @@ def approximation_errors(
         gradient: g, like their points.
         key: of the samples.
         damping: of both inverses, positive.
-        samples: where the dimension is above 1,500: Rademacher vectors of which both products are taken; the standard
+        samples: where the dimension is above 2,048: Rademacher vectors of which both products are taken; the standard
             errors of these ratios are the jackknife's.
 
     Raises `ValueError` for operators or vectors of different structure and a damping that is not positive.

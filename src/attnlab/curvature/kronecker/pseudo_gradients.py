@@ -52,6 +52,15 @@ class PseudoGradients:
         pair = (slopes, self.inputs) if self.turned else (self.inputs, slopes)
         return jnp.einsum(ends, *pair)
 
+    def second_moment(self) -> Float[Array, "mn mn"]:
+        """The block of the Gauss-Newton matrix itself, sum_bk vec(G_bk) vec(G_bk)^T, rows before columns."""
+
+        def square(matrices: Array) -> Array:
+            flat = matrices.reshape(matrices.shape[0], -1)
+            return flat.T @ flat
+
+        return self.total(square)
+
     def total(self, function: Callable[[Array], PyTree]) -> PyTree:
         """sum_k function(G_k), where G_k is (B, m, n)."""
         shapes = jax.eval_shape(lambda slopes: function(self.matrices(slopes)), self.slopes[0])
