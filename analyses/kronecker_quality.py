@@ -241,7 +241,7 @@ def scatter(panel, arrays: Arrays) -> None:
     medians = [np.median(np.concatenate([e[s]["errors"][:, :, n, 3].ravel() for e in arrays.values() for s in STATES]))
                for n in range(len(NAMES))]  # fmt: skip
     panel.set_title(f"(c) damped inverse on g: errors {min(medians):.2f} (best) to {max(medians):.2f}")
-    panel.legend(loc="lower right")
+    panel.legend(loc="lower center")
 
 
 def bars(panel, arrays: Arrays) -> None:
@@ -258,7 +258,7 @@ def bars(panel, arrays: Arrays) -> None:
     kept = np.concatenate([each[state]["steps"][:, 1, 0] for each in arrays.values() for state in STATES])
     panel.set_title(f"(d) exact blocks keep {kept.min():.2f} to {kept.max():.2f} of the decrease")
     panel.set_ylim(0, 1.5)
-    panel.legend(fontsize="small", ncols=2, loc="upper center")
+    panel.legend(fontsize="x-small", ncols=2, loc="upper right", columnspacing=0.8, handlelength=1.0)
 
 
 def findings(arrays: Arrays, config: Config) -> list[Expectation]:
