@@ -114,13 +114,13 @@ def solve_blocks(
 ) -> Float[Array, " n"]:
     """(B + damping I)^-1 vector, B the block diagonal of a matrix. Raises `ValueError` for a singular B + damping I."""
     labels = np.asarray(_labels(partition, len(matrix)))
-    found = np.zeros(len(labels), np.asarray(matrix).dtype)
-    matrix, vector = np.asarray(matrix), np.asarray(vector)
+    whole, right = np.asarray(matrix), np.asarray(vector)
+    found = np.zeros_like(right)
     for block in np.unique(labels):
         inside = np.flatnonzero(labels == block)
-        own = matrix[np.ix_(inside, inside)] + damping * np.eye(len(inside))
+        own = whole[np.ix_(inside, inside)] + damping * np.eye(len(inside), dtype=whole.dtype)
         try:
-            found[inside] = np.linalg.solve(own, vector[inside])
+            found[inside] = np.linalg.solve(own, right[inside])
         except np.linalg.LinAlgError as error:
             raise ValueError(
                 f"block {block} of {len(inside)} parameters is singular at damping {damping}. Raise the damping."

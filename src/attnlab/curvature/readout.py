@@ -7,6 +7,8 @@ Logits z_n = h_n W are linear in W, so that its block of the Hessian is that of 
 and its squared norm a sum over pairs of positions: of (h_n . h_m)^2 times the inner product of their curvatures.
 """
 
+from collections import OrderedDict
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -17,6 +19,19 @@ from attnlab.curvature.kronecker.sites import with_sites
 from attnlab.objectives import Objective, known_loss, predict_from_block
 from attnlab.trees import select
 from attnlab.types import Params
+
+
+@jax.jit
+def _met(risk: Objective, leaves: OrderedDict[str, Array]) -> tuple[Float[Array, "N D"], Float[Array, "N C"]]:
+    """The inputs of the one layer, and the logits."""
+    outputs, sites = with_sites(risk.outputs, leaves)(None)
+    if len(sites) != 1 or sites[0].turned or sites[0].shape[-1] != outputs.shape[-1]:
+        raise _not_last(next(iter(leaves)))
+    return sites[0].inputs.reshape(-1, sites[0].inputs.shape[-1]), outputs.reshape(-1, outputs.shape[-1])
+
+
+def _not_last(name: str) -> ValueError:
+    return ValueError(f"'{name}' is not the last layer; expected one kernel (D, C) whose products are the logits.")
 
 
 class Readout(NamedTuple):
@@ -51,16 +66,11 @@ def readout(risk: Objective, params: Params, name: str) -> Readout:
     if loss is None or loss.name != "cross_entropy" or not jnp.issubdtype(risk.targets.dtype, jnp.integer):
         raise TypeError(f"the loss is {risk.loss.func}; the last layer is known under the cross-entropy of labels.")
     selection = select(params, name)
-    outputs, sites = with_sites(
-        lambda leaves: predict_from_block(risk.predict, params, selection)(leaves, risk.inputs), selection.take(params)
-    )(None)
-    if len(sites) != 1 or sites[0].turned or outputs.shape != sites[0].shape:
-        raise ValueError(f"'{name}' is not the last layer; expected one kernel (D, C) whose products are the logits.")
-    leaf = jax.tree.leaves(selection.take(params))[0]
-    inputs = sites[0].inputs.reshape(-1, leaf.shape[0])
-    logits = outputs.reshape(-1, outputs.shape[-1])
-    if not jnp.allclose(inputs @ leaf, logits, rtol=1e-3, atol=1e-4):
-        raise ValueError(f"'{name}' is followed by other layers; expected the one whose products are the logits.")
+    leaves = selection.take(params)
+    inputs, logits = _met(replace(risk, predict=predict_from_block(risk.predict, params, selection)), leaves)
+    (leaf,) = jax.tree.leaves(leaves)
+    if inputs.shape[0] != logits.shape[0] or not jnp.allclose(inputs @ leaf, logits, rtol=1e-3, atol=1e-4):
+        raise _not_last(name)
     full = loss.weights(risk.targets, risk.weights, logits.dtype)
     full = jnp.ones(risk.targets.shape, logits.dtype) if full is None else full
     return Readout(inputs, jax.nn.softmax(logits, axis=-1), (full / jnp.sum(full)).ravel())
