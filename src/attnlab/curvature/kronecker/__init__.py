@@ -3,6 +3,7 @@
 from attnlab.curvature.kronecker.approximations import APPROXIMATIONS, approximate, kronecker_approximation
 from attnlab.curvature.kronecker.errors import ApproximationErrors, approximation_errors
 from attnlab.curvature.kronecker.factors import KroneckerApproximation, KroneckerBlock
+from attnlab.curvature.kronecker.preconditioning import preconditioned_solve
 from attnlab.curvature.kronecker.pseudo_gradients import PseudoGradients, pseudo_gradients, selection_of
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "approximate",
     "approximation_errors",
     "kronecker_approximation",
+    "preconditioned_solve",
     "pseudo_gradients",
     "selection_of",
 ]
