@@ -240,7 +240,7 @@ def plot(arrays: Arrays, config: Config):
         deep = series(arrays, config, config.depths[-1], "initial", "shares")[-1, :, part, 1].mean()
         flat = series(arrays, config, config.depths[0], "initial", "shares")[-1, :, part, 1].mean()
         what = ("H", "G")[part]
-        panel.set_title(f"({letter}) {what} between matrices, {config.classes[-1]} classes: {flat:.2f} and {deep:.2f}")
+        panel.set_title(f"({letter}) {what} at {config.classes[-1]} classes: {flat:.2f} and {deep:.2f}")
     axes[0, 0].legend(fontsize="small", loc="lower left")
     bars(axes[1, 0], arrays)
     steps(axes[1, 1], arrays, config)
@@ -261,7 +261,7 @@ def by_classes(panel, arrays: Arrays, config: Config, part: int) -> None:
     panel.loglog(classes, 1 / classes, ":", color="black", label="1 / classes")
     panel.plot([], [], "k--", lw=0.8, label="dashed: trained")
     panel.set_xlabel("classes")
-    panel.set_ylabel(f"share of $||{'HG'[part]}||_F^2$ off the diagonal")
+    panel.set_ylabel(f"share of $||{'HG'[part]}||_F^2$ off the block diagonal")
 
 
 def shown_networks(arrays: Arrays) -> list[str]:
@@ -296,7 +296,7 @@ def bars(panel, arrays: Arrays) -> None:
     panel.set_ylabel("share off the diagonal")
     panel.set_xlabel("network and blocks")
     values = [arrays[name][state]["shares"][:, :, 0] for name in names for state in STATES]
-    panel.set_title(f"(c) language: between layers {np.min(values):.2f} to {np.max(values):.2f}")
+    panel.set_title(f"(c) between blocks of layers: {np.min(values):.2f} to {np.max(values):.2f}")
     panel.legend(fontsize="small", ncols=2, loc="upper left")
 
 
@@ -304,18 +304,22 @@ def steps(panel, arrays: Arrays, config: Config) -> None:
     """Decrease of the damped model by steps of blocks, against the share that they leave out."""
     for number, kind in enumerate(PARTITIONS):
         for state, marker in zip(STATES, "o^", strict=True):
-            each = [a[state] for a in arrays.values() if "steps" in a[state]]
+            # Of a perceptron a layer is a matrix.
+            names = [name for name in arrays if "steps" in arrays[name][state] and (number or "hidden" not in name)]
+            if not names:
+                continue
+            each = [arrays[name][state] for name in names]
             shares = np.concatenate([a["shares"][:, 1, number] for a in each])
             kept = np.concatenate([a["steps"][:, 1 + number, 1] for a in each])
             label = f"by {kind}, {state}"
-            panel.plot(shares, kept, marker, color=f"C{number}", ms=4, alpha=0.55, label=label)
+            panel.plot(shares, kept, marker, color=f"C{number}", ms=(7, 4, 4)[number], alpha=0.55, label=label)
     worst = min(a[s]["steps"][:, 2, 1].min() for a in arrays.values() for s in STATES if "steps" in a[s])
     panel.axhline(1, color="0.4", ls=":")
     panel.set_ylim(0, 1.05)
     panel.set_xlabel("share of $||G||_F^2$ that the blocks leave out")
     panel.set_ylabel("decrease / that of the whole matrix")
-    panel.set_title(f"(d) steps of single matrices keep at least {worst:.2f} of the decrease")
-    panel.legend(fontsize="small", loc="lower left", ncols=2)
+    panel.set_title(f"(d) steps of matrices keep {worst:.2f} or more of the decrease")
+    panel.legend(fontsize="x-small", loc="lower left", ncols=1)
 
 
 def findings(arrays: Arrays, config: Config) -> list[Expectation]:

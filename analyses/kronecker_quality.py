@@ -50,7 +50,7 @@ class Config(AnalysisConfig):
     """Random starts."""
     examples: int = 128
     """Images; of text, an eighth as many sequences."""
-    steps: int = 150
+    steps: int = 50
     """Steps of Adam to the trained network."""
     damping: float = 0.01
     """Of all inverses, in units of the highest eigenvalue of the Gauss-Newton matrix."""
