@@ -20,6 +20,7 @@ from attnlab.expectation import Expectation, at_least, at_most, equal
 STATES = ("initial", "trained")
 NAMES = {
     "kfac": "K-FAC",
+    "kfac_reduce": "K-FAC, reduce",
     "ekfac": "EKFAC",
     "kfoc": "nearest product",
     "shampoo": "Shampoo, 1/2",
@@ -195,7 +196,7 @@ def plot(arrays: Arrays, config: Config):
     """The error at the best scale by matrix, at both states; the damped inverse; the step."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 2, figsize=(9, 9.5), height_ratios=(1.45, 1), layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(9.6, 9.5), height_ratios=(1.45, 1), layout="constrained")
     for panel, letter, state in zip(axes[0], "ab", STATES, strict=True):
         image = heat(panel, arrays, state)
         middle = [np.median(np.concatenate([each[state]["errors"][..., n, 1].ravel() for each in arrays.values()]))
@@ -216,7 +217,7 @@ def heat(panel, arrays: Arrays, state: str):
     for (row, column), value in np.ndenumerate(values):
         best = value <= values[row].min() + 0.005
         weight, color = ("bold" if best else "normal"), ("white" if value > 0.6 else "black")
-        panel.text(column, row, f"{value:.2f}", ha="center", va="center", color=color, weight=weight, size=8)
+        panel.text(column, row, f"{value:.2f}", ha="center", va="center", color=color, weight=weight, size=7.5)
     panel.set_xticks(range(len(NAMES)), list(NAMES.values()), rotation=30, ha="right")
     panel.set_yticks(range(len(rows)), list(rows))
     panel.set_xlabel("approximation (bold: the best)")
