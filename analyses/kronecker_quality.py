@@ -124,7 +124,7 @@ def of_weight(leaf: str, pseudo, approximations, gradient, damping: float) -> li
     import jax
 
     from attnlab.curvature import matrix_operator
-    from attnlab.curvature.kronecker import KroneckerApproximation, approximation_errors
+    from attnlab.curvature.kronecker import KroneckerApproximation, operator_errors
 
     place = list(gradient).index(leaf)
     point = {leaf: gradient[leaf]}
@@ -133,7 +133,7 @@ def of_weight(leaf: str, pseudo, approximations, gradient, damping: float) -> li
     for kind, whole in approximations.items():
         own = KroneckerApproximation((whole.blocks[place],), point, kind)
         step = own.solve(point, damping)
-        found = approximation_errors(own.operator, exact, step, point, jax.random.key(0), damping=damping)
+        found = operator_errors(own.operator, exact, step, point, jax.random.key(0), damping=damping)
         rows.append([float(getattr(found, measure).value) for measure in MEASURES])
     return rows
 

@@ -16,8 +16,8 @@ import attnlab as al
 from attnlab.curvature.kronecker import (
     APPROXIMATIONS,
     approximate,
-    approximation_errors,
     kronecker_approximation,
+    operator_errors,
     pseudo_gradients,
     selection_of,
 )
@@ -181,17 +181,27 @@ def test_sampled_errors_are_within_their_bars(kind, monkeypatch):
     risk, params = perceptron()
     found, gradient = kronecker_approximation(kind, risk, params), jax.grad(risk)(params)
     arguments = (found.operator, al.ggn(risk, params), found.solve(gradient, 0.01), gradient)
-    exact = approximation_errors(*arguments, jax.random.key(0), damping=0.01)
+    exact = operator_errors(*arguments, jax.random.key(0), damping=0.01)
     a, k = (np.asarray(operator.dense()) for operator in (al.ggn(risk, params), found.operator))
     assert float(exact.frobenius.value) == pytest.approx(np.linalg.norm(k - a) / np.linalg.norm(a))
     best = np.vdot(k, a) / np.vdot(k, k)
     assert float(exact.shape.value) == pytest.approx(np.linalg.norm(best * k - a) / np.linalg.norm(a))
     monkeypatch.setattr("attnlab.curvature.kronecker.errors.DENSE_DIMENSION", 1)
     for seed in range(3):
-        sampled = approximation_errors(*arguments, jax.random.key(seed), damping=0.01, samples=200)
+        sampled = operator_errors(*arguments, jax.random.key(seed), damping=0.01, samples=200)
         for name in ("frobenius", "shape", "trace", "inverse"):
             one, other = getattr(sampled, name), getattr(exact, name)
             assert abs(one.value - other.value) < 4 * one.error + 1e-6, name
+
+
+def test_factors_of_a_model_in_bfloat16_are_in_float32():
+    risk, params = perceptron()
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    coarse = al.objective(risk.predict, risk.loss, risk.inputs.astype(jnp.bfloat16), risk.targets)
+    found, exact = (kronecker_approximation("ekfac", *each).operator for each in ((coarse, half), (risk, params)))
+    assert found.dense().dtype == jnp.float32
+    error = jnp.linalg.norm(found.dense().astype(float) - exact.dense()) / jnp.linalg.norm(exact.dense())
+    assert 1e-4 < error < 0.05
 
 
 def test_bad_input_is_named():
@@ -264,4 +274,4 @@ def test_singular_systems_and_wrong_vectors_are_errors():
         found.solve(params["layer_0"], 1.0)
     part = kronecker_approximation("kfac", risk, params, block="layer_0")
     with pytest.raises(ValueError, match="the exact operator's point has the structure"):
-        approximation_errors(part.operator, al.ggn(risk, params), params, params, jax.random.key(0), damping=1.0)
+        operator_errors(part.operator, al.ggn(risk, params), params, params, jax.random.key(0), damping=1.0)

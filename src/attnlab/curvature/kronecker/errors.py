@@ -19,7 +19,7 @@ DENSE_DIMENSION = 2048
 """Up to which matrices are formed; beyond, samples say what they can."""
 
 
-class ApproximationErrors(NamedTuple):
+class OperatorErrors(NamedTuple):
     """Of an approximation K of A; exact ones have the standard error 0.
 
     Attributes:
@@ -35,7 +35,7 @@ class ApproximationErrors(NamedTuple):
     inverse: Estimate
 
 
-def approximation_errors(
+def operator_errors(
     approximation: Operator,
     exact: Operator,
     step: Params,
@@ -44,7 +44,7 @@ def approximation_errors(
     *,
     damping: float,
     samples: int = 32,
-) -> ApproximationErrors:
+) -> OperatorErrors:
     """Errors of `approximation` against `exact`, operators on one structure.
 
     Args:
@@ -73,18 +73,18 @@ def approximation_errors(
     # The exact step is off by at most residual |g| / damping, for a positive semidefinite A.
     bound = found.residual * jnp.linalg.norm(exact.ravel(gradient)) / damping / jnp.linalg.norm(wanted)
     inverse = Estimate(_relative(got, wanted), jnp.zeros_like(bound), 1, bound)
-    return ApproximationErrors(frobenius, shape, trace, inverse)
+    return OperatorErrors(frobenius, shape, trace, inverse)
 
 
 def _of_matrices(
     approximation: Operator, exact: Operator, step: Params, gradient: Params, damping: float
-) -> ApproximationErrors:
+) -> OperatorErrors:
     k, a = approximation.dense(), exact.dense()
     sums = jnp.stack([jnp.vdot(k, k), jnp.vdot(k, a), jnp.vdot(a, a), jnp.trace(k), jnp.trace(a)])
     damped = a + damping * jnp.eye(len(a), dtype=a.dtype)
     wanted = jnp.linalg.solve(damped, exact.ravel(gradient))
     values = (_frobenius(sums), _shape(sums), _trace(sums), _relative(exact.ravel(step), wanted))
-    return ApproximationErrors(*(Estimate(value, jnp.zeros_like(value), 1) for value in values))
+    return OperatorErrors(*(Estimate(value, jnp.zeros_like(value), 1) for value in values))
 
 
 @jax.jit

@@ -23,7 +23,7 @@ from attnlab.checks import is_concrete
 from attnlab.curvature.kronecker.sites import Site, with_sites
 from attnlab.curvature.operator import DENSE_LIMIT_BYTES
 from attnlab.curvature.operators import Block
-from attnlab.logits import Logits
+from attnlab.logits import Logits, widened
 from attnlab.objectives import Objective, check_objective, known_loss, predict_from_block
 from attnlab.trees import Selection, leaf_names, select
 from attnlab.types import Params, PyTree
@@ -93,7 +93,8 @@ def pseudo_gradients(risk: Objective, params: Params, selection: Selection) -> O
     leaves = selection.take(params)
     _check(risk, leaves)
     found, defect = _pull(risk, leaves)
-    if is_concrete(defect) and not np.asarray(defect) <= jnp.finfo(defect.dtype).eps ** 0.5:
+    coarsest = max(float(jnp.finfo(leaf.dtype).eps) for leaf in leaves.values())
+    if is_concrete(defect) and not np.asarray(defect) <= coarsest**0.5:
         raise ValueError(
             f"the pseudo-gradients' second moment differs from the Gauss-Newton matrix by {float(defect):.2g} of it; "
             "expected examples, along the first axis of inputs and outputs, that the model treats independently. Give "
@@ -142,14 +143,15 @@ def _pull(risk: Objective, leaves: OrderedDict[str, Array]) -> tuple[OrderedDict
     outputs, sites = changed(None)
     zeros = [jnp.zeros(site.shape, outputs.dtype) for site in sites]
     _, pull = jax.vjp(lambda changes: changed(changes)[0], zeros)
-    roots = curvature_roots(risk, outputs)  # (B, positions, classes, classes)
+    roots = curvature_roots(risk, widened(outputs))  # (B, positions, classes, classes)
     examples, places, classes = roots.shape[:3]
 
     def column(index: Array) -> list[Array]:
         place, column = index // classes, index % classes
-        cotangent = jnp.zeros((examples, places, classes), outputs.dtype).at[:, place].set(roots[:, place, :, column])
+        root = roots[:, place, :, column].astype(outputs.dtype)
+        cotangent = jnp.zeros((examples, places, classes), outputs.dtype).at[:, place].set(root)
         (slopes,) = pull(cotangent.reshape(outputs.shape))
-        return [_by_example(leaf, examples) for leaf in slopes]
+        return [widened(_by_example(leaf, examples)) for leaf in slopes]
 
     slopes = jax.lax.map(column, jnp.arange(places * classes), batch_size=8)
     found = OrderedDict((name, _joined(name, leaf, sites, slopes, examples)) for name, leaf in leaves.items())
@@ -168,7 +170,7 @@ def _joined(name: str, leaf: Array, sites: list[Site], slopes: list[Array], exam
         raise ValueError(
             f"the weight '{name}' is met as W and as its transpose; expected one of them. Leave it out, by block=..."
         )
-    inputs = jnp.concatenate([_by_example(sites[index].inputs, examples) for index in met], axis=1)
+    inputs = jnp.concatenate([widened(_by_example(sites[index].inputs, examples)) for index in met], axis=1)
     joined = jnp.concatenate([slopes[index] for index in met], axis=2)
     return PseudoGradients(inputs, joined, turned.pop(), leaf.ndim == 1)
 
@@ -184,8 +186,9 @@ def _defect(
         for key, (name, leaf) in zip(keys, leaves.items(), strict=True)
     )
     _, change = jax.jvp(risk.outputs, (leaves,), (z,))
-    wanted = jnp.sum(jnp.einsum("bpok,bpo->bpk", roots, change.reshape(roots.shape[:3])) ** 2, axis=(1, 2))
-    sums = sum(_along(pseudo, z[name]) for name, pseudo in found.items())
+    change = widened(change).reshape(roots.shape[:3])
+    wanted = jnp.sum(jnp.einsum("bpok,bpo->bpk", roots, change) ** 2, axis=(1, 2))
+    sums = sum(_along(pseudo, widened(z[name])) for name, pseudo in found.items())
     got = jnp.sum(jnp.asarray(sums) ** 2, axis=0)
     return jnp.max(jnp.abs(got - wanted)) / jnp.maximum(jnp.max(jnp.abs(wanted)), jnp.finfo(got.dtype).tiny)
 
