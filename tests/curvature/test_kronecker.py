@@ -39,11 +39,12 @@ def language(tied=False, factored=False, remat=None):
     return al.objective(al.from_linen(model), al.cross_entropy, tokens, tokens[:, ::-1]), params
 
 
-def perceptron(loss=al.cross_entropy, **options):
+def perceptron(loss=al.cross_entropy, targets=None, **options):
     inputs = jax.random.normal(jax.random.key(0), (7, 4))
     model = MLP(MLPConfig((5, 3), "tanh", bias=True))
     params = model.init(jax.random.key(1), inputs)["params"]
-    targets = jnp.arange(7) % 3 if loss is al.cross_entropy else inputs[:, :3]
+    if targets is None:
+        targets = inputs[:, :3] if loss is al.square_loss else jnp.arange(7) % 3
     return al.objective(al.from_linen(model), loss, inputs, targets, **options), params
 
 
@@ -51,6 +52,8 @@ KERNELS = re.compile("query|key|value|output|up|down|unembedding")
 NETWORKS = {
     "labels": (*perceptron(), None),
     "masked": (*perceptron(weights=jnp.arange(7) % 2), None),
+    "ignored": (*perceptron(al.cross_entropy.ignoring(2)), None),
+    "distributions": (*perceptron(targets=jnp.arange(21.0).reshape(7, 3)), None),
     "square": (*perceptron(al.square_loss), None),
     "weighted entries": (*perceptron(al.square_loss, weights=jnp.arange(7.0)), None),
     "language": (*language(), KERNELS),
