@@ -139,9 +139,9 @@ def measured(config: Config, risk, params, last: str) -> Arrays:
     shares = np.zeros((len(PARTS), len(PARTITIONS)))
     for row, build in enumerate((hessian, ggn)):
         operator = build(risk, params, block=KERNELS, check=False)
-        names = [name for name in operator.point if name != last]
+        *names, behind = operator.point  # in the order of their names
+        assert behind == last, f"the last layer {last} stands before {behind}"
         inner = re.compile("|".join(f"^{name}$" for name in names))
-        # Leaves stand in the order of their names, and the last layer behind all others.
         columns = np.asarray(cross(operator, re.compile(""), inner).dense())
         size = columns.shape[1]
         square, rest = columns[:size], columns[size:]
@@ -296,7 +296,7 @@ def bars(panel, arrays: Arrays) -> None:
     panel.set_ylabel("share off the diagonal")
     panel.set_xlabel("network and blocks")
     values = [arrays[name][state]["shares"][:, :, 0] for name in names for state in STATES]
-    panel.set_title(f"(c) between blocks of layers: {np.min(values):.2f} to {np.max(values):.2f}")
+    panel.set_title(f"(c) between layers: {np.min(values):.2f} to {np.max(values):.2f}")
     panel.legend(fontsize="small", ncols=2, loc="upper left")
 
 
