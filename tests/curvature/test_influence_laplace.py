@@ -68,6 +68,9 @@ def test_influence_refuses_what_does_not_fit():
         influence(few, PARAMS, test, al.ggn(few, PARAMS), damping=0.0)
     with pytest.raises(ValueError, match=r"acts on 'other' of shape \(2,\), and params have None there"):
         influence(RISK, PARAMS, test, matrix_operator(jnp.eye(2), {"other": jnp.zeros(2)}), damping=0.1)
+    one = al.objective(RISK.predict, al.cross_entropy, RISK.inputs[:1], RISK.targets[:1])
+    with pytest.raises(ValueError, match="an example has all of the weight"):
+        influence(one, PARAMS, test, al.ggn(one, PARAMS), damping=0.1)
     whole = kronecker_approximation("kfac", RISK, PARAMS)
     with pytest.raises(ValueError, match="it is singular"):
         preconditioned_solve(operator, PARAMS, whole, damping=0.0)

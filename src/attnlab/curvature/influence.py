@@ -87,6 +87,11 @@ def influence(
     step = jax.tree.unflatten(jax.tree.structure(along), jax.tree.leaves(found.vector))
     changes, loss = _along(risk, params, selection, step)
     check_loss(loss)
+    if is_concrete(changes) and not np.isfinite(np.asarray(changes)).all():
+        raise ValueError(
+            "an example has all of the weight, so that nothing is left without it; expected two that count, along the "
+            "first axis of inputs and targets."
+        )
     return Influence(changes, found.residual, found.products)
 
 
