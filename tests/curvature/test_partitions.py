@@ -74,6 +74,7 @@ def test_the_last_layer_of_a_language_model():
         readout(risk, params, "transformer/layer_0/mlp/down")
 
 
+@pytest.mark.slow
 def test_networks_have_the_classes_that_they_say():
     for build in (digits_perceptron, digits_attention_classes):
         risk, params = build(jax.random.key(0), 8)
