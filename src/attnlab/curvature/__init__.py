@@ -13,7 +13,7 @@ from attnlab.curvature.estimators import (
 from attnlab.curvature.full_check import check_curvature
 from attnlab.curvature.guards import NonFiniteProductError
 from attnlab.curvature.linear_systems import solve
-from attnlab.curvature.operator import Operator
+from attnlab.curvature.operator import Operator, matrix_operator
 from attnlab.curvature.operators import empirical_fisher, fisher, functional, ggn, hessian, restrict
 from attnlab.curvature.self_checks import CurvatureWarning, VerificationError
 from attnlab.curvature.spectrum import Eigenpairs, eigenpairs, residuals
@@ -50,6 +50,7 @@ __all__ = [
     "ggn",
     "hessian",
     "log_determinant",
+    "matrix_operator",
     "per_block",
     "precondition",
     "print_progress",

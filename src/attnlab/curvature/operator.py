@@ -130,6 +130,34 @@ class Operator:
         return replace(self, linear=Partial(_scaled, jnp.asarray(factor), self.linear))
 
 
+@dataclass(frozen=True)
+class _Matrix:
+    def __call__(self, matrix: Float[Array, "n n"], vector: Params) -> Params:
+        flat, unravel = ravel_pytree(vector)
+        return unravel((matrix @ flat.astype(matrix.dtype)).astype(flat.dtype))
+
+    def dense(self, matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
+        return matrix
+
+
+def matrix_operator(matrix: Float[Array, "n n"], point: Params) -> Operator:
+    """The operator of a symmetric matrix that is there already, in the order of the leaves of `point`.
+
+    Raises `ValueError` for a matrix of another size.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from attnlab.curvature import matrix_operator
+        >>> operator = matrix_operator(jnp.diag(jnp.array([1.0, 2.0])), {"a": jnp.zeros(1), "b": jnp.zeros(1)})
+        >>> operator.mv({"a": jnp.ones(1), "b": jnp.ones(1)})["b"].tolist()
+        [2.0]
+    """
+    size = dimension(point)
+    if matrix.shape != (size, size):
+        raise ValueError(f"matrix has shape {matrix.shape}; expected ({size}, {size}), as the point has parameters.")
+    return Operator(Partial(_Matrix(), matrix), point)
+
+
 def wide_unravel(operator: Operator) -> Callable[[Array], PyTree]:
     """Like `Operator.unravel`, in the dtype of flat vectors: a sum has more digits than its terms."""
     if operator.layout is not None:
