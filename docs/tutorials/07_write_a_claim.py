@@ -3,7 +3,7 @@ Write a claim
 =============
 
 A claim is a sourced statement with a random instance, a prediction and a measurement: what a paper says, made runnable. The
-lab carries some hundred and fifty (:doc:`/findings/claims`), and checks yours by the same command.
+lab carries more than a hundred and seventy (:doc:`/findings/claims`), and checks yours by the same command.
 """
 
 # %%
