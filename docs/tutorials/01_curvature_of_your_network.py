@@ -75,7 +75,9 @@ figure.show()
 # %%
 # A density answers questions with an error bar. How much of the curvature is negative, and what is the mean eigenvalue?
 for name, density in densities.items():
-    print(f"{name}: mean {density.moment(1).in_words()}, negative share {density.negative_share().in_words()}")
+    print(
+        f"{name}: mean {density.moment(1).in_words()}, negative share {density.negative_share().in_words()}"
+    )
 
 # %%
 # The outliers themselves
@@ -90,7 +92,10 @@ top
 # 1901.08244). On a network as small as this all eigenvalues can be had: behind the ninth of ten classes no gap is to be seen,
 # and the widest below the fifth lies behind the eighth. A picture of a density alone would not have told.
 everything = jnp.sort(jnp.linalg.eigvalsh(hessian.dense()))[::-1]
-print("each over the next, from the fifth:", (everything[4:12] / everything[5:13]).round(2))
+print(
+    "each over the next, from the fifth:",
+    (everything[4:12] / everything[5:13]).round(2),
+)
 
 # %%
 figure, axes = plt.subplots(figsize=(6, 3))
@@ -109,4 +114,6 @@ for block in ("hidden", "out"):
     exact = float(jnp.trace(part.dense()))
     found = al.trace(part, jax.random.key(4), samples=100)
     low, high = found.interval()
-    print(f"tr H[{block}, {block}] = {exact:.4f}; estimated {found.in_words()}, 95 %: {low:.3f} to {high:.3f}")
+    print(
+        f"tr H[{block}, {block}] = {exact:.4f}; estimated {found.in_words()}, 95 %: {low:.3f} to {high:.3f}"
+    )

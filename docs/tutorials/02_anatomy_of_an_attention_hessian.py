@@ -23,7 +23,10 @@ import attnlab as al
 # ---------
 # Four sequences of twelve tokens, one head. The layer's parameters are ``query``, ``key`` and ``value``.
 layer = al.SelfAttention(al.AttentionConfig(key_dim=6, value_dim=4))
-tokens, targets = jax.random.normal(jax.random.key(0), (4, 12, 8)), jnp.zeros((4, 12, 4))
+tokens, targets = (
+    jax.random.normal(jax.random.key(0), (4, 12, 8)),
+    jnp.zeros((4, 12, 4)),
+)
 params = layer.init(jax.random.key(1), tokens)["params"]
 risk = al.objective(al.from_linen(layer), al.square_loss, tokens, targets)
 exact = al.attention_hessian(risk, params)
@@ -32,7 +35,9 @@ exact
 # %%
 # It is the Hessian: autodiff agrees to rounding.
 dense = al.hessian(risk, params).dense()
-print(f"largest difference from autodiff: {jnp.max(jnp.abs(exact.dense() - dense)):.1e}")
+print(
+    f"largest difference from autodiff: {jnp.max(jnp.abs(exact.dense() - dense)):.1e}"
+)
 
 # %%
 # Three matrices in one
@@ -65,7 +70,9 @@ for term in al.describe(exact):
 # ---------------------------------
 # K-FAC approximates each block by a single product :math:`A \otimes B`. The best that any such form can do is known exactly:
 for name in exact.names:
-    print(f"{name}: {float(al.nearest_kronecker(exact.block(name, name)).relative_error):.2f} of its norm is missed")
+    print(
+        f"{name}: {float(al.nearest_kronecker(exact.block(name, name)).relative_error):.2f} of its norm is missed"
+    )
 
 # %%
 # How the blocks grow with the tokens
@@ -79,13 +86,20 @@ for scale in scales:
     found = al.attention_hessian(scaled, params).norms()["ggn"]
     for name in norms:
         norms[name].append(float(found[name, name]))
-slopes = {name: np.polyfit(np.log(scales[:2]), np.log(values[:2]), 1)[0] for name, values in norms.items()}
+slopes = {
+    name: np.polyfit(np.log(scales[:2]), np.log(values[:2]), 1)[0]
+    for name, values in norms.items()
+}
 print({name: round(float(slope), 2) for name, slope in slopes.items()})
 
 figure, axes = plt.subplots(figsize=(6, 3))
 for name, values in norms.items():
     axes.loglog(scales, values, "o-", label=f"{name}: slope {slopes[name]:.2f}")
-axes.set(xlabel="scale of the tokens", ylabel="$||H_o||$ of the block", title="Blocks grow at powers of their own")
+axes.set(
+    xlabel="scale of the tokens",
+    ylabel="$||H_o||$ of the block",
+    title="Blocks grow at powers of their own",
+)
 axes.legend()
 figure.show()
 
@@ -97,5 +111,7 @@ attention = al.AttentionConfig(key_dim=4, value_dim=4, output_dim=8)
 network = al.Transformer(al.TransformerConfig(attention, layers=2, mlp_width=16))
 weights = network.init(jax.random.key(2), tokens)["params"]
 whole = al.objective(al.from_linen(network), al.square_loss, tokens, tokens)
-inside = jax.jit(al.attention_hessian, static_argnames="layer")(whole, weights, layer="layer_1/attention")
+inside = jax.jit(al.attention_hessian, static_argnames="layer")(
+    whole, weights, layer="layer_1/attention"
+)
 inside

@@ -25,7 +25,9 @@ jax.config.update("jax_enable_x64", False)  # 134.5 million parameters in float3
 # ``factored=True`` keeps the logits as the product of two factors, so that no array of positions times vocabulary stays.
 # Padding has weight 0: it is said once and holds in every operator.
 model = smollm2(factored=True)
-inputs, targets, weights = next_tokens(model.tokenizer.encode(paragraphs()[:1], length=32))
+inputs, targets, weights = next_tokens(
+    model.tokenizer.encode(paragraphs()[:1], length=32)
+)
 risk = al.objective(model.predict, al.cross_entropy, inputs, targets, weights=weights)
 print(model)
 print(f"loss {float(risk(model.params)):.3f} over {int(weights.sum())} tokens")
@@ -34,7 +36,10 @@ print(f"loss {float(risk(model.params)):.3f} over {int(weights.sum())} tokens")
 # One product
 # -----------
 hessian = al.hessian(risk, model.params, check=False)
-vector = jax.tree.map(lambda leaf: jax.random.rademacher(jax.random.key(0), leaf.shape, leaf.dtype), model.params)
+vector = jax.tree.map(
+    lambda leaf: jax.random.rademacher(jax.random.key(0), leaf.shape, leaf.dtype),
+    model.params,
+)
 product = jax.jit(lambda operator, vector: operator.mv(vector))
 jax.block_until_ready(product(hessian, vector))  # compiles
 began = time.perf_counter()
@@ -52,19 +57,30 @@ names = [
     for matrix in ("query", "key", "value", "output")
 ]
 found = {
-    name: al.trace(al.ggn(risk, model.params, block=name, check=False), jax.random.key(1), samples=3) for name in names
+    name: al.trace(
+        al.ggn(risk, model.params, block=name, check=False),
+        jax.random.key(1),
+        samples=3,
+    )
+    for name in names
 }
 for name, trace in found.items():
     print(f"{name:40s} {trace.in_words()}")
 
 # %%
 figure, axes = plt.subplots(figsize=(6, 3))
-values, errors = zip(*((float(one.value), float(one.standard_error)) for one in found.values()), strict=True)
+values, errors = zip(
+    *((float(one.value), float(one.standard_error)) for one in found.values()),
+    strict=True,
+)
 axes.errorbar(range(len(names)), values, errors, fmt="o")
 axes.set_yscale("log")
 axes.set_xticks(
     range(len(names)),
-    [name.removeprefix("transformer/layers").replace("/attention/", " ") for name in names],
+    [
+        name.removeprefix("transformer/layers").replace("/attention/", " ")
+        for name in names
+    ],
     rotation=60,
 )
 axes.set(ylabel="trace of the block", title="Curvature by layer and matrix")

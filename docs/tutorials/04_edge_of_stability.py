@@ -23,10 +23,14 @@ from attnlab.risks.digits import digits_attention
 # ``update_rule`` is an optimizer as theory sees it: its optax transformation, and its edge. The probe ``stability`` follows the
 # largest eigenvalues from step to step at the price of a few products each time.
 keys = jax.random.split(jax.random.key(0), 3)
-risk, start = digits_attention(keys[0], keys[0], count=64)  # one layer of attention, rows of pixels as tokens
+risk, start = digits_attention(
+    keys[0], keys[0], count=64
+)  # one layer of attention, rows of pixels as tokens
 descent = al.update_rule("gd", 0.2)
 probes = {"edge": al.stability(descent)}
-run = al.train(risk, start, descent.transformation, keys[1], steps=800, every=40, probes=probes)
+run = al.train(
+    risk, start, descent.transformation, keys[1], steps=800, every=40, probes=probes
+)
 run
 
 # %%
@@ -44,9 +48,13 @@ rates = jax.numpy.array([0.05, 0.2, 0.4])
 starts = jax.tree.map(lambda leaf: jax.numpy.stack([leaf] * 3), start)
 members = jax.random.split(keys[2], 3)
 options = {"probes": probes, "hyperparameters": {"learning_rate": rates}}
-ensemble = al.train(risk, starts, descent.transformation, members, steps=800, every=40, **options)
+ensemble = al.train(
+    risk, starts, descent.transformation, members, steps=800, every=40, **options
+)
 for rate, ratios in zip(rates, ensemble.records.values["edge"]["ratio"].T, strict=True):
-    print(f"rate {rate}: sharpness ends at {ratios[-10:].mean():.2f} of its edge, at most {ratios.max():.2f}")
+    print(
+        f"rate {rate}: sharpness ends at {ratios[-10:].mean():.2f} of its edge, at most {ratios.max():.2f}"
+    )
 
 # %%
 # A chain as one trains today

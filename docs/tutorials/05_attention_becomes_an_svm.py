@@ -36,7 +36,9 @@ solved
 # %%
 # ``gap`` bounds the distance from the best margin: weak duality between a direction and multipliers proves it, whichever
 # solver found them. The factors :math:`K` and :math:`Q`, trained in place of :math:`W`, have the *nuclear* norm:
-nuclear = al.max_margin(al.attention_problem(tokens, queries, selection, norm="nuclear"))
+nuclear = al.max_margin(
+    al.attention_problem(tokens, queries, selection, norm="nuclear")
+)
 rank = int(np.linalg.matrix_rank(nuclear.direction, tol=1e-6))
 print(
     f"nuclear norm: {nuclear}, of rank {rank}; Frobenius: of rank {np.linalg.matrix_rank(solved.direction, tol=1e-6)}"
@@ -47,10 +49,18 @@ print(
 # ------------------
 # Normalised gradient descent on the loss of attention itself; the probe compares its direction with both machines.
 risk = attention_risk(tokens, jnp.ones(4), readout=readout, queries=queries)
-probes = {"margin": al.margin_probe({"Frobenius": solved.direction, "nuclear": nuclear.direction}, selection)}
+probes = {
+    "margin": al.margin_probe(
+        {"Frobenius": solved.direction, "nuclear": nuclear.direction}, selection
+    )
+}
 start = {"query_key": jnp.zeros((8, 8))}
-run = al.train(risk, start, normalized_descent(0.2), keys[2], steps=4000, every=50, probes=probes)
-print({name: float(values[-1]) for name, values in run.records.values["margin"].items()})
+run = al.train(
+    risk, start, normalized_descent(0.2), keys[2], steps=4000, every=50, probes=probes
+)
+print(
+    {name: float(values[-1]) for name, values in run.records.values["margin"].items()}
+)
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
@@ -65,7 +75,10 @@ figure.show()
 # -----------------------
 # Beside descent: the best weights of each norm. It has the same limit, without any optimizer.
 path = al.regularization_path(
-    risk, selection, {"query_key": run.params["query_key"] / 10}, jnp.geomspace(1.0, 300.0, 12)
+    risk,
+    selection,
+    {"query_key": run.params["query_key"] / 10},
+    jnp.geomspace(1.0, 300.0, 12),
 )
 figure, axes = plt.subplots(figsize=(5, 3.2))
 al.plot.margin_path(path, solved.direction, axes=axes)

@@ -24,7 +24,11 @@ from attnlab.icl.models import init_layer, stack_predict
 # Train one layer on the exact risk
 # ---------------------------------
 # For Gaussian prompts the risk of one linear attention layer is known in closed form: no prompts are sampled in training.
-keys, problem, length = jax.random.split(jax.random.key(0), 4), al.isotropic(4, noise_variance=0.1), 10
+keys, problem, length = (
+    jax.random.split(jax.random.key(0), 4),
+    al.isotropic(4, noise_variance=0.1),
+    10,
+)
 start = init_layer(keys[0], 5, 0.3)
 risk = al.population_objective(problem, length, "layer")
 run = al.train(risk, start, optax.adam(0.02), keys[2], steps=800, every=20)
@@ -57,7 +61,9 @@ def misfit(model):
 
 nulls = al.against_nulls(misfit, model, untrained, keys[3])
 for name, error in nulls._asdict().items():
-    print(f"{name}: {error.value:.1e} +- {error.standard_error:.1e} of the predictions is not gradient descent")
+    print(
+        f"{name}: {error.value:.1e} +- {error.standard_error:.1e} of the predictions is not gradient descent"
+    )
 
 # %%
 # How good is it?
@@ -69,7 +75,9 @@ from attnlab.icl.optima import optimal_risk
 from attnlab.statistics import estimate
 
 many = al.sample_prompts(keys[2], problem, length, 20_000)
-bayes = estimate(jax.vmap(lambda prompt: (ridge(prompt, penalty=0.1) - prompt.target) ** 2)(many))
+bayes = estimate(
+    jax.vmap(lambda prompt: (ridge(prompt, penalty=0.1) - prompt.target) ** 2)(many)
+)
 print(
     f"one step at best: {optimal_risk(problem, length):.5f}, trained: {risk(run.params):.5f}, ridge: {bayes.in_words()}"
 )

@@ -36,7 +36,11 @@ def softmax_is_half_lipschitz(key):
     """The largest norm over a thousand random scores, and the norm where the bound is attained."""
     scores = 3 * jax.random.normal(key, (1000, 8))
     return [
-        al.at_most("largest norm of the Jacobian", jnp.max(jax.vmap(jacobian_norm)(scores)), 0.5),
+        al.at_most(
+            "largest norm of the Jacobian",
+            jnp.max(jax.vmap(jacobian_norm)(scores)),
+            0.5,
+        ),
         al.equal("norm at p = (1/2, 1/2)", jacobian_norm(jnp.zeros(2)), 0.5),
     ]
 
@@ -63,7 +67,9 @@ print([softmax_is_half_lipschitz.verify(seed=seed).passed for seed in range(5)])
 def softmax_is_quarter_lipschitz(key):
     """The same measurement, against half of the bound."""
     scores = 3 * jax.random.normal(key, (1000, 8))
-    return al.at_most("largest norm of the Jacobian", jnp.max(jax.vmap(jacobian_norm)(scores)), 0.25)
+    return al.at_most(
+        "largest norm of the Jacobian", jnp.max(jax.vmap(jacobian_norm)(scores)), 0.25
+    )
 
 
 softmax_is_quarter_lipschitz.verify(seed=0)

@@ -34,13 +34,19 @@ risk = al.objective(al.from_linen(model), al.square_loss, inputs, targets)
 # runs take one.
 directory = Path(tempfile.mkdtemp()) / "density"
 steps = []
-session = al.Session(directory=directory, report=lambda progress: steps.append(progress))
-density = al.spectral_density(al.hessian(risk, params), jax.random.key(3), samples=4, steps=32, session=session)
+session = al.Session(
+    directory=directory, report=lambda progress: steps.append(progress)
+)
+density = al.spectral_density(
+    al.hessian(risk, params), jax.random.key(3), samples=4, steps=32, session=session
+)
 print(sorted(path.name for path in directory.iterdir()))
 
 # %%
 # The finished result is there, as plain arrays with a manifest; the same call reads it back in place of computing it:
-again = al.spectral_density(al.hessian(risk, params), jax.random.key(3), samples=4, steps=32, session=session)
+again = al.spectral_density(
+    al.hessian(risk, params), jax.random.key(3), samples=4, steps=32, session=session
+)
 print(jnp.array_equal(density.nodes, again.nodes))
 
 # %%
@@ -53,7 +59,9 @@ print(jnp.array_equal(density.nodes, again.nodes))
 # parameters too. (On a CPU, ``JAX_NUM_CPU_DEVICES=8`` makes eight devices of one.)
 mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
 by_data = NamedSharding(mesh, PartitionSpec("data"))
-spread = al.objective(al.from_linen(model), al.square_loss, *jax.device_put((inputs, targets), by_data))
+spread = al.objective(
+    al.from_linen(model), al.square_loss, *jax.device_put((inputs, targets), by_data)
+)
 operator = al.hessian(spread, al.shard_parameters(params, mesh, "data"))
 print(operator)
 print(al.trace(operator, jax.random.key(4), samples=8))
@@ -63,7 +71,10 @@ print(al.trace(operator, jax.random.key(4), samples=8))
 # ------
 # ``batched`` reads the data batch by batch in every product; a loader that can be read again will do. Batches of unequal
 # sizes weigh by what counts in them, so that the numbers are those of the whole data:
-parts = [(np.asarray(inputs[a:b]), np.asarray(targets[a:b])) for a, b in ((0, 100), (100, 200), (200, 256))]
+parts = [
+    (np.asarray(inputs[a:b]), np.asarray(targets[a:b]))
+    for a, b in ((0, 100), (100, 200), (200, 256))
+]
 streamed = al.batched(al.from_linen(model), al.square_loss, parts)
 difference = al.hessian(streamed, params).dense() - al.hessian(risk, params).dense()
 print(streamed, f"differs by {jnp.max(jnp.abs(difference)):.1e}")
