@@ -192,12 +192,19 @@ class Figures(Directive):
         name, record, summary = found
         findings = record.get("findings", [])
         passed = sum(bool(finding.get("passed")) for finding in findings)
+        more = f' <a href="../_static/figures/{name}-details.png">Details.</a>' if detailed(name) else ""
         verdict = f"{passed} of {len(findings)} findings hold. " if findings else ""
+        image = f'<img loading="lazy" alt="{escape(summary)}" src="../_static/figures/{name}.png">'
+        words = f"<strong>{name}</strong>: {escape(summary)} {verdict}{more}<br><code>attnlab run {name}</code>"
         return (
-            f'<figure id="{name}"><a href="../_static/figures/{name}.png"><img loading="lazy" alt="{escape(summary)}" '
-            f'src="../_static/figures/{name}.png"></a><figcaption><strong>{name}</strong>: {escape(summary)} {verdict}'
-            f"<br><code>attnlab run {name}</code></figcaption></figure>"
+            f'<figure id="{name}"><a href="../_static/figures/{name}.png">{image}</a>'
+            f"<figcaption>{words}</figcaption></figure>"
         )
+
+
+def detailed(name: str) -> bool:
+    """Whether a figure has a second one that shows more."""
+    return (ROOT / "figures" / f"{name}-details.png").exists()
 
 
 def manifests() -> list[tuple[str, dict[str, Any], str]]:
