@@ -5,10 +5,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.optimize
+import scipy.stats
 from jaxtyping import Array, Float
 
 from attnlab.claims.registry import claim
-from attnlab.expectation import Expectation, at_least, equal
+from attnlab.expectation import Expectation, at_least, at_most, between, equal
 from attnlab.icl.constructions import gradient_descent_residual, gradient_descent_stack
 from attnlab.icl.models import looped_predict
 from attnlab.icl.tasks import Prompt
@@ -191,7 +193,7 @@ def linear_attention_runs_richardson_to_kernel_ridge_regression(key: PRNGKey) ->
     inputs, labels = jax.random.normal(input_key, (8, 2)), jax.random.normal(label_key, (8,))
     query = jax.random.normal(query_key, (2,))
     gram, across = ((1 + np.asarray(x) @ np.asarray(inputs).T) ** 2 for x in (inputs, query))
-    penalty = 0.2 * np.linalg.norm(gram, 2)
+    penalty = float(0.2 * np.linalg.norm(gram, 2))
     system = gram + penalty * np.eye(8)
     prompt, (values, vectors) = _ridge_prompt(inputs, labels, query, penalty), np.linalg.eigh(system)
     best = across @ np.linalg.solve(system, labels)
@@ -204,7 +206,7 @@ def linear_attention_runs_richardson_to_kernel_ridge_regression(key: PRNGKey) ->
     good, bad = 2 / (values[0] + values[-1]), 2.2 / values[-1]
     depths = np.array([1, 2, 3, 5, 8, 13])
     found = np.array([predict(good, int(depth)) for depth in depths])
-    errors = [float(parts @ gradient_descent_residual(values, int(depth), good)) for depth in depths]
+    errors = [float(parts @ gradient_descent_residual(jnp.asarray(values), int(depth), good)) for depth in depths]
     growth = (predict(bad, 201) - best) / (predict(bad, 200) - best)
     return [
         equal(
@@ -226,3 +228,102 @@ def _richardson(system: np.ndarray, labels: Array, across: np.ndarray, step: flo
     for _ in range(steps):
         coefficients = coefficients + step * (np.asarray(labels) - system @ coefficients)
     return float(across @ coefficients)
+
+
+def _parities(key: PRNGKey, right: float, steps: int, shape: tuple[int, ...], proposals: int = 1) -> np.ndarray:
+    """Whether chains that add up random bits modulo 2, a bit a step, end at the parity.
+
+    Each proposal of a next state is right with probability `right`; a verifier keeps the first that is, and where none
+    of the `proposals` is, the state goes wrong.
+    """
+    bit_key, noise_key = jax.random.split(key)
+    bits = np.asarray(jax.random.bernoulli(bit_key, 0.5, (*shape, steps)))
+    good = jax.random.bernoulli(noise_key, right, (*shape, steps, proposals))
+    wrong = np.asarray(~jnp.any(good, axis=-1))
+    state: np.ndarray = np.zeros(shape, bool)
+    for step in range(steps):
+        state = state ^ bits[..., step] ^ wrong[..., step]
+    return state == (bits.sum(axis=-1) % 2 == 1)
+
+
+def _chain_is_right(right: float, steps: int) -> float:
+    """(1 + (2 p - 1)^k) / 2: an even number of k steps is wrong."""
+    return (1 + (2 * right - 1) ** steps) / 2
+
+
+@claim(
+    statement=r"\text{parity of } k \text{ bits, steps right with } p: \text{ a chain } q = \tfrac12 (1 + (2p - 1)^k), \text{ a vote of } m "
+    r"\ P(\mathrm{Bin}(m, q) > \tfrac m2), \text{ a greedy tree of } b \text{ verified proposals a step: a chain with } 1 - (1 - p)^b",
+    source="strategies of Wang et al., arXiv 2203.11171 (self-consistency) and Yao et al., arXiv 2305.10601 (trees); "
+    "probabilities derived here",
+    tolerance=4.5,
+    because="in standard errors over 40,000 questions",
+)
+def votes_amplify_what_chains_do_and_a_verifier_repairs_them(key: PRNGKey) -> list[Expectation]:
+    """Five bits, steps right with probability 0.8 and 0.2: nine chains, and greedy trees of two and three proposals a
+    step; where a chain is right less than half the time, the vote hurts."""
+    steps, voters, count = 5, 9, 40_000
+    found, predicted = [], []
+    for place, right in enumerate((0.8, 0.2)):
+        keys = jax.random.split(jax.random.fold_in(key, place), 2)
+        chains = _parities(keys[0], right, steps, (count, voters))
+        one = _chain_is_right(right, steps)
+        found += [chains[:, 0], chains.sum(axis=1) > voters / 2]
+        predicted += [one, scipy.stats.binom.sf(voters // 2, voters, one)]
+        for proposals in (2, 3):
+            found.append(_parities(keys[1], right, steps, (count,), proposals))
+            predicted.append(_chain_is_right(1 - (1 - right) ** proposals, steps))
+    rates, wanted = np.array([row.mean() for row in found]), np.array(predicted)
+    errors = np.sqrt(wanted * (1 - wanted) / count)
+    gain, loss = (rates[place + 1] - rates[place] for place in (0, 4))
+    return [
+        equal(
+            "shares of right answers: chain, vote, trees of 2 and 3, at 0.8 and 0.2",
+            rates,
+            wanted,
+            standard_error=errors,
+        ),
+        at_least("what a vote gains at 0.8", gain, 0.02, 0.0),
+        at_most("what it gains at 0.2", loss, -0.02, 0.0, because="the control: a majority that is wrong more often"),
+    ]
+
+
+def _offset_law(x: np.ndarray, offset: float, factor: float, exponent: float) -> np.ndarray:
+    return offset + factor * x**-exponent
+
+
+def _law_slopes(x: np.ndarray, offset: float, factor: float, exponent: float) -> np.ndarray:
+    power = x**-exponent
+    return np.stack([np.ones_like(x), power, -factor * power * np.log(x)], axis=1)
+
+
+@claim(
+    statement=r"L(n) = a + b n^{-c} \text{ with noise of known size: } 95\,\% \text{ intervals of least squares hold } a, b, c "
+    r"\text{ in about } 95\,\% \text{ of draws; those of a line in logarithms, without } a, \text{ never hold } c",
+    source="Hoffmann et al., arXiv 2203.15556 (the form); intervals by the delta method: derived here",
+    tolerance=0.0,
+    because="600 draws: .90 and .99 are 5.6 and 4.5 standard errors from .95",
+)
+def intervals_of_scaling_exponents_cover_with_the_offset_and_not_without(key: PRNGKey) -> list[Expectation]:
+    """Twelve sizes from 10 to 10,000, random offset, factor and exponent, noise of 1 %; fits start from rough guesses."""
+    truth_key, noise_key = jax.random.split(key)
+    low, high = np.array([0.5, 2.0, 0.4]), np.array([1.0, 4.0, 0.7])
+    truth = low + (high - low) * np.asarray(jax.random.uniform(truth_key, (3,)))
+    sizes, noise = np.geomspace(10, 1e4, 12), 0.01
+    losses = _offset_law(sizes, *truth) + noise * np.asarray(jax.random.normal(noise_key, (600, 12)))
+    held = np.array([_intervals_hold(sizes, row, noise, truth) for row in losses])
+    lines = [fit_power_law(sizes, row, np.full(12, noise)).interval() for row in losses]
+    covered = np.mean([low <= -truth[2] <= high for low, high in lines])
+    return [
+        between("coverage of offset, factor, exponent", held.mean(axis=0), 0.90, 0.99),
+        at_most("coverage of the exponent by a line in logarithms", covered, 0.01, because="the control"),
+    ]
+
+
+def _intervals_hold(sizes: np.ndarray, losses: np.ndarray, noise: float, truth: np.ndarray) -> np.ndarray:
+    start, sigma = (0.9 * losses.min(), losses[0] - losses[-1], 0.3), np.full(len(sizes), noise)
+    found, covariance = scipy.optimize.curve_fit(
+        _offset_law, sizes, losses, start, sigma, absolute_sigma=True, jac=_law_slopes, maxfev=2000
+    )
+    half = scipy.stats.norm.ppf(0.975) * np.sqrt(np.diag(covariance))
+    return np.abs(found - truth) <= half
