@@ -9,9 +9,15 @@ import scipy.optimize
 import scipy.stats
 from jaxtyping import Array, Float
 
+from attnlab.claims.instances import ROUNDING
 from attnlab.claims.registry import claim
 from attnlab.expectation import Expectation, at_least, at_most, between, equal
-from attnlab.icl.constructions import gradient_descent_residual, gradient_descent_stack
+from attnlab.icl.constructions import (
+    gradient_descent_residual,
+    gradient_descent_stack,
+    gradient_step_layer,
+    gradient_step_predict,
+)
 from attnlab.icl.models import looped_predict
 from attnlab.icl.tasks import Prompt
 from attnlab.memory.scaling import fit_power_law
@@ -327,3 +333,68 @@ def _intervals_hold(sizes: np.ndarray, losses: np.ndarray, noise: float, truth: 
     )
     half = scipy.stats.norm.ppf(0.975) * np.sqrt(np.diag(covariance))
     return np.abs(found - truth) <= half
+
+
+def _rotating_states(angles: Array, amplitudes: Array, basis: Float[Array, "d d"], count: int) -> Float[Array, "n d"]:
+    """s_0 ... s_count of s <- W s, W rotations by `angles` in planes of a random basis."""
+    phases = jnp.arange(count + 1)[:, None] * angles
+    planes = amplitudes[:, None] * jnp.stack([jnp.cos(phases), jnp.sin(phases)], axis=-1)
+    return planes.reshape(count + 1, -1) @ basis.T
+
+
+def _one_step_error(angles: Array, amplitudes: Array, basis: Float[Array, "d d"], count: int) -> Float[Array, " d"]:
+    """What one layer misses of s_{count + 1}: the step 2 from W = 0 on the pairs (s_t, s_{t + 1})."""
+    states = _rotating_states(angles, amplitudes, basis, count + 1)
+    layer, initial = gradient_step_layer(2.0, jnp.zeros_like(basis))
+    return gradient_step_predict(layer, initial, states[:count], states[1:-1], states[count]) - states[-1]
+
+
+@claim(
+    statement=r"s_{t+1} = W s_t, \ W \text{ orthogonal: one linear attention layer, a step } \eta = 2 \text{ from } 0, \text{ misses } "
+    r"W (2 C_n - I) s_n, \ C_n = \tfrac1n \textstyle\sum_t s_t s_t^\top, \text{ of order } 1 / n \text{ for planes of unit amplitude}",
+    source="after Sander, Giryes, Suzuki, Blondel, Peyre, arXiv 2402.05787 (autoregression in context as a step of "
+    "descent); rate and bound derived here: sums of cos(t u) are at most 1 / |sin(u / 2)|",
+    tolerance=1e-10,
+    because=ROUNDING,
+)
+def one_layer_learns_a_rotation_at_the_rate_one_over_n(key: PRNGKey) -> list[Expectation]:
+    """Two planes in a random basis, prompts of 50 to 3,200 states; with amplitudes 1 and 1/2, which no one step fits,
+    what is missed tends to 3/8."""
+    angle_key, basis_key = jax.random.split(key)
+    angles = jnp.array([0.5, 1.7]) + 0.5 * jax.random.uniform(angle_key, (2,))
+    basis = jnp.linalg.qr(jax.random.normal(basis_key, (4, 4)))[0]
+    ones, halves, lengths = jnp.ones(2), jnp.array([1.0, 0.5]), (50, 200, 800, 3200)
+    missed = [_one_step_error(angles, ones, basis, n) for n in lengths]
+    errors = jnp.array([n * jnp.linalg.norm(error) for n, error in zip(lengths, missed, strict=True)])
+    uneven = jnp.linalg.norm(_one_step_error(angles, halves, basis, lengths[-1]))
+    return [
+        equal(
+            "what is missed, by autodiff of the prompt's loss", jnp.stack(missed), _by_autodiff(angles, basis, lengths)
+        ),
+        at_most("n times its norm", errors, _rotation_bound(angles)),
+        equal(
+            "the limit for amplitudes 1 and 1/2",
+            uneven,
+            3 / 8,
+            _rotation_bound(angles) / lengths[-1],
+            because="the control: the bound",
+        ),
+    ]
+
+
+def _by_autodiff(angles: Array, basis: Float[Array, "d d"], lengths: tuple[int, ...]) -> Float[Array, "m d"]:
+    """Minus twice the gradient, at zero, of the mean of |W s_t - s_{t+1}|^2 / 2, applied to the last state."""
+
+    def one(count):
+        states = _rotating_states(angles, jnp.ones(2), basis, count + 1)
+        loss = lambda w: jnp.sum((states[:count] @ w.T - states[1:-1]) ** 2) / (2 * count)  # noqa: E731
+        return -2 * jax.grad(loss)(jnp.zeros_like(basis)) @ states[count] - states[-1]
+
+    return jnp.stack([one(count) for count in lengths])
+
+
+def _rotation_bound(angles: Float[Array, "2"]) -> float:
+    """n |2 C_n - I| |s_n| at most: within a plane sums of (cos, sin)(2 t u), between two of (cos, sin)(t (u ± v))."""
+    u, v = (float(angle) for angle in angles)
+    within, between_planes = max(1 / np.sin(u), 1 / abs(np.sin(v))), 1 / np.sin((u + v) / 2) + 1 / np.sin((v - u) / 2)
+    return float(2**0.5 * (within + between_planes))
