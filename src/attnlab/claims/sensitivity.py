@@ -93,7 +93,7 @@ def _spectral_norm(weights: Float[Array, " n"]) -> Scalar:
 
 
 def _digits_scores(params: Params, images: Float[Array, "n L pixels"]) -> Float[Array, "n L L"]:
-    tokens = images @ params["embedding"] + params["position"]
+    tokens = images @ params["embedding"] + params["position"][None]
     queries, keys = (tokens @ params["attention"][name] for name in ("query", "key"))
     return attention_scores(queries, keys, ATTENTION.score_scale)
 
