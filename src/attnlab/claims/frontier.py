@@ -45,7 +45,7 @@ def _prompt_errors(
 @claim(
     statement=r"f_n = \textstyle\sum_j \mathrm{softmax}(\langle x_j, z \rangle)\, x_j \to \Sigma z \text{ for } x_j \sim N(0, \Sigma): "
     r"n\, \mathrm{Cov} f_n \to e^s (\Sigma + \Sigma z z^\top \Sigma), \ n (E f_n - \Sigma z) \to -e^s \Sigma z, \ s = z^\top \Sigma z",
-    source="arXiv 2512.11784 (that softmax attention on large prompts tends to linear attention); both constants: derived "
+    source="Boyer, Boursier, arXiv 2512.11784 (that softmax attention on large prompts tends to linear attention); both constants: derived "
     "here, the delta method on A / B with moments of N(2 Sigma z, Sigma)",
     tolerance=4.5,
     because="in standard errors over 4,000 prompts, beside a remainder of order 1 / n that is a smaller part",
@@ -137,7 +137,7 @@ def _mixture_excess() -> float:
 @claim(
     statement=r"\text{the output of a wide layer of } H \text{ heads is Gaussian given its scores: kurtosis } "
     r"3 + \frac{3}{H} \frac{\mathrm{Var}\, q}{(E q)^2}, \ q = \textstyle\sum_{jk} a_j a_k \langle x_j, x_k \rangle",
-    source="arXiv 2506.00846 (the law is a mixture of Gaussians); the kurtosis: derived here",
+    source="Sakai, Karakida, Imaizumi, arXiv 2506.00846 (the law is a mixture of Gaussians); the kurtosis: derived here",
     tolerance=4.5,
     because="in standard errors over 100,000 layers; a query dimension of 40 moves the excess by a hundredth",
     slow=True,
