@@ -49,6 +49,8 @@ def test_smoke_run_writes_a_whole_result(name, tmp_path):
     figures = tmp_path / "figures"
     members = {name, *arrays.get("analysis", np.array([])).tolist()}  # a gallery writes the figures of its members
     expected = {f"{member}-smoke.{kind}" for member in members for kind in ("png", "pdf", "json")}
+    if analysis.details is not None:
+        expected |= {f"{name}-smoke-details.{kind}" for kind in ("png", "pdf")}
     assert {path.name for path in figures.iterdir()} == expected
     record = json.loads((figures / f"{name}-smoke.json").read_text())
     assert record["analysis"] == name
@@ -61,14 +63,17 @@ def test_smoke_run_writes_a_whole_result(name, tmp_path):
 
 def check_axes(analysis, arrays, config, folder):
     """The figure shows something on labelled axes, and is the same file when it is drawn again."""
-    with style():
-        figure = analysis.plot(arrays, config)
-        again, _ = save_figure(figure, folder / "again")
-    assert isinstance(figure, Figure)
-    assert all(axes.has_data() for axes in figure.axes)
-    assert any(axes.get_xlabel() for axes in figure.axes)
-    assert again.read_bytes() == (folder / "figures" / f"{analysis.name}-smoke.png").read_bytes()
-    plt.close("all")
+    for draw, ending in ((analysis.plot, ""), (analysis.details, "-details")):
+        if draw is None:
+            continue
+        with style():
+            figure = draw(arrays, config)
+            again, _ = save_figure(figure, folder / "again")
+        assert isinstance(figure, Figure)
+        assert all(axes.has_data() for axes in figure.axes)
+        assert any(axes.get_xlabel() for axes in figure.axes)
+        assert again.read_bytes() == (folder / "figures" / f"{analysis.name}-smoke{ending}.png").read_bytes()
+        plt.close("all")
 
 
 def test_the_manifest_says_whether_a_run_was_resumed(tmp_path):
