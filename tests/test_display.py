@@ -175,3 +175,14 @@ def test_dense_models_show_too():
     params = model.init(jax.random.key(0), jnp.ones((2, 4)))
     risk = al.objective(al.from_linen(model), al.cross_entropy, jnp.ones((2, 4)), jnp.array([0, 1]))
     assert "blocks=[bias, kernel]" in repr(al.hessian(risk, params["params"]))
+
+
+def test_what_holds_placeholders_shows_itself_too(results, margin):
+    """As trees of shapes do, and those that JAX prints when two trees do not match."""
+    held = [results[name] for name in ("operator", "attention", "density", "pairs", "objective")]
+    held += [results["run"].records, margin[0], Estimate(jnp.ones(()), jnp.ones(()), 3)]
+    for thing in held:
+        for leaf in (None, "placeholder", jax.ShapeDtypeStruct((2, 3), jnp.float64)):
+            shown = repr(jax.tree.map(lambda _, leaf=leaf: leaf, thing))
+            assert shown.startswith(type(thing).__name__)
+            assert len(shown) < 400

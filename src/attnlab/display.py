@@ -4,7 +4,8 @@ A `repr` that prints every number of a network helps nobody; these say what a th
 numbers that one looks at first. They work on arrays that are traced, whose numbers do not exist yet.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import wraps
 from html import escape
 from typing import Any
 
@@ -25,6 +26,20 @@ def line(kind: str, **facts: Any) -> str:
         'Eigenpairs(values=[1, 2.5], products=12, vectors=float64[2, 1000])'
     """
     return f"{kind}({', '.join(f'{name}={brief(fact)}' for name, fact in facts.items() if fact is not None)})"
+
+
+def whatever_it_holds(show: Callable[[Any], str]) -> Callable[[Any], str]:
+    """A `__repr__` that never raises: JAX shows pytrees whose leaves are shapes or placeholders, in error messages too,
+    and an error of ours would stand in place of the one that it has to tell."""
+
+    @wraps(show)
+    def shown(thing: Any) -> str:
+        try:
+            return show(thing)
+        except Exception:
+            return f"{type(thing).__name__}(...)"
+
+    return shown
 
 
 class Words(str):

@@ -21,7 +21,8 @@ Source = Trajectory | Records | Path | str
 """A finished run, its records, the directory of a run (which may still go on), or that of a saved analysis."""
 
 SHOWN_CURVES = 12
-"""Members of an ensemble, or entries of a short vector, that a panel draws as curves; of more, the first."""
+"""Members of an ensemble, or entries of a short vector, that a panel draws as curves: of more losses the first, more
+values as a vector."""
 
 WIDTH, HEIGHT = 420, 230
 

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from scipy.special import stdtrit
 
-from attnlab.display import brief
+from attnlab.display import brief, whatever_it_holds
 from attnlab.trees import power_of_two
 from attnlab.types import PyTree
 
@@ -44,6 +44,7 @@ class Estimate:
         """`value ± error` of a number; shapes of anything else."""
         return f"{brief(self.value)} ± {brief(self.error)}"
 
+    @whatever_it_holds
     def __repr__(self) -> str:
         """The value and its error, and of how many samples."""
         return f"Estimate({self.in_words()}, samples={self.samples})"

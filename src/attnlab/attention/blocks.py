@@ -27,7 +27,7 @@ from attnlab.attention.terms import (
 )
 from attnlab.checks import is_concrete, unknown_name
 from attnlab.curvature.operator import Operator
-from attnlab.display import Words, html_table, line
+from attnlab.display import Words, html_table, line, whatever_it_holds
 from attnlab.types import Params
 
 Part = Literal["hessian", "ggn", "functional"]
@@ -65,6 +65,7 @@ class AttentionHessian:
     bend: Array | None = None
     positions: tuple[int, ...] | None = field(default=None, metadata={"static": True})
 
+    @whatever_it_holds
     def __repr__(self) -> str:
         """The layer's parameters and data."""
         shapes = Words(", ".join(f"{name} {tuple(self.point.params[name].shape)}" for name in self.names))

@@ -15,7 +15,7 @@ from rich.table import Table
 from attnlab.attention.blocks import AttentionHessian
 from attnlab.attention.kronecker import KroneckerSum, Pairing
 from attnlab.attention.turned import token_pairs
-from attnlab.display import Words, line
+from attnlab.display import Words, line, whatever_it_holds
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Factor:
     role: str
     array: Array
 
+    @whatever_it_holds
     def __repr__(self) -> str:
         """Symbol, role and shape."""
         return line("Factor", symbol=Words(self.symbol), role=self.role, array=self.array)
@@ -51,6 +52,7 @@ class TermDescription:
     factors: tuple[Factor, ...]
     norm: Float[Array, ""]
 
+    @whatever_it_holds
     def __repr__(self) -> str:
         """Where it stands, its formula, what that is made of, and its norm."""
         block, made_of = Words(f"{self.row} x {self.column}"), Words(f"[{', '.join(self.roles)}]")

@@ -26,7 +26,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
 from attnlab.curvature.operator import Operator
-from attnlab.display import Words, line, listed
+from attnlab.display import Words, line, listed, whatever_it_holds
 
 Pairing = Literal["straight", "crossed"]
 
@@ -121,6 +121,7 @@ class KroneckerSum:
     column: Leaf = field(metadata={"static": True})
     dtype: str = field(metadata={"static": True})
 
+    @whatever_it_holds
     def __repr__(self) -> str:
         """Shape and number of terms."""
         formulas = listed(term.formula for term in self.terms)

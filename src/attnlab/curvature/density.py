@@ -21,7 +21,7 @@ from attnlab.curvature.guards import (
     non_finite,
 )
 from attnlab.curvature.operator import Operator
-from attnlab.display import Words, line
+from attnlab.display import Words, line, whatever_it_holds
 from attnlab.krylov.lanczos import Recurrence, Tridiagonal, advance, begin, finish, gauss_quadrature
 from attnlab.plotting.curves import density_on_logarithm
 from attnlab.plotting.inline import picture
@@ -54,6 +54,7 @@ class SpectralDensity:
     nodes: Float[Array, "samples m"]
     weights: Float[Array, "samples m"]
 
+    @whatever_it_holds
     def __repr__(self) -> str:
         """How it was made, the range of its nodes and the mean eigenvalue."""
         if not is_concrete(self.nodes) or self.nodes.ndim != 2:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from attnlab.checks import check_same_structure
 from attnlab.derivatives import FORWARD, Route
-from attnlab.display import Words, line, listed
+from attnlab.display import Words, line, listed, whatever_it_holds
 from attnlab.sharding import Layout
 from attnlab.trees import block_slices, dimension, power_of_two
 from attnlab.types import Params, PRNGKey, PyTree
@@ -43,6 +43,7 @@ class Operator:
     route: Route = field(default=FORWARD, metadata={"static": True})
     layout: Layout | None = field(default=None, metadata={"static": True})
 
+    @whatever_it_holds
     def __repr__(self) -> str:
         """Size, dtype and the blocks of the parameters."""
         blocks, dtype = Words(f"[{listed(block_slices(self.point))}]"), Words(self.flat_dtype)

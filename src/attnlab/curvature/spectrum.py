@@ -32,7 +32,7 @@ from attnlab.curvature.guards import (
 )
 from attnlab.curvature.operator import Operator
 from attnlab.curvature.self_checks import CurvatureWarning
-from attnlab.display import brief, html_table, line
+from attnlab.display import brief, html_table, line, whatever_it_holds
 from attnlab.krylov.restarts import (
     MISSED,
     Restarted,
@@ -83,6 +83,7 @@ class Eigenpairs:
     products: Array
     missed: Float[Array, ""]
 
+    @whatever_it_holds
     def __repr__(self) -> str:
         """The eigenvalues, how well they are known, and their price."""
         return line(

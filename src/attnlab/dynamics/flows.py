@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from attnlab.checks import check_finite, check_intervals, check_positive, check_same_structure, is_concrete, lowest
 from attnlab.curvature.operators import hessian
 from attnlab.curvature.transforms import precondition
-from attnlab.display import line, parameters
+from attnlab.display import line, parameters, whatever_it_holds
 from attnlab.dynamics.complementarity import basis, solve_complementarity
 from attnlab.dynamics.rules import RULES, UpdateRule, constant_rate
 from attnlab.krylov.tracking import TopPairs, cold_top_pairs, warm_top_pairs
@@ -138,10 +138,10 @@ class CentralFlow(NamedTuple):
     variance: Float[Array, "r k"]
     residual: Float[Array, " r"]
 
+    @whatever_it_holds
     def __repr__(self) -> str:
-        """How many times, and its ends."""
-        ends = [float(self.loss[0]), float(self.loss[-1])]
-        return line("CentralFlow", times=len(self.loss), loss=ends, params=parameters(self.params))
+        """How many times, with what at its end."""
+        return line("CentralFlow", times=len(self.loss), last_loss=self.loss[-1], params=parameters(self.params))
 
 
 def central_flow(

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 from attnlab.checks import check_key, check_number, check_whole
 from attnlab.curvature.operator import Operator, flat_dtype
 from attnlab.curvature.operators import hessian
-from attnlab.display import line, parameters
+from attnlab.display import line, parameters, whatever_it_holds
 from attnlab.dynamics.norms import LargestBlock, LargestPart, Norm, norm_by_name
 from attnlab.dynamics.rules import UpdateRule, edge_of_step
 from attnlab.krylov.tracking import TopPairs, cold_top_pairs, upper_bound
@@ -54,6 +54,7 @@ class Bracket(NamedTuple):
     direction: Params
     stack: PyTree
 
+    @whatever_it_holds
     def __repr__(self) -> str:
         """The bounds and their distance."""
         return line(

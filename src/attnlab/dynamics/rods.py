@@ -29,7 +29,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from attnlab.checks import check_finite, check_intervals, check_positive
-from attnlab.display import line, parameters
+from attnlab.display import line, parameters, whatever_it_holds
 from attnlab.dynamics.flows import check_finite_flow
 from attnlab.dynamics.rules import UpdateRule, constant_rate
 from attnlab.objectives import Objective, check_objective
@@ -61,6 +61,7 @@ class RodFlow(NamedTuple):
     half: Float[Array, "r n"]
     loss: Float[Array, " r"]
 
+    @whatever_it_holds
     def __repr__(self) -> str:
         """Its fields, by their shapes."""
         return line("RodFlow", **{name: parameters(value) for name, value in self._asdict().items()})

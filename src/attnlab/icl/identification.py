@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from attnlab.checks import check_finite, check_names, check_positive, check_range, is_concrete
-from attnlab.display import Words, line
+from attnlab.display import Words, line, whatever_it_holds
 from attnlab.icl.baselines import empirical_moments
 from attnlab.icl.constructions import gd_plus_plus_residual
 from attnlab.icl.diagnostics import Model, predictions
@@ -73,6 +73,7 @@ class Fit(NamedTuple):
     parameters: Float[Array, " p"]
     held_out_error: Estimate
 
+    @whatever_it_holds
     def __repr__(self) -> str:
         """The fitted numbers and the error on prompts that the fit has not seen."""
         return line("Fit", parameters=self.parameters, held_out_error=Words(self.held_out_error.in_words()))

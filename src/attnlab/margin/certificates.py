@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from attnlab.checks import check_finite, is_concrete
-from attnlab.display import Words, line
+from attnlab.display import Words, line, whatever_it_holds
 from attnlab.margin.checking import check_same_shape, host_array
 from attnlab.margin.problems import AnyArray, MarginProblem, Norm, check_problem, dual_exponent, exponent
 from attnlab.margin.rows import Rows
@@ -58,6 +58,7 @@ class Certificate:
     violation: Float[AnyArray, ""]
     residual: Float[AnyArray, ""]
 
+    @whatever_it_holds
     def __repr__(self) -> str:
         """The bounds and their distance."""
         return line("Certificate", margin=self.margin, bound=self.bound, gap=self.gap, violation=self.violation)
@@ -95,6 +96,7 @@ class MaxMargin:
     status: Status | Int[AnyArray, ""]
     certificate: Certificate
 
+    @whatever_it_holds
     def __repr__(self) -> str:
         """The margin, what is proved of it, and how many rows it stands on."""
         if np.ndim(self.margin) or not is_concrete(self.support):

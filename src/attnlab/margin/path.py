@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int
 
 from attnlab.checks import check_finite
-from attnlab.display import line
+from attnlab.display import line, whatever_it_holds
 from attnlab.margin.checking import check_selection, real_array
 from attnlab.margin.problems import AnyArray
 from attnlab.margin.training import rescaled
@@ -38,6 +38,7 @@ class RegularizationPath(NamedTuple):
     log_excess: Float[np.ndarray, " r"]
     slope: Float[np.ndarray, " r"]
 
+    @whatever_it_holds
     def __repr__(self) -> str:
         """The radii, and where it ends."""
         ends = [float(self.radii[0]), float(self.radii[-1])]

@@ -16,7 +16,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from attnlab.checks import check_finite, check_not_empty
-from attnlab.display import Words, line
+from attnlab.display import Words, line, whatever_it_holds
 from attnlab.objectives.in_memory import Objective, as_partial, loss_name, objective
 from attnlab.types import LossFunction, Params, Predict, PyTree
 
@@ -171,6 +171,7 @@ class BatchedObjective:
     loss: Partial
     feed: Feed = field(metadata={"static": True})
 
+    @whatever_it_holds
     def __repr__(self) -> str:
         """The loss and the number of batches."""
         return line("BatchedObjective", loss=Words(loss_name(self.loss)), batches=self.feed.count)

@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from attnlab.checks import check_finite, check_floating, check_not_empty, is_concrete
 from attnlab.derivatives import Route, hessian_product
-from attnlab.display import Words, line, parameters
+from attnlab.display import Words, line, parameters, whatever_it_holds
 from attnlab.logits import Logits, example_axes, map_examples, widened, with_examples
 from attnlab.losses import LOSSES, Loss, check_weights
 from attnlab.trees import Selection
@@ -35,6 +35,7 @@ class Objective:
     targets: PyTree
     weights: jax.Array | None = None
 
+    @whatever_it_holds
     def __repr__(self) -> str:
         """The loss and the sizes of the data."""
         inputs, targets = parameters(self.inputs), parameters(self.targets)

@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, ArrayLike, Bool
 
 from attnlab.checks import check_arrays, check_finite, check_intervals, check_leading_axis
-from attnlab.display import line, parameters
+from attnlab.display import line, parameters, whatever_it_holds
 from attnlab.objectives import BatchedObjective, Risk, check_loss, check_objective
 from attnlab.runs import DamagedFileError
 from attnlab.runs.checkpoint import Checkpoint, fingerprint
@@ -49,6 +49,7 @@ class Trajectory:
     records: Records
     state: TrainingState
 
+    @whatever_it_holds
     def __repr__(self) -> str:
         """What was trained for how long, from which loss to which, and what was measured."""
         return line("Trajectory", **self.records.facts(), params=parameters(self.params))

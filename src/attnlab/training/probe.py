@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array
 
 from attnlab.checks import check_arrays
-from attnlab.display import line, parameters
+from attnlab.display import line, parameters, whatever_it_holds
 from attnlab.objectives import Risk
 from attnlab.trees import leaf_names
 from attnlab.types import Params, PRNGKey, PyTree
@@ -29,6 +29,7 @@ class TrainingState(NamedTuple):
     key: PRNGKey
     memory: dict[str, PyTree]
 
+    @whatever_it_holds
     def __repr__(self) -> str:
         """The step, and the size of the parameters."""
         return line("TrainingState", step=self.step, params=parameters(self.params), memory=list(self.memory))

@@ -10,7 +10,7 @@ from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from attnlab.checks import is_concrete
-from attnlab.display import line
+from attnlab.display import line, whatever_it_holds
 from attnlab.runs import DamagedFileError
 from attnlab.runs.checkpoint import SEPARATOR, Checkpoint, saved_parts, saved_state
 from attnlab.training.probe import summary
@@ -28,6 +28,7 @@ class Records(NamedTuple):
     values: dict[str, PyTree]
     losses: Float[Array, "s ..."]
 
+    @whatever_it_holds
     def __repr__(self) -> str:
         """Steps, losses, and the probes."""
         return line("Records", **self.facts())

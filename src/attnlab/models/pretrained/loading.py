@@ -12,7 +12,7 @@ from jax import tree
 from jax.tree_util import Partial
 
 from attnlab.checks import unknown_name
-from attnlab.display import Words, line, parameters
+from attnlab.display import Words, line, parameters, whatever_it_holds
 from attnlab.models.adapters import from_linen
 from attnlab.models.pretrained.bert import BERT
 from attnlab.models.pretrained.checkpoint import Checkpoint, bare_names, fill
@@ -53,6 +53,7 @@ class Pretrained:
     source: str
     formats: str
 
+    @whatever_it_holds
     def __repr__(self) -> str:
         """The config's kind, the size, and what the weights were stored as."""
         kind = Words(type(self.config).__name__)
