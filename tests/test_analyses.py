@@ -3,6 +3,8 @@
 import dataclasses
 import errno
 import json
+import re
+import string
 
 import jax
 import matplotlib as mpl
@@ -10,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from rich.console import Console
 from rich.table import Table
 
@@ -62,18 +65,42 @@ def test_smoke_run_writes_a_whole_result(name, tmp_path):
 
 
 def check_axes(analysis, arrays, config, folder):
-    """The figure shows something on labelled axes, and is the same file when it is drawn again."""
-    for draw, ending in ((analysis.plot, ""), (analysis.details, "-details")):
-        if draw is None:
-            continue
-        with style():
-            figure = draw(arrays, config)
+    """The figures show something on labelled axes, and are the same files when they are drawn again."""
+    with style():
+        for ending, figure in analysis.draw(arrays, config).items():
             again, _ = save_figure(figure, folder / "again")
-        assert isinstance(figure, Figure)
-        assert all(axes.has_data() for axes in figure.axes)
-        assert any(axes.get_xlabel() for axes in figure.axes)
-        assert again.read_bytes() == (folder / "figures" / f"{analysis.name}-smoke{ending}.png").read_bytes()
-        plt.close("all")
+            assert isinstance(figure, Figure)
+            assert all(axes.has_data() for axes in figure.axes)
+            assert any(axes.get_xlabel() for axes in figure.axes)
+            assert again.read_bytes() == (folder / "figures" / f"{analysis.name}-smoke{ending}.png").read_bytes()
+            if analysis.name not in OLD_LOOK:
+                check_look(figure, main=not ending)
+    plt.close("all")
+
+
+OLD_LOOK = frozenset(ANALYSES)
+
+
+def check_look(figure, main):
+    """One message with a number, lettered panels (four at most in the first figure), and text that can be read where
+    the figure is seven inches wide, that stays inside and does not meet other text."""
+    panels = [axes for axes in figure.axes if not hasattr(axes, "_colorbar")]
+    titles = [axes.get_title(loc="left") for axes in panels]
+    named = [title for title in titles if title]
+    assert [title[:3] for title in named] == [f"({letter})" for letter in string.ascii_lowercase[: len(named)]]
+    assert len(panels) <= 4 or not main
+    assert re.search(r"\d", figure.get_suptitle()) or not main
+    assert figure.get_suptitle()
+    texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
+    sizes = {text.get_text(): text.get_fontsize() * 7 / figure.get_figwidth() for text in texts}
+    assert all(size >= 7 for size in sizes.values()), {text: size for text, size in sizes.items() if size < 7}
+    figure.canvas.draw()
+    headings = [figure._suptitle, *(axes._left_title for axes in panels if axes.get_title(loc="left"))]
+    boxes = [heading.get_window_extent() for heading in headings]
+    for heading, box in zip(headings, boxes, strict=True):
+        assert box.x0 >= 0, heading
+        assert box.x1 <= figure.bbox.x1, heading
+        assert sum(box.overlaps(other) for other in boxes) == 1, heading
 
 
 def test_the_manifest_says_whether_a_run_was_resumed(tmp_path):

@@ -158,11 +158,25 @@ class Analysis:
         save_result(results, arrays, record)  # first: it is what took the time
         place = (config.figures or results) / name
         with style():
-            written = [*save_figure(self.plot(arrays, config), place)]
-            if self.details is not None:
-                written += save_figure(self.details(arrays, config), place.with_name(f"{name}-details"))
+            written = [
+                file
+                for ending, figure in self.draw(arrays, config).items()
+                for file in save_figure(figure, place.with_name(name + ending))
+            ]
         write_json(place.with_suffix(".json"), record)
         return [*written, results]
+
+    def draw(self, arrays: Arrays, config: AnalysisConfig) -> dict[str, "Figure"]:
+        """The figures by the ending of their names: the first says above it how many expectations were missed."""
+        figures = {"": self.plot(arrays, config)}
+        found = self.findings(arrays, config)
+        missed = sum(not finding.passed for finding in found)
+        if missed:
+            title = figures[""].get_suptitle()
+            figures[""].suptitle(f"{title}\n{missed} of {len(found)} expectations missed".strip(), fontsize=10.5)
+        if self.details is not None:
+            figures["-details"] = self.details(arrays, config)
+        return figures
 
     def _script(self) -> Path:
         return Path(str(sys.modules[self.config.__module__].__file__))
