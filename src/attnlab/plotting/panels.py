@@ -27,8 +27,8 @@ def panels(
     """A figure with one panel for each of `titles`, and its panels in reading order.
 
     `message` is the one thing that the figure says, with its number; `note`, below, tells what bands and bars are.
-    Rows are `height` inches tall; `options` are those of `matplotlib.pyplot.subplots`. A last row that is not full keeps
-    its place free: for a legend, say.
+    Rows are `height` inches tall; `options` are those of `matplotlib.pyplot.subplots`. A last row that is not full
+    keeps its place free: for a legend, say.
     """
     import matplotlib.pyplot as plt
 
