@@ -96,15 +96,34 @@ def problem(config: Config, kind: str, data_key, init_key):
 
 
 def plot(arrays: Arrays, config: Config):
-    """Rows: softmax, linear attention; columns: block grid, histogram of entries, spectra of the blocks."""
-    import matplotlib.pyplot as plt
+    """Entries of the Hessian and spectra of its diagonal blocks, softmax beside linear attention."""
+    from attnlab.plotting.panels import panels
 
-    figure = plt.figure(figsize=(12, 7.6))
-    grid = figure.add_gridspec(2, 3, width_ratios=(1.15, 1, 1))
-    for row, kind in enumerate(KINDS):
-        plot_grid(figure, figure.add_subplot(grid[row, 0]), arrays, kind)
-        plot_entries(figure.add_subplot(grid[row, 1]), arrays, kind)
-        plot_spectra(figure.add_subplot(grid[row, 2]), arrays, kind)
+    leads = [value_over_query(arrays, kind) for kind in KINDS]
+    message = (
+        rf"$\|H_{{VV}}\| / \|H_{{QQ}}\|$ is {leads[0]:.3g} under {KINDS[0]} "
+        f"and {leads[1]:.2g} under {KINDS[1]} attention, at initialisation"
+    )
+    titles = [
+        f"{kind}: {what}" for what in ("entries of the block's Hessian", "attention's own blocks") for kind in KINDS
+    ]
+    figure, axes = panels(message, titles, note="one draw of weights and data; entries and eigenvalues are exact")
+    for kind, entries, spectra in zip(KINDS, axes[:2], axes[2:], strict=True):
+        plot_grid(figure, entries, arrays, kind)
+        plot_spectra(spectra, arrays, kind)
+    return figure
+
+
+def details(arrays: Arrays, config: Config):
+    """How the entries of attention's diagonal blocks are distributed."""
+    from attnlab.plotting.panels import panels
+
+    medians = {kind: {name: np.median(block_entries(arrays, kind, name)) for name in SHOWN} for kind in KINDS}
+    apart = [np.log10(max(now.values()) / min(now.values())) for now in medians.values()]
+    message = f"Medians of the entries lie {apart[0]:.1f} ({KINDS[0]}) and {apart[1]:.1f} ({KINDS[1]}) decades apart"
+    figure, axes = panels(message, [f"entries of the diagonal blocks, {kind}" for kind in KINDS])
+    for panel, kind in zip(axes, KINDS, strict=True):
+        plot_entries(panel, arrays, kind)
     return figure
 
 
@@ -127,32 +146,30 @@ def plot_grid(figure, axes, arrays: Arrays, kind: str) -> None:
     matrix = arrays[kind]["hessian"]["matrix"]
     top = np.ceil(np.log10(np.abs(matrix).max()))
     image = block_grid(axes, matrix, block_sizes(arrays), (top - 8, top), CAPTIONS)
-    axes.set_title(f"Hessian of the block, {kind} attention")
     figure.colorbar(image, ax=axes, label=r"$\log_{10}|\mathrm{entry}|$", shrink=0.85, extend="min")
 
 
 def plot_entries(axes, arrays: Arrays, kind: str) -> None:
-    for color, (name, label) in enumerate(SHOWN.items()):
-        decades = np.log10(block_entries(arrays, kind, name))
-        axes.hist(
-            decades, bins=80, range=(-9, -1), histtype="step", density=True, color=f"C{color}", label=f"{label}{label}"
-        )
+    from attnlab.plotting.style import BLOCKS as LOOKS
+
+    for (name, label), line in zip(SHOWN.items(), ("-", "--", "-.", ":"), strict=False):
+        decades, look = np.log10(block_entries(arrays, kind, name)), {"color": LOOKS[name][0], "linestyle": line}
+        axes.hist(decades, bins=80, range=(-9, -1), histtype="step", density=True, label=f"{label}{label}", **look)
     axes.set(xlabel=r"$\log_{10}|\mathrm{entry}|$ (zeros left out)", ylabel="density per decade", xlim=(-9, -1))
-    axes.set_title(f"entries of the diagonal blocks, {kind}")
     axes.legend(loc="upper left")
 
 
 def plot_spectra(axes, arrays: Arrays, kind: str) -> None:
     from attnlab.plotting.matrices import signed_spectrum
+    from attnlab.plotting.style import BLOCKS as LOOKS
 
     top = 0.0
-    for color, (name, label) in enumerate(SHOWN.items()):
+    for name, label in SHOWN.items():
         eigenvalues = arrays[kind]["hessian"]["eigenvalues"][name]
         top = max(top, np.abs(eigenvalues).max())
-        signed_spectrum(axes, eigenvalues, f"C{color}", f"{label}{label}")
+        signed_spectrum(axes, eigenvalues, LOOKS[name][0], f"{label}{label}")
     axes.plot([], [], "v", color="gray", markerfacecolor="none", label="negative")
     axes.set(ylim=(1e-9 * top, 3 * top), xlabel="rank", ylabel="|eigenvalue|")
-    axes.set_title(f"spectra of the diagonal blocks, {kind}")
     axes.legend(loc="upper right")
 
 
@@ -191,7 +208,7 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
     return [table]
 
 
-ANALYSIS = Analysis("attention-blocks", Config, compute, plot, tables, findings, __doc__, slow=True)
+ANALYSIS = Analysis("attention-blocks", Config, compute, plot, tables, findings, __doc__, slow=True, details=details)
 
 if __name__ == "__main__":
     ANALYSIS.main()

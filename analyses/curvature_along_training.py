@@ -1,7 +1,9 @@
 """The curvature of an attention layer along training: moments, block norms, H_o against H_f, and the spectrum.
 
 Exact at every measured step, in closed form, inside the training scan: a layer on handwritten digits (square loss), and
-the last attention layer of a transformer on five-digit addition (cross-entropy).
+the last attention layer of a transformer on five-digit addition (cross-entropy). H_o comes to outweigh H_f in the query
+and key blocks; the lowest eigenvalue of H nears zero, and on digits it is thrown back by bursts of Adam: it is the
+larger in modulus, the rougher the loss is around that step.
 """
 
 from dataclasses import dataclass
@@ -23,8 +25,10 @@ PARTS = {"ggn": "H_o", "functional": "H_f"}
 class Config(AnalysisConfig):
     """Options of the analysis."""
 
-    SMOKE: ClassVar = {"images": 4, "sequences": 4, "width": 4, "steps": 20, "every": 10}
+    SMOKE: ClassVar = {"images": 4, "sequences": 4, "width": 4, "steps": 20, "every": 10, "seeds": 2}
 
+    seeds: int = 3
+    """Independent draws of data and weights; the first has the number `--seed`."""
     images: int = 64
     """Images of the digits task."""
     sequences: int = 64
@@ -40,28 +44,32 @@ class Config(AnalysisConfig):
 
 
 def compute(config: Config, progress: Progress) -> Arrays:
-    """Train both models, measuring in the scan."""
+    """Train both models at every seed, measuring in the scan: (seeds, steps / every + 1) of each quantity."""
+    import jax
+
+    runs = [{task: trained(config, task, seed, progress) for task in TASKS} for seed in range(config.seeds)]
+    steps = [run[task].pop("steps") for run in runs for task in TASKS]
+    return jax.tree.map(lambda *seeds: np.stack(seeds), *runs) | {"steps": steps[0]}
+
+
+def trained(config: Config, task: str, seed: int, progress: Progress) -> Arrays:
+    """One run: what was measured, the loss at every step, and the steps of the measurements."""
     import jax
     import optax
 
     from attnlab.training import Session, probe, show_progress, train
 
-    arrays = {}
-    for number, name in enumerate(TASKS):
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), number), 3)
-        risk, params = (digits_task if name == "digits" else addition_task)(config, keys[0], keys[1])
-        records = train(
-            risk,
-            params,
-            optax.adam(config.learning_rate),
-            keys[2],
-            steps=config.steps,
-            every=config.every,
-            probes={"layer": probe(measurements)},
-            session=Session(report=show_progress(progress, name), directory=config.scratch() / name),
-        ).records
-        arrays |= {name: records.values["layer"] | {"losses": records.losses}, "steps": records.steps}
-    return arrays
+    key = jax.random.fold_in(jax.random.key(config.seed + seed), TASKS.index(task))
+    keys = jax.random.split(key, 3)
+    risk, params = (digits_task if task == "digits" else addition_task)(config, keys[0], keys[1])
+    session = Session(
+        report=show_progress(progress, f"{task}, seed {config.seed + seed}"),
+        directory=config.scratch() / f"{task}-{config.seed + seed}",
+    )
+    optimizer, options = optax.adam(config.learning_rate), {"steps": config.steps, "every": config.every}
+    probes = {"layer": probe(measurements)}
+    records = train(risk, params, optimizer, keys[2], probes=probes, session=session, **options).records
+    return records.values["layer"] | {"losses": records.losses, "steps": records.steps}
 
 
 def digits_task(config: Config, data_key, init_key):
@@ -126,65 +134,167 @@ def measurements(risk, params):
 
 
 def plot(arrays: Arrays, config: Config):
-    """Rows: the tasks; columns: loss and entropy, block norms, moments, extreme eigenvalues."""
-    import matplotlib.pyplot as plt
+    """H_o over H_f by block, the ends of the spectrum, and what throws the lowest eigenvalue back."""
+    from attnlab.plotting.panels import panels
 
-    figure, rows = plt.subplots(len(TASKS), 4, figsize=(14, 6.4))
-    for axes, task in zip(rows, TASKS, strict=True):
-        now = arrays[task] | {"steps": np.maximum(arrays["steps"], config.every / 3)}
-        plot_loss(axes[0], now, task)
-        plot_norms(axes[1], now, task)
-        plot_moments(axes[2], now, task)
-        plot_eigenvalues(axes[3], now, task)
-        for panel in axes:
-            panel.set_xscale("log")
-            panel.set_xlabel("step (the first point is step 0)")
+    (start, digits), (begin, addition) = (np.median(balance(arrays[task]), axis=0)[[0, -1]] for task in TASKS)
+    message = (
+        r"The Gauss-Newton part takes over: $\|H_o\|/\|H_f\|$ of queries and keys goes "
+        f"from {start:.1f} to {digits:.0f} on digits,\nfrom {begin:.1f} to {addition:.0f} on addition"
+    )
+    titles = (
+        "digits, one layer (of VV $H_f$ is zero)",
+        "addition, layer of a transformer",
+        "lowest over highest eigenvalue of $H$",
+        f"digits, from step {config.steps // 3}: bursts of Adam",
+    )
+    note = f"lines: medians over {config.seeds} seeds, bands: their range; exact at every measured step, step 0 first"
+    figure, axes = panels(message, titles, note=note)
+    for panel, task in zip(axes[:2], TASKS, strict=True):
+        plot_balance(panel, arrays, task, config)
+    plot_ends(axes[2], arrays, config)
+    plot_bursts(axes[3], arrays, config)
     return figure
 
 
-def plot_loss(axes, now: Arrays, task: str) -> None:
-    axes.loglog(np.arange(1, len(now["losses"]) + 1), now["losses"], color="C0", label="training loss")
-    axes.set(ylabel="training loss", title=f"{task}: loss and attention entropy")
+def balance(now: Arrays) -> np.ndarray:
+    """||H_o|| / ||H_f||, geometric mean of the query and the key block, (seeds, points)."""
+    return np.sqrt(np.prod([now["H_o"][name] / now["H_f"][name] for name in ("query", "key")], axis=0))
+
+
+def shown_steps(arrays: Arrays, config: Config) -> np.ndarray:
+    """The measured steps for a logarithmic axis, on which step 0 stands a third of an interval after zero."""
+    return np.maximum(arrays["steps"], config.every / 3)
+
+
+def curve(axes, arrays: Arrays, config: Config, values: np.ndarray, color: str, label: str, line: str = "-") -> None:
+    """Median and range over the seeds of a quantity, (seeds, points)."""
+    from attnlab.plotting.curves import range_band
+
+    range_band(axes, shown_steps(arrays, config), values.T, color, label, line)
+    axes.set(xscale="log", xlabel="training step")
+
+
+LINES = {"value": "-", "query": "--", "key": "-."}
+
+
+def plot_balance(axes, arrays: Arrays, task: str, config: Config) -> None:
+    from attnlab.plotting.panels import log_ticks
+    from attnlab.plotting.style import BLOCKS as LOOKS
+
+    now = arrays[task]
+    for name, label in BLOCKS.items():
+        if np.all(now["H_f"][name] > 1e-12 * now["H_o"][name]):
+            values = now["H_o"][name] / now["H_f"][name]
+            curve(axes, arrays, config, values, LOOKS[name][0], f"{label}{label}", LINES[name])
+    axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
+    axes.set(yscale="log", ylabel=r"$\|H_o\| \, / \, \|H_f\|$", ylim=(0.15, 300))
+    log_ticks(axes.yaxis, 1, 10, 100)
+    axes.legend(loc="lower right")
+
+
+def plot_ends(axes, arrays: Arrays, config: Config) -> None:
+    for color, task in enumerate(TASKS):
+        ratio = np.abs(np.minimum(arrays[task]["smallest"], 0.0)) / arrays[task]["largest"]
+        curve(axes, arrays, config, ratio, f"C{3 + color}", task, ("-", "--")[color])
+    axes.set(yscale="log", ylabel=r"$|\lambda_{\min}| \, / \, \lambda_{\max}$")
+    axes.legend(loc="lower left")
+
+
+def plot_bursts(axes, arrays: Arrays, config: Config) -> None:
+    """The lowest eigenvalue against the roughness of the loss around that step, with the rank correlations."""
+    correlations = burst_correlations(arrays, config)
+    for seed, (lowest, rough) in enumerate(zip(*bursts(arrays, config), strict=True)):
+        label = f"seed {config.seed + seed}: {correlations[seed]:.2f}"
+        axes.loglog(rough, lowest, "osD^v"[seed % 5], markersize=3, color=f"C{seed}", label=label)
+    axes.set(xlabel="roughness of the loss around the step", ylabel=r"$|\lambda_{\min}|$")
+    axes.legend(loc="lower right", handletextpad=0.2, title="rank correlation", title_fontsize=8)
+
+
+REACH = 5
+
+
+def bursts(arrays: Arrays, config: Config) -> tuple[np.ndarray, np.ndarray]:
+    """|lowest eigenvalue| on digits in the last two thirds of training, and how rough the loss is there: the standard
+    deviation of its changes over `2 REACH` steps; (seeds, points) both."""
+    steps, losses = arrays["steps"], arrays["digits"]["losses"]
+    late = (steps >= config.steps // 3) & (steps >= REACH) & (steps + REACH <= losses.shape[1])
+    changes = np.diff(losses, axis=1)
+    rough = [changes[:, step - REACH : step + REACH].std(axis=1) for step in steps[late]]
+    return np.abs(arrays["digits"]["smallest"][:, late]), np.stack(rough, axis=1)
+
+
+def burst_correlations(arrays: Arrays, config: Config) -> np.ndarray:
+    """Spearman's rank correlation of the two `bursts`, of each seed."""
+    from scipy.stats import spearmanr
+
+    return np.array([spearmanr(*pair).statistic for pair in zip(*bursts(arrays, config), strict=True)])
+
+
+def details(arrays: Arrays, config: Config):
+    """By task: loss and entropy, norms of the diagonal blocks, moments and residual, ends of the spectrum."""
+    from attnlab.plotting.panels import panels
+
+    kinds = ("loss and attention entropy", "norms of the diagonal blocks", "moments and residual", "spectrum of $H$")
+    titles = [f"{task}: {kind}" for kind in kinds for task in TASKS]
+    ends = ", ".join(f"{np.median(arrays[task]['losses'][:, -1]):.2g} ({task})" for task in TASKS)
+    note = f"lines: medians over {config.seeds} seeds, bands: their range"
+    figure, axes = panels(f"Behind it: losses end at {ends}", titles, note=note, height=2.5)
+    for column, task in enumerate(TASKS):
+        for draw, panel in zip((plot_loss, plot_norms, plot_moments, plot_spectrum), axes[column::2], strict=True):
+            draw(panel, arrays, task, config)
+    return figure
+
+
+def plot_loss(axes, arrays: Arrays, task: str, config: Config) -> None:
+    from attnlab.plotting.curves import range_band
+
+    losses = arrays[task]["losses"]
+    range_band(axes, np.arange(1, losses.shape[1] + 1), losses.T, "C0", "loss")
+    axes.set(xscale="log", yscale="log", xlabel="training step", ylabel="training loss")
     right = axes.twinx()
-    right.plot(now["steps"], now["entropy"], "o-", color="C1")
-    right.set_ylabel("mean attention entropy (nats)", color="C1")
+    range_band(right, shown_steps(arrays, config), arrays[task]["entropy"].T, "C1", "entropy", "--")
+    right.set_ylabel("entropy (nats), dashed", color="C1")
     right.spines["right"].set_visible(True)
+
+
+def plot_norms(axes, arrays: Arrays, task: str, config: Config) -> None:
+    from attnlab.plotting.style import BLOCKS as LOOKS
+
+    for name, label in BLOCKS.items():
+        for part, line in (("H_o", "-"), ("H_f", "--")):
+            values = arrays[task][part][name]
+            if np.all(values > 0):
+                curve(axes, arrays, config, values, LOOKS[name][0], f"${part}$ {label}{label}", line)
+    axes.set(yscale="log", ylabel="Frobenius norm")
+    legend_above(axes, ncols=3)
 
 
 def legend_above(axes, **options) -> None:
     """A legend in head room above the curves of a logarithmic axis."""
     low, high = axes.get_ylim()
     axes.set_ylim(low, high * (high / low) ** 0.45)
-    axes.legend(loc="upper center", **options)
+    axes.legend(loc="upper center", fontsize=7.5, columnspacing=1, handlelength=1.6, **options)
 
 
-def plot_norms(axes, now: Arrays, task: str) -> None:
-    for color, (name, label) in enumerate(BLOCKS.items()):
-        axes.loglog(now["steps"], now["H_o"][name], color=f"C{color}", label=f"$H_o$, {label}{label}")
-        if np.any(now["H_f"][name] > 0):
-            axes.loglog(now["steps"], now["H_f"][name], "--", color=f"C{color}", label=f"$H_f$, {label}{label}")
-    axes.set(ylabel="Frobenius norm", title=f"{task}: diagonal blocks")
-    legend_above(axes, ncols=3, columnspacing=1, handlelength=1.6)
+def plot_moments(axes, arrays: Arrays, task: str, config: Config) -> None:
+    names = {"first": r"$\|m_i\|^2$", "second": r"$\mathrm{tr}\,\Sigma_i$", "gradient": r"gradient $\|g\|$"}
+    for color, (name, label) in enumerate(names.items()):
+        curve(axes, arrays, config, arrays[task][name], f"C{color}", label, ("-", "--", "-.")[color])
+    axes.set(yscale="log", ylabel="size, mean over tokens")
+    legend_above(axes, ncols=3)
 
 
-def plot_moments(axes, now: Arrays, task: str) -> None:
-    axes.loglog(now["steps"], now["first"], label=r"first moment, mean $\|m_i\|^2$")
-    axes.loglog(now["steps"], now["second"], label=r"second moment, mean $\mathrm{tr}\,\Sigma_i$")
-    axes.loglog(now["steps"], now["gradient"], label=r"gradient at the output, $\|g\|$")
-    axes.set(title=f"{task}: attention moments and residual", ylabel="size")
-    legend_above(axes)
-
-
-def plot_eigenvalues(axes, now: Arrays, task: str) -> None:
-    axes.loglog(now["steps"], now["largest"], label="largest eigenvalue of $H$")
-    axes.loglog(now["steps"], np.abs(now["smallest"]), "--", label="|smallest eigenvalue| of $H$")
-    axes.set(title=f"{task}: spectrum of the layer's block", ylabel="|eigenvalue|")
+def plot_spectrum(axes, arrays: Arrays, task: str, config: Config) -> None:
+    curve(axes, arrays, config, arrays[task]["largest"], "C0", r"$\lambda_{\max}$")
+    curve(axes, arrays, config, np.abs(arrays[task]["smallest"]), "C1", r"$|\lambda_{\min}|$", "--")
+    axes.set(yscale="log", ylabel="|eigenvalue|")
     right = axes.twinx()
-    right.plot(now["steps"], 100 * now["negative"], ".:", color="C2")
+    right.plot(shown_steps(arrays, config), 100 * np.median(arrays[task]["negative"], axis=0), ":", color="C2")
     right.set(ylim=(0, 60))
-    right.set_ylabel("negative eigenvalues (%)", color="C2")
+    right.set_ylabel("negative (%), dotted", color="C2")
     right.spines["right"].set_visible(True)
-    legend_above(axes)
+    legend_above(axes, ncols=2)
 
 
 def findings(arrays: Arrays, config: Config) -> list[Expectation]:
@@ -192,31 +302,44 @@ def findings(arrays: Arrays, config: Config) -> list[Expectation]:
     source = "Ormaniec, Dangel, Singh, arXiv 2410.10986"
     digits = arrays["digits"]
     values = np.max(digits["H_f"]["value"] / digits["H_o"]["value"])
-    loss = [arrays[task]["losses"][-1] / arrays[task]["losses"][0] for task in TASKS]
-    negative = [arrays[task]["negative"][0] for task in TASKS]
+    loss = [arrays[task]["losses"][:, -1] / arrays[task]["losses"][:, 0] for task in TASKS]
+    negative = [arrays[task]["negative"][:, 0] for task in TASKS]
+    grown = [balance(arrays[task])[:, -1] / balance(arrays[task])[:, 0] for task in TASKS]
     return [
         at_most("digits: ||H_f|| / ||H_o|| of the value block, at any step", values, 1e-10, source=source),
         at_least("share of negative eigenvalues at the start: digits, addition", negative, 0.05, source=source),
         at_most("loss at the end over that at the start: digits, addition", loss, 0.5, source="both models learn"),
+        at_least(
+            "growth of ||H_o|| / ||H_f|| of queries and keys", grown, 10.0, because="an order", source="seen here"
+        ),
+        at_least(
+            "digits: rank correlation of |lowest eigenvalue| and roughness of the loss",
+            burst_correlations(arrays, config),
+            0.3,
+            because="Adam moves the residual, on which H_f depends",
+            source="seen here",
+        ),
     ]
 
 
 def tables(arrays: Arrays, config: Config) -> list[Table]:
-    """Beginning, middle and end of both trajectories."""
+    """Beginning, middle and end of both trajectories at the first seed."""
     picked = [0, len(arrays["steps"]) // 2, -1]
     table = Table("task", "quantity", *(f"step {arrays['steps'][i]}" for i in picked))
     for task in TASKS:
         for part in ("H", "H_o", "H_f"):
             for name, label in BLOCKS.items():
-                values = arrays[task][part][name]
+                values = arrays[task][part][name][0]
                 table.add_row(task, f"norm of {label}{label} of {part}", *(f"{values[i]:.3g}" for i in picked))
         for quantity in ("largest", "smallest"):
-            values = arrays[task][quantity]
+            values = arrays[task][quantity][0]
             table.add_row(task, f"{quantity} eigenvalue of H", *(f"{values[i]:.3g}" for i in picked))
     return [table]
 
 
-ANALYSIS = Analysis("curvature-along-training", Config, compute, plot, tables, findings, __doc__, slow=True)
+ANALYSIS = Analysis(
+    "curvature-along-training", Config, compute, plot, tables, findings, __doc__, slow=True, details=details
+)
 
 if __name__ == "__main__":
     ANALYSIS.main()
