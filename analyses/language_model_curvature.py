@@ -263,60 +263,108 @@ def functional_share(arrays: Arrays, name: str, matrix: str) -> np.ndarray:
 
 
 def plot(arrays: Arrays, config: Config):
-    """Norms of the blocks of H by layer, trained and at initialisation; the functional part against the outer one; the
-    value block's lead; traces; and the spectra of the whole."""
-    import matplotlib.pyplot as plt
+    """Norms of the blocks of H, the value block's lead, the functional part against the outer one, and the spectra."""
+    from attnlab.plotting.panels import legend_below, panels
 
-    figure, axes = plt.subplots(2, 3, figsize=(15, 8))
-    layers = arrays["layers"] + 1
-    for axis, name in zip(axes[0, :2], WEIGHTS, strict=True):
-        for color, matrix in enumerate(matrices(arrays)):
-            draw(axis, layers, *norms(arrays, name, "hessian", matrix), color, matrix)
-        axis.set(yscale="log", title=f"blocks of $H$, {WEIGHTS[name]}", ylabel="Frobenius norm")
-    axes[0, 1].legend(fontsize=8, ncols=2)
-    for color, matrix in enumerate(matrices(arrays)):
-        draw(axes[0, 2], layers, *functional_share(arrays, "trained", matrix), color, matrix)
+    start, end = (np.median(lead(arrays, name, "hessian")[0]) for name in ("initial", "trained"))
+    share = np.median([functional_share(arrays, "trained", matrix)[0] for matrix in matrices(arrays)])
+    message = (
+        f"{model_name(config)}: the value block leads {start:.2g} times at initialisation, {end:.2g} times trained,\n"
+        rf"where $H_f$ is {share:.2g} times $H_o$ (median blocks)"
+    )
+    titles = (
+        "blocks of $H$, trained",
+        "lead of the value block",
+        "functional over outer part, trained",
+        "spectra, trained",
+    )
+    figure, axes = panels(message, titles, note=note(arrays, config), height=2.9)
+    for matrix in matrices(arrays):
+        draw(axes[0], arrays, norms(arrays, "trained", "hessian", matrix), matrix)
+        draw(axes[2], arrays, functional_share(arrays, "trained", matrix), matrix)
+    axes[0].set(yscale="log", ylabel="Frobenius norm")
+    axes[2].axhline(1, color="black", linewidth=0.7, linestyle=":")
+    axes[2].set(yscale="log", ylabel=r"$\Vert H_f \Vert / \Vert H_o \Vert$")
+    plot_lead(axes[1], arrays)
+    plot_spectra(axes[3], arrays)
+    for axis in axes[:3]:
+        axis.set(xlabel="layer", xticks=arrays["layers"] + 1)
+    legend_below(figure, axes[0], columns=5)
+    return figure
+
+
+def note(arrays: Arrays, config: Config) -> str:
+    """What the weights are and what bars mean."""
+    return (
+        f"weights: {arrays['formats']}; bars and bands: two standard errors over {config.texts} texts and their vectors"
+    )
+
+
+def details(arrays: Arrays, config: Config):
+    """Norms of the blocks of H at initialisation, and traces trained."""
+    from attnlab.plotting.panels import legend_below, panels
+
+    negative = np.mean([np.mean(traces(arrays, "trained", "hessian", matrix)[0] < 0) for matrix in matrices(arrays)])
+    message = f"{negative:.0%} of the trained blocks of $H$ have a negative trace"
+    titles = ("blocks of $H$, at initialisation", "traces of the blocks of $H$, trained")
+    figure, axes = panels(message, titles, note=note(arrays, config), height=2.9)
+    for matrix in matrices(arrays):
+        draw(axes[0], arrays, norms(arrays, "initial", "hessian", matrix), matrix)
         value, error = traces(arrays, "trained", "hessian", matrix)
-        axes[1, 0].errorbar(layers, value, 2 * error, fmt=again(color), color=f"C{color}", capsize=2, markersize=4)
-    axes[0, 2].axhline(1, color="black", linewidth=0.7)
-    axes[0, 2].set(yscale="log", title="functional against Gauss-Newton part, trained")
-    axes[0, 2].set_ylabel(r"$\Vert H_f \Vert / \Vert H_o \Vert$")
-    axes[1, 0].set(yscale="symlog", title="traces of the blocks of $H$, trained", ylabel="trace")
-    axes[1, 0].axhline(0, color="black", linewidth=0.7)
-    plot_lead(axes[1, 1], arrays)
-    plot_spectra(axes[1, 2], arrays)
-    for axis in (*axes[0], *axes[1, :2]):
-        axis.set(xlabel="layer", xticks=layers)
-    figure.suptitle(f"{model_name(config)}; weights: {arrays['formats']}", fontsize=10)
+        color, style = look(matrix)
+        axes[1].errorbar(arrays["layers"] + 1, value, 2 * error, fmt=style, color=color, capsize=2, markersize=3.5)
+    axes[0].set(yscale="log", ylabel="Frobenius norm")
+    axes[1].axhline(0, color="black", linewidth=0.7)
+    axes[1].set(yscale="symlog", ylabel="trace (symmetric logarithm)")
+    for axis in axes:
+        axis.set(xlabel="layer", xticks=arrays["layers"] + 1)
+    legend_below(figure, axes[0], columns=5)
     return figure
 
 
 def model_name(config: Config) -> str:
-    return "a small random model" if config.tiny else "SmolLM2-135M" if config.model is None else config.model.name
+    return "A small random model" if config.tiny else "SmolLM2-135M" if config.model is None else config.model.name
 
 
-def draw(axes, layers, value, error, color: int, label: str, line: str = "o-") -> None:
-    """Points with bars; dashed where the colours begin again."""
+def look(matrix: str) -> tuple[str, str]:
+    """Colour and line of a matrix: attention's own, solid; those of the MLP and the norms in others, dashed."""
+    from attnlab.plotting.style import BLOCKS
+
+    if matrix in BLOCKS:
+        color, marker, _ = BLOCKS[matrix]
+        return color, f"{marker}-"
+    others = [name for name in MATRICES if name not in BLOCKS]
+    place = others.index(matrix)
+    return ("#E69F00", "#56B4E9", "black", "0.5", "0.7")[place % 5], f"{'vx*<>'[place % 5]}--"
+
+
+def draw(axes, arrays: Arrays, found: np.ndarray, matrix: str) -> None:
+    """A value in each layer, with bars."""
     from attnlab.plotting.curves import points_with_bars
 
-    line = again(color) if line == "o-" else line
-    points_with_bars(axes, layers, value, error, line, color=f"C{color}", label=label, markersize=4)
-
-
-def again(color: int) -> str:
-    """The style of a line, by whether its colour is there already."""
-    return "^--" if color > 6 else "o-"
+    color, style = look(matrix)
+    points_with_bars(axes, arrays["layers"] + 1, *found, style, color=color, label=matrix, markersize=3.5)
 
 
 def plot_lead(axes, arrays: Arrays) -> None:
-    layers = arrays["layers"] + 1
-    for name, line in zip(WEIGHTS, ("o-", "s:"), strict=True):
-        for color, (part, label) in enumerate(PARTS.items()):
-            draw(axes, layers, *lead(arrays, name, part), color, f"${label}$, {WEIGHTS[name]}", line)
-    axes.axhline(1, color="black", linewidth=0.7)
-    axes.set(yscale="log", title="lead of the value block")
-    axes.set_ylabel(r"$\Vert VV\Vert \, / \sqrt{\Vert QQ\Vert \, \Vert KK\Vert}$")
-    axes.legend(fontsize=7, loc="lower left")
+    from attnlab.plotting.curves import points_with_bars
+    from attnlab.plotting.style import PARTS as LOOKS
+
+    for name, line, face in (("trained", "-", None), ("initial", ":", "none")):
+        for part, label in PARTS.items():
+            color, marker, _ = LOOKS[part]
+            options = {
+                "color": color,
+                "markersize": 3.5,
+                "markerfacecolor": face,
+                "label": f"${label}$, {WEIGHTS[name]}",
+            }
+            points_with_bars(axes, arrays["layers"] + 1, *lead(arrays, name, part), f"{marker}{line}", **options)
+    axes.axhline(1, color="black", linewidth=0.7, linestyle=":")
+    axes.set(yscale="log", ylabel=r"$\Vert VV\Vert \, / \sqrt{\Vert QQ\Vert \, \Vert KK\Vert}$")
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high * (high / low) ** 0.4)
+    axes.legend(fontsize=7.5, loc="upper center", ncols=2, columnspacing=1, handlelength=1.6)
 
 
 def density(arrays: Arrays, part: str):
@@ -329,7 +377,10 @@ def density(arrays: Arrays, part: str):
 def plot_spectra(axes, arrays: Arrays) -> None:
     """How many eigenvalues lie above a value in modulus, with bands of two standard errors over the samples."""
     n = int(arrays["spectra"]["dimension"])
-    for color, part in enumerate(("hessian", "ggn")):
+    from attnlab.plotting.style import PARTS as LOOKS
+
+    for part in ("hessian", "ggn"):
+        color = LOOKS[part][0]
         found = density(arrays, part)
         for sign, line in ((1, "-"), (-1, ":")):
             moduli = sign * np.asarray(found.nodes).ravel()
@@ -340,12 +391,11 @@ def plot_spectra(axes, arrays: Arrays) -> None:
                 np.asarray, found.integral(lambda nodes, v=values, s=sign: (s * nodes >= v[:, None]) * 1.0)
             )
             label = f"${PARTS[part]}$" if sign == 1 else f"${PARTS[part]}$, negative"
-            axes.step(values, n * share, line, where="post", color=f"C{color}", label=label)
+            axes.step(values, n * share, line, where="post", color=color, label=label)
             low, high = (n * np.maximum(share + side * error, 1e-12) for side in (-2, 2))
-            axes.fill_between(values, low, high, step="post", color=f"C{color}", alpha=0.15, linewidth=0)
+            axes.fill_between(values, low, high, step="post", color=color, alpha=0.15, linewidth=0)
     axes.set(xscale="log", yscale="log", ylim=(0.3, 3 * n), xlabel=r"$|\lambda|$", ylabel="eigenvalues above")
-    axes.set_title("spectra in all parameters, trained")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=7.5)
 
 
 def findings(arrays: Arrays, config: Config) -> list[Expectation]:
@@ -384,7 +434,9 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
     return found
 
 
-ANALYSIS = Analysis("language-model-curvature", Config, compute, plot, tables, findings, __doc__, slow=True)
+ANALYSIS = Analysis(
+    "language-model-curvature", Config, compute, plot, tables, findings, __doc__, slow=True, details=details
+)
 
 if __name__ == "__main__":
     ANALYSIS.main()

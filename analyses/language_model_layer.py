@@ -140,29 +140,54 @@ def measured(config: Config, risk, params, path: str, progress: Progress) -> Arr
 
 
 def plot(arrays: Arrays, config: Config):
-    """Norms of the blocks, exact and by products; of every term; and how concentrated data, weights, moments are."""
-    import matplotlib.pyplot as plt
+    """Norms of the diagonal blocks, exact and by products, and how concentrated data, weights and moments are."""
+    from attnlab.plotting.panels import panels
 
-    figure, axes = plt.subplots(1, 3, figsize=(16, 4.8), width_ratios=(1, 1.1, 1))
+    worst, mixed = deviations(arrays).max(), arrays["exact"]["functional"][0, 1] / arrays["exact"]["ggn"][0, 1]
+    message = (
+        f"Closed form of a language model's last attention layer: within {worst:.1f} standard errors of products,\n"
+        rf"$\|H_f\|$ is {mixed:.2g} times $\|H_o\|$ between value and output"
+    )
+    note = f"bars: two standard errors over {config.samples} vectors; weights dequantised from 4 bits"
+    titles = ("diagonal blocks: bars exact, marks by products", "data, weights and moments, first head")
+    figure, axes = panels(message, titles, note=note if not config.tiny else "a small random model", height=3.3)
+    plot_blocks(axes[0], arrays)
+    for place, (name, values) in enumerate(arrays["factors"].items()):
+        line = ("-", "--", "-.", ":")[place % 4]
+        axes[1].plot(np.arange(1, len(values) + 1), values / values[0], line, color=f"C{place}", label=name)
+    axes[1].set(xscale="log", yscale="log", xlabel="number", ylabel="singular value / largest", ylim=(1e-5, 1.5))
+    axes[1].legend(loc="lower left", fontsize=7.5)
+    return figure
+
+
+def plot_blocks(axes, arrays: Arrays) -> None:
+    from attnlab.plotting.style import PARTS as LOOKS
+
     places = np.arange(len(MEASURED))
-    for color, (part, label) in enumerate(PARTS.items()):
-        shift, found = 0.25 * (color - 1), arrays["products"][part]
-        axes[0].bar(places[:-1] + shift, np.diag(arrays["exact"][part]), 0.22, color=f"C{color}", label=f"${label}$")
-        bars = {"fmt": "o", "color": "black", "capsize": 3, "markersize": 3}
-        label = "by products" if color == 0 else None
-        axes[0].errorbar(places + shift, found[:, 0], 2 * found[:, 1], label=label, **bars)
-    axes[0].set(xticks=places, xticklabels=MEASURED, yscale="log", ylabel="Frobenius norm", title="diagonal blocks")
-    axes[0].legend(fontsize=8)
+    for number, (part, label) in enumerate(PARTS.items()):
+        shift, found = 0.25 * (number - 1), arrays["products"][part]
+        color = "0.6" if part == "hessian" else LOOKS[part][0]
+        axes.bar(places[:-1] + shift, np.diag(arrays["exact"][part]), 0.22, color=color, label=f"${label}$")
+        marks = {"fmt": LOOKS[part][1], "color": "black", "capsize": 2, "markersize": 3}
+        axes.errorbar(places + shift, found[:, 0], 2 * found[:, 1], **marks)
+    axes.set(yscale="log", xlabel="block (of keys products alone)", ylabel="Frobenius norm")
+    axes.set_xticks(places, MEASURED)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high * (high / low) ** 0.25)
+    axes.legend(loc="upper center", ncols=3)
+
+
+def details(arrays: Arrays, config: Config):
+    """The norm of every term of the closed form, beside its formula."""
+    from attnlab.plotting.panels import panels
+
     order = np.argsort(arrays["terms"])
-    axes[1].barh(np.arange(len(order)), arrays["terms"][order], color="C4", alpha=0.5)
+    message = f"The largest of {len(order)} terms of the diagonal blocks has norm {arrays['terms'].max():.3g}"
+    figure, (axes,) = panels(message, ("terms of the closed form",), columns=1, height=0.24 * len(order) + 0.6)
+    axes.barh(np.arange(len(order)), arrays["terms"][order], color="C5", alpha=0.6)
     for height, place in enumerate(order):
-        axes[1].annotate(f" {arrays['formulas'][place]}", (0, height), fontsize=6.5, va="center")
-    axes[1].set(yticks=[], xlabel="Frobenius norm", title="terms of the closed form, diagonal blocks")
-    for name, values in arrays["factors"].items():
-        axes[2].plot(np.arange(1, len(values) + 1), values / values[0], label=name)
-    axes[2].set(xscale="log", yscale="log", xlabel="number", ylabel="singular value / largest", ylim=(1e-5, 1.5))
-    axes[2].set_title("data, weights and moments, first head")
-    axes[2].legend(fontsize=7)
+        axes.annotate(f" {arrays['formulas'][place]}", (0, height), fontsize=7.5, va="center")
+    axes.set(yticks=[], xlabel="Frobenius norm")
     return figure
 
 
@@ -209,7 +234,9 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
     return [table]
 
 
-ANALYSIS = Analysis("language-model-layer", Config, compute, plot, tables, findings, __doc__, slow=True)
+ANALYSIS = Analysis(
+    "language-model-layer", Config, compute, plot, tables, findings, __doc__, slow=True, details=details
+)
 
 if __name__ == "__main__":
     ANALYSIS.main()

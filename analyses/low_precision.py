@@ -189,46 +189,72 @@ def noisy_share(found: Arrays, dtype: str) -> float:
 
 
 def plot(arrays: Arrays, config: Config):
-    """The first trained network: spectra in three precisions, errors beside Weyl's bound; and of all networks the
-    highest eigenvalues' errors against residuals, and noise."""
-    import matplotlib.pyplot as plt
+    """Noise of the products, errors of all eigenvalues, and what residuals say in both precisions."""
+    from attnlab.plotting.panels import panels
 
-    figure, axes = plt.subplots(2, 3, figsize=(15, 8))
-    first = networks_in(arrays, "trained")[0]
-    for axis, (part, label) in zip(axes[0], PARTS.items(), strict=False):
-        plot_spectrum(axis, first[part], f"${label}$, trained, first start")
-    for column, dtype in enumerate(PRECISIONS):
-        plot_certificates(axes[1, column], arrays, dtype)
-    plot_errors(axes[0, 2], first["hessian"])
-    plot_noise(axes[1, 2], arrays)
+    noises = {state: noise(arrays, state, "hessian", "bfloat16") for state in STATES}
+    shown = [f"{100 * np.min(values):.2g} to {100 * np.max(values):.2g} % {state}" for state, values in noises.items()]
+    message = f"In bfloat16 the noise of $H$ is a share of its norm: {', '.join(shown)}"
+    titles = (
+        r"noise $\|E\|_2$ over the norm",
+        "errors of all eigenvalues of $H$, one trained",
+        *(f"highest eigenvalues, {dtype}" for dtype in PRECISIONS),
+    )
+    note = (
+        f"{len(networks_in(arrays, STATES[0]))} starts, each a mark, against float64; E: the difference of the matrices"
+    )
+    figure, axes = panels(message, titles, note=note, height=2.9)
+    plot_noise(axes[0], arrays)
+    plot_errors(axes[1], networks_in(arrays, "trained")[0]["hessian"])
+    for panel, dtype in zip(axes[2:], PRECISIONS, strict=True):
+        plot_certificates(panel, arrays, dtype)
     return figure
 
 
-def plot_spectrum(axes, found: Arrays, title: str) -> None:
+def details(arrays: Arrays, config: Config):
+    """Spectra of the first trained network in three precisions."""
+    from attnlab.plotting.panels import legend_below, panels
+
+    first = networks_in(arrays, "trained")[0]
+    shares = [noisy_share(first[part], "bfloat16") for part in ("hessian", "ggn")]
+    message = f"{shares[0]:.1%} of the eigenvalues of $H$ and {shares[1]:.1%} of $H_o$ are below bfloat16's noise"
+    figure, axes = panels(message, [f"${PARTS[part]}$, trained, first start" for part in ("hessian", "ggn")])
+    for panel, part in zip(axes, ("hessian", "ggn"), strict=True):
+        plot_spectrum(panel, first[part])
+    legend_below(figure, axes[0], columns=3)
+    return figure
+
+
+def plot_spectrum(axes, found: Arrays) -> None:
+    """Moduli of positive and negative eigenvalues by rank, and the noise of the lower precisions."""
     for color, (name, one) in enumerate((("float64", found), *((dtype, found[dtype]) for dtype in PRECISIONS))):
         values = np.asarray(one["values"])
         for sign, line, label in ((1, "-", name), (-1, ":", f"{name}, negative")):
             moduli = np.sort((sign * values)[sign * values > 0])[::-1]
             axes.plot(np.arange(1, len(moduli) + 1), moduli, line, color=f"C{color}", label=label)
         if name in PRECISIONS:
-            axes.axhline(float(one["noise"]), color=f"C{color}", linewidth=0.7, linestyle="--")
-    axes.set(
-        xscale="log", yscale="log", xlabel="rank", ylabel=r"$|\lambda|$", title=title + r" (dashed: $\Vert E\Vert_2$)"
-    )
-    axes.legend(fontsize=7)
+            label = rf"$\Vert E\Vert_2$ in {name}"
+            axes.axhline(float(one["noise"]), color=f"C{color}", linewidth=0.7, linestyle="--", label=label)
+    axes.set(xscale="log", yscale="log", xlabel="rank", ylabel=r"$|\lambda|$")
 
 
 def plot_errors(axes, found: Arrays) -> None:
     for color, dtype in enumerate(PRECISIONS, start=1):
         scale, size = largest(found), np.abs(found["values"])
-        axes.loglog(size / scale, np.maximum(errors(found, dtype), 1e-18) / scale, ".", color=f"C{color}", label=dtype)
-        axes.axhline(float(found[dtype]["noise"]) / scale, color=f"C{color}", linestyle="--", label="Weyl's bound")
+        relative, bound = np.maximum(errors(found, dtype), 1e-18) / scale, float(found[dtype]["noise"]) / scale
+        axes.loglog(size / scale, relative, "ov"[color - 1], markersize=2, color=f"C{color}", label=dtype)
+        axes.axhline(bound, color=f"C{color}", linestyle="--", label=f"Weyl's bound, {dtype}")
     line = np.array([1e-9, 1.0])
     axes.plot(line, line, color="black", linewidth=0.7, label="as large as the eigenvalue")
-    axes.set(
-        xlabel=r"$|\lambda| / \Vert H\Vert_2$", ylabel="error relative to the norm", title="all eigenvalues of $H$"
-    )
-    axes.legend(fontsize=7)
+    axes.set(xlabel=r"$|\lambda| / \Vert H\Vert_2$", ylabel="error / norm")
+    head_room(axes)
+    axes.legend(fontsize=7.5, loc="upper left")
+
+
+def head_room(axes) -> None:
+    """Room for a legend above what a logarithmic axis shows."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high * (high / low) ** 0.5)
 
 
 def plot_certificates(axes, arrays: Arrays, dtype: str) -> None:
@@ -237,11 +263,13 @@ def plot_certificates(axes, arrays: Arrays, dtype: str) -> None:
     labels = {"stated": "stated by the iteration", "checked": f"of a product in {PRECISIONS[dtype]}"}
     for color, (name, label) in enumerate(labels.items()):
         residual = np.concatenate([found[dtype][name] / scale for found, scale in pairs])
-        axes.loglog(residual, np.maximum(error, 1e-18), ".", color=f"C{color}", label=f"residual {label}")
+        look = {"markersize": 3, "color": f"C{3 + color}", "label": label}
+        axes.loglog(residual, np.maximum(error, 1e-18), "os"[color], **look)
     line = np.array([1e-10, 1e-1])
-    axes.plot(line, line, color="black", linewidth=0.7)
-    axes.set(xlabel="residual / norm", ylabel="error / norm", title=f"highest eigenvalues in {dtype}: bounds lie right")
-    axes.legend(fontsize=7)
+    axes.plot(line, line, color="black", linewidth=0.7, label="error = residual (bounds lie right)")
+    axes.set(xlabel="residual / norm", ylabel="error / norm")
+    head_room(axes)
+    axes.legend(fontsize=7.5, loc="upper left")
 
 
 def plot_noise(axes, arrays: Arrays) -> None:
@@ -250,12 +278,14 @@ def plot_noise(axes, arrays: Arrays) -> None:
         names.append(f"${PARTS[part]}$\n{state}")
         for color, dtype in enumerate(PRECISIONS, start=1):
             values = noise(arrays, state, part, dtype)
-            axes.plot(np.full(len(values), place), values, "o", color=f"C{color}", label=dtype if place == 0 else None)
+            label = dtype if place == 0 else None
+            axes.plot(np.full(len(values), place), values, "ov"[color - 1], color=f"C{color}", label=label)
     for dtype, bits in (("float32", 23), ("bfloat16", 7)):
         axes.axhline(2.0**-bits, color="black", linewidth=0.7, linestyle=":")
-        axes.annotate(f"epsilon of {dtype}", (3.4, 2.0**-bits), fontsize=7, ha="right", va="bottom")
-    axes.set(yscale="log", xticks=range(len(names)), xticklabels=names, title=r"$\Vert E\Vert_2$ / norm")
-    axes.legend(fontsize=7)
+        axes.annotate(f"epsilon of {dtype}", (-0.3, 2.0**-bits), fontsize=7.5, va="bottom")
+    axes.set(yscale="log", ylabel=r"$\Vert E\Vert_2$ / norm", xlabel="part and state")
+    axes.set_xticks(range(len(names)), names, fontsize=8)
+    axes.legend(fontsize=7.5, loc="center left")
 
 
 def worst(arrays: Arrays, measure) -> float:
@@ -302,7 +332,7 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
     return [table]
 
 
-ANALYSIS = Analysis("low-precision", Config, compute, plot, tables, findings, __doc__, slow=True)
+ANALYSIS = Analysis("low-precision", Config, compute, plot, tables, findings, __doc__, slow=True, details=details)
 
 if __name__ == "__main__":
     ANALYSIS.main()
