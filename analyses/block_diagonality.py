@@ -232,19 +232,38 @@ def series(arrays: Arrays, config: Config, depth: int, state: str, field: str) -
 
 def plot(arrays: Arrays, config: Config):
     """Shares by the number of classes, of G and of H; by network; and the steps."""
-    import matplotlib.pyplot as plt
+    from attnlab.plotting.panels import legend_below, panels
 
-    figure, axes = plt.subplots(2, 2, figsize=(9, 7.6), layout="constrained")
-    for panel, part, letter in zip(axes[0], (1, 0), "ab", strict=True):
+    ends = (config.depths[0], config.depths[-1])
+    outside = [
+        [series(arrays, config, depth, "initial", "shares")[-1, :, part, 1].mean() for depth in ends] for part in (1, 0)
+    ]
+    shares = " and of H ".join(f"{shallow:.2f} to {deep:.2f}" for shallow, deep in outside)
+    message = (
+        f"With {config.classes[-1]:,} classes the share of G between matrices is {shares}\n"
+        f"as depth grows; steps by matrices keep {least_kept(arrays):.2f} or more of the decrease"
+    )
+    titles = (
+        "Gauss-Newton matrix G of perceptrons",
+        "Hessian H of perceptrons",
+        "the other networks",
+        "steps of the blocks",
+    )
+    note = f"large marks: means over {config.seeds} starts, thin lines and dots: each start; dashed: trained"
+    figure, axes = panels(message, titles, note=note, height=3.3)
+    for panel, part in zip(axes[:2], (1, 0), strict=True):
         by_classes(panel, arrays, config, part)
-        deep = series(arrays, config, config.depths[-1], "initial", "shares")[-1, :, part, 1].mean()
-        flat = series(arrays, config, config.depths[0], "initial", "shares")[-1, :, part, 1].mean()
-        what = ("H", "G")[part]
-        panel.set_title(f"({letter}) {what} at {config.classes[-1]} classes: {flat:.2f} and {deep:.2f}")
-    axes[0, 0].legend(fontsize="small", loc="lower left")
-    bars(axes[1, 0], arrays)
-    steps(axes[1, 1], arrays, config)
+    bars(axes[2], arrays)
+    steps(axes[3], arrays)
+    legend_below(figure, axes[0], columns=2)
     return figure
+
+
+def least_kept(arrays: Arrays) -> float:
+    """The least share of the decrease that steps by matrices keep, over networks, states and starts."""
+    return min(
+        each[state]["steps"][:, 2, 1].min() for each in arrays.values() for state in STATES if "steps" in each[state]
+    )
 
 
 def by_classes(panel, arrays: Arrays, config: Config, part: int) -> None:
@@ -259,9 +278,8 @@ def by_classes(panel, arrays: Arrays, config: Config, part: int) -> None:
     by_class = series(arrays, config, config.depths[0], "initial", "by_class").mean(axis=1)
     panel.loglog(classes, by_class, "s", color="black", ms=4, label="last layer, between classes")
     panel.loglog(classes, 1 / classes, ":", color="black", label="1 / classes")
-    panel.plot([], [], "k--", lw=0.8, label="dashed: trained")
     panel.set_xlabel("classes")
-    panel.set_ylabel(f"share of $||{'HG'[part]}||_F^2$ off the block diagonal")
+    panel.set_ylabel(f"share of $||{'HG'[part]}||_F^2$ outside blocks")
 
 
 def shown_networks(arrays: Arrays) -> list[str]:
@@ -271,6 +289,8 @@ def shown_networks(arrays: Arrays) -> list[str]:
 
 def bars(panel, arrays: Arrays) -> None:
     """Shares of the language models, by partition and part."""
+    from attnlab.plotting.style import PARTS as PARTS_LOOKS
+
     names = shown_networks(arrays)
     groups = [(part, state) for part in range(2) for state in range(2)]
     place = 0
@@ -281,7 +301,7 @@ def bars(panel, arrays: Arrays) -> None:
                 continue
             for number, (part, state) in enumerate(groups):
                 values = arrays[name][STATES[state]]["shares"][:, part, column]
-                color, hatch = ("C1", "C0")[part], (None, "//")[state]
+                color, hatch = ("0.45", PARTS_LOOKS["ggn"][0])[part], (None, "//")[state]
                 label = f"{'HG'[part]}, {STATES[state]}" if place == 0 else None
                 x = place + 0.2 * (number - 1.5)
                 panel.bar(x, values.mean(), 0.2, color=color, hatch=hatch, edgecolor="white", label=label, alpha=0.9)
@@ -289,18 +309,16 @@ def bars(panel, arrays: Arrays) -> None:
                 if "errors" in arrays[name][STATES[state]]:
                     errors = arrays[name][STATES[state]]["errors"][:, part, column]
                     panel.errorbar(np.full(len(values), x), values, errors, fmt="none", color="black", lw=0.8)
-            ticks.append((place, f"{name}\n{kind}"))
+            ticks.append((place, f"{name}: {kind}"))
             place += 1
-    panel.set_xticks([x for x, _ in ticks], [label for _, label in ticks], rotation=45, ha="right", fontsize="small")
-    panel.set_ylim(0, 1.3)
+    panel.set_xticks([x for x, _ in ticks], [label for _, label in ticks], rotation=55, ha="right", fontsize=7.5)
+    panel.set_ylim(0, 1.35)
     panel.set_ylabel("share off the diagonal")
-    panel.set_xlabel("network and blocks")
-    values = [arrays[name][state]["shares"][:, :, 0] for name in names for state in STATES]
-    panel.set_title(f"(c) between layers: {np.min(values):.2f} to {np.max(values):.2f}")
-    panel.legend(fontsize="small", ncols=2, loc="upper left")
+    panel.set_xlabel("network, number of words, blocks")
+    panel.legend(fontsize=7.5, ncols=2, loc="upper left", columnspacing=1)
 
 
-def steps(panel, arrays: Arrays, config: Config) -> None:
+def steps(panel, arrays: Arrays) -> None:
     """Decrease of the damped model by steps of blocks, against the share that they leave out."""
     for number, kind in enumerate(PARTITIONS):
         for state, marker in zip(STATES, "o^", strict=True):
@@ -312,14 +330,12 @@ def steps(panel, arrays: Arrays, config: Config) -> None:
             shares = np.concatenate([a["shares"][:, 1, number] for a in each])
             kept = np.concatenate([a["steps"][:, 1 + number, 1] for a in each])
             label = f"by {kind}, {state}"
-            panel.plot(shares, kept, marker, color=f"C{number}", ms=(7, 4, 4)[number], alpha=0.55, label=label)
-    worst = min(a[s]["steps"][:, 2, 1].min() for a in arrays.values() for s in STATES if "steps" in a[s])
+            panel.plot(shares, kept, marker, color=f"C{number}", ms=(6, 3.5, 3.5)[number], alpha=0.55, label=label)
     panel.axhline(1, color="0.4", ls=":")
     panel.set_ylim(0, 1.05)
     panel.set_xlabel("share of $||G||_F^2$ that the blocks leave out")
-    panel.set_ylabel("decrease / that of the whole matrix")
-    panel.set_title(f"(d) steps of matrices keep {worst:.2f} or more of the decrease")
-    panel.legend(fontsize="x-small", loc="lower left", ncols=1)
+    panel.set_ylabel("decrease / whole matrix's")
+    panel.legend(fontsize=7.5, loc="lower left", handletextpad=0.1, borderaxespad=0.1)
 
 
 def findings(arrays: Arrays, config: Config) -> list[Expectation]:

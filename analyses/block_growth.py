@@ -27,8 +27,6 @@ from attnlab.analysis import Analysis, AnalysisConfig, Arrays
 from attnlab.expectation import Expectation, at_least, at_most, equal
 
 PARTS = {"hessian": "H", "ggn": "H_o", "functional": "H_f"}
-COLORS = {"VV": "C0", "QQ": "C1", "KK": "C2", "OO": "C3"}
-STYLES = {"VV": "-", "QQ": "--"}
 
 
 @dataclass(frozen=True)
@@ -242,80 +240,132 @@ def measured_depths(arrays: Arrays, variant: str) -> list[int]:
 
 
 def plot(arrays: Arrays, config: Config):
-    """Above: one layer, every block. Middle: depth. Below: linear models, fitted and predicted slopes, crossings."""
-    import matplotlib.pyplot as plt
+    """One layer without norms, with pre-LN, and where queries overtake values."""
+    from attnlab.plotting.panels import panels
 
-    figure, axes = plt.subplots(3, 4, figsize=(15, 11))
-    plot_one_layer(axes[0], arrays, config)
-    for column, (variant, place) in enumerate([(v, p) for v in ("softmax", "pre_norm") for p in ("last", "first")]):
-        plot_depths(axes[1, column], arrays, config, variant, place, "hessian")
-    plot_depths(axes[2, 0], arrays, config, "linear", "last", "ggn")
-    plot_depths(axes[2, 1], arrays, config, "mlp", "first", "hessian")
-    plot_slopes(axes[2, 2], arrays, config)
-    plot_crossovers(axes[2, 3], arrays, config)
+    depths_here = measured_depths(arrays, "softmax")
+    where = [geometric_mean(crossover(arrays, "softmax", depth, "last", "hessian")) for depth in depths_here]
+    fitted = {row[2]: row[3] for row in slopes(arrays, config) if row[:2] == ("softmax", 1)}
+    shown = " and ".join(rf"$\sigma^{{{fitted[f'last ggn {pair}']:.1f}}}$" for pair in ("VV", "QQ"))
+    message = (
+        rf"$H_o$ of values and queries grows like {shown}; queries overtake values"
+        "\n"
+        rf"at $\sigma$ = {where[0]:.2g} with one layer, {where[-1]:.2g} with {depths_here[-1]}"
+    )
+    titles = ("one layer, no norm", "one layer, pre-LN", "last layer, no norm: overtaking")
+    note = f"lines: geometric means over {config.seeds} seeds, bands: one standard deviation; dots: seeds"
+    figure, axes = panels(message, titles, note=note, columns=3, height=2.9)
+    for panel, variant, part in zip(axes[:2], ("softmax", "pre_norm"), ("ggn", "hessian"), strict=True):
+        plot_values_and_queries(panel, arrays, variant, 1, part)
+    plot_crossovers(axes[2], arrays)
     return figure
 
 
-def guide(axes, scales: np.ndarray, norms: np.ndarray, exponent: float, low: float, high: float) -> None:
-    """A dotted line of the predicted slope from the smallest sigma on."""
-    from attnlab.plotting.curves import power_guide
-
-    start = np.exp(np.mean(np.log(np.maximum(norms[:, 0], 1e-300))))
-    power_guide(axes, scales[(scales >= low * 0.999) & (scales <= 3 * high)], start, exponent, r"\sigma")
+def geometric_mean(values: np.ndarray) -> float:
+    """Over what is known; NaN where nothing is."""
+    return float(np.exp(np.nanmean(np.log(values)))) if np.isfinite(values).any() else np.nan
 
 
-def plot_one_layer(row, arrays: Arrays, config: Config) -> None:
-    """Diagonal blocks of H_o, H_f and H, and off-diagonal ones of H, at depth 1 without norms."""
+def plot_values_and_queries(axes, arrays: Arrays, variant: str, depth: int, part: str) -> None:
+    """The value and the query block of the last layer; triangles of the predicted slopes in the range of the fit."""
     from attnlab.plotting.curves import geometric_band
+    from attnlab.plotting.style import BLOCKS as LOOKS
 
-    scales, window = arrays["softmax"]["sigma"], fit_range("softmax")
-    diagonal, mixed = ("VV", "OO", "QQ", "KK"), ("OV", "KQ", "QV", "KV", "OQ", "KO")
-    panels = [("ggn", diagonal), ("functional", ("QQ", "KK")), ("hessian", diagonal), ("hessian", mixed)]
-    for axes, (part, pairs) in zip(row, panels, strict=True):
-        drawn = set()
-        for index, pair in enumerate(pairs):
-            norms = norms_of(arrays, "softmax", 1, "last", part)[pair]
-            geometric_band(axes, scales, norms, color=COLORS.get(pair, f"C{index}"), label=pair)
-            exponent = predicted("softmax", 1, "last", part, pair)
-            if exponent is not None and exponent not in drawn:
-                guide(axes, scales, norms, exponent, *window)
-                drawn.add(exponent)
-        kind = "off-diagonal" if pairs is mixed else "diagonal"
-        finish(axes, f"${PARTS[part]}$, {kind} blocks, one layer")
-        axes.legend(loc="lower right", ncols=2)
+    scales, (low, high) = arrays[variant]["sigma"], fit_range(variant)
+    for name, pair in (("value", "VV"), ("query", "QQ")):
+        norms = norms_of(arrays, variant, depth, "last", part)[pair]
+        geometric_band(axes, scales, norms, LOOKS[name][0], {"VV": "-", "QQ": "--"}[pair], label=pair)
+        exponent = predicted(variant, depth, "last", part, pair)
+        if exponent is not None:
+            triangle(axes, low, high, geometric_mean(norms[:, 0]), exponent)
+    axes.axvspan(low, high, color="0.93", zorder=-2)
+    axes.set(
+        xscale="log", yscale="log", xlabel=r"embeddings' scale $\sigma$", ylabel=rf"$\|{PARTS[part]}\|_F$ of the block"
+    )
+    axes.legend(loc="best")
 
 
-def plot_depths(axes, arrays: Arrays, config: Config, variant: str, place: str, part: str) -> None:
-    """Value and query block at every depth."""
+def triangle(axes, low: float, high: float, start: float, exponent: float) -> None:
+    """The predicted slope over the range of the fit, below the curve."""
+    below, top = 0.3 * start, 0.3 * start * (high / low) ** exponent
+    axes.plot([low, high, high, low], [below, top, below, below], ":", color="black", linewidth=0.9)
+    axes.annotate(f"{exponent:g}", (high, np.sqrt(below * top)), (3, -3), textcoords="offset points", fontsize=8)
+
+
+CROSSINGS = (("softmax", "hessian", "last"), ("softmax", "ggn", "last"), ("softmax", "hessian", "first"))
+
+
+def plot_crossovers(axes, arrays: Arrays) -> None:
+    """Sigma at which the query block overtakes the value block, of every seed, in H and in H_o of the last layer."""
+    from attnlab.plotting.style import PARTS as LOOKS
+
+    for place, (variant, part, layer) in enumerate(CROSSINGS[:2]):
+        found = {depth: crossover(arrays, variant, depth, layer, part) for depth in measured_depths(arrays, variant)}
+        color, marker, label = LOOKS[part]
+        shift = 0.16 * (2 * place - 1)
+        for depth, values in found.items():
+            axes.plot(np.full(len(values), depth + shift), values, ".", color=color, alpha=0.4, markersize=3)
+        middles = [geometric_mean(values) for values in found.values()]
+        axes.plot(np.array(list(found)) + shift, middles, f"{marker}-", color=color, linewidth=0.8, label=label)
+    axes.set(yscale="log", xlabel="layers", ylabel=r"$\sigma$ where $\|QQ\| = \|VV\|$")
+    axes.set_xticks(measured_depths(arrays, "softmax"))
+    axes.legend(loc="best")
+
+
+def details(arrays: Arrays, config: Config):
+    """A forest plot of all slopes beside their predictions, and linear attention with the range of its fit."""
+    import matplotlib.pyplot as plt
+
+    from attnlab.plotting.panels import name_panels, say
+
+    rows = [row for row in slopes(arrays, config) if np.isfinite(row[3])]
+    within = np.mean([abs(row[3] - row[5]) <= max(row[4], 0.2) for row in rows])
+    figure, axes = plt.subplot_mosaic(
+        [["forest", "linear"], ["forest", "mlp"]],
+        figsize=(7.2, max(0.155 * len(rows) + 1.2, 4)),
+        width_ratios=(1.25, 1),
+    )
+    plot_forest(axes["forest"], rows)
+    plot_values_and_queries(axes["linear"], arrays, "linear", max(measured_depths(arrays, "linear")), "ggn")
+    plot_linear_models(axes["mlp"], arrays)
+    titles = ("fitted exponents (bars) and predicted (line)", "linear attention, deepest", "linear MLP, first layer")
+    name_panels(axes.values(), titles)
+    say(
+        figure,
+        f"{within:.0%} of {len(rows)} exponents lie within .2, or their interval, of the prediction",
+        f"bars: 95 % intervals over {config.seeds} seeds; grey: the range of the fit, "
+        r"which for linear attention is half a decade, not yet $\sigma \to 0$",
+    )
+    return figure
+
+
+def plot_forest(axes, rows: list[tuple]) -> None:
+    """Fitted minus predicted exponent, one row each, named by model, depth and block."""
+    for height, (variant, depth, block, fitted, width, exponent) in enumerate(rows):
+        color, marker = f"C{list(VARIANTS).index(variant)}", "os^D"[list(VARIANTS).index(variant)]
+        look = {"fmt": marker, "color": color, "markersize": 3, "capsize": 1.5, "elinewidth": 0.8}
+        axes.errorbar(fitted - exponent, height, xerr=np.nan_to_num(width), **look)
+        place, part, pair = block.split()
+        model = VARIANTS[variant].label.removeprefix("transformer, ")
+        label = f"{model} {depth}, {place} ${PARTS[part]}$ {pair}: {exponent:g}"
+        axes.annotate(label, (0, height), (-4, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
+                      fontsize=7.5, ha="right", va="center")  # fmt: skip
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set(yticks=[], ylim=(len(rows) - 0.4, -0.6), xlabel="fitted minus predicted")
+
+
+def plot_linear_models(axes, arrays: Arrays) -> None:
+    """The first layer's value block of linear MLPs of every depth."""
     import matplotlib as mpl
 
     from attnlab.plotting.curves import geometric_band
 
-    shades = mpl.colormaps["viridis"]
-    scales, window = arrays[variant]["sigma"], fit_range(variant)
-    for depth in measured_depths(arrays, variant):
-        where = "last" if depth == 1 and variant != "mlp" else place
-        color = shades(0.9 * (depth - 1) / 4)
-        for pair, line in STYLES.items():
-            norms = norms_of(arrays, variant, depth, where, part).get(pair)
-            if norms is None:
-                continue
-            label = f"depth {depth}" if pair == "VV" else None
-            geometric_band(axes, scales, norms, color=color, linestyle=line, label=label)
-            exponent = predicted(variant, depth, where, part, pair)
-            if exponent is not None and (depth == 1 or (variant == "linear" and pair == "VV")):
-                guide(axes, scales, norms, exponent, *window)
-    if variant != "mlp":
-        for pair, line in STYLES.items():
-            axes.plot([], [], color="gray", linestyle=line, label=pair)
-    layer = f"{place} layer" if variant != "mlp" else "first layer"
-    finish(axes, f"{VARIANTS[variant].label}, {layer}: ${PARTS[part]}$")
-    axes.legend(loc="best")
-
-
-def finish(axes, title: str) -> None:
-    axes.set(xscale="log", yscale="log", xlabel=r"scale of the embeddings, $\sigma$", ylabel="Frobenius norm")
-    axes.set_title(title)
+    for depth in measured_depths(arrays, "mlp"):
+        norms = norms_of(arrays, "mlp", depth, "first", "hessian")["VV"]
+        color = mpl.colormaps["viridis"](0.9 * (depth - 1) / 4)
+        geometric_band(axes, arrays["mlp"]["sigma"], norms, color, label=f"depth {depth}")
+    axes.set(xscale="log", yscale="log", xlabel=r"embeddings' scale $\sigma$", ylabel=r"$\|H\|_F$")
+    axes.legend(loc="best", fontsize=7.5)
 
 
 def slopes(arrays: Arrays, config: Config):
@@ -330,39 +380,6 @@ def slopes(arrays: Arrays, config: Config):
                 if exponent is not None:
                     block = f"{place} {part} {pair}"
                     yield variant, depth, block, *fitted_exponent(norms, scales, *window), exponent
-
-
-def plot_slopes(axes, arrays: Arrays, config: Config) -> None:
-    """Fitted minus predicted exponent of every block that has a prediction."""
-    for color, variant in enumerate(VARIANTS):
-        rows = [row for row in slopes(arrays, config) if row[0] == variant]
-        fitted, width, exponents = (np.array([row[i] for row in rows]) for i in (3, 4, 5))
-        places = exponents * (1 + 0.04 * (color - 1.5)) + 0.05 * color  # side by side
-        look = {"fmt": ".", "color": f"C{color}", "label": VARIANTS[variant].label, "capsize": 2}
-        axes.errorbar(places, fitted - exponents, np.nan_to_num(width), **look)
-    axes.axhline(0, color="gray", linewidth=0.8)
-    axes.set(xlabel="predicted exponent", ylabel="fitted minus predicted", xscale="symlog")
-    axes.set_title("slopes, with 95 % intervals over the seeds")
-    axes.legend(loc="best")
-
-
-CROSSINGS = (("softmax", "hessian", "last"), ("softmax", "ggn", "last"), ("softmax", "hessian", "first"))
-
-
-def plot_crossovers(axes, arrays: Arrays, config: Config) -> None:
-    """Sigma at which the query block overtakes the value block, of every seed."""
-    for color, (variant, part, place) in enumerate(CROSSINGS):
-        points = [(depth, crossover(arrays, variant, depth, place, part)) for depth in measured_depths(arrays, variant)]
-        shift = 0.18 * (color - 1)
-        for depth, values in points:
-            axes.plot(np.full(len(values), depth + shift), values, ".", color=f"C{color}", alpha=0.4)
-        middles = [np.exp(np.nanmean(np.log(values))) if np.isfinite(values).any() else np.nan for _, values in points]
-        label = f"${PARTS[part]}$, {place} layer"
-        axes.plot([depth + shift for depth, _ in points], middles, f"C{color}_", markersize=12, label=label)
-    axes.set(yscale="log", xlabel="depth", ylabel=r"$\sigma$ where $\|QQ\| = \|VV\|$", ylim=VARIANTS["softmax"].sigmas)
-    axes.set_xticks(list(measured_depths(arrays, "softmax")))
-    axes.set_title("queries overtake values (no norm)")
-    axes.legend(loc="best")
 
 
 def findings(arrays: Arrays, config: Config) -> list[Expectation]:
@@ -431,7 +448,7 @@ def accuracy_table(arrays: Arrays) -> Table:
     return table
 
 
-ANALYSIS = Analysis("block-growth", Config, compute, plot, tables, findings, __doc__, slow=True)
+ANALYSIS = Analysis("block-growth", Config, compute, plot, tables, findings, __doc__, slow=True, details=details)
 
 if __name__ == "__main__":
     ANALYSIS.main()

@@ -116,42 +116,74 @@ def problem(config: Config, width: int, batch: int):
 
 
 def plot(arrays: Arrays, config: Config):
-    """Above seconds, below megabytes, over parameters, batch and steps."""
-    import matplotlib.pyplot as plt
+    """Above seconds, below memory, against the parameters and against the Lanczos steps."""
+    from attnlab.plotting.panels import legend_below, panels
 
-    figure, axes = plt.subplots(2, len(SWEEPS), figsize=(12, 6.6), sharex="col", sharey="row")
-    for column, (name, label) in enumerate(SWEEPS.items()):
-        table = dict(zip(COLUMNS, arrays[name].T, strict=True))
-        for color, (method, caption) in enumerate(METHODS.items()):
-            for row, (what, unit) in enumerate((("seconds", 1), ("bytes", 2**20))):
-                values = table[f"{method} {what}"] / unit
-                axes[row, column].loglog(table[name], values, "o-", color=f"C{color}", label=caption)
-        axes[1, column].set_xlabel(label)
-        if name != "width":
-            sizes = [int(size) for size in table[name]]
-            axes[1, column].set_xticks(sizes, sizes)
-            axes[1, column].minorticks_off()
-    axes[0, 0].set_ylabel("seconds")
-    axes[1, 0].set_ylabel("MiB beyond weights and data")
-    axes[0, 0].legend(loc="upper left")
-    for column, name in enumerate(SWEEPS):
-        others = [
-            f"{other} {getattr(config, other)[len(getattr(config, other)) // 2]}" for other in SWEEPS if other != name
-        ]
-        axes[0, column].set_title(", ".join(others))
+    step = f"a Lanczos step costs {products(arrays):.2g} gradients (median)"
+    figure, axes = panels(
+        f"Spectra at a gradient's price: {step}", titles(config, ("width", "steps")), note=note(config)
+    )
+    draw_sweeps(axes, arrays, config, ("width", "steps"))
+    legend_below(figure, axes[0], columns=3)
     return figure
+
+
+def details(arrays: Arrays, config: Config):
+    """The same against the batch."""
+    from attnlab.plotting.panels import legend_below, panels
+
+    table = dict(zip(COLUMNS, arrays["batch"].T, strict=True))
+    growth = table["density bytes"][-1] / table["density bytes"][0]
+    message = f"A batch {table['batch'][-1] / table['batch'][0]:.0f} times as large takes {growth:.1f} times the memory"
+    figure, axes = panels(message, titles(config, ("batch",)), note=note(config))
+    draw_sweeps(axes, arrays, config, ("batch",))
+    legend_below(figure, axes[0], columns=3)
+    return figure
+
+
+def note(config: Config) -> str:
+    return (
+        f"medians of {config.repeats} timings on one machine; memory: of the compiled program, beyond weights and data"
+    )
+
+
+def titles(config: Config, names: tuple[str, ...]) -> list[str]:
+    """Of the panels of sweeps: what is measured, and what is held."""
+    held = {
+        name: ", ".join(f"{other} {size}" for other, size in middles(config).items() if other != name) for name in names
+    }
+    return [f"{what}: {held[name]}" for what in ("time", "memory") for name in names]
+
+
+def draw_sweeps(axes, arrays: Arrays, config: Config, names: tuple[str, ...]) -> None:
+    """One column a sweep: seconds above, mebibytes below (side by side where there is one sweep)."""
+    for column, name in enumerate(names):
+        table = dict(zip(COLUMNS, arrays[name].T, strict=True))
+        for row, (what, unit, label) in enumerate((("seconds", 1, "seconds"), ("bytes", 2**20, "MiB"))):
+            panel = axes[row * len(names) + column]
+            for number, (method, caption) in enumerate(METHODS.items()):
+                look = {"color": f"C{number}", "marker": "os^"[number], "label": caption}
+                panel.loglog(table[name], table[f"{method} {what}"] / unit, **look)
+            panel.set(xlabel=SWEEPS[name], ylabel=label)
+            if name != "width":
+                panel.set_xticks(table[name], [f"{size:.0f}" for size in table[name]])
+                panel.minorticks_off()
+
+
+def products(arrays: Arrays) -> float:
+    """Median seconds of a Lanczos step over those of a gradient, over the widths."""
+    widths = dict(zip(COLUMNS, arrays["width"].T, strict=True))
+    return float(np.median(widths["density seconds"] / widths["steps"] / widths["gradient seconds"]))
 
 
 def findings(arrays: Arrays, config: Config) -> list[Expectation]:
     """What a Lanczos step costs in gradients, and how time and memory grow with the steps."""
     table = dict(zip(COLUMNS, arrays["steps"].T, strict=True))
-    widths = dict(zip(COLUMNS, arrays["width"].T, strict=True))
-    products = widths["density seconds"] / widths["steps"] / widths["gradient seconds"]
     source, clock = "a product is a derivative of a gradient", "a clock on a machine that others use as well"
     found = [
         at_most(
             "median seconds of a Lanczos step over those of a gradient",
-            np.median(products),
+            products(arrays),
             6.0,
             because=clock,
             source=source,
@@ -177,7 +209,7 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
     return found
 
 
-ANALYSIS = Analysis("curvature-cost", Config, compute, plot, tables, findings, __doc__, slow=True)
+ANALYSIS = Analysis("curvature-cost", Config, compute, plot, tables, findings, __doc__, slow=True, details=details)
 
 if __name__ == "__main__":
     ANALYSIS.main()

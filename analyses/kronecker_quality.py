@@ -193,19 +193,39 @@ def by_kind(arrays: Arrays, name: str, state: str, measure: str) -> dict[str, np
 
 
 def plot(arrays: Arrays, config: Config):
-    """The error at the best scale by matrix, at both states; the damped inverse; the step."""
-    import matplotlib.pyplot as plt
+    """The error at the best scale by matrix, at initialisation and trained."""
+    from attnlab.plotting.panels import panels
 
-    figure, axes = plt.subplots(2, 2, figsize=(9.6, 9.5), height_ratios=(1.45, 1), layout="constrained")
-    for panel, letter, state in zip(axes[0], "ab", STATES, strict=True):
+    medians = {state: median_errors(arrays, state) for state in STATES}
+    shown = " and ".join(
+        f"{now['kfoc']:.2f} against K-FAC's {now['kfac']:.2f} {state}" for state, now in medians.items()
+    )
+    message = f"The nearest Kronecker product errs {shown};\nSOAP {medians['trained']['soap']:.2f} (medians)"
+    note = f"medians over {config.seeds} starts and layers; bold: the best of a row"
+    figure, axes = panels(message, STATES, note=note, height=4.6, sharey=True)
+    for panel, state in zip(axes, STATES, strict=True):
         image = heat(panel, arrays, state)
-        middle = [np.median(np.concatenate([each[state]["errors"][..., n, 1].ravel() for each in arrays.values()]))
-                  for n in range(len(NAMES))]  # fmt: skip
-        low = dict(zip(NAMES, middle, strict=True))
-        panel.set_title(f"({letter}) {state}: K-FAC errs {low['kfac']:.2f}, the nearest product {low['kfoc']:.2f}")
-    figure.colorbar(image, ax=axes[0], label="error at the best scale, min ||cK - F|| / ||F||", shrink=0.8)
-    scatter(axes[1, 0], arrays)
-    bars(axes[1, 1], arrays)
+    figure.colorbar(image, ax=axes, label="error at the best scale, min ||cK - F|| / ||F||", shrink=0.8)
+    return figure
+
+
+def median_errors(arrays: Arrays, state: str) -> dict[str, float]:
+    """Error at the best scale by approximation, median over networks, matrices and starts."""
+    errors = [np.concatenate([each[state]["errors"][..., n, 1].ravel() for each in arrays.values()])
+              for n in range(len(NAMES))]  # fmt: skip
+    return {name: float(np.median(values)) for name, values in zip(NAMES, errors, strict=True)}
+
+
+def details(arrays: Arrays, config: Config):
+    """The damped inverse on the gradient, and the step in all weights."""
+    from attnlab.plotting.panels import panels
+
+    kept = np.concatenate([each[state]["steps"][:, 1, 0] for each in arrays.values() for state in STATES])
+    message = f"Steps of exact blocks keep {kept.min():.2f} to {kept.max():.2f} of the decrease of the whole matrix"
+    note = f"{config.seeds} starts; dots: weights of all networks, bars on the left: their medians, on the right: means"
+    figure, axes = panels(message, ("damped inverse on the gradient", "step in all weights"), note=note, height=4.0)
+    scatter(axes[0], arrays)
+    bars(axes[1], arrays)
     return figure
 
 
@@ -218,9 +238,9 @@ def heat(panel, arrays: Arrays, state: str):
         best = value <= values[row].min() + 0.005
         weight, color = ("bold" if best else "normal"), ("white" if value > 0.6 else "black")
         panel.text(column, row, f"{value:.2f}", ha="center", va="center", color=color, weight=weight, size=7.5)
-    panel.set_xticks(range(len(NAMES)), list(NAMES.values()), rotation=30, ha="right")
-    panel.set_yticks(range(len(rows)), list(rows))
-    panel.set_xlabel("approximation (bold: the best)")
+    panel.set_xticks(range(len(NAMES)), list(NAMES.values()), rotation=90)
+    panel.set_yticks(range(len(rows)), list(rows), fontsize=8)
+    panel.set_xlabel("approximation")
     return image
 
 
@@ -236,13 +256,10 @@ def scatter(panel, arrays: Arrays) -> None:
     panel.plot([], [], ".", color="C0", label="initial")
     panel.plot([], [], ".", color="C1", label="trained")
     panel.set_yscale("log")
-    panel.set_xticks(range(len(NAMES)), list(NAMES.values()), rotation=30, ha="right")
+    panel.set_xticks(range(len(NAMES)), list(NAMES.values()), rotation=90)
     panel.set_ylabel("relative error of $(K + \\delta)^{-1} g$")
-    panel.set_xlabel("approximation (bar: median over weights, networks and seeds)")
-    medians = [np.median(np.concatenate([e[s]["errors"][:, :, n, 3].ravel() for e in arrays.values() for s in STATES]))
-               for n in range(len(NAMES))]  # fmt: skip
-    panel.set_title(f"(c) damped inverse on g: errors {min(medians):.2f} (best) to {max(medians):.2f}")
-    panel.legend(loc="lower center")
+    panel.set_xlabel("approximation")
+    panel.legend(loc="lower center", ncols=2)
 
 
 def bars(panel, arrays: Arrays) -> None:
@@ -251,15 +268,14 @@ def bars(panel, arrays: Arrays) -> None:
     for number, (name, state) in enumerate(groups):
         values = arrays[name][state]["steps"][:, 1:, 0]
         place = np.arange(len(STEPS) - 1) + 0.8 * (number / len(groups) - 0.5)
-        panel.bar(place, values.mean(axis=0), 0.8 / len(groups), align="edge", label=f"{name}, {state}")
+        look = {"color": f"C{number // 2}", "hatch": (None, "///")[number % 2], "edgecolor": "white", "linewidth": 0.3}
+        panel.bar(place, values.mean(axis=0), 0.8 / len(groups), align="edge", label=f"{name}, {state}", **look)
     panel.axhline(1, color="0.4", ls=":")
-    panel.set_xticks(range(len(STEPS) - 1), ["exact blocks", *NAMES.values()], rotation=30, ha="right")
+    panel.set_xticks(range(len(STEPS) - 1), ["exact blocks", *NAMES.values()], rotation=90)
     panel.set_ylabel("decrease / that of the whole matrix")
     panel.set_xlabel("step in all weights, at its best length")
-    kept = np.concatenate([each[state]["steps"][:, 1, 0] for each in arrays.values() for state in STATES])
-    panel.set_title(f"(d) exact blocks keep {kept.min():.2f} to {kept.max():.2f} of the decrease")
-    panel.set_ylim(0, 1.5)
-    panel.legend(fontsize="x-small", ncols=2, loc="upper right", columnspacing=0.8, handlelength=1.0)
+    panel.set_ylim(0, 1.6)
+    panel.legend(fontsize=7.5, ncols=2, loc="upper right", columnspacing=0.8, handlelength=1.0)
 
 
 def findings(arrays: Arrays, config: Config) -> list[Expectation]:
@@ -316,7 +332,7 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
     return [first, inverse, whole, frobenius]
 
 
-ANALYSIS = Analysis("kronecker-quality", Config, compute, plot, tables, findings, __doc__, slow=True)
+ANALYSIS = Analysis("kronecker-quality", Config, compute, plot, tables, findings, __doc__, slow=True, details=details)
 
 if __name__ == "__main__":
     ANALYSIS.main()

@@ -28,14 +28,14 @@ SCALE = 20.0  # of the cosines, as in this model's training
 class Config(SinglePrecisionConfig):
     """Options of the analysis."""
 
-    SMOKE: ClassVar = {"pairs": 3, "length": 8, "samples": 2, "steps": 4, "tiny": True}
+    SMOKE: ClassVar = {"pairs": 3, "length": 8, "texts": 2, "steps": 4, "tiny": True}
 
     pairs: int = 12
     """Pairs of neighbouring sentences."""
     length: int = 24
     """Tokens that are read of each sentence."""
-    samples: int = 4
-    """Random vectors of each spectrum."""
+    texts: int = 6
+    """Draws of the pairs, each with a random vector of its own for every spectrum: error bars are over both."""
     steps: int = 8
     """Lanczos steps of each."""
     tiny: bool = False
@@ -43,32 +43,36 @@ class Config(SinglePrecisionConfig):
 
 
 def compute(config: Config, progress: Progress) -> Arrays:
-    """Gauss rules (samples, steps) of every block, by weights, layer, part and matrix."""
+    """Gauss rules (texts, steps) of every block, by weights, layer, part and matrix."""
     import jax
 
     from attnlab.curvature import functional, ggn, hessian, spectral_density
 
     build = {"hessian": hessian, "ggn": ggn, "functional": functional}
-    encoder, weights, pairs = problem(config)
-    risk, key, layers = contrastive_risk(encoder, pairs), jax.random.key(config.seed), encoder.config.transformer.layers
+    encoder, weights, texts = problem(config)
+    risks, layers = [contrastive_risk(encoder, pairs) for pairs in texts], encoder.config.transformer.layers
+    keys = jax.random.split(jax.random.key(config.seed), len(risks))
     arrays: Arrays = {"dimension": encoder.config.width**2}
     for name, params in weights.items():
         blocks = {str(layer): {part: {} for part in PARTS} for layer in range(layers)}
-        arrays[name] = {"loss": loss_and_accuracy(risk, params), "layers": blocks}
+        losses = np.mean([loss_and_accuracy(risk, params) for risk in risks], axis=0)
+        arrays[name] = {"loss": losses, "layers": blocks}
     cases = list(itertools.product(range(layers), PARTS, WEIGHTS, range(len(MATRICES))))
     task = progress.add_task("blocks", total=len(cases), status="")
     for layer, part, name, number in cases:
         progress.update(task, status=f"layer {layer + 1}, {PARTS[part]}, {MATRICES[number]}, {WEIGHTS[name]}")
-        operator = build[part](*in_one_matrix(risk, weights[name], f"layer_{layer}", number))
-        found = spectral_density(operator, key, samples=config.samples, steps=config.steps)
-        place = arrays[name]["layers"][str(layer)][part]
-        place[MATRICES[number]] = {"nodes": found.nodes, "weights": found.weights}
+        found = []
+        for risk, key in zip(risks, keys, strict=True):
+            operator = build[part](*in_one_matrix(risk, weights[name], f"layer_{layer}", number))
+            found.append(spectral_density(operator, key, samples=1, steps=config.steps))
+        rules = {field: np.concatenate([getattr(each, field) for each in found]) for field in ("nodes", "weights")}
+        arrays[name]["layers"][str(layer)][part][MATRICES[number]] = rules
         progress.advance(task)
     return arrays
 
 
 def problem(config: Config):
-    """The encoder, its weights (trained, initial), and the pairs as tokens (2, pairs, length)."""
+    """The encoder, its weights (trained, initial), and every draw of the pairs as tokens (2, pairs, length)."""
     import jax
 
     from attnlab.data.sentences import sentence_pairs
@@ -84,13 +88,15 @@ def problem(config: Config):
     else:
         found = minilm(dtype=None)
         encoder, trained, tokenizer = TextEncoder(found.config), found.params, found.tokenizer
-    firsts, seconds = sentence_pairs(data_key, config.pairs)
-    batch = tokenizer.encode(firsts + seconds, config.length)
-    pairs = TokenBatch(*(leaf.reshape(2, config.pairs, config.length) for leaf in batch))
+    texts = []
+    for key in jax.random.split(data_key, config.texts):
+        firsts, seconds = sentence_pairs(key, config.pairs)
+        batch = tokenizer.encode(firsts + seconds, config.length)
+        texts.append(TokenBatch(*(leaf.reshape(2, config.pairs, config.length) for leaf in batch)))
     init = jax.jit(encoder.init)
     if config.tiny:
-        trained = init(tiny_key, pairs)["params"]
-    return encoder, {"trained": trained, "initial": init(init_key, pairs)["params"]}, pairs
+        trained = init(tiny_key, texts[0])["params"]
+    return encoder, {"trained": trained, "initial": init(init_key, texts[0])["params"]}, texts
 
 
 def contrastive_risk(encoder, pairs):
@@ -190,117 +196,143 @@ def negative_shares(arrays: Arrays, name: str, part: str, matrix: str) -> np.nda
 
 
 def plot(arrays: Arrays, config: Config):
-    """By layer. Above: norms of H, H_o and H_f, ends of the spectra; below: the value block's lead, H_o over H_f, the
-    share of negative eigenvalues, and the spectra of one layer."""
-    import matplotlib.pyplot as plt
+    """By layer: norms of H, the value block's lead, H_o over H_f, and the share of negative eigenvalues."""
+    from attnlab.plotting.panels import legend_below, panels
 
-    figure, axes = plt.subplots(2, 4, figsize=(16.5, 7))
-    for column, part in enumerate(PARTS):
-        plot_norms(axes[0, column], arrays, part)
-    for column in (1, 2):
-        axes[0, column].sharey(axes[0, 0])
-    filled, hollow = axes[0, 1].plot([], [], "o-", color="gray"), axes[0, 1].plot([], [], "s:", color="gray")
-    hollow[0].set_markerfacecolor("none")
-    axes[0, 0].legend(loc="center right", bbox_to_anchor=(1, 0.35))
-    axes[0, 1].legend((*filled, *hollow), WEIGHTS.values(), loc="upper left")
-    plot_lead(axes[1, 0], arrays)
-    plot_balance(axes[1, 1], arrays)
-    plot_ends(axes[0, 3], arrays)
-    plot_shares(axes[1, 2], arrays)
-    plot_counts(axes[1, 3], arrays)
+    trained, initial = (lead(arrays, name, "hessian")[0] for name in WEIGHTS)
+    message = (
+        f"The value block leads query and key {trained.min():.0f} to {trained.max():.0f} times in the trained encoder, "
+        f"{initial.min():.0f} to {initial.max():.0f} times at initialisation"
+    )
+    titles = ("blocks of $H$", "lead of the value block", "outer over functional part", "negative eigenvalues of $H$")
+    figure, axes = panels(message, titles, note=note(config))
+    plot_norms(axes[0], arrays, "hessian")
+    plot_lead(axes[1], arrays)
+    plot_balance(axes[2], arrays)
+    plot_shares(axes[3], arrays)
+    legend_below(figure, axes[:2], columns=4)
     return figure
 
 
-LOOK = {"trained": ("o-", None), "initial": ("s:", "none")}
+def note(config: Config) -> str:
+    return (
+        "filled, solid: trained; open, dotted: at initialisation; "
+        f"bars: two standard errors over {config.texts} texts, each with its own vector"
+    )
+
+
+def details(arrays: Arrays, config: Config):
+    """Norms of H_o and H_f, ends of the spectra of H, and the spectra of one layer."""
+    from attnlab.plotting.panels import legend_below, panels
+
+    outer = lead(arrays, "initial", "ggn")[0]
+    message = f"At initialisation the value block of $H_o$ leads {outer.min():.0f} to {outer.max():.0f} times"
+    middle = layers_of(arrays) // 2
+    titles = (
+        "blocks of $H_o$",
+        "blocks of $H_f$",
+        "ends of the spectra of $H$, trained",
+        f"layer {middle + 1}, trained",
+    )
+    figure, axes = panels(message, titles, note=note(config))
+    plot_norms(axes[0], arrays, "ggn")
+    plot_norms(axes[1], arrays, "functional")
+    axes[1].sharey(axes[0])
+    plot_ends(axes[2], arrays)
+    plot_counts(axes[3], arrays, middle)
+    legend_below(figure, axes[0], columns=3)
+    return figure
+
+
+LOOK = {"trained": ("-", None), "initial": (":", "none")}
 
 
 def plot_norms(axes, arrays: Arrays, part: str) -> None:
-    layers = 1 + np.arange(layers_of(arrays))
-    for color, matrix in enumerate(MATRICES):
-        for name, (line, face) in LOOK.items():
-            draw(axes, layers, *norms(arrays, name, part, matrix), f"C{color}", line, face, matrix)
-    axes.set(yscale="log", xlabel="layer", xticks=layers, title=f"blocks of ${PARTS[part]}$")
-    axes.set_ylabel("Frobenius norm")
+    from attnlab.plotting.style import BLOCKS
+
+    for matrix in MATRICES:
+        for name in WEIGHTS:
+            draw(axes, *norms(arrays, name, part, matrix), BLOCKS[matrix], name, matrix)
+    axes.set(yscale="log", ylabel="Frobenius norm")
 
 
 def plot_lead(axes, arrays: Arrays) -> None:
-    layers = 1 + np.arange(layers_of(arrays))
-    for color, (part, label) in enumerate(PARTS.items(), 3):
-        for name, (line, face) in LOOK.items():
-            draw(axes, layers, *lead(arrays, name, part), f"C{color}", line, face, f"${label}$")
+    from attnlab.plotting.style import PARTS as LOOKS
+
+    for part in PARTS:
+        for name in WEIGHTS:
+            draw(axes, *lead(arrays, name, part), LOOKS[part], name, LOOKS[part][2])
     axes.axhline(1, color="black", linewidth=0.7)
-    axes.set(yscale="log", xlabel="layer", xticks=layers, title="lead of the value block")
-    axes.set_ylabel(r"$\Vert VV\Vert \, / \sqrt{\Vert QQ\Vert \, \Vert KK\Vert}$")
-    axes.legend(loc="center right", bbox_to_anchor=(1, 0.69))
+    axes.set(yscale="log", ylabel=r"$\Vert VV\Vert \, / \sqrt{\Vert QQ\Vert \, \Vert KK\Vert}$")
 
 
 def plot_balance(axes, arrays: Arrays) -> None:
-    layers = 1 + np.arange(layers_of(arrays))
-    for color, matrix in enumerate(MATRICES):
-        for name, (line, face) in LOOK.items():
+    from attnlab.plotting.style import BLOCKS
+
+    for matrix in MATRICES:
+        for name in WEIGHTS:
             outer, outer_error = norms(arrays, name, "ggn", matrix)
             inner, inner_error = norms(arrays, name, "functional", matrix)
             error = outer / inner * np.hypot(outer_error / outer, inner_error / inner)
-            draw(axes, layers, outer / inner, error, f"C{color}", line, face, matrix)
+            draw(axes, outer / inner, error, BLOCKS[matrix], name, matrix)
     axes.axhline(1, color="black", linewidth=0.7)
-    axes.set(yscale="log", xlabel="layer", xticks=layers, title="Gauss-Newton against functional part")
-    axes.set_ylabel(r"$\Vert H_o \Vert / \Vert H_f \Vert$")
+    axes.set(yscale="log", ylabel=r"$\Vert H_o \Vert / \Vert H_f \Vert$")
 
 
-def draw(axes, layers, value, error, color: str, line: str, face: str | None, label: str) -> None:
-    """Points with bars; only filled ones go into the legend."""
+def draw(axes, value, error, look: tuple[str, str, str], name: str, label: str) -> None:
+    """A value in every layer with bars, in a colour and marker; only filled ones go into the legend."""
     from attnlab.plotting.curves import points_with_bars
 
-    label = label if face is None else "_nolegend_"
-    points_with_bars(axes, layers, value, error, line, color=color, markerfacecolor=face, label=label)
+    (color, marker, _), (line, face), layers = look, LOOK[name], 1 + np.arange(len(value))
+    options = {"color": color, "markerfacecolor": face, "label": label if face is None else "_nolegend_"}
+    points_with_bars(axes, layers, value, error, f"{marker}{line}", **options)
+    axes.set(xlabel="layer", xticks=layers)
 
 
 def plot_ends(axes, arrays: Arrays) -> None:
     """The largest and the lowest Ritz value of every trained block, over the samples, and how far the others reach: the
     eigenvalues lie at these or beyond."""
+    from attnlab.plotting.style import BLOCKS
+
     layers = 1 + np.arange(layers_of(arrays))
-    for color, matrix in enumerate(MATRICES):
+    for matrix in MATRICES:
+        color, marker, _ = BLOCKS[matrix]
         nodes = np.array([density(arrays, "trained", layer - 1, "hessian", matrix).nodes for layer in layers])
-        for sign, line, face in ((1, "o-", None), (-1, "o:", "none")):
+        for sign, line, face in ((1, "-", None), (-1, ":", "none")):
             reached = np.max(sign * nodes, axis=2)  # (layers, samples)
             furthest = np.max(reached, axis=1)
             bars = (furthest - np.min(reached, axis=1), np.zeros(len(layers)))
-            axes.errorbar(layers, furthest, bars, fmt=line, color=f"C{color}", markerfacecolor=face, capsize=2)
-    axes.set(yscale="log", xlabel="layer", xticks=layers, title="ends of the spectra of $H$, trained")
-    axes.set_ylabel(r"largest $|\lambda|$ (dotted: of the negative ones)")
+            axes.errorbar(layers, furthest, bars, fmt=f"{marker}{line}", color=color, markerfacecolor=face, capsize=2)
+    axes.set(yscale="log", xlabel="layer", xticks=layers)
+    axes.set_ylabel(r"largest $|\lambda|$ (open: of the negative ones)")
 
 
 def plot_shares(axes, arrays: Arrays) -> None:
-    layers = 1 + np.arange(layers_of(arrays))
-    for color, matrix in enumerate(MATRICES):
-        for name, (line, face) in LOOK.items():
-            draw(axes, layers, *negative_shares(arrays, name, "hessian", matrix), f"C{color}", line, face, matrix)
+    from attnlab.plotting.style import BLOCKS
+
+    for matrix in MATRICES:
+        for name in WEIGHTS:
+            draw(axes, *negative_shares(arrays, name, "hessian", matrix), BLOCKS[matrix], name, matrix)
     axes.axhline(0.5, color="black", linewidth=0.7)
-    axes.set(xlabel="layer", xticks=layers, title="negative eigenvalues of the blocks of $H$")
     axes.set_ylabel(r"their share in $\sum |\lambda|$")
 
 
-def plot_counts(axes, arrays: Arrays) -> None:
-    """How many eigenvalues are above a value in modulus, for the positive and the negative ones of the middle layer,
-    with bands of two standard errors over the samples."""
-    layer, n = layers_of(arrays) // 2, int(arrays["dimension"])
-    for color, matrix in enumerate(MATRICES):
-        found = density(arrays, "trained", layer, "hessian", matrix)
+def plot_counts(axes, arrays: Arrays, layer: int) -> None:
+    """How many eigenvalues are above a value in modulus, for the positive and the negative ones of a layer, with bands
+    of two standard errors over the samples."""
+    from attnlab.plotting.style import BLOCKS
+
+    n = int(arrays["dimension"])
+    for matrix in MATRICES:
+        found, color = density(arrays, "trained", layer, "hessian", matrix), BLOCKS[matrix][0]
         for sign, line in ((1, "-"), (-1, ":")):
             values, counts, error = counts_above(found, sign)
-            axes.step(values, n * counts, line, where="post", color=f"C{color}", label=matrix if sign == 1 else None)
+            axes.step(values, n * counts, line, where="post", color=color)
             low, high = (n * np.maximum(counts + side * error, 1e-9) for side in (-2, 2))
-            axes.fill_between(values, low, high, step="post", color=f"C{color}", alpha=0.12, linewidth=0)
+            axes.fill_between(values, low, high, step="post", color=color, alpha=0.12, linewidth=0)
     top = max(np.abs(density(arrays, "trained", layer, "hessian", matrix).nodes).max() for matrix in MATRICES)
-    axes.set(
-        xscale="log",
-        yscale="log",
-        xlim=(3e-4 * top, 2 * top),
-        ylim=(0.3, None),
-        xlabel=r"$|\lambda|$ (dotted: negative eigenvalues)",
-    )
-    axes.set(ylabel="eigenvalues above", title=f"spectra of the blocks of $H$ in layer {layer + 1}, trained")
-    axes.legend(loc="best")
+    axes.set(xscale="log", yscale="log", xlim=(3e-4 * top, 2 * top), ylim=(0.3, None))
+    axes.set(xlabel=r"$|\lambda|$ (dotted: negative eigenvalues)", ylabel="eigenvalues above")
 
 
 def counts_above(found, sign: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -346,7 +378,7 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
     return found
 
 
-ANALYSIS = Analysis("pretrained-blocks", Config, compute, plot, tables, findings, __doc__, slow=True)
+ANALYSIS = Analysis("pretrained-blocks", Config, compute, plot, tables, findings, __doc__, slow=True, details=details)
 
 if __name__ == "__main__":
     ANALYSIS.main()
