@@ -201,7 +201,7 @@ def plot(arrays: Arrays, config: Config):
 
     trained, initial = (lead(arrays, name, "hessian")[0] for name in WEIGHTS)
     message = (
-        f"The value block leads query and key {trained.min():.0f} to {trained.max():.0f} times in the trained encoder, "
+        f"The value block leads query and key {trained.min():.0f} to {trained.max():.0f} times when trained,\n"
         f"{initial.min():.0f} to {initial.max():.0f} times at initialisation"
     )
     titles = ("blocks of $H$", "lead of the value block", "outer over functional part", "negative eigenvalues of $H$")

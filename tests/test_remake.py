@@ -5,6 +5,9 @@ import shutil
 
 import pytest
 
+from attnlab.cli import analysis_scripts
+from attnlab.report.gallery import GROUPS, gallery
+from attnlab.report.mathematics import with_formulas
 from attnlab.report.remake import jobs, jobs_table, remake, to_make
 
 SCRIPT = """
@@ -75,3 +78,32 @@ def test_bad_input_is_named(scripts, tmp_path):
         jobs(tmp_path / "figures", scripts)
     shutil.rmtree(tmp_path / "figures")
     assert len(to_make(jobs(tmp_path / "figures", scripts))) == 2
+
+
+def test_the_gallery_has_what_each_figure_says_and_how_much_was_expected(tmp_path):
+    found = [{"passed": True}, {"passed": False}]
+    record = {"message": "$|a|$ is 2\nand b 3", "findings": found, "config": {"seeds": 4}, "seconds": 7.2}
+    (tmp_path / "warmup.json").write_text(json.dumps(record))
+    (tmp_path / "warmup-details.png").touch()
+    page = gallery(tmp_path, {"warmup": "Why.", "rod-flow": "A flow.", "own": "Mine."})
+    (row,) = [line for line in page.splitlines() if "attnlab run warmup" in line]
+    assert row == (
+        '| <a href="warmup.png"><img src="warmup.png" width="220" alt="warmup"></a>'
+        '<br><a href="warmup-details.png">more of it</a> '
+        r"| **$\|a\|$ is 2 and b 3.** Why. | 1 of 2 | 4 | `attnlab run warmup` 7 s |"
+    )
+    assert "| not drawn yet | A flow. | | | `attnlab run rod-flow` |" in page
+    assert page.index("## Training dynamics") < page.index("## Others") < page.index("Mine.")
+    assert "Max-margin" not in page
+
+
+def test_every_analysis_has_its_strand():
+    named = [name for names in GROUPS.values() for name in names]
+    assert sorted(named) == sorted(analysis_scripts())
+
+
+def test_a_message_with_formulas_is_text_and_mathml():
+    assert with_formulas("1 < 2") == "1 &lt; 2"
+    shown = with_formulas(r"of $\sigma$ & more")
+    assert shown.startswith("of <math")
+    assert shown.endswith("</math> &amp; more")

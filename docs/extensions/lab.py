@@ -19,7 +19,7 @@ from docutils.parsers.rst import Directive
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from attnlab.report.mathematics import mathematics
+from attnlab.report.mathematics import mathematics, with_formulas
 
 ROOT = Path(__file__).parents[2]
 
@@ -195,7 +195,8 @@ class Figures(Directive):
         more = f' <a href="../_static/figures/{name}-details.png">Details.</a>' if detailed(name) else ""
         verdict = f"{passed} of {len(findings)} findings hold. " if findings else ""
         image = f'<img loading="lazy" alt="{escape(summary)}" src="../_static/figures/{name}.png">'
-        words = f"<strong>{name}</strong>: {escape(summary)} {verdict}{more}<br><code>attnlab run {name}</code>"
+        message = with_formulas(record["message"]) + "." if record.get("message") else ""
+        words = f"<strong>{message}</strong> {escape(summary)} {verdict}{more}<br><code>attnlab run {name}</code>"
         return (
             f'<figure id="{name}"><a href="../_static/figures/{name}.png">{image}</a>'
             f"<figcaption>{words}</figcaption></figure>"

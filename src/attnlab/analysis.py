@@ -164,11 +164,13 @@ class Analysis:
         save_result(results, arrays, record)  # first: it is what took the time
         place = (config.figures or results) / name
         with style():
+            figures = self.draw(arrays, config)
             written = [
                 file
-                for ending, figure in self.draw(arrays, config).items()
+                for ending, figure in figures.items()
                 for file in save_figure(figure, place.with_name(name + ending))
             ]
+        record["message"] = figures[""].get_suptitle()
         write_json(place.with_suffix(".json"), record)
         return [*written, results]
 

@@ -100,12 +100,13 @@ def report(given: argparse.Namespace, console: Console) -> None:
 
 
 def figures(given: argparse.Namespace, console: Console) -> bool:
-    """Make the figures again whose code has changed, or list them; whether none failed.
+    """Make the figures again whose code has changed, and the gallery of them, or list them; whether none failed.
 
     Raises `OSError` or `ValueError` for a folder that cannot be written to, an unknown name or a broken manifest.
     """
+    from attnlab.report.gallery import gallery
     from attnlab.report.remake import jobs, jobs_table, remake
-    from attnlab.runs import check_writable
+    from attnlab.runs import check_writable, replace_file
 
     scripts = {name: script for name, script in analysis_scripts().items() if name not in GALLERIES}
     found = jobs(given.folder, scripts, given.names)
@@ -116,6 +117,10 @@ def figures(given: argparse.Namespace, console: Console) -> bool:
         return True
     check_writable(given.folder / "figure")
     failed = remake(found, given.folder, partial(say, console))
+    with replace_file(given.folder / "README.md") as page:
+        page.write_text(
+            gallery(given.folder, {name: first_sentence(path) for name, path in analysis_scripts().items()})
+        )
     if failed:
         say(console, f"failed: {', '.join(failed)}")
     return not failed

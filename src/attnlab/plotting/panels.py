@@ -71,7 +71,7 @@ def legend_below(figure: Figure, axes: Axes | Sequence[Axes], columns: int = 4) 
     note = figure.get_supxlabel()
     if note:
         figure.supxlabel("")
-        legend.set_title(note, {"size": SMALL})
+        legend.set_title(note, {"size": SMALL})  # type: ignore[arg-type]  # properties as keywords, which the stubs lack
         legend.get_title().set_color("0.3")
 
 

@@ -34,6 +34,12 @@ def mathematics(latex: str) -> str:
     return re.sub(" +", " ", pieces)
 
 
+def with_formulas(text: str) -> str:
+    """Text in which formulas stand between dollars, as HTML."""
+    parts = text.split("$")
+    return "".join(mathematics(part) if place % 2 else html.escape(part) for place, part in enumerate(parts))
+
+
 def _as_operator(element: Element) -> None:
     """Signs and names such as sin are identifiers to the converter: only an operator has space around it."""
     text = element.text or ""

@@ -11,7 +11,7 @@ import jinja2
 
 from attnlab.report.changes import changes
 from attnlab.report.fonts import FAMILY, embedded_font
-from attnlab.report.mathematics import mathematics
+from attnlab.report.mathematics import mathematics, with_formulas
 from attnlab.report.staleness import staleness
 from attnlab.report.thumbnails import thumbnail
 from attnlab.runs import replace_file
@@ -112,6 +112,7 @@ def _figures(folder: Path, scripts: Mapping[str, Path], beside: Path) -> tuple[l
             {
                 "name": shown,
                 "record": record,
+                "message": with_formulas(record.get("message", "")),
                 "manifest": json.dumps(record, indent=2),
                 "image": small,
                 "file": Path(os.path.relpath(image, beside)).as_posix(),
