@@ -135,7 +135,10 @@ class Parameters(Directive):
     MODELS: ClassVar = {
         "SelfAttention(AttentionConfig(key_dim=8, value_dim=4, heads=2, output_dim=12))": "attention",
         "Transformer(TransformerConfig(attention, layers=1, mlp_width=24))": "transformer",
-        "LanguageModel(...), of Llama's kind, one layer": "llama",
+        "GPT-2, one layer": "gpt2",
+        "GPT-NeoX (Pythia), one layer": "gpt_neox",
+        "Llama (SmolLM2), one layer": "llama",
+        "BERT (MiniLM), one layer": "bert",
     }
 
     def run(self) -> list[nodes.Node]:
@@ -160,23 +163,60 @@ def parameters(kind: str) -> list[tuple[str, tuple[int, ...]]]:
     import attnlab as al
     from attnlab.trees import leaf_names
 
-    tokens = jnp.zeros((1, 5, 12))
     attention = al.AttentionConfig(key_dim=8, value_dim=4, heads=2, output_dim=12)
-    if kind == "attention":
-        model = al.SelfAttention(attention)
-    elif kind == "transformer":
-        model = al.Transformer(al.TransformerConfig(attention, layers=1, mlp_width=24))
+    models = {
+        "attention": lambda: al.SelfAttention(attention),
+        "transformer": lambda: al.Transformer(al.TransformerConfig(attention, layers=1, mlp_width=24)),
+    }
+    if kind in models:
+        model, inputs = models[kind](), jnp.zeros((1, 5, 12))
     else:
-        from attnlab.models.pretrained.llama import llama_config
-
-        settings = {
-            "vocab_size": 32, "hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2,
-            "num_key_value_heads": 1, "intermediate_size": 24, "max_position_embeddings": 16,
-            "rms_norm_eps": 1e-5, "rope_theta": 1e4, "tie_word_embeddings": True, "hidden_act": "silu",
-        }  # fmt: skip
-        model, tokens = al.LanguageModel(llama_config(settings)), jnp.zeros((1, 5), int)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+        model, inputs = pretrained(kind)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), inputs)["params"]
     return [(name, leaf.shape) for name, leaf in zip(leaf_names(shapes), jax.tree.leaves(shapes), strict=True)]
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "gpt2": {
+        "n_embd": 12, "n_layer": 1, "n_head": 2, "n_positions": 16, "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+    },
+    "gpt_neox": {
+        "hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24,
+        "max_position_embeddings": 16, "hidden_act": "gelu", "layer_norm_eps": 1e-5, "rotary_pct": 1.0,
+        "rotary_emb_base": 10000, "use_parallel_residual": True, "tie_word_embeddings": False,
+    },
+    "llama": {
+        "hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "intermediate_size": 24, "max_position_embeddings": 16, "rms_norm_eps": 1e-5, "rope_theta": 1e4,
+        "tie_word_embeddings": True, "hidden_act": "silu",
+    },
+    "bert": {
+        "hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24,
+        "max_position_embeddings": 16, "hidden_act": "gelu", "layer_norm_eps": 1e-12, "type_vocab_size": 2,
+    },
+}  # fmt: skip
+"""What the config.json of a small model of each family says, beside `model_type` and `vocab_size`."""
+
+
+def pretrained(kind: str) -> tuple[Any, Any]:
+    """A small model of a pretrained family, and inputs of it."""
+    from tempfile import TemporaryDirectory
+
+    import jax.numpy as jnp
+
+    import attnlab as al
+    from attnlab.models.pretrained import load_config
+    from attnlab.models.text_encoder import TextEncoder, TokenBatch
+
+    with TemporaryDirectory() as folder:
+        settings = {"model_type": kind, "vocab_size": 32} | SETTINGS[kind]
+        (Path(folder) / "config.json").write_text(json.dumps(settings))
+        config = load_config(folder)
+    tokens = jnp.zeros((1, 5), int)
+    if kind == "bert":
+        return TextEncoder(config), TokenBatch(tokens, jnp.ones((1, 5), bool))
+    return al.LanguageModel(config), tokens
 
 
 class Figures(Directive):
