@@ -62,7 +62,7 @@ def site(tmp_path_factory):
 
 @pytest.mark.slow
 def test_links_and_anchors_resolve_and_nothing_is_fetched(site):
-    pages = {page: page.read_text() for page in site.rglob("*.html")}
+    pages = {page: page.read_text() for page in site.rglob("*.html") if page.parent.name != "explorers"}
     assert len(pages) > 30
     for page, text in pages.items():
         for link in re.findall(r'(?:href|src)="([^"]+)"', text):

@@ -279,14 +279,16 @@ def short_types(app: Sphinx, what: str, name: str, thing: Any, options: Any, sig
 
 
 def copy_figures(app: Sphinx, exception: Exception | None) -> None:
-    """The figures lie once in the repository and once in the built site."""
+    """The figures lie once in the repository and once in the built site, as do the pages of runs that tutorials wrote."""
     import shutil
 
     if exception is None and app.builder.format == "html":
-        target = Path(app.outdir) / "_static" / "figures"
-        target.mkdir(parents=True, exist_ok=True)
-        for image in (ROOT / "figures").glob("*.png"):
-            shutil.copy(image, target)
+        made = {"figures": (ROOT / "figures").glob("*.png"), "explorers": (ROOT / "docs" / "tutorials").glob("*.html")}
+        for folder, files in made.items():
+            target = Path(app.outdir) / "_static" / folder
+            target.mkdir(parents=True, exist_ok=True)
+            for file in files:
+                shutil.copy(file, target)
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

@@ -15,6 +15,7 @@ jax.config.update("jax_enable_x64", True)
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
+import optax
 
 import attnlab as al
 
@@ -115,3 +116,41 @@ inside = jax.jit(al.attention_hessian, static_argnames="layer")(
     whole, weights, layer="layer_1/attention"
 )
 inside
+
+# %%
+# Along training
+# --------------
+# Any of it is a probe of the training loop: here the norms of both parts, block by block, the spectrum, and where the first
+# sequence attends. The run becomes one page with a slider over its steps: `look through it
+# <../_static/explorers/curvature_along_training.html>`__.
+
+
+def anatomy(risk, params):
+    found = al.attention_hessian(risk, params)
+    norms = found.norms()
+    return {
+        "functional over outer": {
+            name: norms["functional"][name, name] / norms["ggn"][name, name]
+            for name in ("query", "key")
+        },
+        "eigenvalues": jnp.linalg.eigvalsh(found.dense()),
+        "attention": found.moments.weights,
+    }
+
+
+run = al.train(
+    risk,
+    params,
+    optax.adam(0.02),
+    jax.random.key(3),
+    steps=300,
+    every=10,
+    probes={"layer": al.probe(anatomy)},
+)
+al.explore(run, "curvature_along_training.html", title="curvature along training")
+figure, axes = plt.subplots(figsize=(5, 3))
+for name in ("query", "key"):
+    al.plot.training(run, f"layer/functional over outer/{name}", axes=axes, label=name)
+axes.set_title("functional over outer part")
+axes.legend()
+figure.show()

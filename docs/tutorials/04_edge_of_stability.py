@@ -41,6 +41,11 @@ axes[1].set_title("sharpness over 2 / rate")
 figure.show()
 
 # %%
+# One page holds all that was measured, with a slider over the steps: `look through this run
+# <../_static/explorers/edge_of_stability.html>`__.
+al.explore(run, "edge_of_stability.html", title="edge of stability")
+
+# %%
 # Which rates meet their edge?
 # ----------------------------
 # An ensemble over three rates is one call: a key for each member, and a rate for each.

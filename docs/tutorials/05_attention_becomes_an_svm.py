@@ -71,6 +71,10 @@ axes[1].set_title("attention to the chosen tokens")
 figure.show()
 
 # %%
+# `Look through this run <../_static/explorers/margin_path.html>`__, step by step.
+al.explore(run, "margin_path.html", title="margin path")
+
+# %%
 # The regularisation path
 # -----------------------
 # Beside descent: the best weights of each norm. It has the same limit, without any optimizer.
