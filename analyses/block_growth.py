@@ -252,7 +252,7 @@ def plot(arrays: Arrays, config: Config):
         "\n"
         rf"at $\sigma$ = {where[0]:.2g} with one layer, {where[-1]:.2g} with {depths_here[-1]}"
     )
-    titles = ("one layer, no norm", "one layer, pre-LN", "last layer, no norm: overtaking")
+    titles = ("one layer, no norm", "one layer, pre-LN", "queries overtake values")
     note = f"lines: geometric means over {config.seeds} seeds, bands: one standard deviation; dots: seeds"
     figure, axes = panels(message, titles, note=note, columns=3, height=2.9)
     for panel, variant, part in zip(axes[:2], ("softmax", "pre_norm"), ("ggn", "hessian"), strict=True):
@@ -313,7 +313,7 @@ def plot_crossovers(axes, arrays: Arrays) -> None:
 
 
 def details(arrays: Arrays, config: Config):
-    """A forest plot of all slopes beside their predictions, and linear attention with the range of its fit."""
+    """A forest plot of the slopes of values and queries, and linear models; the tables have every slope."""
     import matplotlib.pyplot as plt
 
     from attnlab.plotting.panels import name_panels, say
@@ -322,10 +322,11 @@ def details(arrays: Arrays, config: Config):
     within = np.mean([abs(row[3] - row[5]) <= max(row[4], 0.2) for row in rows])
     figure, axes = plt.subplot_mosaic(
         [["forest", "linear"], ["forest", "mlp"]],
-        figsize=(7.2, max(0.155 * len(rows) + 1.2, 4)),
+        figsize=(7.2, 8.5),
         width_ratios=(1.25, 1),
     )
-    plot_forest(axes["forest"], rows)
+    shown = [row for row in rows if row[2].split()[1] == main_part(row[0]) and row[2][-2:] in ("VV", "QQ")]
+    plot_forest(axes["forest"], shown)
     plot_values_and_queries(axes["linear"], arrays, "linear", max(measured_depths(arrays, "linear")), "ggn")
     plot_linear_models(axes["mlp"], arrays)
     titles = ("fitted exponents (bars) and predicted (line)", "linear attention, deepest", "linear MLP, first layer")
@@ -337,6 +338,11 @@ def details(arrays: Arrays, config: Config):
         r"which for linear attention is half a decade, not yet $\sigma \to 0$",
     )
     return figure
+
+
+def main_part(variant: str) -> str:
+    """The part whose exponents are shown: linear attention's H_o has a prediction at every depth."""
+    return "ggn" if variant == "linear" else "hessian"
 
 
 def plot_forest(axes, rows: list[tuple]) -> None:

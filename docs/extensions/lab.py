@@ -279,7 +279,7 @@ def short_types(app: Sphinx, what: str, name: str, thing: Any, options: Any, sig
 
 
 def copy_figures(app: Sphinx, exception: Exception | None) -> None:
-    """The figures lie once in the repository and once in the built site, as do the pages of runs that tutorials wrote."""
+    """The figures lie once in the repository and once in the built site, as do the pages that tutorials wrote."""
     import shutil
 
     if exception is None and app.builder.format == "html":
