@@ -252,7 +252,7 @@ def plot(arrays: Arrays, config: Config):
         "\n"
         rf"at $\sigma$ = {where[0]:.2g} with one layer, {where[-1]:.2g} with {depths_here[-1]}"
     )
-    titles = ("one layer, no norm", "one layer, pre-LN", "queries overtake values")
+    titles = ("one layer, no norm", "one layer, pre-LN", "queries overtake")
     note = f"lines: geometric means over {config.seeds} seeds, bands: one standard deviation; dots: seeds"
     figure, axes = panels(message, titles, note=note, columns=3, height=2.9)
     for panel, variant, part in zip(axes[:2], ("softmax", "pre_norm"), ("ggn", "hessian"), strict=True):
