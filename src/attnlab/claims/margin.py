@@ -180,38 +180,6 @@ def factors_converge_to_the_nuclear_solution(key: PRNGKey) -> Expectation:
     return at_most("1 - cosine with the nuclear solution, over that with the Frobenius one", share, 0.1)
 
 
-@claim(
-    statement=r"\mathrm{rank}(W^{\mathrm{mm}}_*) \le \mathrm{rank}(W^{\mathrm{mm}}) = n,\ \text{ and less than } n \text{ as a rule};"
-    r"\text{ the solution of least } \ell_3 \text{ norm has more than } 2n",
-    source=f"{ATT_SVM}, on the rank of the nuclear-norm solution; the others, and that it is less: derived here",
-    tolerance=0.0,
-    because="counts of singular values above 1e-4 of the largest, of solutions certified to 1e-8; of 50 nuclear solutions "
-    "of seeds 0 to 9 three had rank 3, never two of one seed, seven rank 1; those of least l_3 norm had 10 to 12",
-    slow=True,
-)
-def nuclear_solution_has_rank_at_most_the_number_of_sequences(key: PRNGKey) -> list[Expectation]:
-    """Three sequences in twelve dimensions, five times: ranks of the solutions of least nuclear, Frobenius and l_3 norm."""
-    ranks = np.array([_ranks(jax.random.fold_in(key, number)) for number in range(5)])
-    nuclear, frobenius, other = ranks.T
-    return [
-        equal("ranks of the Frobenius solutions", frobenius, 3),
-        at_most("ranks of the nuclear solutions", nuclear, frobenius),
-        equal("their median", np.median(nuclear), 2),
-        at_least("ranks of the l_3 solutions", other, 7),
-    ]
-
-
-def _ranks(key: PRNGKey) -> list[float]:
-    """Of the nuclear, the Frobenius and the l_3 solution of one random problem; NaN where one is not certified."""
-    tokens, queries = normal(key, (3, 5, 12), (3, 12))
-    ranks = []
-    for norm in ("nuclear", "frobenius", ("lp", 3.0)):
-        found = max_margin(attention_problem(tokens, queries, np.zeros(3, int), norm=norm))
-        sizes = np.linalg.svd(found.direction, compute_uv=False)
-        ranks.append(float(np.sum(sizes > 1e-4 * sizes[0])) if found.status == Status.SOLVED else np.nan)
-    return ranks
-
-
 def normal(key: PRNGKey, *shapes: tuple[int, ...]) -> list[np.ndarray]:
     """Independent Gaussian arrays."""
     return [
