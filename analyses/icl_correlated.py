@@ -249,8 +249,8 @@ def plot(arrays: Arrays, config: Config):
             f"inputs aligned with the task, {size}",
             "error of the approximation in (c), $N = d$",
         ],
-        note=f"lines: theory; circles: trained layers (one seed) on {config.prompts} prompts, bars: two standard errors.\n"
-        "Alignment: (b) correlation of inputs and query, (c) the inputs' mean, as a multiple of the task",
+        note=f"lines: theory; circles: trained layers (one seed) on {config.prompts} prompts, bars of two standard "
+        "errors.\nAlignment: (b) correlation of inputs and query, (c) the inputs' mean, as a multiple of the task",
         height=2.9,
     )
     plot_drift(axes[0], arrays, config)
