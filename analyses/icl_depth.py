@@ -190,8 +190,8 @@ def details(arrays: Arrays, config: Config):
 
     slopes = ", ".join(f"{fitted(arrays['lengths'], arrays['power'][str(power)]):.3f}" for power in POWERS)
     figure, axes = panels(
-        f"One layer on inputs of spectrum $i^{{-p}}$: exponents {slopes} in the length of the context,\n"
-        f"by the law $1/p - 1$ {', '.join(f'{1 / power - 1:.3f}' for power in POWERS)}",
+        f"One layer on inputs of spectrum $i^{{-p}}$: exponents {slopes} in the length\n"
+        f"of the context, by the law $1/p - 1$ {', '.join(f'{1 / power - 1:.3f}' for power in POWERS)}",
         [
             "power-law spectra, one layer",
             "what $L$ layers leave of the error",
@@ -256,11 +256,12 @@ def plot_prompts(axes, arrays: Arrays, config: Config) -> None:
         depths, (color, marker, line) = np.arange(1, len(exact) + 1), STYLES[name]
         axes.semilogy(depths, exact, line, color=color, label=f"{label}, exact")
         style = {"fmt": marker, "capsize": 2, "color": color, "markerfacecolor": "none"}
-        axes.errorbar(depths, mean, 2 * error, label="the same, attention on prompts", **style)
+        axes.errorbar(depths, mean, 2 * error, **style)
+    axes.plot([], [], "o", color="0.3", markerfacecolor="none", label="marks: attention on prompts")
     axes.set(xlabel="layers $L$", ylabel="risk", xticks=np.arange(1, config.layers + 1))
     axes.legend(loc="lower left", bbox_to_anchor=(0.0, -0.02), fontsize=7.5, labelspacing=0.25)
     low, high = axes.get_ylim()
-    axes.set_ylim(low * (low / high) ** 0.65, high)  # room for the legend under the curves
+    axes.set_ylim(low * (low / high) ** 0.3, high)  # room for the legend under the curves
 
 
 def plot_ratios(axes, arrays: Arrays, config: Config) -> None:

@@ -184,7 +184,7 @@ def plot(arrays: Arrays, config: Config):
             "attention and margin on the way",
         ],
         note=f"{config.seeds} draws of {config.images} images of each digit, patches of side {config.patch}. "
-        "(a), (b): all draws, over the mean image, grey.\n(c), (d): lines: medians, bands: range over the draws; attention "
+        "(a), (b): all draws, over the mean image, grey.\n(c), (d): lines: medians, bands: range over draws; attention "
         "below 1e-14 is rounding, left out;\nmargin: least lead of a selected patch, for $W$ of norm 1",
         height=2.9,
     )
