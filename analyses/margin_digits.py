@@ -178,8 +178,8 @@ def plot(arrays: Arrays, config: Config):
         f"Attention trained on digits is the SVM of the patches it selects: 1 - cosine = {ends['selected']:.0e};\n"
         f"that of the patches best for the read-out {ends['best']:.2g}, of random ones {ends['random']:.2g} (medians)",
         [
-            f"digit {config.classes[0]}: share of images selecting a place",
-            f"digit {config.classes[1]}: share of images selecting a place",
+            f"digit {config.classes[0]}: the places selected",
+            f"digit {config.classes[1]}: the places selected",
             "direction of the trained $W$",
             "attention and margin on the way",
         ],
