@@ -158,7 +158,7 @@ def plot(arrays: Arrays, config: Config):
     slopes = ", ".join(f"{local_slopes(config.dims, rows)[1][-1]:.2f}" for rows in arrays["scaling"])
     limits = ", ".join(f"{1 - exponent:g}" for exponent in EXPONENTS)
     figure, axes = panels(
-        f"Random labels are fitted up to {share:g} of the rank of the Jacobian, {int(arrays['rank'])};\n"
+        f"Random labels are fitted up to {share:g} times the rank of the Jacobian, {int(arrays['rank'])};\n"
         f"an associative memory errs with slopes {slopes} in $d$ (limits {limits})",
         [
             "numbers that $h$ heads can fit",

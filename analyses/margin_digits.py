@@ -175,8 +175,8 @@ def plot(arrays: Arrays, config: Config):
 
     ends = {name: np.median(1 - arrays[name]["cosine"][:, -1]) for name in DIRECTIONS}
     figure, axes = panels(
-        f"Attention trained on digits is the SVM of the patches it selects: 1 - cosine = {ends['selected']:.0e};\n"
-        f"that of the patches best for the read-out {ends['best']:.2g}, of random ones {ends['random']:.2g} (medians)",
+        f"Attention trained on digits turns to the SVM of the patches it selects, 1 - cosine = {ends['selected']:.0e};\n"
+        f"from that of the patches best for the read-out it stays {ends['best']:.2g} away (medians)",
         [
             f"digit {config.classes[0]}: the places selected",
             f"digit {config.classes[1]}: the places selected",
@@ -244,7 +244,8 @@ def plot_places(axes, mean: np.ndarray, choices: np.ndarray, config: Config) -> 
         row, column = divmod(int(place), side)
         axes.add_patch(frame_of(place, config))
         middle = ((column + 0.5) * config.patch - 0.5, (row + 0.5) * config.patch - 0.5)
-        axes.text(*middle, f"{100 * shares[place]:.0f} %", ha="center", va="center", fontsize=8, color="C1")
+        box = {"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
+        axes.text(*middle, f"{100 * shares[place]:.0f} %", ha="center", va="center", fontsize=8, bbox=box)
     axes.set(xlabel="column of pixels", ylabel="row of pixels", xticks=(0, 7), yticks=(0, 7))
     axes.spines[:].set_visible(True)
 
