@@ -175,7 +175,7 @@ def plot(arrays: Arrays, config: Config):
 
     ends = {name: np.median(1 - arrays[name]["cosine"][:, -1]) for name in DIRECTIONS}
     figure, axes = panels(
-        f"Attention trained on digits turns to the SVM of the patches it selects, 1 - cosine = {ends['selected']:.0e};\n"
+        f"Attention trained on digits turns to the SVM of the patches it selects, 1 - cosine {ends['selected']:.0e};\n"
         f"from that of the patches best for the read-out it stays {ends['best']:.2g} away (medians)",
         [
             f"digit {config.classes[0]}: the places selected",
