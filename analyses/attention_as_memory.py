@@ -156,18 +156,19 @@ def plot(arrays: Arrays, config: Config):
 
     share = fitted_share(arrays, config)
     slopes = ", ".join(f"{local_slopes(config.dims, rows)[1][-1]:.2f}" for rows in arrays["scaling"])
-    limits = ", ".join(f"{1 - exponent:g}" for exponent in EXPONENTS)
+    limits, missed = ", ".join(f"{1 - exponent:g}" for exponent in EXPONENTS), 100 * excess(arrays, config).max()
     figure, axes = panels(
-        f"Random labels are fitted up to {share:g} times the rank of the Jacobian, {int(arrays['rank'])};\n"
-        f"an associative memory errs with slopes {slopes} in $d$ (limits {limits})",
+        f"Random labels are fitted up to {share:g} times the rank {arrays['rank']} of the Jacobian; recall errs by the\n"
+        f"mass of what is not stored within {missed:.1g} %, with slopes {slopes} in $d$ (limits {limits})",
         [
             "numbers that $h$ heads can fit",
             f"fitting random labels, rank {int(arrays['rank'])}",
             "recall: local slope of the error in $d$",
             "finding one token among $L$",
         ],
-        note=f"(b): median and range over {arrays['fits'].shape[1]} starts. (c): means of {config.draws} memories of "
-        f"$d/8$ items, (d): {config.samples} sequences; bars of two standard errors (one seed)",
+        note=f"(b): median and range over {arrays['fits'].shape[1]} starts. (c): means of {config.draws} memories that "
+        f"store $d/8$ items, of Zipf exponent $\\alpha$.\n(d): {config.samples} sequences, half of them with a signal. "
+        "Bars in (c), (d): two standard errors (one seed)",
         height=2.9,
     )
     plot_ranks(axes[0], arrays)
@@ -239,7 +240,7 @@ def plot_fits(axes, arrays: Arrays, config: Config) -> None:
     axes.axvline(1, color="black", linewidth=1, linestyle=":")
     axes.axhspan(1e-20, 1e-14, color="0.93", zorder=-1)
     axes.annotate("rounding", (shares[-1], 1e-19), ha="right", color="0.3", fontsize=8)
-    axes.annotate("law: the rank ", (1, 1e-9), ha="right", fontsize=8)
+    axes.annotate("law: the rank", (1.12, 1e-9), ha="left", fontsize=8)
     axes.set(yscale="log", ylim=(1e-20, 5), xlabel="random labels / rank of the Jacobian")
     axes.set(ylabel="training error / variance")
 
@@ -248,7 +249,7 @@ def plot_slopes(axes, arrays: Arrays, config: Config) -> None:
     for number, (exponent, rows) in enumerate(zip(EXPONENTS, arrays["scaling"], strict=True)):
         places, slopes, errors = local_slopes(config.dims, rows)
         style = {"fmt": "os^"[number], "color": f"C{number}", "capsize": 2}
-        axes.errorbar(places, slopes, 2 * errors, label=rf"Zipf exponent $\alpha = {exponent:g}$", **style)
+        axes.errorbar(places, slopes, 2 * errors, label=rf"$\alpha = {exponent:g}$", **style)
         law = not_stored(exponent, config.dims, config)
         _, tail, _ = local_slopes(config.dims, np.stack([law, 0 * law], axis=1))
         axes.plot(places, tail, "--", color=f"C{number}", label="mass not stored" if number == 0 else None)
@@ -257,7 +258,7 @@ def plot_slopes(axes, arrays: Arrays, config: Config) -> None:
     axes.set_xscale("log", base=2)
     axes.set(xlabel="dimension $d$", ylabel="slope of log error in log $d$")
     low, high = axes.get_ylim()
-    axes.set_ylim(low, high + 0.7 * (high - low))  # room for the legend
+    axes.set_ylim(low, high + 0.45 * (high - low))  # room for the legend
     axes.legend(loc="upper left", ncols=2, columnspacing=1.0)
 
 
