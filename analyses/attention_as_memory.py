@@ -154,15 +154,15 @@ def plot(arrays: Arrays, config: Config):
     """Ranks, fits, local slopes of the error of recall, thresholds of detection."""
     from attnlab.plotting.panels import panels
 
-    share = fitted_share(arrays, config)
+    share, rank = fitted_share(arrays, config), int(arrays["rank"])
     slopes = ", ".join(f"{local_slopes(config.dims, rows)[1][-1]:.2f}" for rows in arrays["scaling"])
     limits, missed = ", ".join(f"{1 - exponent:g}" for exponent in EXPONENTS), 100 * excess(arrays, config).max()
     figure, axes = panels(
-        f"Random labels are fitted up to {share:g} times the rank {arrays['rank']} of the Jacobian; recall errs by the\n"
+        f"Random labels are fitted up to {share:g} times the rank {rank} of the Jacobian; recall errs by the\n"
         f"mass of what is not stored within {missed:.1g} %, with slopes {slopes} in $d$ (limits {limits})",
         [
             "numbers that $h$ heads can fit",
-            f"fitting random labels, rank {int(arrays['rank'])}",
+            f"fitting random labels, rank {rank}",
             "recall: local slope of the error in $d$",
             "finding one token among $L$",
         ],
