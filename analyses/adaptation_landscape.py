@@ -140,7 +140,7 @@ def plot(arrays: Arrays, config: Config):
     worst = arrays["phase"]["errors"].max(axis=0)
     drift = drift_slopes(arrays)[:, 0].mean()
     figure, axes = panels(
-        f"LoRA starts at a saddle of {negative} negative eigenvalues, its minima have {flat} flat; pooling errs\n"
+        f"LoRA starts at a saddle of {negative} negative eigenvalues, its minima are flat in {flat}; pooling errs\n"
         f"by up to {100 * worst[0]:.0f} %, attention to a prompt by {100 * worst[1]:.2g} %; "
         f"federated rounds drift as $\\eta^{{{drift:.2f}}}$",
         [
@@ -182,7 +182,7 @@ def plot_phases(axes, arrays: Arrays, config: Config) -> None:
     for factor in (1, 2):
         axes.axvline(factor * edge, color="0.6", linewidth=1, label="edges of the phases" if factor == 1 else None)
     axes.set(xlabel=r"spread $\Delta$ of irrelevant tokens", ylabel="classification error", ylim=(-0.03, 0.95))
-    axes.legend(loc="upper left", ncols=2, columnspacing=1.0)
+    axes.legend(loc="upper right", framealpha=1, frameon=True, edgecolor="none", borderpad=0.1)
 
 
 def plot_drift(axes, arrays: Arrays) -> None:
@@ -197,9 +197,9 @@ def plot_drift(axes, arrays: Arrays) -> None:
     axes.plot([], [], "--", color="0.4", label="less the leading order")
     axes.plot([], [], ":", color="black", label=r"laws: $\eta^2$ and $\eta^3$")
     low, high = axes.get_ylim()
-    axes.set_ylim(low, high * (high / low) ** 0.35)  # room for the legend
+    axes.set_ylim(low * (low / high) ** 0.3, high)  # room for the legend
     axes.set(xlabel=r"learning rate $\eta$", ylabel="distance in parameters")
-    axes.legend(loc="upper left", ncols=2, columnspacing=1.0)
+    axes.legend(loc="lower right")
 
 
 def plot_powers(axes, arrays: Arrays) -> None:
@@ -214,7 +214,7 @@ def plot_powers(axes, arrays: Arrays) -> None:
     for power in (2, 3):
         axes.axhline(power, color="black", linewidth=1, linestyle=":", label="laws: 2 and 3" if power == 2 else None)
     axes.set(xlabel=r"learning rate $\eta$", ylabel="slope of log distance in log rate")
-    axes.legend(loc="lower left")
+    axes.legend(loc="center left", bbox_to_anchor=(0.0, 0.65))
 
 
 def drift_slopes(arrays: Arrays) -> np.ndarray:
