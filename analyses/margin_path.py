@@ -204,15 +204,16 @@ def plot(arrays: Arrays, config: Config):
     from attnlab.plotting.panels import panels
 
     ends = angles(arrays)
+    verdict = "nearer to" if ends["factors"]["nuclear"] < ends["factors"]["frobenius"] else "not nearer to"
     figure, axes = panels(
-        f"After {config.steps} steps $W$ points along the SVM solution of least Frobenius norm within "
-        f"{ends['weights']['frobenius']:.0e} (1 - cosine),\n$KQ^\\top$ nearer to that of least nuclear norm: "
+        f"After {config.steps} steps $W$ is the SVM solution of least Frobenius norm within "
+        f"{ends['weights']['frobenius']:.0e} (1 - cosine),\n$KQ^\\top$ is {verdict} that of least nuclear norm: "
         f"{ends['factors']['nuclear']:.2g} against {ends['factors']['frobenius']:.2g} (medians)",
         [
             "one problem in the plane",
             "path of the prompt $p$ there",
             f"direction, {config.problems} problems",
-            "curvature in $W$ on the way, one problem",
+            "curvature in $W$, one problem",
         ],
         note="(a): filled: selected tokens; lines: where their margin is 1; $p^{mm}$: direction of the largest margin; "
         "$v$: read-out.\n(b): four starts (dots). (c): medians and middle half of the problems (one seed). "
@@ -249,7 +250,7 @@ def plot_tokens(axes, now: Arrays) -> None:
         axes.annotate("", 0.8 * vector, (0, 0), arrowprops={"arrowstyle": "->", "color": color})
         axes.annotate(name, 0.95 * vector, color=color, ha="center", va="center")
     axes.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xlabel="$x_1$", ylabel="$x_2$")
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), handletextpad=0.2)
+    axes.legend(loc="lower left", handletextpad=0.2)
 
 
 def plot_path(axes, now: Arrays) -> None:
