@@ -143,14 +143,14 @@ def plot(arrays: Arrays, config: Config):
     rows = np.isfinite(measured).all(axis=1)
     last = int(np.flatnonzero(rows)[-1]) if rows.any() else 0
     figure, axes = panels(
-        "With separate keys and queries a layer learns one direction after the other, at times of a closed form\n"
-        f"within {apart:.1g} %: {measured[last, 0]:.2g} for the strongest input, {measured[last, -1]:.2g} for the "
+        "With separate keys and queries a layer learns direction after direction, at the times of a closed\n"
+        f"form within {apart:.1g} %: {measured[last, 0]:.2g} for the strongest input, {measured[last, -1]:.2g} for the "
         f"weakest, from a start of {config.starts[last]:g}",
         [
             "separate keys and queries: a staircase",
             "when each direction is learned",
             "merged keys and queries: logistic growth",
-            "descent over the closed forms",
+            "times beyond those of the closed form",
         ],
         note="lines in (a) and marks: gradient descent on the exact risk; other lines: closed forms of gradient flow.\n"
         "All is deterministic. Time: steps × learning rate; start: common size of the first weights. $d = 4$, "
@@ -203,7 +203,7 @@ def plot_times(axes, arrays: Arrays, config: Config) -> None:
         style = {"color": f"C{number}", "markerfacecolor": "none", "label": rf"eigenvalue {eigenvalue:g}"}
         axes.loglog(starts, found, "os^v"[number], **style)
     size_ticks(axes, starts)
-    axes.set(ylabel="time until half of the step is learned")
+    axes.set(ylabel="time until half of it is learned")
     low, high = axes.get_ylim()
     axes.set_ylim(low, high * (high / low) ** 0.45)  # room for the legend
     axes.legend(loc="upper right", ncols=2, columnspacing=1.0)
@@ -225,8 +225,10 @@ def plot_ratios(axes, arrays: Arrays, config: Config) -> None:
         axes.semilogx(places, 100 * (ratios[:, number] - 1), "os^v"[number], **style)
     axes.axhline(0, color="black", linewidth=1, linestyle=":", label="closed form")
     size_ticks(axes, starts)
-    axes.set_ylabel("time beyond the closed form (%)")
-    axes.legend(loc="best")
+    axes.set_ylabel("beyond the closed form (%)")
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.4 * (high - low))  # room for the legend
+    axes.legend(loc="upper right", ncols=2, columnspacing=1.0)
 
 
 def findings(arrays: Arrays, config: Config) -> list[Expectation]:
