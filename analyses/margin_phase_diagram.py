@@ -104,12 +104,13 @@ def problem(key, sequences: int, length: int, dim: int):
 
 def plot(arrays: Arrays, config: Config):
     """For every shape the shares of all three outcomes, stacked to one, over the dimension."""
-    from attnlab.plotting.panels import SMALL, legend_below, panels
+    from attnlab.plotting.panels import legend_below, panels
 
     shapes = arrays["shapes"]
     figure, axes = panels(
         message(arrays),
         [f"{sequences} sequences of {tokens} tokens" for sequences, tokens in shapes],
+        note=f"{config.seeds} random problems a bar, {config.steps} steps each; error bars: two standard errors",
         height=2.5,
         sharey=True,
     )
@@ -123,8 +124,6 @@ def plot(arrays: Arrays, config: Config):
     for panel in axes[-2:]:
         panel.set_xlabel("token dimension $d$")
     legend_below(figure, axes, columns=2)
-    note = f"{config.seeds} random problems a bar, {config.steps} steps each; error bars: two standard errors"
-    figure.legends[0].set_title(note, prop={"size": SMALL})
     return figure
 
 
