@@ -178,7 +178,8 @@ def plot(arrays: Arrays, config: Config):
     (few, low), (many, high) = ((n, exponent(arrays, n)) for n in (min(config.lengths), max(config.lengths)))
     figure, axes = panels(
         "One layer steps between one size for all inputs and the inverse of their covariance:\n"
-        rf"steps grow as $\lambda^{{{low:.2f}}}$ in contexts of {few} examples and as $\lambda^{{{high:.2f}}}$ in contexts of {many}",
+        rf"steps go as $\lambda^{{{low:.2f}}}$ in contexts of {few} examples, "
+        rf"as $\lambda^{{{high:.2f}}}$ in contexts of {many}",
         [
             "theory, and trained layers (marks)",
             "risk by length of the context",
