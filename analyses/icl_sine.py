@@ -285,7 +285,7 @@ def plot(arrays: Arrays, config: Config):
         "One step: of gradient descent, of the best size; training step 0: untrained",
         height=3.2,
     )
-    plot_training(axes[0], arrays, "risk", ("plain descent", "own descent", "model"))
+    plot_training(axes[0], arrays, "risk", ("own descent", "plain descent", "model"))
     label, color, line = CURVES["learned descent"]
     axes[0].axhline(np.median(arrays["risk"]["learned descent"][-1]), color=color, linestyle=line, label=label)
     axes[0].axhline(arrays["floor"][str(config.length)], color="black", linewidth=1, linestyle=":", label=FLOOR)
@@ -307,7 +307,7 @@ def details(arrays: Arrays, config: Config):
 
     cosines = {name: float(np.median(found[-1])) for name, found in arrays["cosine"].items()}
     figure, axes = panels(
-        f"Slopes in the query have the signs of a step's that is trained for: cosine {cosines['learned descent']:.2f} "
+        f"Slopes in the query against those of a step trained for: cosine {cosines['learned descent']:.2f} "
         f"(shuffled labels {cosines['shuffled']:.2f})",
         ["slopes of the trained model against", "another test prompt, the same model"],
         note=f"(a): lines: medians, bands: range over {config.seeds} seeds, of means over prompts; $x$ is a number, "
