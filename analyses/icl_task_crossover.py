@@ -134,10 +134,8 @@ def train_models(keys, tasks, model, config: Config, progress: Progress):
     risks = jax.jit(jax.vmap(first))(keys, tasks)
     schedule = optax.warmup_cosine_decay_schedule(0, config.learning_rate, config.steps // 20, config.steps)
     options = {"steps": config.steps, "every": max(config.steps // 50, 1), "resample": resample, "own_risks": True}
-    report = show_progress(progress, "training")
-    trained = train(
-        risks, starts, optax.adam(schedule), keys, session=Session(report=report, directory=config.scratch()), **options
-    )
+    session = Session(report=show_progress(progress, "training"), directory=config.scratch() / "training")
+    trained = train(risks, starts, optax.adam(schedule), keys, session=session, **options)
     return starts, trained.params, trained.records.losses
 
 
