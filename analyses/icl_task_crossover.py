@@ -196,7 +196,8 @@ def plot(arrays: Arrays, config: Config):
     own = excess(arrays, "own", "bayes")[0]
     figure, axes = panels(
         f"A micro transformer is {near:.2g} times as far from discrete Bayes as from ridge with {few} training\n"
-        f"tasks, {far:.2g} times with {many}; its risk on its own tasks is {own.min():.1f} to {own.max():.0f} times the least",
+        f"tasks, {far:.2g} times with {many}; its risk on its own tasks is "
+        f"{own.min():.1f} to {own.max():.0f} times the least",
         [
             "distance of predictions, fresh tasks",
             "risk on its own tasks",
