@@ -1,8 +1,8 @@
 """Adapting a trained model: where LoRA starts and ends, when prompts beat pooling, how far federated rounds drift.
 
-Left: the spectrum of LoRA's Hessian at its start, a strict saddle, and at a minimiser, flat along its gauge. Middle:
-error of one gradient step on pooled tokens against attention to a prompt, in the three phases of contextual data.
-Right: distance of a federated round from descent on all data, and what its leading order leaves, against the rate.
+The spectrum of LoRA's Hessian at its start, a strict saddle, and at a minimiser, flat along its gauge; the error of one
+gradient step on pooled tokens against attention to a prompt, in the three phases of contextual data; the distance of a
+federated round from descent on all data, and what its leading order leaves, against the rate, with local slopes.
 """
 
 from dataclasses import dataclass
@@ -132,47 +132,89 @@ def drifts(config: Config) -> Arrays:
 
 
 def plot(arrays: Arrays, config: Config):
-    """LoRA's spectra, phases, drift."""
-    import matplotlib.pyplot as plt
+    """LoRA's spectra, phases, drift and its slopes."""
+    from attnlab.adaptation.lora import inertia
+    from attnlab.plotting.panels import panels
 
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2))
-    for number, (name, label) in enumerate((("start", "start, $B = 0$"), ("end", "minimiser"))):
-        values = np.sort(arrays["spectrum"][name])[::-1]
-        axes[0].plot(np.arange(1, len(values) + 1), values, ".", color=f"C{number}", markersize=4, label=label)
-    axes[0].set_yscale("symlog", linthresh=1e-2)
-    axes[0].axhline(0, color="black", linewidth=0.6)
-    axes[0].set(xlabel="rank of the eigenvalue", ylabel="eigenvalue (linear within 0.01)")
-    axes[0].set_title(f"LoRA, {config.shape[0]} x {config.shape[1]}, $r = {config.rank}$")
-    axes[0].legend(loc="lower left")
+    negative, flat = inertia(arrays["spectrum"]["start"])[0], inertia(arrays["spectrum"]["end"])[1]
+    worst = arrays["phase"]["errors"].max(axis=0)
+    drift = drift_slopes(arrays)[:, 0].mean()
+    figure, axes = panels(
+        f"LoRA starts at a saddle of {negative} negative eigenvalues, its minima are flat in {flat}; pooling errs\n"
+        f"by up to {100 * worst[0]:.0f} %, attention to a prompt by {100 * worst[1]:.2g} %; "
+        f"federated rounds drift as $\\eta^{{{drift:.2f}}}$",
+        [
+            f"LoRA's Hessian, {config.shape[0]} × {config.shape[1]}, rank {config.rank}",
+            "three phases of contextual data",
+            r"a federated round, rate $\eta$",
+            r"local powers of $\eta$ in (c)",
+        ],
+        note=f"(a), (c), (d): exact, one random problem each (one seed); (b): {config.sequences} sequences a point, "
+        "bars: two standard errors.\n(c): distance of a round of four clients from descent on all their data",
+        height=2.9,
+    )
+    plot_spectra(axes[0], arrays)
     plot_phases(axes[1], arrays, config)
     plot_drift(axes[2], arrays)
+    plot_powers(axes[3], arrays)
     return figure
+
+
+def plot_spectra(axes, arrays: Arrays) -> None:
+    for number, (name, label) in enumerate((("start", "start, $B = 0$"), ("end", "minimiser"))):
+        values = np.sort(arrays["spectrum"][name])[::-1]
+        axes.plot(np.arange(1, len(values) + 1), values, ".+"[number], color=f"C{number}", label=label)
+    axes.set_yscale("symlog", linthresh=1e-2)
+    axes.axhline(0, color="black", linewidth=0.6)
+    axes.set_yticks([-1, -0.01, 0, 0.01, 1, 100], ["-1", "-0.01", "0", "0.01", "1", "100"])
+    axes.set_yticks([], minor=True)
+    axes.set(xlabel="rank of the eigenvalue", ylabel="eigenvalue (linear within 0.01)")
+    axes.legend(loc="lower left")
 
 
 def plot_phases(axes, arrays: Arrays, config: Config) -> None:
     spreads, errors, edge = arrays["phase"]["spreads"], arrays["phase"]["errors"], float(arrays["phase"]["edge"])
     bars = 2 * np.sqrt(errors * (1 - errors) / config.sequences)
-    axes.plot(spreads, arrays["phase"]["exact"], color="C0", label="pooling, predicted")
-    axes.errorbar(spreads, errors[:, 0], bars[:, 0], fmt="o", color="C0", markerfacecolor="none", label="pooling")
+    style = {"color": "C0", "markerfacecolor": "none", "capsize": 2, "label": "pooling"}
+    axes.errorbar(spreads, errors[:, 0], bars[:, 0], fmt="o", **style)
     axes.errorbar(spreads, errors[:, 1], bars[:, 1], fmt="s-", color="C1", label="attention to a prompt")
+    axes.plot(spreads, arrays["phase"]["exact"], ":", color="black", label="law of pooling", zorder=3)
     for factor in (1, 2):
-        axes.axvline(factor * edge, color="black", linewidth=0.7, linestyle="--")
-    axes.set(xlabel=r"spread $\Delta$ of irrelevant tokens", ylabel="classification error", ylim=(-0.02, 0.68))
-    axes.set_title(r"three phases, edges $\zeta/(1-\zeta)$ and $2\zeta/(1-\zeta)$")
-    axes.legend(loc="upper left")
+        axes.axvline(factor * edge, color="0.6", linewidth=1, label="edges of the phases" if factor == 1 else None)
+    axes.set(xlabel=r"spread $\Delta$ of irrelevant tokens", ylabel="classification error", ylim=(-0.03, 0.95))
+    axes.legend(loc="upper right", framealpha=1, frameon=True, edgecolor="none", borderpad=0.1)
 
 
 def plot_drift(axes, arrays: Arrays) -> None:
+    rates = arrays["drift"]["rates"]
     for number, (steps, rows) in enumerate(zip(LOCAL_STEPS, arrays["drift"]["norms"], strict=True)):
-        rates = arrays["drift"]["rates"]
-        axes.loglog(rates, rows[:, 0], "o-", color=f"C{number}", label=f"drift, {steps} local steps")
-        axes.loglog(rates, rows[:, 1], "s:", color=f"C{number}", markerfacecolor="none")
+        marker, color = "os^"[number], f"C{number}"
+        axes.loglog(rates, rows[:, 0], marker + "-", color=color, label=f"{steps} local steps")
+        axes.loglog(rates, rows[:, 1], marker + "--", color=color, markerfacecolor="none")
         for column, power in ((0, 2), (1, 3)):
             guide = rows[0, column] * (rates / rates[0]) ** power
-            axes.loglog(rates, guide, "--", color="black", linewidth=0.5)
+            axes.loglog(rates, guide, ":", color="black", linewidth=1, zorder=3)
+    axes.plot([], [], "--", color="0.4", label="less the leading order")
+    axes.plot([], [], ":", color="black", label=r"laws: $\eta^2$ and $\eta^3$")
+    low, high = axes.get_ylim()
+    axes.set_ylim(low * (low / high) ** 0.3, high)  # room for the legend
     axes.set(xlabel=r"learning rate $\eta$", ylabel="distance in parameters")
-    axes.set_title(r"federated drift $\eta^2$, less its leading order $\eta^3$ (dotted)")
-    axes.legend(loc="upper left")
+    axes.legend(loc="lower right")
+
+
+def plot_powers(axes, arrays: Arrays) -> None:
+    """Slopes of the logarithms between neighbouring rates: of the drift, and less its leading order."""
+    rates = arrays["drift"]["rates"]
+    places = np.sqrt(rates[1:] * rates[:-1])
+    for number, (steps, rows) in enumerate(zip(LOCAL_STEPS, arrays["drift"]["norms"], strict=True)):
+        slopes = np.diff(np.log(rows), axis=0) / np.diff(np.log(rates))[:, None]
+        marker, color = "os^"[number], f"C{number}"
+        axes.semilogx(places, slopes[:, 0], marker + "-", color=color, label=f"{steps} local steps")
+        axes.semilogx(places, slopes[:, 1], marker + "--", color=color, markerfacecolor="none")
+    for power in (2, 3):
+        axes.axhline(power, color="black", linewidth=1, linestyle=":", label="laws: 2 and 3" if power == 2 else None)
+    axes.set(xlabel=r"learning rate $\eta$", ylabel="slope of log distance in log rate")
+    axes.legend(loc="center left", bbox_to_anchor=(0.0, 0.65))
 
 
 def drift_slopes(arrays: Arrays) -> np.ndarray:

@@ -1,8 +1,8 @@
-"""Attention as memory: what it can fit, what it stores, and which token it finds.
+"""Attention as memory: labels are fitted up to the rank of its Jacobian, and recall errs by the mass it cannot store.
 
-Above: rank of the Jacobian by heads against the counted and the published capacity; training loss on random labels
-against their number over that rank. Below: error of an associative memory under Zipf data against its dimension; signal
-strength at which one token among L is detected by pooling and by attention.
+Rank of the Jacobian by heads against the counted and the published capacity; training loss on random labels against
+their number over that rank; error of an associative memory under Zipf data by its dimension, with local slopes against
+those of what is not stored; signal strength at which one token among L is detected by pooling and by attention.
 """
 
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from attnlab.expectation import Expectation, at_least, at_most, equal
 EXPONENTS = (1.5, 2.0, 2.5)
 ERROR = 0.1
 LOGIT_SCALE = 100.0
+CLASSES = 200  # of the items that an associative memory recalls
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Config(AnalysisConfig):
     """Numbers of random labels over the rank."""
     starts: int = 5
     """Random starts of each fit."""
-    dims: tuple[int, ...] = (32, 64, 128, 256, 512)
+    dims: tuple[int, ...] = (32, 64, 128, 256, 512, 1024)
     """Dimensions of the associative memory."""
     draws: int = 20
     """Random memories."""
@@ -106,17 +107,26 @@ def fits(config: Config) -> Arrays:
 def scaling(config: Config) -> Arrays:
     """Mean error and its standard error of memories that store d / 8 items, (exponents, dims, 2)."""
     import jax
+    import jax.numpy as jnp
 
     from attnlab.memory.associative import storage_error, zipf
 
-    rows = []
-    for exponent in EXPONENTS:
-        probabilities = zipf(config.items, exponent)
-        for dim in config.dims:
-            one = jax.jit(lambda key, p=probabilities, d=dim: storage_error(key, p, 200, d, d // 8))
-            errors = np.array([one(key) for key in jax.random.split(jax.random.key(config.seed), config.draws)])
-            rows.append([errors.mean(), errors.std(ddof=1) / config.draws**0.5])
-    return {"scaling": np.array(rows).reshape(len(EXPONENTS), len(config.dims), 2)}
+    laws, rows = [zipf(config.items, exponent) for exponent in EXPONENTS], []
+    for dim in config.dims:
+        # one memory of a draw answers for every law of the items
+        one = jax.jit(lambda key, d=dim: jnp.stack([storage_error(key, p, CLASSES, d, d // 8) for p in laws]))
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), dim), config.draws)
+        errors = np.array([one(key) for key in keys])
+        rows.append([errors.mean(axis=0), errors.std(axis=0, ddof=1) / config.draws**0.5])
+    return {"scaling": np.moveaxis(np.array(rows), -1, 0)}
+
+
+def not_stored(exponent: float, dims, config: Config) -> np.ndarray:
+    """Error of a memory that recalls all of its d / 8 items and answers at random for the others."""
+    from attnlab.memory.associative import zipf
+
+    rest = 1 - np.cumsum(zipf(config.items, exponent))
+    return (1 - 1 / CLASSES) * rest[np.asarray(dims) // 8 - 1]
 
 
 def detection(config: Config) -> Arrays:
@@ -141,69 +151,153 @@ def detection(config: Config) -> Arrays:
 
 
 def plot(arrays: Arrays, config: Config):
-    """Ranks, fits, scaling, detection."""
-    import matplotlib.pyplot as plt
+    """Ranks, fits, local slopes of the error of recall, thresholds of detection."""
+    from attnlab.plotting.panels import panels
 
-    figure, axes = plt.subplots(2, 2, figsize=(10.5, 8))
-    plot_ranks(axes[0, 0], arrays)
-    plot_fits(axes[0, 1], arrays, config)
-    plot_scaling(axes[1, 0], arrays, config)
-    plot_detection(axes[1, 1], arrays, config)
+    share, rank = fitted_share(arrays, config), int(arrays["rank"])
+    slopes = ", ".join(f"{local_slopes(config.dims, rows)[1][-1]:.2f}" for rows in arrays["scaling"])
+    limits, missed = ", ".join(f"{1 - exponent:g}" for exponent in EXPONENTS), 100 * excess(arrays, config).max()
+    figure, axes = panels(
+        f"Random labels are fitted up to {share:g} times the rank {rank} of the Jacobian; recall errs by the\n"
+        f"mass of what is not stored within {missed:.1g} %, with slopes {slopes} in $d$ (limits {limits})",
+        [
+            "numbers that $h$ heads can fit",
+            f"fitting random labels, rank {rank}",
+            "recall: local slope of the error in $d$",
+            "finding one token among $L$",
+        ],
+        note=f"(b): median and range over {arrays['fits'].shape[1]} starts. (c): means of {config.draws} memories that "
+        f"store $d/8$ items, of Zipf exponent $\\alpha$.\n(d): {config.samples} sequences, half of them with a signal. "
+        "Bars in (c), (d): two standard errors (one seed)",
+        height=2.9,
+    )
+    plot_ranks(axes[0], arrays)
+    plot_fits(axes[1], arrays, config)
+    plot_slopes(axes[2], arrays, config)
+    plot_detection(axes[3], arrays, config)
     return figure
+
+
+def details(arrays: Arrays, config: Config):
+    """The errors of recall themselves, and the measured thresholds over the predicted ones."""
+    from attnlab.plotting.panels import panels
+
+    apart = np.max(np.abs(arrays["thresholds"][..., 0] / arrays["predicted"] - 1))
+    figure, axes = panels(
+        f"Recall errs by the mass of what is not stored, within {100 * excess(arrays, config).max():.2g} %;\n"
+        f"thresholds of detection are those predicted within {100 * apart:.2g} %",
+        ["error of recall", "strength over the predicted one"],
+        note=f"(a): means of {config.draws} memories; (b): {config.samples} sequences; bars of two standard errors",
+        height=2.9,
+    )
+    plot_scaling(axes[0], arrays, config)
+    plot_ratios(axes[1], arrays, config)
+    return figure
+
+
+def fitted_share(arrays: Arrays, config: Config) -> float:
+    """The largest number of labels over the rank up to which the median start fits them to rounding."""
+    fits = np.median(arrays["fits"], axis=1) <= FITTED
+    return float(np.array(config.labels)[: int(np.argmin([*fits, False]))].max(initial=0.0))
+
+
+def local_slopes(dims, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Slopes of log error between neighbouring dimensions, with standard errors, at their geometric means."""
+    dims, relative = np.asarray(dims, float), rows[:, 1] / rows[:, 0]
+    steps = np.diff(np.log(dims))
+    errors = np.hypot(relative[1:], relative[:-1]) / steps
+    return np.sqrt(dims[1:] * dims[:-1]), np.diff(np.log(rows[:, 0])) / steps, errors
+
+
+def excess(arrays: Arrays, config: Config) -> np.ndarray:
+    """Relative distance of the errors of recall from the mass of what is not stored, (exponents, dims)."""
+    laws = np.stack([not_stored(exponent, config.dims, config) for exponent in EXPONENTS])
+    return np.abs(arrays["scaling"][..., 0] / laws - 1)
 
 
 def plot_ranks(axes, arrays: Arrays) -> None:
     random, shared, counted, counted_shared, published = arrays["ranks"].T
     heads = np.arange(1, len(random) + 1)
-    axes.plot(heads, counted, color="C0", label="counted, random contexts")
-    axes.plot(heads, random, "o", color="C0", markerfacecolor="none", label="rank of the Jacobian")
-    axes.plot(heads, counted_shared, color="C1", label="counted, one context")
-    axes.plot(heads, shared, "o", color="C1", markerfacecolor="none")
-    axes.plot(heads, published, "s--", color="C2", label="published lower bound")
-    axes.set(xlabel="heads", ylabel="numbers that can be fitted", xticks=heads, ylim=(0, None))
-    axes.set_title("capacity by counting gauges")
+    for color, marker, found, law, label in (
+        ("C0", "o", random, counted, "random contexts"),
+        ("C1", "s", shared, counted_shared, "one shared context"),
+    ):
+        axes.plot(heads, found, marker, color=color, markerfacecolor="none", label=f"rank of the Jacobian, {label}")
+        axes.plot(heads, law, ":", color="black", label="law: counted" if color == "C0" else None)
+    axes.plot(heads, published, "^--", color="C2", label="published lower bound")
+    axes.set(xlabel="heads $h$", ylabel="numbers that can be fitted", xticks=heads)
+    axes.set_ylim(0, 1.5 * counted.max())  # room for the legend
     axes.legend(loc="upper left")
 
 
+FITTED = 1e-6
+
+
 def plot_fits(axes, arrays: Arrays, config: Config) -> None:
-    fits = np.maximum(arrays["fits"], 1e-20)
-    shares = np.array(config.labels)
-    axes.semilogy(np.repeat(shares, fits.shape[1]), fits.ravel(), ".", color="C0", alpha=0.5, label="one start")
-    axes.semilogy(shares, np.median(fits, axis=1), "o-", color="C0", markerfacecolor="none", label="median")
-    axes.axvline(1, color="black", linewidth=0.7, linestyle="--")
-    axes.set(xlabel="random labels / rank of the Jacobian", ylabel="training error / variance")
-    axes.set_title(f"memorization ends at the rank, {int(arrays['rank'])}")
-    axes.legend(loc="lower right")
+    fits, shares = np.maximum(arrays["fits"], 1e-20), np.array(config.labels)
+    middle = np.median(fits, axis=1)
+    axes.errorbar(shares, middle, (middle - fits.min(axis=1), fits.max(axis=1) - middle), fmt="o-", capsize=2)
+    axes.axvline(1, color="black", linewidth=1, linestyle=":")
+    axes.axhspan(1e-20, 1e-14, color="0.93", zorder=-1)
+    axes.annotate("rounding", (shares[-1], 1e-19), ha="right", color="0.3", fontsize=8)
+    axes.annotate("law: the rank", (1.12, 1e-9), ha="left", fontsize=8)
+    axes.set(yscale="log", ylim=(1e-20, 5), xlabel="random labels / rank of the Jacobian")
+    axes.set(ylabel="training error / variance")
 
 
-def plot_scaling(axes, arrays: Arrays, config: Config) -> None:
-    from attnlab.memory.scaling import fit_power_law
-
-    dims = np.array(config.dims, float)
+def plot_slopes(axes, arrays: Arrays, config: Config) -> None:
     for number, (exponent, rows) in enumerate(zip(EXPONENTS, arrays["scaling"], strict=True)):
-        low, high = fit_power_law(dims, *rows.T).interval()
-        label = f"Zipf {exponent:g}: slope {low:.3f} to {high:.3f} ({1 - exponent:g})"
-        axes.errorbar(dims, rows[:, 0], 2 * rows[:, 1], fmt="o-", capsize=2, color=f"C{number}", label=label)
-        guide = rows[-1, 0] * (dims / dims[-1]) ** (1 - exponent)
-        axes.loglog(dims, guide, "--", color="black", linewidth=0.6)
+        places, slopes, errors = local_slopes(config.dims, rows)
+        style = {"fmt": "os^"[number], "color": f"C{number}", "capsize": 2}
+        axes.errorbar(places, slopes, 2 * errors, label=rf"$\alpha = {exponent:g}$", **style)
+        law = not_stored(exponent, config.dims, config)
+        _, tail, _ = local_slopes(config.dims, np.stack([law, 0 * law], axis=1))
+        axes.plot(places, tail, "--", color=f"C{number}", label="mass not stored" if number == 0 else None)
+        ends = config.dims[0], config.dims[-1]
+        axes.plot(ends, [1 - exponent] * 2, ":", color="black", label=None if number else r"law: $1 - \alpha$")
     axes.set_xscale("log", base=2)
-    axes.set(
-        xlabel="dimension $d$", ylabel="error of recall", title=r"associative memory of $d/8$ items: $d^{1-\alpha}$"
-    )
-    axes.legend(loc="lower left")
+    axes.set(xlabel="dimension $d$", ylabel="slope of log error in log $d$")
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.45 * (high - low))  # room for the legend
+    axes.legend(loc="upper left", ncols=2, columnspacing=1.0)
 
 
 def plot_detection(axes, arrays: Arrays, config: Config) -> None:
     lengths = np.array(config.lengths)
-    for column, (name, growth) in enumerate((("pooling", r"$2 z \sqrt{L}$"), ("attention", r"$\sim\sqrt{2 \ln L}$"))):
-        axes.loglog(lengths, arrays["predicted"][:, column], color=f"C{column}", label=f"{name}: {growth}")
+    labels = (r"pooling, law $\propto \sqrt{L}$", r"attention, law $\sim \sqrt{2 \ln L}$")
+    for column, label in enumerate(labels):
+        axes.loglog(lengths, arrays["predicted"][:, column], ":", color="black", linewidth=1.5, zorder=3)
         strengths, errors = arrays["thresholds"][:, column].T
-        style = {"fmt": "o", "capsize": 2, "color": f"C{column}", "markerfacecolor": "none"}
-        axes.errorbar(lengths, strengths, 2 * errors, **style)
+        style = {"fmt": "os"[column], "capsize": 2, "color": f"C{column}", "markerfacecolor": "none"}
+        axes.errorbar(lengths, strengths, 2 * errors, label=label, **style)
     axes.set_xscale("log", base=4)
     axes.set_yscale("log")
-    axes.set(xlabel="tokens $L$", ylabel="strength for 10 % errors", title="finding one token (circles: measured)")
+    axes.set(xlabel="tokens $L$", ylabel=f"signal strength for {ERROR:.0%} errors".replace("%", " %"))
     axes.legend(loc="upper left")
+
+
+def plot_scaling(axes, arrays: Arrays, config: Config) -> None:
+    dims = np.array(config.dims, float)
+    for number, (exponent, rows) in enumerate(zip(EXPONENTS, arrays["scaling"], strict=True)):
+        style = {"fmt": "os^"[number], "capsize": 2, "color": f"C{number}", "markerfacecolor": "none"}
+        axes.errorbar(dims, rows[:, 0], 2 * rows[:, 1], label=rf"$\alpha = {exponent:g}$", **style)
+        label = "law: mass not stored" if number == 0 else None
+        axes.loglog(dims, not_stored(exponent, config.dims, config), ":", color="black", linewidth=1.5, label=label)
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="dimension $d$", ylabel="probability of a wrong answer")
+    axes.legend(loc="lower left")
+
+
+def plot_ratios(axes, arrays: Arrays, config: Config) -> None:
+    for column, name in enumerate(("pooling", "attention")):
+        (found, errors), wanted = arrays["thresholds"][:, column].T, arrays["predicted"][:, column]
+        style = {"fmt": "os"[column], "capsize": 2, "color": f"C{column}", "markerfacecolor": "none"}
+        places = np.array(config.lengths) * 1.15 ** (column - 0.5)
+        axes.errorbar(places, found / wanted, 2 * errors / wanted, label=name, **style)
+    axes.axhline(1, color="black", linewidth=1, linestyle=":", label="law")
+    axes.set_xscale("log", base=4)
+    axes.set(xlabel="tokens $L$", ylabel="measured / predicted")
+    axes.legend(loc="best")
 
 
 def exponents(arrays: Arrays, config: Config) -> list[float]:
@@ -225,7 +319,7 @@ def findings(arrays: Arrays, config: Config) -> list[Expectation]:
     return [
         equal("ranks with random contexts, by heads", random, counted, 0.0, because="whole numbers", source=gauges),
         equal("ranks in one context, by heads", shared, counted_shared, 0.0, because="whole numbers", source=gauges),
-        at_most("best error at 0.8 of the rank and less", best[shares <= 0.8], 1e-6, because=fitted, source=gauges),
+        at_most("best error at 0.8 of the rank and less", best[shares <= 0.8], FITTED, because=fitted, source=gauges),
         at_least("best error at 1.25 of the rank and more", best[shares >= 1.25], 1e-3, because=fitted, source=gauges),
         equal(
             f"powers of the memory's error, Zipf {', '.join(map(str, EXPONENTS))}",
@@ -270,7 +364,7 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
     return [counts, fits, slopes, thresholds]
 
 
-ANALYSIS = Analysis("attention-as-memory", Config, compute, plot, tables, findings, __doc__, slow=True)
+ANALYSIS = Analysis("attention-as-memory", Config, compute, plot, tables, findings, __doc__, slow=True, details=details)
 
 if __name__ == "__main__":
     ANALYSIS.main()

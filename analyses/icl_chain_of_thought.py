@@ -1,8 +1,10 @@
-"""Chain of thought as composition: with its steps shown, a two-layer function is learned in context to rounding.
+"""With its steps shown, a two-layer function is learned in context to rounding once each was seen active d times.
 
 Prompts of y = <v, relu(W x)> with and without the steps relu(W x) of every example. Regression step by step, by least
-squares or by a stack of linear attention layers, is exact as soon as every step has been seen active d times, and far
-off one example earlier; without the steps no number of examples suffices for learners of linear functions.
+squares or by a stack of linear attention layers, solves every prompt as soon as all steps have been active d times. One
+example earlier it solves 43 % of them (d = 6, four steps): most of those whose query leaves the missing step at zero,
+and none of those whose query activates it. Without the steps no number of examples suffices for learners of linear
+functions.
 """
 
 from dataclasses import dataclass
@@ -64,6 +66,7 @@ def compute(config: Config, progress: Progress) -> Arrays:
         progress.advance(task)
     needed = jax.vmap(lambda s: examples_needed(s, config.dimension))(steps)
     arrays["around"] = errors_around(prompts, steps, needed, config)
+    arrays["asked"] = jax.vmap(asks_for_more, (0, 0, None))(all_steps, needed - 1, config.dimension)
     progress.advance(task)
     for width in WIDTHS:
         _, seen = composition_prompts(
@@ -134,47 +137,128 @@ def errors_around(prompts, steps, needed, config: Config) -> np.ndarray:
     )
 
 
-def plot(arrays: Arrays, config: Config):
-    """Errors by length, errors around the number of examples needed, and shares of prompts solved."""
-    import matplotlib.pyplot as plt
+def asks_for_more(all_steps, length, dimension: int):
+    """Whether the query, the last row, activates a step that fewer than d of the first `length` examples do."""
+    import jax.numpy as jnp
 
-    figure, axes = plt.subplots(1, 3, figsize=(12.5, 4.1))
-    for number, (name, label) in enumerate(LEARNERS.items()):
-        quartiles(axes[0], arrays["lengths"], arrays["errors"][name], f"C{number}", label)
-    axes[0].set(xlabel="context length $N$", ylabel="squared error / variance (median, quartiles)")
-    axes[0].set_title(f"two-layer tasks, $d = {config.dimension}$, {config.width} steps")
-    quartiles(axes[1], AROUND, arrays["around"], "C0", "least squares, step by step")
-    axes[1].axvline(-0.5, ymax=0.7, color="black", linewidth=0.7, linestyle="--", label="every step seen $d$ times")
-    axes[1].set(xlabel="examples beyond those needed", ylabel="squared error / variance (median, quartiles)")
-    axes[1].set_title("exact from one example to the next")
-    for panel in axes[:2]:
-        panel.set_yscale("log")
-        panel.set_ylim(1e-34, 1e18)  # room for the legend over the curves
-        panel.set_yticks(10.0 ** np.arange(-32, 1, 4))
-    plot_solved(axes[2], arrays, config)
-    for panel, place in zip(axes, ("upper left", "upper left", "lower right"), strict=True):
-        panel.legend(loc=place)
+    kept = (jnp.arange(len(all_steps)) < length)[:, None]
+    short = jnp.sum((all_steps > 0) & kept, axis=0) < dimension
+    return jnp.any(short & (all_steps[-1] > 0))
+
+
+def plot(arrays: Arrays, config: Config):
+    """Shares solved and errors around the number of examples needed; errors and shares by the length of the context."""
+    from attnlab.plotting.panels import panels
+
+    before, enough, needing = (share_solved(arrays, *of) for of in ((-1,), (0,), (-1, arrays["asked"])))
+    figure, axes = panels(
+        f"With the examples that its steps need, chain of thought solves {percent(enough)} of prompts; with\n"
+        f"one fewer {percent(before)}, but {percent(needing)} of those whose query activates the missing step",
+        [
+            "solved, by examples beyond those needed",
+            "errors with fewer examples than needed",
+            f"without the steps, none suffice ($d = {config.dimension}$, {config.width} steps)",
+            "shares with enough examples, and solved",
+        ],
+        note=f"needed: every step seen active $d = {config.dimension}$ times; last step: the one for which that takes "
+        f"longest;\nsolved: squared error / variance < {SOLVED:g}. (a), (b): {inside(arrays).sum()} prompts, (c), (d): "
+        f"{config.prompts} (one seed).\n(a), (d): bars of two standard errors. (c): median and middle half of prompts",
+        height=3.0,
+    )
+    plot_around(axes[0], arrays)
+    plot_distribution(axes[1], arrays)
+    plot_lengths(axes[2], arrays)
+    plot_needed(axes[3], arrays, config)
     return figure
 
 
-def quartiles(axes, places, errors, color: str, label: str) -> None:
-    """Median and quartiles over the prompts; errors of exactly zero are drawn at the bottom."""
-    low, middle, high = np.maximum(np.nanquantile(errors, (0.25, 0.5, 0.75), axis=1), 1e-33)
-    axes.fill_between(places, low, high, color=color, alpha=0.2, linewidth=0)
-    axes.plot(places, middle, ".-", color=color, label=label)
+def percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
 
 
-def plot_solved(axes, arrays: Arrays, config: Config) -> None:
+def inside(arrays: Arrays) -> np.ndarray:
+    """Which prompts are long enough for what they need and more: others have no errors around it."""
+    return np.isfinite(arrays["around"]).all(axis=0)
+
+
+def share_solved(arrays: Arrays, offset: int, which=None) -> float:
+    """Share of the prompts, or of `which` of them, that are solved with so many examples beyond those needed."""
+    kept = inside(arrays) if which is None else inside(arrays) & which
+    errors = arrays["around"][list(AROUND).index(offset), kept]
+    return float(np.mean(errors < SOLVED)) if errors.size else float("nan")
+
+
+def plot_around(axes, arrays: Arrays) -> None:
+    """All prompts, and parted by whether the query activates the step that is short one example before the need."""
+    asked, rest = arrays["asked"], ~arrays["asked"]
+    groups = {
+        "query leaves the\nlast step at zero": (rest, "C2", "^:"),
+        "all prompts": (None, "C0", "o-"),
+        "query activates\nthe last step": (asked, "C1", "s--"),
+    }
+    for label, (which, color, style) in groups.items():
+        count = np.sum(inside(arrays) if which is None else inside(arrays) & which)
+        shares = np.array([share_solved(arrays, offset, which) for offset in AROUND])
+        errors = np.sqrt(shares * (1 - shares) / max(count, 1))
+        axes.errorbar(AROUND, shares, 2 * errors, fmt=style, color=color, capsize=2, label=label)
+    axes.axvline(-0.5, color="black", linewidth=0.7, linestyle="--", zorder=0)
+    axes.set(xlabel="examples beyond those needed", ylabel="share of prompts solved", ylim=(-0.03, 1.03))
+    axes.legend(loc="center right", bbox_to_anchor=(1.02, 0.5), labelspacing=0.9)
+
+
+def plot_distribution(axes, arrays: Arrays) -> None:
+    """Cumulative shares of the errors of all prompts; rounding and what counts as solved as grey areas."""
+    for offset, color, style in ((0, "C0", "-"), (-1, "C1", "--"), (-2, "C4", "-."), (-6, "C3", ":")):
+        errors = np.sort(np.maximum(arrays["around"][list(AROUND).index(offset), inside(arrays)], LEAST))
+        label = "all needed" if offset == 0 else f"{-offset} fewer"
+        axes.plot(errors, (np.arange(len(errors)) + 1) / max(len(errors), 1), style, color=color, label=label)
+    axes.axvspan(LEAST, SOLVED, color="0.93", zorder=-1)
+    axes.text(SOLVED, 0.72, "solved ", va="center", ha="right", fontsize=8, color="0.3")
+    axes.set(xscale="log", xlim=(LEAST, 10), ylim=(0, 1.03))
+    axes.set(xlabel="squared error / variance of the label", ylabel="share of prompts below it")
+    axes.legend(loc="upper right", bbox_to_anchor=(0.9, 0.97))
+
+
+LEAST = 1e-34
+LOOKS = {"least_squares": "C0", "attention": "C1", "plain": "C2", "neighbours": "C3"}
+
+
+def plot_lengths(axes, arrays: Arrays) -> None:
+    """Median and middle half of the errors; those of exactly zero are drawn at the bottom."""
+    styles = {"least_squares": "-", "attention": "--", "plain": "-.", "neighbours": ":"}
+    for name, style in styles.items():
+        low, middle, high = np.maximum(np.quantile(arrays["errors"][name], (0.25, 0.5, 0.75), axis=1), LEAST)
+        axes.fill_between(arrays["lengths"], low, high, color=LOOKS[name], alpha=0.2, linewidth=0)
+        axes.plot(arrays["lengths"], middle, style, color=LOOKS[name])
+    places = {
+        "plain": (1.0, 0.97, "without steps: least squares"),
+        "neighbours": (1.0, 0.91, "and 3 nearest neighbours (dotted)"),
+        "attention": (1.0, 0.5, "linear attention\n(a Newton step\na layer)"),
+        "least_squares": (0.02, 0.4, "with steps:\nleast\nsquares"),
+    }
+    for name, (right, up, label) in places.items():
+        side = "right" if right > 0.5 else "left"
+        axes.text(right, up, label, color=LOOKS[name], ha=side, va="center", fontsize=8, transform=axes.transAxes)
+    axes.set(yscale="log", xlabel="context length $N$", ylabel="squared error / variance", ylim=(LEAST, 1e7))
+    axes.set_yticks(10.0 ** np.arange(-32, 1, 8))
+
+
+def plot_needed(axes, arrays: Arrays, config: Config) -> None:
+    """Share of prompts with the examples needed, beside its law; and of those solved, which are more."""
     lengths = arrays["lengths"]
     once = binomial_tail(lengths, config.dimension)
     for number, width in enumerate(WIDTHS):
         share = arrays["solved"][str(width)]
         error = np.sqrt(share * (1 - share) / config.prompts)
-        label = "1 step" if width == 1 else f"{width} steps"
-        axes.errorbar(lengths, share, 2 * error, fmt="o", color=f"C{number}", markerfacecolor="none", label=label)
-        law = r"$P(\mathrm{Binomial}(N, 1/2) \geq d)^{\mathrm{steps}}$" if number == 0 else None
-        axes.plot(lengths, once**width, color=f"C{number}", linewidth=0.9, label=law)
-    axes.set(xlabel="context length $N$", ylabel="share of prompts", title="enough examples of every step")
+        label = f"enough, {width} step{'s' * (width > 1)}"
+        marks = {"fmt": "os^"[number], "color": f"C{number}", "markerfacecolor": "none", "markersize": 3.5}
+        axes.errorbar(lengths, share, 2 * error, label=label, **marks)
+        law = r"law: $P(\mathrm{Bin}(N, \frac{1}{2}) \geq d)^{\mathrm{steps}}$" if number == 0 else None
+        axes.plot(lengths, once**width, ":", color="black", linewidth=1, label=law, zorder=0)
+    solved = np.mean(arrays["errors"]["least_squares"] < SOLVED, axis=1)
+    axes.plot(lengths, solved, "-", color="C4", label=f"solved, {config.width} steps", zorder=0)
+    axes.set(xlabel="context length $N$", ylabel="share of prompts", ylim=(-0.03, 1.03))
+    axes.legend(loc="lower right", fontsize=7.5)
 
 
 def binomial_tail(lengths, dimension: int) -> np.ndarray:
@@ -191,6 +275,12 @@ def findings(arrays: Arrays, config: Config) -> list[Expectation]:
     found = [
         at_most("median squared error with the examples needed", np.nanmedian(after), 1e-24, source=counted),
         at_least("the same with one example fewer", np.nanmedian(before), 1e-6, source=counted),
+        at_most(
+            "share solved with one example fewer, where the query needs the missing step",
+            share_solved(arrays, -1, arrays["asked"]),
+            0.0,
+            source="derived here",
+        ),
         at_least(
             "without steps, at the longest context", np.median(arrays["errors"]["plain"][-1]), 1e-3, source=counted
         ),
@@ -198,7 +288,7 @@ def findings(arrays: Arrays, config: Config) -> list[Expectation]:
     for width in WIDTHS:
         law = binomial_tail(arrays["lengths"], config.dimension) ** width
         bars = np.sqrt(np.maximum(law * (1 - law), 1 / config.prompts) / config.prompts)
-        what = f"share of prompts solved, {width} steps, by length"
+        what = f"share of prompts with enough examples, {width} steps, by length"
         share = arrays["solved"][str(width)]
         found.append(equal(what, share, law, 4.5, standard_error=bars, because="a sample", source=counted))
     return found

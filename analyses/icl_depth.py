@@ -1,8 +1,8 @@
 """How deep linear attention learns in context: the best risk by depth, its laws, and the algorithms that attain it.
 
 The exact risk of L layers with steps of their own (from the moments of the Wishart law), of one layer looped L times,
-and of layers that also transform the inputs (GD++), beside attention stacks with these weights on sampled prompts; and
-how the risk of one layer falls with the context when the inputs' spectrum is a power law.
+and of layers that also transform the inputs (GD++), beside attention stacks with these weights on prompts drawn afresh
+for every point; and how the risk of one layer falls with the context when the inputs' spectrum is a power law.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ KINDS = {"free": "steps of their own", "looped": "one layer, looped", "plus_plus
 class Config(AnalysisConfig):
     """Options of the analysis."""
 
-    SMOKE: ClassVar = {"prompts": 64, "deepest": 6, "spectrum": 1000}
+    SMOKE: ClassVar = {"prompts": 64, "draws": 2, "deepest": 6, "spectrum": 1000}
 
     dimension: int = 5
     """Dimension d of the sampled prompts."""
@@ -34,7 +34,9 @@ class Config(AnalysisConfig):
     layers: int = 5
     """Depths 1 to this one on sampled prompts."""
     prompts: int = 20_000
-    """Sampled prompts."""
+    """Prompts of one draw."""
+    draws: int = 5
+    """Draws for every point: no two points share a prompt."""
     deepest: int = 32
     """Largest depth of the exact laws."""
     spectrum: int = 200_000
@@ -68,40 +70,51 @@ def depth_law(ratio: tuple[int, int], depths) -> np.ndarray:
 
 
 def on_prompts(config: Config) -> Arrays:
-    """Best steps, exact risks, and means with standard errors of attention stacks on sampled prompts."""
+    """Best steps, exact risks, and means with standard errors of attention stacks on prompts of their own."""
     import jax
     import jax.numpy as jnp
 
     from attnlab.icl.constructions import gradient_descent_stack, plus_plus_stack
     from attnlab.icl.depth import depth_risk, depth_step_sizes, gauss_rule, looped_risk, wishart_moments
-    from attnlab.icl.diagnostics import risk
     from attnlab.icl.models import looped_predict, stack_predict
-    from attnlab.icl.tasks import isotropic, sample_prompts
 
     d, depths = config.dimension, range(1, config.layers + 1)
     moments = wishart_moments(d, config.length, max(2 * config.layers, 27))
-    prompts = sample_prompts(jax.random.key(config.seed), isotropic(d), config.length, config.prompts)
+    keys = iter(jax.random.split(jax.random.key(config.seed), 2 * config.layers + len(PLUS_PLUS_LAYERS)))
     identity = jnp.eye(d)[None]
     own, looped = {}, {}
     rows: dict[str, list[list[float]]] = {name: [] for name in KINDS}
     for layers in depths:
         steps = jnp.asarray(depth_step_sizes(moments, layers))
         stack = gradient_descent_stack(steps[:, None, None] * identity)
-        found = risk(lambda prompt, stack=stack: stack_predict(stack, prompt), prompts)
-        rows["free"].append([d * depth_risk(moments, layers), *map(float, found)])
+        found = sampled_risk(lambda prompt, stack=stack: stack_predict(stack, prompt), next(keys), config)
+        rows["free"].append([d * depth_risk(moments, layers), *found])
         value, step = looped_risk(moments, layers)
         (layer,) = gradient_descent_stack(step * identity)
-        found = risk(lambda prompt, layer=layer, layers=layers: looped_predict(layer, prompt, layers), prompts)
-        rows["looped"].append([d * value, *map(float, found)])
+        loop = lambda prompt, layer=layer, layers=layers: looped_predict(layer, prompt, layers)  # noqa: E731
+        rows["looped"].append([d * value, *sampled_risk(loop, next(keys), config)])
         own[str(layers)], looped[str(layers)] = steps, step
     rule = gauss_rule(moments, 14)
     for layers in PLUS_PLUS_LAYERS:
         exact, a, b = best_plus_plus(d, layers, rule)
         stack = plus_plus_stack(*(x[:, None, None] * identity for x in (a, b / a)))
-        found = risk(lambda prompt, stack=stack: stack_predict(stack, prompt), prompts)
-        rows["plus_plus"].append([exact, *map(float, found)])
+        found = sampled_risk(lambda prompt, stack=stack: stack_predict(stack, prompt), next(keys), config)
+        rows["plus_plus"].append([exact, *found])
     values, weights = (np.asarray(x) for x in rule)
     return {"steps": own, "looped_step": looped, "risk": rows, "nodes": values, "weights": weights}
+
+
+def sampled_risk(predict, key, config: Config) -> tuple[float, float]:
+    """Mean squared error of a model on fresh prompts and its standard error; draw after draw, to save memory."""
+    import jax
+
+    from attnlab.icl.diagnostics import risk
+    from attnlab.icl.tasks import isotropic, sample_prompts
+
+    problem = isotropic(config.dimension)
+    one = jax.jit(lambda key: risk(predict, sample_prompts(key, problem, config.length, config.prompts)))
+    found = np.array([one(draw) for draw in jax.random.split(key, config.draws)])
+    return float(found[:, 0].mean()), float(np.sqrt(np.sum(found[:, 1] ** 2)) / config.draws)
 
 
 def best_plus_plus(dimension: int, layers: int, rule):
@@ -145,16 +158,52 @@ def power_laws(config: Config) -> Arrays:
 
 
 def plot(arrays: Arrays, config: Config):
-    """Above: depth laws, exponents, stacks on prompts; below: residuals, step sizes, power laws."""
-    import matplotlib.pyplot as plt
+    """Depth laws and their exponents; exact risks and attention stacks on prompts, as they are and as ratios."""
+    from attnlab.plotting.panels import panels
 
-    figure, axes = plt.subplots(2, 3, figsize=(12.5, 7))
-    plot_laws(axes[0, 0], arrays)
-    plot_exponents(axes[0, 1], arrays)
-    plot_prompts(axes[0, 2], arrays, config)
-    plot_residuals(axes[1, 0], arrays, config)
-    plot_steps(axes[1, 1], arrays, config)
-    plot_powers(axes[1, 2], arrays)
+    depths = arrays["depths"].astype(float)
+    own, looped = (local_slopes(depths, row)[1][-1] for row in arrays["law"]["1"])
+    figure, axes = panels(
+        f"The best risk of $L$ layers falls as a power of depth at $d = N$: near $L = {config.deepest}$ with exponent\n"
+        f"{own:.2f} for steps of their own (limit $-1$) and {looped:.2f} for one looped layer (limit $-1/2$)",
+        [
+            "exact least risk at fixed $d/N$",
+            "local exponent at $d = N$",
+            f"exact risk, and on prompts ($d = {config.dimension}$, $N = {config.length}$)",
+            "risk on prompts over the exact one",
+        ],
+        note=f"(a), (b): exact, for large $d$ and $N$. (c), (d): {config.draws * config.prompts} fresh prompts a "
+        "point (one seed), bars of two standard errors.\nGD++: layers that also transform the inputs; with three of "
+        "them rare contexts decide, which no sample holds",
+        height=3.0,
+    )
+    plot_laws(axes[0], arrays)
+    plot_exponents(axes[1], arrays)
+    plot_prompts(axes[2], arrays, config)
+    plot_ratios(axes[3], arrays, config)
+    return figure
+
+
+def details(arrays: Arrays, config: Config):
+    """What the layers leave of the error, their steps, and the exponents in the length of the context."""
+    from attnlab.plotting.panels import panels
+
+    slopes = ", ".join(f"{fitted(arrays['lengths'], arrays['power'][str(power)]):.3f}" for power in POWERS)
+    figure, axes = panels(
+        f"One layer on inputs of spectrum $i^{{-p}}$: exponents {slopes} in the length\n"
+        f"of the context, by the law $1/p - 1$ {', '.join(f'{1 / power - 1:.3f}' for power in POWERS)}",
+        [
+            "power-law spectra, one layer",
+            "what $L$ layers leave of the error",
+            "inverse step sizes spread over the spectrum",
+        ],
+        note=f"all exact. (b), (c): $d = {config.dimension}$, $N = {config.length}$; "
+        r"$\hat G$: second moments of a context's inputs, grey: nodes and weights of its spectrum",
+        height=3.0,
+    )
+    plot_powers(axes[0], arrays)
+    plot_residuals(axes[1], arrays, config)
+    plot_steps(axes[2], arrays, config)
     return figure
 
 
@@ -162,14 +211,24 @@ def plot_laws(axes, arrays: Arrays) -> None:
     depths = arrays["depths"]
     for number, name in enumerate(RATIOS):
         free, looped = arrays["law"][name]
-        axes.loglog(depths, free, "o-", color=f"C{number}", label=f"$d/N = {name}$")
-        axes.loglog(depths, looped, "s:", color=f"C{number}", markerfacecolor="none")
-    axes.loglog(depths, 1 / (depths + 1), color="black", linewidth=0.7, label="$1/(L+1)$")
-    axes.loglog(depths, (np.pi * depths) ** -0.5, "--", color="black", linewidth=0.7, label=r"$(\pi L)^{-1/2}$")
-    low = max(arrays["law"]["1 : 4"][0].min(), 1e-12)
+        label = "$d/N = 1$" if name == "1" else f"$d/N = {name.replace(' : ', '/')}$"
+        axes.loglog(depths, free, "o-", color=f"C{number}", label=f"{label}, own steps", markersize=3)
+        axes.loglog(
+            depths, looped, "s--", color=f"C{number}", markerfacecolor="none", markersize=3, label=f"{label}, looped"
+        )
+    laws = {r"laws: $1/(L + 1)$ and $(\pi L)^{-1/2}$": 1 / (depths + 1), None: (np.pi * depths) ** -0.5}
+    for label, values in laws.items():
+        axes.loglog(depths, values, ":", color="black", linewidth=1.5, label=label, zorder=3)
+    low = max(arrays["law"]["1 : 4"][0].min(), 1e-8)
     axes.set(ylim=(low / 2, 2), xlabel="layers $L$", ylabel="least risk / $d$")
-    axes.set_title("depth at fixed $d/N$ (open squares: looped)")
-    axes.legend(loc="lower left")
+    depth_ticks(axes, depths)
+    axes.legend(loc="lower left", fontsize=7.5, labelspacing=0.25)
+
+
+def depth_ticks(axes, depths) -> None:
+    ticks = 2 ** np.arange(int(np.log2(depths[-1])) + 1)
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
 
 
 def local_slopes(depths, risks):
@@ -177,28 +236,45 @@ def local_slopes(depths, risks):
     return np.sqrt(depths[1:] * depths[:-1]), np.diff(np.log(risks)) / np.diff(np.log(depths))
 
 
+STYLES = {"free": ("C0", "o", "-"), "looped": ("C1", "s", "--"), "plus_plus": ("C2", "^", "-.")}
+
+
 def plot_exponents(axes, arrays: Arrays) -> None:
     depths = arrays["depths"].astype(float)
-    for color, risks, limit, label in zip(("C0", "C1"), arrays["law"]["1"], (-1, -0.5), KINDS.values(), strict=False):
-        axes.semilogx(*local_slopes(depths, risks), "o-", color=color, label=label)
-        axes.axhline(limit, color=color, linewidth=0.7, linestyle="--", label=f"limit {limit:g}")
-    ticks = 2 ** np.arange(int(np.log2(depths[-1])) + 1)
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.minorticks_off()
-    axes.set(xlabel="layers $L$", ylabel="slope of log risk against log depth", title="local exponent at $d = N$")
-    axes.legend(loc="best")
+    for name, risks, limit in zip(("looped", "free"), arrays["law"]["1"][::-1], (-0.5, -1), strict=True):
+        color, marker, line = STYLES[name]
+        axes.semilogx(*local_slopes(depths, risks), marker + line, color=color, label=KINDS[name])
+        axes.axhline(limit, color="black", linewidth=1, linestyle=":", label="limits" if name == "free" else None)
+    depth_ticks(axes, depths)
+    axes.set(xlabel="layers $L$", ylabel="slope of log risk against log depth", ylim=(-1.05, -0.35))
+    axes.legend(loc="upper right", bbox_to_anchor=(1.0, 0.75))
 
 
 def plot_prompts(axes, arrays: Arrays, config: Config) -> None:
-    for number, (name, label) in enumerate(KINDS.items()):
+    for name, label in KINDS.items():
         exact, mean, error = arrays["risk"][name].T
-        depths = np.arange(1, len(exact) + 1)
-        axes.semilogy(depths, exact, color=f"C{number}", label=label)
-        axes.errorbar(depths, mean, 2 * error, fmt="o", capsize=2, color=f"C{number}", markerfacecolor="none")
-    axes.plot([], [], "ko", markerfacecolor="none", label="attention on prompts")
+        depths, (color, marker, line) = np.arange(1, len(exact) + 1), STYLES[name]
+        axes.semilogy(depths, exact, line, color=color, label=f"{label}, exact")
+        style = {"fmt": marker, "capsize": 2, "color": color, "markerfacecolor": "none"}
+        axes.errorbar(depths, mean, 2 * error, **style)
+    axes.plot([], [], "o", color="0.3", markerfacecolor="none", label="marks: attention on prompts")
     axes.set(xlabel="layers $L$", ylabel="risk", xticks=np.arange(1, config.layers + 1))
-    axes.set_title(f"exact, and attention on prompts ($d = {config.dimension}$, $N = {config.length}$)")
-    axes.legend(loc="lower left")
+    axes.legend(loc="lower left", bbox_to_anchor=(0.0, -0.02), fontsize=7.5, labelspacing=0.25)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low * (low / high) ** 0.3, high)  # room for the legend under the curves
+
+
+def plot_ratios(axes, arrays: Arrays, config: Config) -> None:
+    for place, (name, label) in enumerate(KINDS.items()):
+        exact, mean, error = arrays["risk"][name].T
+        color, marker, _ = STYLES[name]
+        style = {"fmt": marker, "capsize": 2, "color": color, "markerfacecolor": "none", "label": label}
+        axes.errorbar(np.arange(1, len(exact) + 1) + 0.12 * (place - 1), mean / exact, 2 * error / exact, **style)
+    axes.axhline(1, color="black", linewidth=1, linestyle=":", label="law: the exact risk")
+    axes.set(xlabel="layers $L$", ylabel="risk on prompts / exact", xticks=np.arange(1, config.layers + 1))
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.6 * (high - low))  # room for the legend
+    axes.legend(loc="upper left", ncols=2, columnspacing=1.0)
 
 
 def plot_residuals(axes, arrays: Arrays, config: Config) -> None:
@@ -208,29 +284,23 @@ def plot_residuals(axes, arrays: Arrays, config: Config) -> None:
         residual = np.prod(1 - np.outer(grid, arrays["steps"][str(layers)]), axis=1)
         axes.plot(grid, residual, color=f"C{layers - 1}", label=f"$L = {layers}$")
         looped = (1 - grid * arrays["looped_step"][str(layers)]) ** layers
-        axes.plot(grid, looped, ":", color=f"C{layers - 1}", linewidth=0.9)
-    axes.bar(nodes, weights, 0.03, color="0.75", zorder=0, label="spectrum")
+        axes.plot(grid, looped, ":", color=f"C{layers - 1}", linewidth=1)
+    axes.plot([], [], ":", color="0.4", label="looped")
+    axes.bar(nodes, weights, 0.03, color="0.75", zorder=0)
     axes.axhline(0, color="black", linewidth=0.5)
-    axes.set(
-        ylim=(-0.6, 1.05),
-        xlim=(0, grid[-1]),
-        xlabel=r"eigenvalue $\lambda$ of $\hat G$",
-        ylabel=r"residual $r(\lambda)$",
-    )
-    axes.set_title("what is left of the error (dotted: looped)")
-    axes.legend(loc="upper left", bbox_to_anchor=(0.3, 1.0))
+    axes.set(ylim=(-0.6, 1.05), xlim=(0, grid[-1]))
+    axes.set(xlabel=r"eigenvalue $\lambda$ of $\hat G$", ylabel=r"residual $r(\lambda)$")
+    axes.legend(loc="upper left", bbox_to_anchor=(0.3, 1.02))
 
 
 def plot_steps(axes, arrays: Arrays, config: Config) -> None:
     for layers in range(1, config.layers + 1):
         steps = arrays["steps"][str(layers)]
-        axes.plot(
-            np.full(len(steps), layers), 1 / steps, "o", color="C0", label="steps of their own" if layers == 1 else None
-        )
-        label = "looped" if layers == 1 else None
-        axes.plot(layers, 1 / arrays["looped_step"][str(layers)], "s", color="C1", markerfacecolor="none", label=label)
+        labels = ("steps of their own", "looped") if layers == 1 else (None, None)
+        axes.plot(np.full(len(steps), layers), 1 / steps, "o", color="C0", label=labels[0])
+        step = arrays["looped_step"][str(layers)]
+        axes.plot(layers, 1 / step, "s", color="C1", markerfacecolor="none", label=labels[1])
     axes.set(xlabel="layers $L$", ylabel="1 / step size", xticks=np.arange(1, config.layers + 1))
-    axes.set_title("inverse step sizes spread over the spectrum")
     axes.legend(loc="upper left")
 
 
@@ -238,16 +308,13 @@ def plot_powers(axes, arrays: Arrays) -> None:
     lengths = arrays["lengths"]
     for number, power in enumerate(POWERS):
         risks = arrays["power"][str(power)]
-        slope = 1 / power - 1
-        axes.loglog(
-            lengths, risks, "o-", color=f"C{number}", label=f"$i^{{-{power:g}}}$: slope {fitted(lengths, risks):.3f}"
-        )
-        guide = risks[-1] * (lengths / lengths[-1]) ** slope
-        axes.loglog(
-            lengths, guide, "--", color="black", linewidth=0.7, label="$N^{-(1 - 1/p)}$" if number == 0 else None
-        )
-    axes.set(xlabel="context length $N$", ylabel="least risk of one layer", title="power-law spectra $i^{-p}$")
-    axes.legend(loc="best")
+        label = f"$p = {power:g}$: slope {fitted(lengths, risks):.3f}"
+        axes.loglog(lengths, risks, "os^"[number] + "-", color=f"C{number}", markersize=3, label=label)
+        guide = risks[-1] * (lengths / lengths[-1]) ** (1 / power - 1)
+        law = "law: $N^{1/p - 1}$" if number == 0 else None
+        axes.loglog(lengths, guide, ":", color="black", linewidth=1.5, label=law, zorder=3)
+    axes.set(xlabel="context length $N$", ylabel="least risk of one layer")
+    axes.legend(loc="lower left")
 
 
 def fitted(lengths, risks) -> float:
@@ -260,7 +327,7 @@ def findings(arrays: Arrays, config: Config) -> list[Expectation]:
     """Stacks on prompts have the exact risks; the exponents in depth and in the length of the context."""
     found = []
     for name, label in KINDS.items():
-        # the rare eigenvalues that decide GD++ of three layers are in no sample of prompts
+        # the rare eigenvalues that decide GD++ of three layers are in no sample of this size
         exact, mean, error = arrays["risk"][name][: 2 if name == "plus_plus" else None].T
         what, why = f"risk on prompts over the exact one, by layers: {label}", "a sample of prompts"
         bar = {"standard_error": error / exact, "because": why, "source": "orthogonal polynomials; derived here"}
@@ -295,7 +362,7 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
     return [risks, exponents]
 
 
-ANALYSIS = Analysis("icl-depth", Config, compute, plot, tables, findings, __doc__, slow=True)
+ANALYSIS = Analysis("icl-depth", Config, compute, plot, tables, findings, __doc__, slow=True, details=details)
 
 if __name__ == "__main__":
     ANALYSIS.main()

@@ -170,71 +170,101 @@ def robustness(layers, starts, best, descent, prompts, problem, length):
 
 
 def plot(arrays: Arrays, config: Config):
-    """Above: loss, differences, cosine along training; below: scaled inputs, scaled tasks, interpolated weights."""
-    import matplotlib.pyplot as plt
+    """Risk and sensitivities along training, scaled inputs, and the way to the constructed weights."""
+    from attnlab.plotting.panels import panels
 
-    figure, axes = plt.subplots(2, 3, figsize=(12.5, 6.8))
-    plot_loss(axes[0, 0], arrays)
-    for panel, pair in ((axes[0, 1], MEASURES[:2]), (axes[0, 2], MEASURES[2:])):
-        plot_alignment(panel, arrays, pair)
-    plot_scaled(axes[1, 0], arrays, "inputs", INPUT_SCALES)
-    plot_scaled(axes[1, 1], arrays, "tasks", TASK_SCALES)
-    plot_interpolated(axes[1, 2], arrays)
+    seeds, sampled = (arrays[name]["risk"].shape[1] for name in ("exact", "sampled"))
+    above, fresh = (100 * abs(risk_above(arrays, name)) for name in ("exact", "sampled"))
+    shuffled = np.median(arrays["exact"]["shuffled"]["sensitivity_cosine"][-1])
+    cosine = np.median(arrays["exact"]["model"]["sensitivity_cosine"][-1])
+    figure, axes = panels(
+        f"A trained linear attention layer is one step of gradient descent: risk within {above:.0e} %\n"
+        f"(on fresh prompts {fresh:.1g} %), cosine of sensitivities {cosine:.3f} (shuffled labels {shuffled:.2f})",
+        [
+            "risk above that of the best step",
+            "sensitivities to the query",
+            "tested on scaled inputs",
+            "on the line to the constructed weights",
+        ],
+        note=f"lines: medians, bands: range over {seeds} starts trained on the exact risk ((a): and {sampled} on fresh "
+        f"prompts);\n(b), (c): {config.prompts} prompts; circles in (c): bars of two standard errors",
+        height=2.8,
+    )
+    plot_loss(axes[0], arrays)
+    plot_alignment(axes[1], arrays, "sensitivity_cosine")
+    plot_scaled(axes[2], arrays, "inputs", INPUT_SCALES)
+    plot_interpolated(axes[3], arrays)
     return figure
+
+
+def details(arrays: Arrays, config: Config):
+    """The differences in prediction and in sensitivity along training, and tasks of another scale."""
+    from attnlab.plotting.panels import panels
+
+    last = {name: np.median(arrays["exact"]["model"][name][-1]) for name in MEASURES[:2]}
+    figure, axes = panels(
+        f"After training predictions differ from the best step's by {last['prediction_difference']:.1g}, "
+        f"sensitivities by {last['sensitivity_difference']:.1g} (medians)",
+        [
+            r"predictions, mean $|\hat y - \hat y_{GD}|$",
+            r"sensitivities $\partial \hat y / \partial x_q$, norm of the difference",
+            "tested on scaled tasks",
+        ],
+        note=f"lines: medians, bands: range over {arrays['exact']['risk'].shape[1]} starts trained on the exact risk; "
+        f"{config.prompts} prompts; GD: the best step of gradient descent",
+        height=2.8,
+    )
+    for panel, measure in zip(axes, MEASURES[:2], strict=False):
+        plot_alignment(panel, arrays, measure)
+    plot_scaled(axes[2], arrays, "tasks", TASK_SCALES)
+    return figure
+
+
+def risk_above(arrays: Arrays, name: str) -> float:
+    """Largest relative distance of the trained risks above that of the best step."""
+    return float(np.max(arrays[name]["risk"][-1] / arrays["optimum"] - 1))
 
 
 def plot_loss(axes, arrays: Arrays) -> None:
     from attnlab.plotting.curves import range_band
 
-    seeds, sampled = (arrays[name]["risk"].shape[1] for name in ("exact", "sampled"))
     optimum = float(arrays["optimum"])
-    labels = {
-        "exact": ("C0", f"exact gradient, {seeds} seeds", "-"),
-        "sampled": ("C1", f"fresh prompts, {sampled} seeds", "--"),
-    }
+    rounding = np.finfo(arrays["exact"]["risk"].dtype).eps
+    labels = {"exact": ("C0", "exact gradient", "-"), "sampled": ("C1", "fresh prompts", "--")}
     for name, style in labels.items():
-        # the difference is exact to rounding only: draw zeros at the bottom
-        range_band(axes, arrays["steps"], np.maximum(arrays[name]["risk"] - optimum, 1e-17), *style)
+        range_band(axes, arrays["steps"], np.maximum(arrays[name]["risk"] / optimum - 1, rounding / 10), *style)
+    axes.axhspan(rounding / 10, 10 * rounding, color="0.9", linewidth=0, label="rounding")
     axes.set_yscale("log")
-    axes.set(xlabel="step", ylabel="half the risk minus that of the best step")
-    axes.set_title(f"distance to the best gradient step, {optimum:.5f}")
-    axes.legend(loc="best")
+    axes.set(xlabel="training step", ylabel="risk / that of the best step - 1")
+    axes.set_ylim(rounding / 10, 1e5)  # room for the legend
+    axes.legend(loc="upper right")
 
 
-LABELS = {
-    "prediction_difference": r"$|\hat y - \hat y_{GD}|$",
-    "sensitivity_difference": r"$\|\partial \hat y / \partial x_q - \partial \hat y_{GD} / \partial x_q\|$",
-    "sensitivity_cosine": r"cosine of $\partial \hat y / \partial x_q$",
-}
-
-
-def plot_alignment(axes, arrays: Arrays, measures) -> None:
+def plot_alignment(axes, arrays: Arrays, measure: str) -> None:
+    """A measure of distance from the best step: of the trained layer, and of it on shuffled labels."""
     from attnlab.plotting.curves import range_band
 
-    for number, measure in enumerate(measures):
-        color = f"C{2 * number}"
-        range_band(axes, arrays["steps"], arrays["exact"]["model"][measure], color, LABELS[measure])
-        range_band(
-            axes,
-            arrays["steps"],
-            arrays["exact"]["shuffled"][measure],
-            f"C{2 * number + 1}",
-            f"{LABELS[measure]}, shuffled labels",
-            ":",
-        )
-    cosine = measures == MEASURES[2:]
-    axes.set_yscale("linear" if cosine else "log")
-    if not cosine:
-        axes.set_ylim(top=1e9)  # room for the legend above the curves
-    axes.set(xlabel="step (step 0 is the untrained layer)", ylabel="mean over prompts")
-    axes.set_title("alignment with the best gradient step" if cosine else "difference from the best gradient step")
-    axes.legend(loc="best" if cosine else "upper right")
+    cosine = measure == "sensitivity_cosine"
+    for who, style in {"shuffled": ("C1", "shuffled labels", "--"), "model": ("C0", "the layer", "-")}.items():
+        values = arrays["exact"][who][measure]
+        distance = 1 - values if cosine else values
+        range_band(axes, arrays["steps"], np.maximum(distance, np.finfo(distance.dtype).eps / 10), *style)
+    start = np.median(distance[0])
+    rounding = np.finfo(distance.dtype).eps
+    axes.axhspan(rounding / 10, 10 * rounding, color="0.9", linewidth=0, label="rounding", zorder=0)
+    axes.plot(arrays["steps"][0], start, "o", color="C0", markersize=6, clip_on=False, label="the untrained layer")
+    axes.set(
+        yscale="log",
+        xlabel="training step",
+        ylabel="1 - cosine with the best step's" if cosine else "mean over prompts",
+    )
+    axes.legend(loc="center right", bbox_to_anchor=(1.0, 0.62))
 
 
 def plot_scaled(axes, arrays: Arrays, what: str, scales) -> None:
     from attnlab.plotting.curves import range_band
 
-    range_band(axes, scales, arrays["scaled"][what]["untrained"].T, "C1", "untrained", ":")
+    range_band(axes, scales, arrays["scaled"][what]["untrained"].T, "C1", "untrained layer", "--")
     range_band(axes, scales, arrays["scaled"][what]["trained"].T, "C0", "trained layer")
     value, error = arrays["scaled"][what]["descent"]
     axes.errorbar(scales, value, 2 * error, fmt="o", color="black", markerfacecolor="none", label="best gradient step")
@@ -242,28 +272,27 @@ def plot_scaled(axes, arrays: Arrays, what: str, scales) -> None:
     ticks = [tick for tick in (0.5, 1, 2, 5) if tick <= scales[-1] * 1.001]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-    axes.set_ylim(0, 1.6 * max(value.max(), 1))
-    axes.set(xlabel=f"scale of the {what}", ylabel="risk / mean squared target")
-    axes.set_title(f"out of distribution: scaled {what}")
-    axes.legend(loc="best")
+    axes.set_ylim(0, 1.8 * max(value.max(), 1))
+    axes.set(xlabel=f"scale of the {what} (training: 1)", ylabel="risk / mean squared target")
+    axes.legend(loc="upper left")
 
 
 def plot_interpolated(axes, arrays: Arrays) -> None:
     from attnlab.plotting.curves import range_band
 
-    for color, name, style in (("C0", "trained", "-"), ("C1", "untrained", ":")):
-        range_band(axes, FRACTIONS, arrays["interpolated"][name].T, color, name, style)
-    axes.axhline(float(arrays["optimum"]), color="black", linewidth=0.8, linestyle="--", label="best gradient step")
-    axes.set_yscale("log")
-    axes.set(xlabel="fraction of the construction", ylabel="half the exact risk")
-    axes.set_title("from the layer's weights to the constructed ones")
-    axes.legend(loc="best")
+    for color, name, style in (("C1", "untrained", "--"), ("C0", "trained", "-")):
+        values = arrays["interpolated"][name].T / arrays["optimum"]
+        range_band(axes, FRACTIONS, values, color, f"from the {name} layer", style)
+    axes.axhline(1, color="black", linewidth=1, linestyle=":", label="best gradient step")
+    axes.set(yscale="log", xlabel="fraction of the construction's weights", ylabel="risk / that of the best step")
+    axes.set_ylim(top=axes.get_ylim()[1] ** 1.7)  # room for the legend
+    axes.legend(loc="upper right")
 
 
 def findings(arrays: Arrays, config: Config) -> list[Expectation]:
     """The trained layer has the risk of the best step and its sensitivities; its nulls do not."""
     source = "von Oswald et al., arXiv 2212.07677; nulls as Shen, Mishra, Khashabi, arXiv 2311.07772, ask for"
-    above = {name: float(np.max(arrays[name]["risk"][-1] / arrays["optimum"] - 1)) for name in ("exact", "sampled")}
+    above = {name: risk_above(arrays, name) for name in ("exact", "sampled")}
     cosines = {who: arrays["exact"][who]["sensitivity_cosine"] for who in ("model", "shuffled")}
     trained, shuffled, untrained = (
         float(np.median(1 - values)) for values in (cosines["model"][-1], cosines["shuffled"][-1], cosines["model"][0])
@@ -295,7 +324,9 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
     return [losses, measures]
 
 
-ANALYSIS = Analysis("icl-gradient-descent", Config, compute, plot, tables, findings, __doc__, slow=True)
+ANALYSIS = Analysis(
+    "icl-gradient-descent", Config, compute, plot, tables, findings, __doc__, slow=True, details=details
+)
 
 if __name__ == "__main__":
     ANALYSIS.main()

@@ -1,4 +1,4 @@
-"""How often training one layer ends in a bad local minimum, and the curvature there.
+"""How often training one layer ends in a bad local minimum (13 of 32 random starts, say), and the curvature there.
 
 The atlas of a full linear layer that learns in context: the share of random starts that end away from the optimum, as
 anisotropy, context length, size of the start and parametrisation change; what its losses look like on the way; and the
@@ -163,24 +163,59 @@ def close_up(problem, config: Config, optimizer, key) -> Arrays:
 
 
 def plot(arrays: Arrays, config: Config):
-    """Above: the three maps; below: losses, the Hessian at both minima, and the two paths of the bad one."""
-    import matplotlib.pyplot as plt
+    """Both maps, the share of bad ends by the size of the start, and the losses of one setting."""
+    from attnlab.plotting.panels import panels
 
-    figure, axes = plt.subplots(2, 3, figsize=(12.5, 7))
+    bad, risks = ended_badly(arrays), {name: float(arrays[name]["risk"]) for name in ("bad", "best")}
+    cells = 100 * np.concatenate([arrays["shares"][name][:, :, 0].ravel() for name in ("anisotropy", "isotropic")])
+    figure, axes = panels(
+        f"{bad.sum()} of {len(bad)} random starts of one layer end in a bad local minimum, of risk {risks['bad']:.3g}\n"
+        f"instead of {risks['best']:.3g}, see (d); by inputs and length of the context {cells.min():.0f} to "
+        f"{cells.max():.0f} % do, (a) and (b)",
+        [
+            "bad ends (%), inputs of spectrum $i^{-p}$, $d = 4$",
+            "bad ends (%), isotropic inputs",
+            "spectrum (2, 1, .5, .25, .1), $N = 20$",
+            "training in the setting of (c), weights of size 0.1",
+        ],
+        note=f"{config.starts} random starts a setting: (a), (b) within {200 * (0.25 / config.starts) ** 0.5:.0f} % "
+        "(two standard errors at most), bars in (c): two standard errors.\nbad: stationary at a risk "
+        f"{100 * (BAD - 1):.0f} % above the least; *: over a tenth is not yet stationary; (c) leaves such settings out",
+        height=2.9,
+    )
     lengths = LENGTHS[:: config.stride]
     powers = [f"{power:g}" for power in POWERS[:: config.stride]]
-    image = share_map(axes[0, 0], arrays["shares"]["anisotropy"], powers, lengths)
-    axes[0, 0].set(xlabel="context length $N$", ylabel="power $p$ of the spectrum $i^{-p}$")
-    axes[0, 0].set_title("anisotropic inputs, $d = 4$ (*: not all stationary)")
-    dimensions = [str(d) for d in DIMENSIONS[:: config.stride]]
-    share_map(axes[0, 1], arrays["shares"]["isotropic"], dimensions, lengths)
-    axes[0, 1].set(xlabel="context length $N$", ylabel="dimension $d$", title="isotropic inputs")
-    figure.colorbar(image, ax=axes[0, :2], label="ends in a bad minimum (%)")
-    plot_start(axes[0, 2], arrays, config)
-    plot_losses(axes[1, 0], arrays)
-    plot_hessians(axes[1, 1], arrays)
-    plot_paths(axes[1, 2], arrays)
+    image = share_map(axes[0], arrays["shares"]["anisotropy"], powers, lengths)
+    axes[0].set(xlabel="context length $N$", ylabel="power $p$ of the spectrum")
+    share_map(axes[1], arrays["shares"]["isotropic"], [str(d) for d in DIMENSIONS[:: config.stride]], lengths)
+    axes[1].set(xlabel="context length $N$", ylabel="dimension $d$")
+    figure.colorbar(image, ax=axes[1], label="ends in a bad minimum (%)")
+    plot_start(axes[2], arrays, config)
+    plot_losses(axes[3], arrays)
     return figure
+
+
+def details(arrays: Arrays, config: Config):
+    """The Hessian at both minima, and the two paths of the bad one."""
+    from attnlab.plotting.panels import panels
+
+    values = arrays["bad"]["eigenvalues"]
+    curved = values[np.abs(values) > 1e-9 * values[-1]]
+    figure, axes = panels(
+        f"The bad minimum is strict but for scale: curvatures from {curved[0]:.2g} to {curved[-1]:.3g}",
+        ["exact Hessian at both ends (balanced)", "step sizes along the eigenvectors"],
+        note="spectrum (2, 1, .5, .25, .1), $N = 20$; the flat direction of scale is left out in (a). Two paths:\n"
+        "usual, values read the label and keys the inputs; swapped, values read the inputs and keys the label",
+        height=2.9,
+    )
+    plot_hessians(axes[0], arrays)
+    plot_paths(axes[1], arrays)
+    return figure
+
+
+def ended_badly(arrays: Arrays) -> np.ndarray:
+    """Which of the starts in the setting of the close-up end above `BAD` times the least risk."""
+    return arrays["losses"][-1] > BAD * arrays["least"]
 
 
 def share_map(axes, shares, rows, columns):
@@ -188,8 +223,8 @@ def share_map(axes, shares, rows, columns):
     percent = 100 * shares[:, :, 0]
     image = axes.imshow(percent, vmin=0, vmax=100, cmap="magma", aspect="auto", origin="lower")
     for (row, column), value in np.ndenumerate(percent):
-        star = "*" if shares[row, column, 1] > 0.1 else ""
-        axes.text(column, row, f"{value:.0f}{star}", ha="center", va="center", color="black" if value > 60 else "white")
+        star, color = "*" if shares[row, column, 1] > 0.1 else "", "black" if value > 60 else "white"
+        axes.text(column, row, f"{value:.0f}{star}", ha="center", va="center", color=color, fontsize=8)
     axes.set_xticks(range(len(columns)), [str(column) for column in columns])
     axes.set_yticks(range(len(rows)), rows)
     axes.tick_params(length=0)
@@ -202,30 +237,28 @@ def plot_start(axes, arrays: Arrays, config: Config) -> None:
     for number, (shares, label) in enumerate(zip(arrays["shares"]["start"], MODELS.values(), strict=True)):
         share = np.where(shares[:, 1] > 0.1, np.nan, shares[:, 0])
         error = np.sqrt(np.maximum(share * (1 - share), 1 / config.starts) / config.starts)
-        places = sizes * 1.06 ** (number - 1)
-        axes.errorbar(places, 100 * share, 100 * error, marker="o", capsize=2, color=f"C{number}", label=label)
+        style = {"fmt": "os^"[number] + ("-", "--", "-.")[number], "capsize": 2, "color": f"C{number}", "label": label}
+        axes.errorbar(sizes * 1.06 ** (number - 1), 100 * share, 200 * error, **style)
     axes.set_xscale("log")
     axes.set_xlim(sizes[0] / 1.5, sizes[-1] * 1.5)
-    axes.set(
-        xlabel="standard deviation of initial weights\n(left out: ends that are not stationary)",
-        ylabel="ends in a bad minimum (%)",
-    )
-    axes.set(ylim=(-5, 105), title=r"$\lambda = (2, 1, .5, .25, .1)$, $N = 20$")
+    axes.set(xlabel="standard deviation of initial weights", ylabel="ends in a bad minimum (%)", ylim=(-5, 105))
     axes.legend(loc="upper left")
 
 
 def plot_losses(axes, arrays: Arrays) -> None:
-    losses = arrays["losses"]
+    losses, bad = arrays["losses"], ended_badly(arrays)
     steps = np.arange(1, len(losses) + 1)
-    bad = losses[-1] > BAD * arrays["least"]
-    for color, members, label in (("C0", ~bad, "end at the optimum"), ("C1", bad, "end in the bad minimum")):
+    kinds = (("C0", "-", ~bad, "end at the optimum"), ("C1", "--", bad, "end in the bad minimum"))
+    for color, style, members, label in kinds:
         if members.any():
-            axes.loglog(steps, losses[:, members], color=color, linewidth=0.6, alpha=0.6)
-            axes.plot([], [], color=color, label=f"{members.sum()} of {len(bad)} starts {label}")
+            axes.loglog(steps, losses[:, members], style, color=color, linewidth=0.7, alpha=0.7)
+            axes.plot([], [], style, color=color, label=f"{members.sum()} starts {label}")
     for name, label in (("bad", "exact risk of either"), ("best", None)):
-        axes.axhline(float(arrays[name]["risk"]), color="black", linewidth=0.8, linestyle="--", label=label)
-    axes.set(xlabel="step", ylabel="exact risk", title="training from random starts")
-    axes.set_ylim(0.35 * float(arrays["least"]))  # room for the legend
+        axes.axhline(float(arrays[name]["risk"]), color="black", linewidth=1, linestyle=":", label=label, zorder=3)
+    axes.set(xlabel="training step", ylabel="exact risk")
+    axes.set_ylim(0.3 * float(arrays["least"]))  # room for the legend
+    axes.set_yticks([0.5, 1, 2, 4], ["0.5", "1", "2", "4"])
+    axes.tick_params(axis="y", which="minor", left=False, labelleft=False)
     axes.legend(loc="lower left")
 
 
@@ -234,11 +267,9 @@ def plot_hessians(axes, arrays: Arrays) -> None:
         eigenvalues = arrays[name]["eigenvalues"][::-1]
         curved = eigenvalues > 1e-9 * eigenvalues[0]
         rank = np.arange(1, len(eigenvalues) + 1)
-        smallest = eigenvalues[curved].min()
-        label = f"{label}, risk {float(arrays[name]['risk']):.4f}, $\\lambda_{{\\min}}$ {smallest:.2g}"
+        label = f"{label}, risk {float(arrays[name]['risk']):.4f}"
         axes.semilogy(rank[curved], eigenvalues[curved], "ov"[number], color=f"C{1 - number}", label=label)
-    axes.set(xlabel="rank (the flat direction of scale is left out)", ylabel="eigenvalue of the Hessian")
-    axes.set_title("exact Hessian at both ends (balanced)")
+    axes.set(xlabel="rank of the eigenvalue", ylabel="eigenvalue of the Hessian")
     axes.legend(loc="upper right")
 
 
@@ -246,19 +277,19 @@ def plot_paths(axes, arrays: Arrays) -> None:
     places = np.arange(len(SPECTRUM))
     bars = {("best", "usual"): "optimum", ("bad", "usual"): "bad, usual path", ("bad", "swapped"): "bad, swapped path"}
     for number, ((name, path), label) in enumerate(bars.items()):
-        axes.bar(places + 0.27 * (number - 1), np.diag(arrays[name][path]), 0.25, color=f"C{number}", label=label)
+        style = {"color": f"C{number}", "hatch": ("", "///", "...")[number], "edgecolor": "white", "linewidth": 0}
+        axes.bar(places + 0.27 * (number - 1), np.diag(arrays[name][path]), 0.25, label=label, **style)
     axes.axhline(0, color="black", linewidth=0.6)
     axes.set_xticks(places, [f"{value:g}" for value in SPECTRUM])
     axes.set(xlabel="eigenvalue of the inputs' covariance", ylabel="step size along its eigenvector")
-    axes.set_title("step sizes along the eigenvectors, by path")
-    axes.legend(loc="best")
+    axes.legend(loc="upper left")
 
 
 def findings(arrays: Arrays, config: Config) -> list[Expectation]:
     """Both minima of the anisotropic problem, how strict the bad one is, and that random starts find both."""
     bad, best = arrays["bad"], arrays["best"]
     relative = bad["eigenvalues"] / bad["eigenvalues"][-1]
-    share = np.mean(arrays["losses"][-1] > BAD * arrays["least"])
+    share = np.mean(ended_badly(arrays))
     derived = {"source": "derived here"}
     found = [
         equal("flat Hessian eigenvalues of the bad minimum", np.sum(np.abs(relative) <= 1e-9), 1, 0.0, **derived),
@@ -300,7 +331,7 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
     return [shares, minima]
 
 
-ANALYSIS = Analysis("icl-landscape", Config, compute, plot, tables, findings, __doc__, slow=True)
+ANALYSIS = Analysis("icl-landscape", Config, compute, plot, tables, findings, __doc__, slow=True, details=details)
 
 if __name__ == "__main__":
     ANALYSIS.main()

@@ -172,49 +172,98 @@ def shifted_risks(problem, config: Config) -> Arrays:
 
 
 def plot(arrays: Arrays, config: Config):
-    """Steps by eigenvalue, risks by length, risks under a shifted covariance."""
-    import matplotlib.pyplot as plt
+    """Steps by eigenvalue, what training leaves of the way to them, risks by length, and under a shifted covariance."""
+    from attnlab.plotting.panels import panels
 
-    figure, axes = plt.subplots(1, 3, figsize=(12.5, 3.9))
+    (few, low), (many, high) = ((n, exponent(arrays, n)) for n in (min(config.lengths), max(config.lengths)))
+    figure, axes = panels(
+        "One layer steps between one size for all inputs and the inverse of their covariance:\n"
+        rf"steps go as $\lambda^{{{low:.2f}}}$ in contexts of {few} examples, "
+        rf"as $\lambda^{{{high:.2f}}}$ in contexts of {many}",
+        [
+            "theory, and trained layers (marks)",
+            "risk by length of the context",
+            "what training leaves",
+            f"tested on another covariance, $N = {many}$",
+        ],
+        note=f"marks in (a), (c): {config.seeds} trained layers, lines: theory (exact); (b): one layer on "
+        f"{config.prompts} prompts,\nbars of two standard errors. Covariance $\\Lambda$: $d = {config.dimension}$, "
+        f"eigenvalues $\\lambda \\propto i^{{-{config.power:g}}}$",
+        height=2.9,
+    )
     plot_steps(axes[0], arrays, config)
     plot_risks(axes[1], arrays, config)
-    plot_shifts(axes[2], arrays, config)
+    plot_excess(axes[2], arrays, config)
+    plot_shifts(axes[3], arrays, config)
     return figure
+
+
+def exponent(arrays: Arrays, length: int) -> float:
+    """Power of the eigenvalue in the steps of trained layers, fitted to their mean."""
+    steps = np.mean([np.diag(layer) for layer in arrays["trained"][str(length)]["steps"]], axis=0)
+    return float(np.polyfit(np.log(arrays["spectrum"]), np.log(np.abs(steps)), 1)[0])
 
 
 def plot_steps(axes, arrays: Arrays, config: Config) -> None:
     spectrum = arrays["spectrum"]
     for number, length in enumerate(config.lengths):
         best, steps = (arrays["trained"][str(length)][name] for name in ("best", "steps"))
-        axes.loglog(spectrum, np.diag(best), color=f"C{number}", label=f"$N = {length}$")
+        style = {"color": f"C{number}", "markerfacecolor": "none", "linewidth": 1}
+        axes.loglog(spectrum, np.diag(best), color=f"C{number}", label=f"$N = {length}$", marker="os^v"[number % 4])
         for layer in steps:
-            axes.loglog(spectrum, np.diag(layer), "o", color=f"C{number}", markerfacecolor="none")
-    axes.loglog(spectrum, 1 / spectrum, "--", color="black", linewidth=0.8, label=r"$1 / \lambda$")
+            axes.loglog(spectrum, np.diag(layer), "os^v"[number % 4], markersize=6, **style)
+    axes.loglog(spectrum, 1 / spectrum, ":", color="black", label=r"$1 / \lambda$, $N \to \infty$")
     axes.set(xlabel=r"eigenvalue $\lambda$ of the inputs' covariance", ylabel="step size along its eigenvector")
-    axes.set_title(f"theory, and {config.seeds} trained layers (circles)")
-    axes.legend(loc="best")
+    plain_ticks(axes.xaxis, (0.25, 0.5, 1, 2))
+    plain_ticks(axes.yaxis, (0.1, 0.2, 0.5, 1, 2))
+    axes.legend(loc="lower left")
+
+
+def plain_ticks(axis, ticks) -> None:
+    axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.set_ticks([], minor=True)
 
 
 def plot_risks(axes, arrays: Arrays, config: Config) -> None:
     for number, label in enumerate(STEPS.values()):
-        axes.loglog(arrays["lengths"], arrays["risks"][:, number], color=f"C{number}", label=label)
+        line = ("-", "--", "-.")[number]
+        axes.loglog(arrays["lengths"], arrays["risks"][:, number], line, color=f"C{number}", label=label)
     for length in config.lengths:
         mean, error = arrays["trained"][str(length)]["on_prompts"]
         label = "trained layer on prompts" if length == config.lengths[0] else None
         axes.errorbar(length, mean, 2 * error, fmt="o", capsize=2, color="black", markerfacecolor="none", label=label)
     low, high = arrays["risks"][:, 0].min(), arrays["risks"][:, 1].max()
     axes.set_ylim(low / 2, 3 * high)
-    axes.set(xlabel="context length $N$", ylabel="risk", title="what the preconditioner gains")
+    axes.set(xlabel="context length $N$", ylabel="risk")
     axes.legend(loc="lower left")
 
 
+def plot_excess(axes, arrays: Arrays, config: Config) -> None:
+    """Relative excess of every trained layer's risk, and its largest error of a step."""
+    floor = np.finfo(arrays["spectrum"].dtype).eps
+    for number, length in enumerate(config.lengths):
+        now, labels = arrays["trained"][str(length)], ("excess of the risk", "largest error of a step")
+        excess = np.maximum(now["risks"] / now["least"] - 1, floor)
+        errors = np.abs(now["steps"] - now["best"]).max(axis=(1, 2)) / np.abs(now["best"]).max()
+        for values, color, marker, label, shift in zip(
+            (excess, np.maximum(errors, floor)), ("C0", "C1"), "os", labels, (0.93, 1.07), strict=True
+        ):
+            places = np.full(len(values), length * shift)
+            axes.plot(places, values, marker, color=color, markerfacecolor="none", label=None if number else label)
+    axes.axhspan(floor / 2, 10 * floor, color="0.9", linewidth=0, label="rounding", zorder=0)
+    axes.set(xscale="log", yscale="log", xlabel="context length $N$", ylabel="relative to theory")
+    axes.set_xticks(config.lengths, [str(length) for length in config.lengths])
+    axes.minorticks_off()
+    axes.set_ylim(floor / 2, 1e2)  # room for the legend
+    axes.legend(loc="upper left")
+
+
 def plot_shifts(axes, arrays: Arrays, config: Config) -> None:
-    labels = ("best for $t = 1$", "single step size, best for $t = 1$", "best for each $t$")
-    for number, (label, style) in enumerate(zip(labels, ("-", "-", "k--"), strict=True)):
+    labels = ("preconditioner best for $t = 1$", "single step size best for $t = 1$", "best for each $t$")
+    for number, (label, style) in enumerate(zip(labels, ("C0-", "C1--", "k:"), strict=True)):
         axes.semilogy(SHIFTS, arrays["shifted"][:, number], style, label=label)
-    axes.set_ylim(top=4 * arrays["shifted"].max())  # room for the legend
+    axes.set_ylim(top=6 * arrays["shifted"].max())  # room for the legend
     axes.set(xlabel=r"test inputs with covariance $\propto \Lambda^t$", ylabel="risk / mean squared target")
-    axes.set_title(f"another covariance in the test, $N = {max(config.lengths)}$")
     axes.legend(loc="upper left")
 
 

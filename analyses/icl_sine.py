@@ -28,7 +28,7 @@ CURVES = {  # label, color, line
     "untrained": ("one step, untrained features", "C4", ":"),
     "inputs": ("one step on $x$ itself", "C5", "--"),
     "ridge": ("ridge regression, the model's features", "C6", "-."),
-    "shuffled": ("the first, model shown shuffled labels", "C4", "-."),
+    "shuffled": ("trained for it, model shown shuffled labels", "C4", "-."),
     "start": ("the model's start $W_0 m(x)$", "C4", "-."),
 }
 
@@ -266,27 +266,58 @@ def shapes(params, test, config: Config):
 
 
 def plot(arrays: Arrays, config: Config):
-    """Above: risk along training and by context length, prediction difference; below: cosine, and two tasks."""
-    import matplotlib.pyplot as plt
+    """Risk along training and by context length, difference of predictions, and one task."""
+    from attnlab.plotting.panels import panels
 
-    figure, axes = plt.subplots(2, 3, figsize=(13, 7.4))
-    plot_training(axes[0, 0], arrays, "risk", ("plain descent", "own descent", "model"))
-    step = arrays["risk"]["learned descent"][-1, 0]
-    axes[0, 0].axhline(step, color="C1", linestyle="--", label=CURVES["learned descent"][0])
-    axes[0, 0].axhline(arrays["floor"][str(config.length)], color="black", linewidth=0.8, label=FLOOR)
-    axes[0, 0].set(yscale="log", ylabel="risk / mean square of $y$", title=f"{config.length} examples in a context")
-    axes[0, 0].legend()
-    plot_lengths(axes[0, 1], arrays, config)
-    for panel, measure in ((axes[0, 2], "difference"), (axes[1, 0], "cosine")):
-        plot_training(panel, arrays, measure, ("learned descent", "own descent", "shuffled"))
-        panel.legend(title="trained model against:")
-    axes[0, 2].set(yscale="log", ylabel=r"mean $|\hat y - \hat y_{GD}|$ / rms of $y$", title="predictions")
-    axes[1, 0].set(
-        ylabel=r"mean cosine of $\partial \hat y / \partial x_q$",
-        title=r"sensitivities ($x$ is a number: cosines are $\pm 1$)",
+    risks = {name: found[:, 0].mean() for name, found in arrays["after"][str(config.length)].items()}
+    apart = {name: 100 * float(np.median(found[-1])) for name, found in arrays["difference"].items()}
+    figure, axes = panels(
+        "An MLP and a linear attention layer descend once in learned features: their risk is "
+        f"{risks['model'] / risks['learned descent']:.2f} times\nthat of a step trained for it, their predictions "
+        f"differ by {apart['learned descent']:.1f} % ({apart['shuffled']:.0f} % on shuffled labels)",
+        [
+            f"risk along training, {config.length} examples",
+            f"trained at $N = {config.length}$, shown $N$ examples",
+            "predictions of the trained model against",
+            "one test prompt, one model",
+        ],
+        note=f"(a) to (c): lines: medians, bands: range over {config.seeds} seeds; {config.prompts} prompts a point.\n"
+        "One step: of gradient descent, of the best size; training step 0: untrained",
+        height=3.2,
     )
-    for number in range(2):
-        plot_task(axes[1, 1 + number], arrays, number)
+    plot_training(axes[0], arrays, "risk", ("own descent", "plain descent", "model"))
+    label, color, line = CURVES["learned descent"]
+    axes[0].axhline(np.median(arrays["risk"]["learned descent"][-1]), color=color, linestyle=line, label=label)
+    axes[0].axhline(arrays["floor"][str(config.length)], color="black", linewidth=1, linestyle=":", label=FLOOR)
+    axes[0].set(yscale="log", ylabel="risk / mean square of $y$")
+    axes[0].set_ylim(top=100 * axes[0].get_ylim()[1])  # room for the legend
+    axes[0].legend(loc="upper right", fontsize=7.5)
+    plot_lengths(axes[1], arrays, config)
+    plot_training(axes[2], arrays, "difference", ("learned descent", "own descent", "shuffled"))
+    axes[2].set(yscale="log", ylabel=r"mean $|\hat y - \hat y_{step}|$ / rms of $y$")
+    axes[2].set_ylim(top=10 * axes[2].get_ylim()[1])  # room for the legend
+    axes[2].legend(loc="upper right")
+    plot_task(axes[3], arrays, 0)
+    return figure
+
+
+def details(arrays: Arrays, config: Config):
+    """Cosines of sensitivities, and another task."""
+    from attnlab.plotting.panels import panels
+
+    cosines = {name: float(np.median(found[-1])) for name, found in arrays["cosine"].items()}
+    figure, axes = panels(
+        f"Slopes in the query against those of a step trained for: cosine {cosines['learned descent']:.2f} "
+        f"(shuffled labels {cosines['shuffled']:.2f})",
+        ["slopes of the trained model against", "another test prompt, the same model"],
+        note=f"(a): lines: medians, bands: range over {config.seeds} seeds, of means over prompts; $x$ is a number, "
+        r"every cosine $\pm 1$",
+        height=3.0,
+    )
+    plot_training(axes[0], arrays, "cosine", ("learned descent", "own descent", "shuffled"))
+    axes[0].set(ylabel=r"mean cosine of $\partial \hat y / \partial x_q$")
+    axes[0].legend(loc="lower right")
+    plot_task(axes[1], arrays, 1)
     return figure
 
 
@@ -296,33 +327,33 @@ def plot_training(axes, arrays: Arrays, measure: str, names) -> None:
     for name in names:
         label, color, line = CURVES[name]
         range_band(axes, arrays["steps"], arrays[measure][name], color, label, line)
-    axes.set_xlabel("training step (step 0: the untrained model)")
+    axes.set_xlabel("training step")
 
 
 def plot_lengths(axes, arrays: Arrays, config: Config) -> None:
+    """All contenders by context length; those that are in the first panel as well are named there."""
     from attnlab.plotting.curves import range_band
 
     for name, (label, color, line) in list(CURVES.items())[:7]:
         risks = np.stack([arrays["after"][str(length)][name][:, 0] for length in config.lengths])
         range_band(axes, config.lengths, risks, color, label, "." + line)
-    axes.plot(config.lengths, [arrays["floor"][str(n)] for n in config.lengths], "k", linewidth=0.8, label=FLOOR)
+    axes.plot(config.lengths, [arrays["floor"][str(n)] for n in config.lengths], "k:", linewidth=1)
     axes.set(xscale="log", yscale="log", xlabel="context length $N$", ylabel="risk / mean square of $y$")
     axes.set_xticks(config.lengths, [str(length) for length in config.lengths])
     axes.minorticks_off()
-    axes.set_title(f"trained at $N = {config.length}$, shown $N$ examples (colours as on the left)")
-    axes.set_ylim(bottom=4e-4)  # room for the legend under the curves
-    axes.legend(handles=axes.lines[4:7], loc="lower left")
+    axes.set_ylim(bottom=1e-4)  # room for the legend under the curves
+    axes.legend(handles=axes.lines[4:7], loc="lower left", title="as in (a), and", title_fontsize=8, alignment="left")
 
 
 def plot_task(axes, arrays: Arrays, number: int) -> None:
-    axes.plot(arrays["grid"], arrays[f"task {number}"]["task"], color="black", linewidth=0.8, label="the task")
+    axes.plot(*arrays[f"task {number}"]["context"], "ko", markerfacecolor="none", label="context")
+    axes.plot(arrays["grid"], arrays[f"task {number}"]["task"], color="black", linewidth=1, label="the task")
     for name in ("start", "model", "own descent"):
         label, color, line = CURVES[name]
         axes.plot(arrays["grid"], arrays[f"task {number}"][name], line, color=color, label=label)
-    axes.plot(*arrays[f"task {number}"]["context"], "ko", markerfacecolor="none", label="context")
-    axes.set(xlabel="$x$", ylabel="$y$", title=f"test prompt {number + 1}, one model")
-    axes.set_ylim(top=1.7 * axes.get_ylim()[1])  # room for the legend, of which each panel shows a half
-    axes.legend(handles=axes.lines[-1:] + axes.lines[:2] if number == 0 else axes.lines[2:-1], loc="upper left")
+    axes.set(xlabel="$x$", ylabel="$y$")
+    axes.set_ylim(top=3.2 * axes.get_ylim()[1])  # room for the legend
+    axes.legend(loc="upper left")
 
 
 def findings(arrays: Arrays, config: Config) -> list[Expectation]:
@@ -330,24 +361,12 @@ def findings(arrays: Arrays, config: Config) -> list[Expectation]:
     source = "von Oswald et al., arXiv 2212.07677"
     risks = {name: found[:, 0].mean() for name, found in arrays["after"][str(config.length)].items()}
     difference = {name: found[-1].mean() for name, found in arrays["difference"].items()}
-    floor = arrays["floor"][str(config.length)]
-    own = difference["own descent"] / difference["shuffled"]
+    least = risks["learned descent"] / arrays["floor"][str(config.length)]
+    ratio, own = risks["model"] / risks["learned descent"], difference["own descent"] / difference["shuffled"]
     return [
-        at_least(
-            "risk of one step on the input over that of the model", risks["inputs"] / risks["model"], 2.0, source=source
-        ),
-        at_most(
-            "risk of the model over that of the step trained for",
-            risks["model"] / risks["learned descent"],
-            1.2,
-            source=source,
-        ),
-        at_least(
-            "risk of the step trained for over the least one",
-            risks["learned descent"] / floor,
-            0.9,
-            source="derived here",
-        ),
+        at_least("risk of one step on x over that of the model", risks["inputs"] / risks["model"], 2.0, source=source),
+        at_most("risk of the model over that of the step trained for", ratio, 1.2, source=source),
+        at_least("risk of the step trained for over the least one", least, 0.9, source="derived here"),
         at_most("difference from a step in its features, over that on shuffled labels", own, 0.5, source="null"),
     ]
 
@@ -370,7 +389,7 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
     return [risks, last]
 
 
-ANALYSIS = Analysis("icl-sine", Config, compute, plot, tables, findings, __doc__, slow=True)
+ANALYSIS = Analysis("icl-sine", Config, compute, plot, tables, findings, __doc__, slow=True, details=details)
 
 if __name__ == "__main__":
     ANALYSIS.main()

@@ -1,7 +1,9 @@
-"""How many tasks and how many prompts one layer needs: the law in M/d, and double descent where prompts number d^2.
+"""How many tasks one layer needs: the best preconditioner for M of them has the risk 1 - M/d, a whole layer more.
 
-The preconditioner that is best for M training tasks, on fresh tasks; layers trained on those tasks; and the
-preconditioner fitted to n sampled prompts, whose risk peaks where n reaches the number of its entries.
+On fresh tasks the preconditioner that is best for M training tasks follows the law, and so does one trained on them
+from zero. A whole layer trained from a small random start fits the same tasks as well, but does not follow the law:
+with up to d / 2 tasks it errs by more on fresh ones than predicting zero would. The preconditioner fitted to n sampled
+prompts has a risk that peaks where n reaches the number d^2 of its entries.
 """
 
 from dataclasses import dataclass
@@ -12,9 +14,11 @@ from rich.progress import Progress
 from rich.table import Table
 
 from attnlab.analysis import Analysis, AnalysisConfig, Arrays
-from attnlab.expectation import Expectation, between, equal
+from attnlab.expectation import Expectation, at_least, between, equal
 
-MODELS = {"reduced": "preconditioner, from zero", "full": "whole layer, from a small random start"}
+MODELS = {"reduced": "preconditioner, trained from zero", "full": "whole layer, from a small random start"}
+# Up to so many tasks over the dimension the law holds; beyond, the condition number of M random tasks counts.
+FEW = 0.75
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Config(AnalysisConfig):
     """Random sets of tasks for each number of tasks."""
     trained: tuple[int, ...] = (1, 2, 4, 8, 16)
     """Numbers of tasks at which layers are trained, at the longest context; each divides the largest."""
-    seeds: int = 4
+    seeds: int = 16
     """Layers trained for each number of tasks, each on tasks of its own."""
     steps: int = 3000
     """Steps of Adam on the exact risk of the training tasks, with a cosine schedule."""
@@ -100,7 +104,7 @@ def diversity(config: Config) -> Arrays:
 
 
 def trained_on_tasks(config: Config) -> Arrays:
-    """Risks over d on fresh tasks of models trained on M tasks, (numbers, seeds), for both `MODELS`."""
+    """Risks over d of models trained on M tasks, (numbers, seeds), for both `MODELS`: on fresh tasks, and on theirs."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -124,7 +128,7 @@ def trained_on_tasks(config: Config) -> Arrays:
         "full": jax.jit(jax.vmap(lambda key: init_effective(key, d, 0.1)))(keys),
     }
     optimizer = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps))
-    risks: Arrays = {}
+    risks: Arrays = {"trained": {}, "own": {}}
     for name, start in starts.items():
         kind = "reduced" if name == "reduced" else "merged"
         build = jax.jit(
@@ -135,10 +139,13 @@ def trained_on_tasks(config: Config) -> Arrays:
             )
         )
         options = {"steps": config.steps, "every": config.steps, "own_risks": True}
-        params = train(build(keys, counts), start, optimizer, keys, **options).params
+        objectives = build(keys, counts)
+        params = train(objectives, start, optimizer, keys, **options).params
         tested = jax.jit(jax.vmap(population_objective(fresh, length, kind)))(params) / d
-        risks[name] = np.reshape(tested, (-1, config.seeds))
-    return {"trained": risks}
+        own = jax.jit(jax.vmap(lambda risk, params: risk(params)))(objectives, params) / d
+        for where, found in (("trained", tested), ("own", own)):
+            risks[where][name] = np.reshape(found, (-1, config.seeds))
+    return risks
 
 
 def fit_sizes(dimension: int, config: Config) -> np.ndarray:
@@ -175,49 +182,98 @@ def fitted_risks(dimension: int, config: Config) -> np.ndarray:
 
 
 def plot(arrays: Arrays, config: Config):
-    """The law in M/d, the trained layers on it, and the double descent."""
-    import matplotlib.pyplot as plt
+    """The law in M/d, the trained layers against it, on fresh tasks and on theirs, and the double descent."""
+    from attnlab.plotting.panels import panels
 
-    figure, axes = plt.subplots(1, 3, figsize=(12.5, 3.9))
-    ratios = counts_of(config) / config.dimension
-    for number, length in enumerate(config.lengths):
-        mean, error = arrays["diversity"][number].T
-        axes[0].errorbar(ratios, mean, 2 * error, fmt=".-", color=f"C{number}", label=f"$N = {length}$")
-        axes[0].axhline(arrays["least"][number], color=f"C{number}", linewidth=0.6, linestyle=":")
-    plot_law(axes[0], config)
-    axes[0].set_title("best preconditioner for $M$ tasks (dotted: all tasks)")
+    longest = max(config.lengths)
+    figure, axes = panels(
+        message(arrays, config),
+        [
+            "best preconditioner for $M$ tasks",
+            f"trained on $M$ tasks: fresh tasks ($N = {longest}$)",
+            f"the same, on the $M$ training tasks ($N = {longest}$)",
+            "preconditioner fitted to $n$ prompts ($N = 4d$)",
+        ],
+        note=f"$d = {config.dimension}$ in (a) to (c). (a): means with two standard errors over {config.draws} sets "
+        f"of tasks. (b), (c): median and range\nover {config.seeds} sets of tasks and starts. "
+        f"(d): median and middle half of {config.fits} fits",
+        height=3.0,
+    )
+    plot_best(axes[0], arrays, config)
     plot_trained(axes[1], arrays, config)
-    plot_fits(axes[2], arrays, config)
+    plot_own(axes[2], arrays, config)
+    plot_fits(axes[3], arrays, config)
     return figure
 
 
-def plot_law(axes, config: Config) -> None:
-    ratios = np.array([0, 1, 2])
-    axes.plot(
-        ratios, np.maximum(1 - ratios, 0), "--", color="black", linewidth=0.9, label=r"$(1 - M/d)_+$, $N \to \infty$"
+def message(arrays: Arrays, config: Config) -> str:
+    """How near the best preconditioner comes to the law, and how far above it whole layers are."""
+    ratios = counts_of(config) / config.dimension
+    longest, few = int(np.argmax(config.lengths)), ratios <= FEW
+    apart = np.max(np.abs(arrays["diversity"][longest, few, 0] - (1 - ratios[few])))
+    above = above_law(arrays, config)
+    verdict = "is above it" if above.min() > 1 else "is not always above it"
+    return (
+        f"The best preconditioner for $M$ tasks has the risk $1 - M/d$ within {apart:.2g} ($M \\leq {FEW:g}\\,d$);\n"
+        f"a whole layer trained on them {verdict}: {above.min():.2g} to {above.max():.2g} times (medians)"
     )
-    axes.set(xlabel="training tasks $M$ / dimension $d$", ylabel="risk on fresh tasks / $d$", ylim=(-0.05, 1.35))
+
+
+def above_law(arrays: Arrays, config: Config) -> np.ndarray:
+    """Median risk of trained whole layers on fresh tasks over the law, for the numbers of tasks where the law holds."""
+    ratios = np.array(config.trained) / config.dimension
+    few = ratios <= FEW
+    return np.median(arrays["trained"]["full"], axis=1)[few] / (1 - ratios[few])
+
+
+def plot_best(axes, arrays: Arrays, config: Config) -> None:
+    ratios = counts_of(config) / config.dimension
+    for number, length in enumerate(config.lengths):
+        mean, error = arrays["diversity"][number].T
+        style = {"fmt": "o^s"[number % 3] + "-", "color": f"C{number}", "markersize": 3.5}
+        axes.errorbar(ratios, mean, 2 * error, label=f"$N = {length}$", **style)
+        label = "same $N$, all tasks" if number == 0 else None
+        axes.axhline(arrays["least"][number], color=f"C{number}", linewidth=1, linestyle=":", label=label)
+    plot_law(axes, "law, $N \\to \\infty$: $(1 - M/d)_+$")
+    axes.set(ylabel="risk on fresh tasks / $d$", ylim=(-0.03, 1.03))
     axes.legend(loc="upper right")
+
+
+def plot_law(axes, label: str) -> None:
+    ratios = np.array([0, 1, 2])
+    axes.plot(ratios, np.maximum(1 - ratios, 0), "--", color="black", linewidth=1, label=label, zorder=1)
+    axes.set(xlabel="training tasks $M$ / dimension $d$", xlim=(0, 2.1))
+
+
+STYLES = {"reduced": ("C0", "o", 0.985), "full": ("C1", "s", 1.015)}
+
+
+def median_and_range(axes, places, risks, name: str) -> None:
+    """Medians over the seeds with bars from the least to the largest."""
+    color, marker, shift = STYLES[name]
+    middle = np.median(risks, axis=1)
+    bars = middle - risks.min(axis=1), risks.max(axis=1) - middle
+    axes.errorbar(places * shift, middle, bars, fmt=marker + "-", color=color, capsize=2, label=MODELS[name])
 
 
 def plot_trained(axes, arrays: Arrays, config: Config) -> None:
     places = np.array(config.trained) / config.dimension
-    for number, (name, label) in enumerate(MODELS.items()):
-        risks = arrays["trained"][name]
-        marker = "os"[number]
-        for seed in range(risks.shape[1]):
-            shown = label if seed == 0 else None
-            axes.plot(
-                places * 1.02**number,
-                risks[:, seed],
-                marker,
-                color=f"C{number + 3}",
-                markerfacecolor="none",
-                label=shown,
-            )
-    plot_law(axes, config)
-    axes.set_ylim(top=1.4 * max(arrays["trained"][name].max() for name in MODELS))
-    axes.set_title(f"layers trained on $M$ tasks, $N = {max(config.lengths)}$")
+    for name in MODELS:
+        median_and_range(axes, places, arrays["trained"][name], name)
+    plot_law(axes, "law, $(1 - M/d)_+$")
+    axes.axhline(1, color="0.4", linewidth=1, linestyle=":", label="predicting zero")
+    axes.set(ylabel="risk on fresh tasks / $d$")
+    axes.set_ylim(-0.1, 1.6 * max(arrays["trained"][name].max() for name in MODELS))  # room for the legend
+    axes.legend(loc="upper right")
+
+
+def plot_own(axes, arrays: Arrays, config: Config) -> None:
+    places = np.array(config.trained) / config.dimension
+    for name in MODELS:
+        median_and_range(axes, places, arrays["own"][name], name)
+    axes.set(xlabel="training tasks $M$ / dimension $d$", ylabel="risk on the training tasks / $d$", yscale="log")
+    axes.set_xlim(0, 2.1)
+    axes.legend(loc="best")
 
 
 def plot_fits(axes, arrays: Arrays, config: Config) -> None:
@@ -225,15 +281,14 @@ def plot_fits(axes, arrays: Arrays, config: Config) -> None:
         ratios = fit_sizes(dimension, config) / dimension**2
         low, middle, high = np.quantile(arrays["fits"][str(dimension)], (0.25, 0.5, 0.75), axis=1)
         axes.fill_between(ratios, low, high, color=f"C{number}", alpha=0.2, linewidth=0)
-        axes.loglog(ratios, middle, ".-", color=f"C{number}", label=f"$d = {dimension}$")
-    axes.axvline(1, color="black", linewidth=0.6, linestyle="--")
+        style = "o^s"[number % 3] + ("-", "--", "-.")[number % 3]
+        axes.loglog(ratios, middle, style, color=f"C{number}", markersize=3.5, label=f"$d = {dimension}$")
+    axes.axvline(1, color="black", linewidth=1, linestyle=":", label="$n = d^2$")
     ticks = (0.25, 0.5, 1, 2, 4)
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
-    axes.set(
-        xlabel="prompts $n$ / $d^2$", ylabel="risk / $d$ (median, quartiles)", title="fit to $n$ prompts, $N = 4 d$"
-    )
-    axes.legend(loc="best")
+    axes.set(xlabel="prompts $n$ / $d^2$", ylabel="risk on fresh prompts / $d$")
+    axes.legend(loc="upper left")
 
 
 def peaks(arrays: Arrays, config: Config) -> list[float]:
@@ -248,7 +303,7 @@ def findings(arrays: Arrays, config: Config) -> list[Expectation]:
     longest = int(np.argmax(config.lengths))
     law, learned = (np.maximum(1 - x, 0) for x in (ratios, trained))
     source, why = "the best preconditioner acts on the span of the tasks; derived here", "of order d / N"
-    few = ratios <= 0.75  # beyond, the condition number of M random tasks counts
+    few = ratios <= FEW
     mean = arrays["diversity"][longest, few, 0]
     return [
         equal(
@@ -261,11 +316,17 @@ def findings(arrays: Arrays, config: Config) -> list[Expectation]:
         ),
         equal(
             "risk over d of preconditioners trained on M tasks, median",
-            np.median(arrays["trained"]["reduced"], axis=1)[trained <= 0.75],
-            learned[trained <= 0.75],
+            np.median(arrays["trained"]["reduced"], axis=1)[trained <= FEW],
+            learned[trained <= FEW],
             0.15,
-            because="of order d / N, and four random sets of tasks",
+            because=f"of order d / N, and {config.seeds} random sets of tasks",
             source=source,
+        ),
+        at_least(
+            "risk of whole layers over the law, median, by M up to 3 d / 4",
+            above_law(arrays, config),
+            1.0,
+            source="nothing is learned along directions that no task has; derived here",
         ),
         between(
             "prompts at the highest risk over d^2, by dimension",

@@ -135,50 +135,100 @@ def crossing(times, levels, wanted) -> float:
 
 
 def plot(arrays: Arrays, config: Config):
-    """Logistic growth, the staircase of risks, and the times of its steps."""
-    import matplotlib.pyplot as plt
+    """Logistic growth, the staircase of risks, the times of its steps, and how near these are to the closed forms."""
+    from attnlab.plotting.panels import panels
 
-    figure, axes = plt.subplots(1, 3, figsize=(12.5, 3.9))
-    plot_growth(axes[0], arrays, config)
-    plot_staircase(axes[1], arrays, config)
-    plot_times(axes[2], arrays, config)
+    measured, theory = (arrays["half_times"][name] for name in ("measured", "theory"))
+    apart = 100 * np.nanmax(np.abs(measured / theory - 1))
+    rows = np.isfinite(measured).all(axis=1)
+    last = int(np.flatnonzero(rows)[-1]) if rows.any() else 0
+    figure, axes = panels(
+        "With separate keys and queries a layer learns direction after direction, at the times of a closed\n"
+        f"form within {apart:.1g} %: {measured[last, 0]:.2g} for the strongest input, {measured[last, -1]:.2g} for the "
+        f"weakest, from a start of {config.starts[last]:g}",
+        [
+            "separate keys and queries: a staircase",
+            "when each direction is learned",
+            "merged keys and queries: logistic growth",
+            "times beyond those of the closed form",
+        ],
+        note="lines in (a) and marks: gradient descent on the exact risk; other lines: closed forms of gradient flow.\n"
+        "All is deterministic. Time: steps × learning rate; start: common size of the first weights. $d = 4$, "
+        f"$N = {config.length}$;\n(a), (b), (d): inputs of spectrum ({', '.join(f'{value:g}' for value in SPECTRUM)}), "
+        "(c): isotropic",
+        height=2.9,
+    )
+    plot_staircase(axes[0], arrays, config)
+    plot_times(axes[1], arrays, config)
+    plot_growth(axes[2], arrays, config)
+    plot_ratios(axes[3], arrays, config)
     return figure
+
+
+LINES = ("-", "--", "-.", (0, (4, 1, 1, 1, 1, 1)))
 
 
 def plot_growth(axes, arrays: Arrays, config: Config) -> None:
     times = arrays["merged"]["times"]
     every = slice(None, None, max(len(times) // 25, 1))
     for number, size in enumerate(config.merged_starts):
-        axes.plot(times, arrays["merged"]["theory"][number], color=f"C{number}", label=f"start {size:g}")
-        axes.plot(
-            times[every], arrays["merged"]["growth"][number][every], "o", color=f"C{number}", markerfacecolor="none"
-        )
-    axes.set(xlabel="time $t$ = steps × learning rate", ylabel="step size $g(t)$ of the layer")
-    axes.set_title("merged keys and queries: logistic (circles: descent)")
-    axes.legend(loc="lower right")
+        color, marker = f"C{number % 7}", "os^v"[number % 4]
+        axes.plot(times, arrays["merged"]["theory"][number], color=color, linewidth=1)
+        found = arrays["merged"]["growth"][number][every]
+        axes.plot(times[every], found, marker, color=color, markerfacecolor="none", label=f"start {size:g}")
+    axes.set(xlabel="time $t$", ylabel="step size $g(t)$ of the layer")
+    axes.legend(loc="upper left")
+    axes.set_ylim(top=1.35 * arrays["merged"]["theory"].max())  # room for the legend
 
 
 def plot_staircase(axes, arrays: Arrays, config: Config) -> None:
     for number, size in enumerate(config.starts):
-        axes.loglog(arrays["times"], arrays["risks"][:, number], color=f"C{number}", label=f"start {size:g}")
+        style = {"color": f"C{number % 7}", "linestyle": LINES[number % 4], "label": f"start {size:g}"}
+        axes.loglog(arrays["times"], arrays["risks"][:, number], **style)
     for rank, plateau in enumerate(arrays["plateaus"]):
-        label = "best preconditioner of rank 0, ..., 4" if rank == 0 else None
-        axes.axhline(plateau, color="black", linewidth=0.7, linestyle="--", label=label)
-    axes.set(xlabel="time $t$", ylabel="exact risk", title="separate keys and queries: a staircase")
-    axes.set_ylim(0.4 * arrays["plateaus"][-1])
-    axes.legend(loc="lower left")
+        label = f"best of rank 0 to {len(SPECTRUM)}" if rank == 0 else None
+        axes.axhline(plateau, color="black", linewidth=1, linestyle=":", label=label, zorder=0)
+    axes.set(xlabel="time $t$", ylabel="exact risk")
+    axes.set_ylim(0.3 * arrays["plateaus"][-1])  # room for the legend
+    axes.set_yticks([1, 2, 4, 8], ["1", "2", "4", "8"])
+    axes.set_yticks([], minor=True)
+    axes.legend(loc="lower left", ncols=2, columnspacing=1.0)
 
 
 def plot_times(axes, arrays: Arrays, config: Config) -> None:
     starts = np.array(config.starts)
     for number, eigenvalue in enumerate(SPECTRUM):
         theory, found = (arrays["half_times"][kind][:, number] for kind in ("theory", "measured"))
-        axes.loglog(starts, theory, color=f"C{number}", label=rf"$\lambda = {eigenvalue:g}$")
-        axes.loglog(starts, found, "o", color=f"C{number}", markerfacecolor="none")
-    axes.set_xticks(starts, [f"{start:g}" for start in starts])
+        axes.loglog(starts, theory, color=f"C{number}", linewidth=1)
+        style = {"color": f"C{number}", "markerfacecolor": "none", "label": rf"eigenvalue {eigenvalue:g}"}
+        axes.loglog(starts, found, "os^v"[number], **style)
+    size_ticks(axes, starts)
+    axes.set(ylabel="time until half of it is learned")
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high * (high / low) ** 0.45)  # room for the legend
+    axes.legend(loc="upper right", ncols=2, columnspacing=1.0)
+
+
+def size_ticks(axes, sizes: np.ndarray) -> None:
+    axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
     axes.minorticks_off()
-    axes.set(xlabel="start", ylabel="time until half of the step is learned", title="closed form (circles: descent)")
-    axes.legend(loc="best")
+    axes.set_xlabel("start (common size of the first weights)")
+
+
+def plot_ratios(axes, arrays: Arrays, config: Config) -> None:
+    """Measured times over those of the closed form, side by side for the eigenvalues; what the step size leaves."""
+    ratios = arrays["half_times"]["measured"] / arrays["half_times"]["theory"]
+    starts = np.array(config.starts)
+    for number, eigenvalue in enumerate(SPECTRUM):
+        style = {"color": f"C{number}", "markerfacecolor": "none", "label": rf"eigenvalue {eigenvalue:g}"}
+        places = starts * 1.05 ** (number - 1.5)
+        axes.semilogx(places, 100 * (ratios[:, number] - 1), "os^v"[number], **style)
+    axes.axhline(0, color="black", linewidth=1, linestyle=":", label="closed form")
+    size_ticks(axes, starts)
+    axes.set_ylabel("beyond the closed form (%)")
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.4 * (high - low))  # room for the legend
+    axes.legend(loc="upper right", ncols=2, columnspacing=1.0)
 
 
 def findings(arrays: Arrays, config: Config) -> list[Expectation]:

@@ -16,7 +16,7 @@ from attnlab.expectation import Expectation, at_least, at_most
 
 NORMS = {"frobenius": "Frobenius", "nuclear": "nuclear"}
 RUNS = {"weights": "$W$", "factors": "$KQ^\\top$"}
-PARTS = {"hessian": "$H$", "ggn": "$H_o$", "functional": "$H_f$"}
+PARTS = ("hessian", "ggn", "functional")
 
 
 @dataclass(frozen=True)
@@ -201,35 +201,56 @@ def curvature(config: Config, key):
 
 def plot(arrays: Arrays, config: Config):
     """The plane; the cosines; the curvature."""
-    import matplotlib.pyplot as plt
+    from attnlab.plotting.panels import panels
 
-    figure, axes = plt.subplots(2, 2, figsize=(11, 9.4))
-    plot_tokens(axes[0, 0], arrays["plane"])
-    plot_path(axes[0, 1], arrays["plane"])
-    plot_convergence(axes[1, 0], arrays["convergence"], config)
-    plot_curvature(axes[1, 1], arrays["curvature"])
+    ends = angles(arrays)
+    verdict = "nearer to" if ends["factors"]["nuclear"] < ends["factors"]["frobenius"] else "not nearer to"
+    figure, axes = panels(
+        f"After {config.steps} steps $W$ is the SVM solution of least Frobenius norm within "
+        f"{ends['weights']['frobenius']:.0e} (1 - cosine),\n$KQ^\\top$ is {verdict} that of least nuclear norm: "
+        f"{ends['factors']['nuclear']:.2g} against {ends['factors']['frobenius']:.2g} (medians)",
+        [
+            "one problem in the plane",
+            "path of the prompt $p$ there",
+            f"direction, {config.problems} problems",
+            "curvature in $W$, one problem",
+        ],
+        note="(a): filled: selected tokens; lines: where their margin is 1; $p^{mm}$: direction of the largest margin; "
+        "$v$: read-out.\n(b): four starts (dots). (c): medians and middle half of the problems (one seed). "
+        "(d): plain gradient descent;\n$H = H_o + H_f$: Hessian, its outer-product and its functional part",
+        height=3.1,
+    )
+    plot_tokens(axes[0], arrays["plane"])
+    plot_path(axes[1], arrays["plane"])
+    plot_convergence(axes[2], arrays["convergence"])
+    plot_curvature(axes[3], arrays["curvature"])
     return figure
+
+
+def angles(arrays: Arrays) -> dict[str, dict[str, float]]:
+    """Medians of one less the cosine at the end, by run and norm of the solution."""
+    now = arrays["convergence"]
+    return {run: {norm: float(np.median(1 - now[run][norm][-1])) for norm in NORMS} for run in RUNS}
 
 
 def plot_tokens(axes, now: Arrays) -> None:
     """Tokens by sequence, the selected ones filled, and through each selected token the line where its margin is 1."""
     direction, solution = now["direction"], now["solution"]
     along = np.array([-direction[1], direction[0]])
-    markers = "os^"
+    markers, lines = "os^", ("--", "-.", ":")
     limit = 1.15 * np.abs(now["tokens"]).max()
     for color, (tokens, chosen) in enumerate(zip(now["tokens"], now["selection"], strict=True)):
         others = np.delete(tokens, chosen, axis=0)
         axes.plot(*others.T, markers[color], color=f"C{color}", fillstyle="none", label=f"sequence {color + 1}")
-        axes.plot(*tokens[chosen], markers[color], color=f"C{color}", markersize=10)
+        axes.plot(*tokens[chosen], markers[color], color=f"C{color}", markersize=9)
         edge = tokens[chosen] - direction / np.linalg.norm(solution)
         line = edge[:, None] + along[:, None] * np.array([-20, 20])
-        axes.plot(*line, "--", color=f"C{color}", linewidth=1)
+        axes.plot(*line, lines[color], color=f"C{color}", linewidth=1)
     for vector, color, name in ((direction, "black", "$p^{mm}$"), (now["readout"], "0.4", "$v$")):
         axes.annotate("", 0.8 * vector, (0, 0), arrowprops={"arrowstyle": "->", "color": color})
-        axes.annotate(name, 1.05 * vector, color=color, ha="center", va="center")
+        axes.annotate(name, 0.95 * vector, color=color, ha="center", va="center")
     axes.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xlabel="$x_1$", ylabel="$x_2$")
-    axes.set_title("tokens (selected ones filled); lines: margin of 1")
-    axes.legend(loc="best")
+    axes.legend(loc="lower left", handletextpad=0.2)
 
 
 def plot_path(axes, now: Arrays) -> None:
@@ -238,17 +259,18 @@ def plot_path(axes, now: Arrays) -> None:
     reach = 0.45 * np.linalg.norm(path[-1], axis=-1).max()
     for member in range(path.shape[1]):
         shown = path[np.linalg.norm(path[:, member], axis=-1) < reach, member]
-        axes.plot(*shown.T, color=f"C{member}", label=f"descent, start {member + 1}")
+        label = "descent, by start" if member == 0 else None
+        axes.plot(*shown.T, ("-", "--", "-.", ":")[member], color=f"C{member}", label=label)
         axes.plot(*path[0, member], "o", color=f"C{member}")
-    axes.plot(*np.outer(direction, [0, reach]), "k--", label="max-margin direction $p^{mm}$")
+    axes.plot(*np.outer(direction, [0, reach]), ":", color="black", label="law: $p^{mm}$")
     scaled = now["readout"] / np.linalg.norm(now["readout"])
-    axes.plot(*np.outer(scaled, [0, reach / 2]), ":", color="0.4", label="read-out $v$")
-    axes.set(xlabel="$p_1$", ylabel="$p_2$", title="path of the prompt $p$")
+    axes.plot(*np.outer(scaled, [0, reach / 2]), "-", color="0.6", linewidth=1, label="read-out $v$")
+    axes.set(xlabel="$p_1$", ylabel="$p_2$")
     axes.set_aspect("equal", adjustable="datalim")
-    axes.legend(loc="best")
+    axes.legend(loc="upper left")
 
 
-def plot_convergence(axes, now: Arrays, config: Config) -> None:
+def plot_convergence(axes, now: Arrays) -> None:
     """One less the cosine: median over the problems, and the band of the middle half."""
     steps = now["steps"][1:]
     for color, (run, label) in enumerate(RUNS.items()):
@@ -257,23 +279,29 @@ def plot_convergence(axes, now: Arrays, config: Config) -> None:
             axes.loglog(steps, quartiles[1], style, color=f"C{color}", label=f"{label}, {NORMS[norm]} solution")
             axes.fill_between(steps, quartiles[0], quartiles[2], color=f"C{color}", alpha=0.2, linewidth=0)
     own = np.median(1 - now["weights"]["frobenius"][-1])
-    axes.loglog(steps, own * (steps[-1] / steps) ** 2, ":", color="black", label="$t^{-2}$")
+    axes.loglog(steps, own * (steps[-1] / steps) ** 2, ":", color="black", label="law: $t^{-2}$")
     axes.set(xlabel="step of normalised descent $t$", ylabel="1 - cosine with the solution")
-    axes.set_title(f"direction: median and middle half of {config.problems} problems")
+    low, high = axes.get_ylim()
+    axes.set_ylim(low / 30, high)  # room for the legend
     axes.legend(loc="lower left")
 
 
 def plot_curvature(axes, now: Arrays) -> None:
-    """Norms of H and its parts and the largest eigenvalue against the size of W."""
+    """Norms of H and its parts and its negative eigenvalue against the size of W."""
+    from attnlab.plotting.style import PARTS as LOOKS
+
     norm = now["norm"]
-    for color, (part, label) in enumerate(PARTS.items()):
-        axes.semilogy(norm, now[part], "-" if color == 0 else "--", color=f"C{color}", label=f"norm of {label}")
-    axes.semilogy(norm, now["largest"], color="C3", label="sharpness of $H$")
+    for part, line in zip(PARTS, ("-", "--", "-."), strict=True):
+        color, _, label = LOOKS[part]
+        axes.semilogy(norm, now[part], line, color=color, label=f"norm of {label}")
     negative = np.where(now["smallest"] < -1e-12 * now["largest"], -now["smallest"], np.nan)
-    axes.semilogy(norm, negative, ":", color="C4", label="|negative eigenvalue| of $H$, while there is one")
-    axes.semilogy(norm, 1 - now["probability"], "-.", color="C5", label="attention off the best tokens")
-    axes.set(xlabel=r"$\|W\|_F$ along gradient descent", ylabel="size", title="curvature in $W$ on the way")
-    axes.legend(loc="best")
+    axes.semilogy(norm, negative, ":", color="C3", label="|least eigenvalue| of $H$\nwhile it is negative")
+    away = {"linestyle": (0, (4, 1, 1, 1, 1, 1)), "color": "C2", "label": "attention off the best tokens"}
+    axes.semilogy(norm, 1 - now["probability"], **away)
+    axes.set(xlabel=r"$\|W\|_F$ along gradient descent", ylabel="size")
+    low, high = axes.get_ylim()
+    axes.set_ylim(low / 30, high)  # room for the legend
+    axes.legend(loc="lower left")
 
 
 def findings(arrays: Arrays, config: Config) -> list[Expectation]:
@@ -282,8 +310,7 @@ def findings(arrays: Arrays, config: Config) -> list[Expectation]:
         "Tarzanagh, Li, Thrampoulidis, Oymak, arXiv 2308.16898",
         "a limit: what is left falls with the steps",
     )
-    angles = {run: {norm: np.median(1 - arrays["convergence"][run][norm][-1]) for norm in NORMS} for run in RUNS}
-    weights, factors = angles["weights"], angles["factors"]
+    weights, factors = (angles(arrays)[run] for run in RUNS)
     other = weights["nuclear"] / weights["frobenius"]
     own = factors["nuclear"] / factors["frobenius"]
     now = arrays["curvature"]

@@ -121,6 +121,15 @@ def precise_direction(risk, matrix, digits):
         return (total / np.sum(total**2).sqrt()).astype(float)
 
 
+def test_rescaled_risk_where_the_attended_token_is_very_wrong():
+    tokens = jnp.array([[[-60.0], [60.0]]])
+    risk = attention_risk(tokens, jnp.ones(1), queries=jnp.ones((1, 1)), readout=jnp.ones(1))
+    params = {"query_key": jnp.zeros((1, 1))}  # both tokens have the weight 1/2, and the first is the reference
+    value, found = jax.jit(jax.value_and_grad(rescaled(risk)))(params)
+    np.testing.assert_allclose(value, 2 * (np.log(2) - 60), rtol=1e-14)
+    np.testing.assert_allclose(found["query_key"], 2 * jax.grad(risk)(params)["query_key"], rtol=1e-14)
+
+
 @pytest.mark.parametrize(("scale", "digits"), [(1.0, 40), (30.0, 300), (300.0, 2000)])
 def test_direction_of_descent_keeps_its_digits_far_away(scale, digits):
     risk, params = case(jax.random.key(1), "matrix")

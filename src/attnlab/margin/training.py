@@ -171,14 +171,18 @@ def _rescaled_outputs(selection: Array | None, params: Params, inputs: Data) -> 
 def _rescaled_loss(outputs: Rescaled, labels: Float[Array, " n"]) -> Scalar:
     """exp(-c) (l(a + delta) - l(a)) with l(a) = log(1 + exp(-a)), a = Y gamma_r, delta = exp(c) Y deviation.
 
-    l(a + delta) - l(a) = log(1 + sigmoid(-a) (exp(-delta) - 1)), to full precision by log1p and expm1.
+    l(a + delta) - l(a) = log(1 + sigmoid(-a) (exp(-delta) - 1)), to full precision by log1p and expm1. Where this is
+    the logarithm of a small number, because the reference is very wrong, it is taken as the difference that it is.
     """
     at_reference, deviation, largest = outputs
     margin, scaled = labels * at_reference, labels * deviation
     smallest = 0.5 * float(np.log(jnp.finfo(scaled.dtype).tiny))
     slope = jax.nn.sigmoid(-margin)
     scale = jnp.exp(jnp.maximum(largest, smallest))
-    exact = jnp.log1p(slope * jnp.expm1(-scale * scaled)) / scale
+    step = slope * jnp.expm1(-scale * scaled)
+    near = jnp.log1p(jnp.where(step > -0.5, step, 0.0))
+    far = jax.nn.softplus(-margin - scale * scaled) - jax.nn.softplus(-margin)
+    exact = jnp.where(step > -0.5, near, far) / scale
     # below exp(smallest) the second order is beneath rounding, and exp(c) would soon be 0
     return jnp.mean(jnp.where(largest < smallest, -slope * scaled, exact))
 
