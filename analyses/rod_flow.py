@@ -103,7 +103,7 @@ LOOKS = {"Adam": ("black", "-"), "rod flow": ("C0", "--"), "stable flow": ("C1",
 def plot(arrays: Arrays, config: Config):
     """Distance and loss over the steps compared, and the rod's length, at one seed and its mean square over all."""
     from attnlab.plotting.curves import range_band
-    from attnlab.plotting.panels import legend_below, panels
+    from attnlab.plotting.panels import panels
 
     nearer = distance_ratio(arrays)
     rod, stable = late_loss(arrays)
@@ -113,31 +113,37 @@ def plot(arrays: Arrays, config: Config):
     titles = [
         "distance from the mean of two iterates",
         f"loss over Adam's: rod {np.median(rod):.3f}, stable {np.median(stable):.3f}",
-        f"length of the rod, seed {config.seed}: it breathes",
-        f"its mean square so far: {np.median(late_square(arrays)):.2f} of Adam's",
+        f"half-length $\\|D\\|$ of the rod, seed {config.seed}",
+        f"its mean square: {np.median(late_square(arrays)):.2f} times Adam's",
     ]
-    note = f"lines: medians, bands: range over {config.seeds} seeds; (c) one seed"
+    note = f"lines: medians, bands: range over {config.seeds} seeds; (c) one seed; (d) from step {SHED} on"
     figure, (away, loss, length, square) = panels(message, titles, note=note)
     steps = arrays["steps"]
     for name in FLOWS:
         color, line = LOOKS[name]
         range_band(away, steps[1:], arrays["distance"][name][:, 1:].T, color, name, line)
-        range_band(
-            loss, steps, (averaged(arrays["loss"][name]) / averaged(arrays["loss"]["Adam"])).T, color, name, line
-        )
+        ratio = averaged(arrays["loss"][name]) / averaged(arrays["loss"]["Adam"])
+        range_band(loss, steps, ratio.T, color, name, line)
     loss.axhline(1, color="black", lw=1, label="Adam")
+    shed = steps >= SHED
     for name in ("Adam", "rod flow"):
         color, line = LOOKS[name]
-        length.plot(steps, 1e3 * arrays["length"][name][0], line, color=color, lw=1, label=name)
-        range_band(square, steps, 1e6 * averaged(arrays["length"][name] ** 2).T, color, name, line)
+        length.plot(steps, 1e3 * arrays["length"][name][0], line, color=color, lw=1)
+        squares = averaged(arrays["length"][name][:, shed] ** 2)
+        range_band(square, steps[shed], 1e6 * squares.T, color, {"Adam": "Adam's oscillation"}.get(name, name), line)
     away.set(yscale="log", ylabel="distance of parameters")
     loss.set(ylabel="mean loss so far / Adam's")
     length.set(ylabel=r"$\|D\|$ [$10^{-3}$]", ylim=(0, None))
     square.set(ylabel=r"mean of $\|D\|^2$ [$10^{-6}$]", ylim=(0, None))
+    for axes, place in ((away, "lower right"), (loss, "lower left"), (square, "lower right")):
+        axes.legend(loc=place)
     for axes in (away, loss, length, square):
         axes.set_xlabel("step")
-    legend_below(figure, [loss])
     return figure
+
+
+SHED = 4
+"""The step by which a rod has lost the drift that the half difference of two iterates holds."""
 
 
 def averaged(values: np.ndarray) -> np.ndarray:
@@ -160,7 +166,8 @@ def late_loss(arrays: Arrays) -> list[np.ndarray]:
 
 def late_square(arrays: Arrays) -> np.ndarray:
     """Mean square of the rod's length over that of Adam's oscillation, by seed."""
-    rod, adam = ((arrays["length"][name] ** 2).mean(axis=1) for name in ("rod flow", "Adam"))
+    shed = arrays["steps"] >= SHED
+    rod, adam = ((arrays["length"][name][:, shed] ** 2).mean(axis=1) for name in ("rod flow", "Adam"))
     return rod / adam
 
 

@@ -105,71 +105,79 @@ def initial_sharpness(risk, params, key) -> float:
 
 def plot(arrays: Arrays, config: Config):
     """The walk down along 2 / eta(t), what is left of it over the edge, the loss, and the control."""
-    from attnlab.plotting.panels import legend_below, panels
+    from attnlab.plotting.panels import panels
 
-    titles = ["sharpness falls ahead of the edge", "sharpness over the edge", "training loss", "the control, by seed"]
-    note = f"lines: medians, bands: range over {config.seeds} seeds; cross: the loss overflows there, at one seed"
+    titles = [
+        r"warm-up: the sharpness follows the edge $2 / \eta(t)$",
+        "the same, over the edge",
+        "training loss of all runs",
+        "control: a final LayerNorm, by seed",
+    ]
+    note = f"lines: medians, bands: range over {config.seeds} seeds, or a line a seed; cross: the loss overflows next"
     figure, (walk, over, loss, control) = panels(message(arrays, config), titles, note=note)
     steps = np.arange(0, config.steps + 1, config.every)
     for number, name in enumerate(RUNS):
         if name not in config.runs:
             continue
         look, run = (f"C{number}", ("-.", "-", "--")[number], name), arrays[name]
-        draw(loss, np.arange(config.steps), run["losses"], look)
+        draw(loss, 1 + np.arange(config.steps), run["losses"], look, 1e5)
         if name == "warm-up":
-            draw(walk, steps, run["sharpness"] / run["sharpness"][:, :1], look)
-            draw(over, steps, run["ratio"], look)
-            law = np.median(run["sharpness"] / run["ratio"] / run["sharpness"][:, :1], axis=0)
-            walk.plot(steps, law, ":", color="black", label=r"the edge, $2 \,/\, \eta(t)$", zorder=3)
-            walk.set(yscale="log", ylim=(0.3 * law.min(), 3))
+            plot_walk(walk, over, steps, run, look)
         elif name != "no warm-up":
             for seed, ratio in enumerate(run["ratio"], config.seed):
-                dashes = ("-", "--", ":", "-.")[(seed - config.seed) % 4]
-                draw(control, steps, ratio[None], (look[0], dashes, None))
-                control.plot([], [], dashes, color=look[0], label=f"seed {seed}")
-    for axes in (walk, over, control):
-        axes.set(xlabel="step")
+                marker = "o^sv"[(seed - config.seed) % 4]
+                draw(control, 1 + steps, ratio[None], (f"C{2 + seed - config.seed}", "-", f"seed {seed}"), 1e5, marker)
+            control.legend(loc="lower left", ncols=config.seeds)
+    walk.set(xlabel="step", ylabel=r"$\lambda_1(H) \,/\, \lambda_1(H)$ at step 0")
     for axes in (over, control):
         axes.axhline(1, color="black", ls=":", lw=1)
-        axes.set(ylabel=r"$\lambda_1(H)\, \eta(t) \,/\, 2$", ylim=(0, 2))
-    walk.set(ylabel=r"$\lambda_1(H) \,/\, \lambda_1(H)$ at step 0")
-    loss.set(yscale="log", xlabel="step", ylabel="training loss", ylim=(1e-2, 1e3))
-    if control.has_data():
-        control.legend(loc="upper right", ncols=3)
-    legend_below(figure, [walk, loss])
+        axes.set_ylabel(r"$\lambda_1(H)\, \eta(t) \,/\, 2$")
+    over.set(xlabel="step", ylim=(0, 2))
+    control.set(xscale="log", yscale="log", xlabel="step + 1", ylim=(0.1, 10))
+    loss.set(xscale="log", yscale="log", xlabel="step + 1", ylabel="training loss", ylim=(1e-2, 1e6))
+    loss.legend(loc=(0.34, 0.5), handlelength=1.6)
     return figure
+
+
+def plot_walk(walk, over, steps: np.ndarray, run: Arrays, look: tuple[str, str, str]) -> None:
+    """The sharpness over that of the start, where the edge is one curve for all seeds, and over the edge."""
+    start = run["sharpness"][:, :1]
+    draw(walk, steps, run["sharpness"] / start, (*look[:2], "sharpness"))
+    draw(over, steps, run["ratio"], look)
+    law = np.median(run["sharpness"] / run["ratio"] / start, axis=0)
+    walk.plot(steps, law, ":", color="black", label=r"the edge, $2 \,/\, \eta(t)$", zorder=3)
+    walk.set(yscale="log", ylim=(0.6 * law.min(), 3))
+    walk.legend(loc="upper right")
 
 
 def message(arrays: Arrays, config: Config) -> str:
     """What became of the run that warms up, and of the one that does not."""
     words = []
     if "warm-up" in config.runs:
-        at = np.median(settled(arrays))
-        words.append(f"Warm-up walks the sharpness down to {at:.2f} of the edge")
+        words.append(f"With warm-up sharpness ends at {np.median(settled(arrays)):.2f} times the edge")
     if "no warm-up" in config.runs:
         broken = int(np.sum(arrays["no warm-up"]["broken"] > 0))
-        words.append(f"without it the loss overflows at {broken} of {config.seeds} seeds")
+        words.append(f"without, {broken} of {config.seeds} seeds overflow")
     return "; ".join(words) or f"A final LayerNorm, from {config.excess:g} times the edge"
 
 
-def draw(axes, abscissae: np.ndarray, values: np.ndarray, look: tuple[str, str, str | None]) -> None:
-    """Median and range over the seeds (seeds, points); each seed by itself, with a cross at its last finite value,
-    where one of them breaks off."""
+def draw(
+    axes, abscissae: np.ndarray, values: np.ndarray, look: tuple[str, str, str], top: float = np.inf, marker: str = ""
+) -> None:
+    """Median and range over the seeds (seeds, points); where one breaks off, each by itself, with a cross at its last
+    finite value, or at `top` where that is higher."""
     from attnlab.plotting.curves import range_band
 
     color, line, label = look
-    if np.isfinite(values).all():
+    if np.isfinite(values).all() and len(values) > 1:
         range_band(axes, abscissae, values.T, color, label, line)
         return
-    for each in values:
+    for seed, each in enumerate(values):
         last = int(np.argmin(np.append(np.isfinite(each), False)))
-        axes.plot(abscissae[:last], each[:last], line, color=color, label=label)
+        shown = {"color": color, "ls": line, "lw": 1, "marker": marker, "ms": 3, "markevery": 0.1}
+        axes.plot(abscissae[:last], each[:last], label=None if seed else label, **shown)
         if 0 < last < len(each):
-            axes.plot(abscissae[last - 1], min(each[last - 1], CROSS), "x", color=color, ms=7, mew=1.8, zorder=4)
-
-
-CROSS = 1.0
-"""Highest place of a cross."""
+            axes.plot(abscissae[last - 1], min(each[last - 1], top), "x", color=color, ms=8, mew=2, zorder=4)
 
 
 def settled(arrays: Arrays) -> np.ndarray:
