@@ -35,8 +35,6 @@ class Config(AnalysisConfig):
     """Steps between records."""
     images: int = 128
     """Digits to train on."""
-    window: int = 64
-    """Steps of a running mean, about one swing of the sharpness."""
     count: int = 3
     """Eigenvalues that the central flow may hold at the edge."""
 
@@ -109,13 +107,9 @@ def one_seed(config: Config, seed: int, optimizer, probes, progress: Progress) -
     }
 
 
-def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """The mean over a window around each point of the last axis, cut off at the ends."""
-    length = values.shape[-1]
-    sums = np.concatenate([np.zeros((*values.shape[:-1], 1)), np.cumsum(values, axis=-1)], axis=-1)
-    places = np.arange(length)
-    low, high = np.maximum(places - window // 2, 0), np.minimum(places + window // 2 + 1, length)
-    return (sums[..., high] - sums[..., low]) / (high - low)
+def mean_so_far(values: np.ndarray) -> np.ndarray:
+    """The mean of all values until each, along the last axis."""
+    return np.cumsum(values, axis=-1) / np.arange(1, values.shape[-1] + 1)
 
 
 def plot(arrays: Arrays, config: Config):
@@ -125,34 +119,35 @@ def plot(arrays: Arrays, config: Config):
 
     spread, ratio = variance_ratio(arrays, config), distance_ratio(arrays)[:, -1]
     message = (
-        f"The central flow foretells the mean of gradient descent: {spread.min():.2f} to {spread.max():.2f} "
+        f"Gradient descent swings about the central flow with {spread.min():.2f} to {spread.max():.2f} "
         "of the variance predicted"
     )
     titles = [
         f"sharpness over the edge, seed {config.seed}",
-        "variance of the oscillation, by seed",
-        "loss that the oscillation adds, by seed",
-        f"distance of smoothed descent: {np.median(ratio):.0f} times apart",
+        "running mean of the oscillation's variance",
+        "running mean of the loss that it adds",
+        f"distances: {np.median(ratio):.0f} times apart at the end",
     ]
-    note = f"(b), (c): colours are seeds, running means over {config.window} steps; (d): median and range over seeds"
+    note = f"(a) one seed; (b), (c) colours are {config.seeds} seeds; (d) median and range over them"
     figure, (edge, variance, loss, away) = panels(message, titles, note=note)
     plot_edge(edge, arrays, config)
     steps, dense = arrays["steps"], np.arange(config.steps + 1)
     pairs = (
-        (variance, 1e3 * running_mean(arrays["swing"], config.window), 1e3 * arrays["variance"].sum(axis=-1)),
-        (loss, 1e3 * added_loss(arrays, config), 1e3 * (arrays["loss"]["predicted"] - arrays["loss"]["central"])),
+        (variance, arrays["swing"], arrays["variance"].sum(axis=-1)),
+        (loss, added_loss(arrays, config), arrays["loss"]["predicted"] - arrays["loss"]["central"]),
     )
     for axes, measured, predicted in pairs:
         for seed in range(config.seeds):
-            axes.plot(dense[: measured.shape[1]], measured[seed], color=f"C{seed}")
-            # at the start, which may lie above the edge, the oscillation that would bring it down has no bound
-            axes.plot(steps[1:], predicted[seed, 1:], ":", color=f"C{seed}")
+            # without the start: it may lie above the edge, and the oscillation that would bring it down has no bound
+            axes.plot(dense[config.every :], 1e3 * mean_so_far(measured[seed, config.every :]), color=f"C{seed}")
+            axes.plot(steps[1:], 1e3 * mean_so_far(predicted[seed, 1:]), ":", color=f"C{seed}")
         axes.plot([], [], color="black", label="gradient descent")
         axes.plot([], [], ":", color="black", label="predicted by the central flow")
-        axes.set(xlabel="step", ylim=(0, None))
+        late = mean_so_far(measured[:, config.every :])[:, config.steps // 2 :].max()
+        axes.set(xlabel="step", ylim=(0, 2e3 * late))  # what starts above the edge comes from outside
         axes.legend(loc="upper right")
-    variance.set(ylabel=r"variance [$10^{-3}$]")
-    loss.set(ylabel=r"loss above the central flow [$10^{-3}$]")
+    variance.set(ylabel=r"mean variance so far [$10^{-3}$]")
+    loss.set(ylabel=r"mean loss above the flow so far [$10^{-3}$]")
     for name, color, line in (("gradient flow", "C4", "--"), ("central", "black", "-")):
         label = {"central": "to the central flow"}.get(name, f"to {name}")
         range_band(away, steps[1:], arrays["distance"][name][:, 1:].T, color, label, line)
@@ -164,22 +159,21 @@ def plot(arrays: Arrays, config: Config):
 def plot_edge(axes, arrays: Arrays, config: Config) -> None:
     """Eigenvalues over the edge at the first seed: of descent the highest, of the central flow those that it tracks."""
     descent, dense = arrays["sharpness"]["descent"][0, :, -1], np.arange(config.steps + 1)
-    axes.plot(dense, descent, color="0.75", lw=1, label=r"descent, $\lambda_1$")
-    mean = running_mean(descent, config.window)
-    axes.plot(dense, mean, color="0.35", label="its running mean")
+    axes.plot(dense, descent, color="0.7", lw=1, label=r"descent, $\lambda_1$")
+    axes.plot(dense, mean_so_far(descent), color="0.35", label="its mean so far")
     for i, eigenvalues in enumerate(arrays["sharpness"]["central"][0].T[::-1]):
         line = ("-", "--", "-.")[i % 3]
-        axes.plot(arrays["steps"], eigenvalues, line, color="C5", label=rf"central flow, $\lambda_{i + 1}$")
+        axes.plot(arrays["steps"], eigenvalues, line, color="C5", label=rf"flow, $\lambda_{i + 1}$")
     axes.axhline(1, color="black", ls=":", lw=1)
     axes.set(xlabel="step", ylabel=r"$\lambda\, \eta \,/\, 2$")
-    axes.legend(loc="lower right", fontsize=7.5)
+    axes.legend(loc="center left", bbox_to_anchor=(0, 0.55), ncols=2, fontsize=7.5, columnspacing=1)
 
 
 def added_loss(arrays: Arrays, config: Config) -> np.ndarray:
-    """Running mean of the loss of descent above that of the central flow between its records, (seeds, steps)."""
+    """The loss of descent above that of the central flow, between its records interpolated, (seeds, steps)."""
     dense = np.arange(config.steps + 1)
     central = np.array([np.interp(dense, arrays["steps"], each) for each in arrays["loss"]["central"]])
-    return running_mean(arrays["loss"]["iterates"] - central, config.window)
+    return arrays["loss"]["iterates"] - central
 
 
 def held_off_edge(arrays: Arrays) -> float:
