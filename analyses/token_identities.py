@@ -160,12 +160,11 @@ def plot(arrays: Arrays, config: Config):
     attained, apart = float(arrays["entropies"]["extremal"].max()), eigenvalues_apart(arrays)
     left = np.median(arrays["collapse"]["no skip connection"][:, min(4, config.depth)])
     message = (
-        f"Identities of attention hold: the entropy bound is attained to {attained:.0e}, "
-        f"kernel and curvature agree to {apart.max():.0e}"
+        f"Attention's identities hold: entropy bound attained to {attained:.0e}, one eigenvalue to {apart.max():.0e}"
     )
     titles = [
-        "entropy of attention over the norm of its scores",
-        f"spread of the tokens: {left:.0e} after 4 bare layers",
+        "entropy over the norm of the scores",
+        f"spread: {left:.0e} after 4 bare layers",
         "one eigenvalue of two matrices",
         "their difference",
     ]
@@ -180,8 +179,8 @@ def plot(arrays: Arrays, config: Config):
     top.legend(loc="lower right")
     difference.plot(part["steps"], np.maximum(apart, 1e-16), "o-", color="C0", label="measured")
     difference.axhline(TRACKING, color="black", ls=":", lw=1, label="tolerance of the iteration")
-    difference.set(yscale="log", ylim=(1e-16, 1e-3), xlabel="step of gradient descent", ylabel="relative difference")
-    difference.legend(loc="lower right")
+    difference.set(yscale="log", ylim=(1e-17, 1e-3), xlabel="step of gradient descent", ylabel="relative difference")
+    difference.legend(loc="center right")
     return figure
 
 
@@ -206,7 +205,7 @@ def plot_entropies(axes, part: Arrays, config: Config) -> None:
         part["sizes"][::4], part["attained"][::4], "o", color="black", mfc="none", ms=5, label="scores that attain it"
     )
     axes.plot(part["sizes"], part["least"], ":", color="black", label="least entropy")
-    axes.text(0.012, highest * 1.02, "uniform", fontsize=7.5, color="0.3")
+    axes.text(900, highest * 1.02, "uniform", fontsize=7.5, color="0.3", ha="right")
     axes.axhline(highest, color="0.6", lw=0.8)
     axes.set(xscale="log", xlim=(0.01, 1e3), ylim=(-0.1, 1.5 * highest))
     axes.set(xlabel="Euclidean norm of a row of scores", ylabel="entropy [nats]")
