@@ -22,11 +22,11 @@ STACKS = {
 }
 EXPONENTS = {"spread": 3, "gradient": 2, "ggn": 4, "functional": 3, "value": 0}
 LABELS = {
-    "spread": "spread of the outputs",
-    "gradient": r"gradient, $QK$",
-    "ggn": r"$\|H_o[QK,QK]\|$",
-    "functional": r"$\|H_f[QK,QK]\|$",
-    "value": r"$\|H_o[V,V]\|$",
+    "spread": "outputs' spread",
+    "gradient": "gradient, QK",
+    "ggn": "$H_o$, QK",
+    "functional": "$H_f$, QK",
+    "value": "$H_o$, V",
 }
 
 
@@ -145,11 +145,10 @@ def plot(arrays: Arrays, config: Config):
     """Depth, powers of the spread, saturation, and its mean over the law."""
     from attnlab.plotting.panels import panels
 
-    pure, residual = (np.median(arrays["depth"][name][:, -1]) for name in ("pure", "residual"))
     last = arrays["trace"]["unscaled"][-1, 0] * config.dims[-1] ** 0.5 / arrays["constant"]
     message = (
-        f"Attention goes blind: tokens {pure:.0e} apart after {config.layers} bare layers ({residual:.1g} with a "
-        f"residual),\nand a trace of {last:.2f} times its law $c_N / \\sqrt{{d}}$ at $d = {config.dims[-1]}$ unscaled"
+        f"Attention goes blind: its tokens are {fate(arrays)},\n"
+        f"its softmax saturates at {last:.2f} of the law $c_N / \\sqrt{{d}}$ at $d = {config.dims[-1]}$"
     )
     titles = [
         "spread of the tokens by depth",
@@ -169,16 +168,26 @@ def plot(arrays: Arrays, config: Config):
     return figure
 
 
+def fate(arrays: Arrays) -> str:
+    """When the tokens of pure attention are one to rounding, at the median start, or how far they are apart."""
+    median = np.median(arrays["depth"]["pure"], axis=0)
+    equal_from = np.flatnonzero(median < 2 * np.finfo(float).eps)
+    if len(equal_from):
+        return f"one to rounding after {equal_from[0]} bare layers"
+    return f"{median[-1]:.0e} apart after {len(median) - 1} bare layers"
+
+
 def plot_depth(axes, arrays: Arrays) -> None:
     from attnlab.plotting.curves import range_band
 
     floor = np.finfo(float).eps
     for number, (name, (label, _)) in enumerate(STACKS.items()):
-        values = np.maximum(arrays["depth"][name].T, floor / 10)
+        values = np.maximum(arrays["depth"][name].T, floor)
         range_band(axes, np.arange(len(values)), values, f"C{number}", label, ("-", "--", "-.")[number])
     axes.axhline(floor, color="0.5", ls=":", lw=1)
     axes.text(0, 0.6 * floor, "rounding", va="top", fontsize=7.5, color="0.3")
     axes.set(yscale="log", xlabel="layer", ylabel=r"$\|X - \bar X\| \,/\, \|X\|$", ylim=(1e-18, 30))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(loc="center right")
 
 
@@ -187,7 +196,7 @@ def plot_powers(axes, arrays: Arrays) -> None:
     for number, (name, exponent) in enumerate(EXPONENTS.items()):
         values, marker = arrays["power"][name], "osD^v"[number]
         size = 7 if name == "spread" else 3.5  # it lies where the functional part does
-        label = rf"{LABELS[name]} $\sim \epsilon^{exponent}$"
+        label = rf"{LABELS[name]}: $\epsilon^{exponent}$"
         axes.loglog(spreads, values, marker, color=f"C{number}", ms=size, mfc="none", label=label)
         axes.loglog(spreads, values[0] * (spreads / spreads[0]) ** exponent, ":", color="black", lw=1, zorder=0)
     axes.set(xlabel=r"spread $\epsilon$ of the input tokens", ylabel="norm", ylim=(1e-17, 1e12))
