@@ -96,15 +96,13 @@ LINES = {"softmax": ("C0", "-", "o"), "linear": ("C1", "--", "s"), "pre-LN": ("C
 def plot(arrays: Arrays, config: Config):
     """Spectra of the blocks of softmax attention; the ratio of two blocks, and two distances of all, over the scale."""
     from attnlab.plotting.curves import range_band
-    from attnlab.plotting.panels import legend_below, panels
+    from attnlab.plotting.panels import panels
 
     kind, position = config.kinds[0], shown_scale(config)
-    ratio, bits, decades = (
-        float(np.median(arrays[kind][name][:, position])) for name in ("ratio", "jensen_shannon", "wasserstein")
-    )
+    ratio, bits = (float(np.median(arrays[kind][name][:, position])) for name in ("ratio", "jensen_shannon"))
     message = (
-        f"Of {kind} the value block is {ratio:.0f} times the query block: "
-        f"{decades:.1f} decades apart in logarithms, {bits:.2f} bits in bins"
+        f"{kind[:1].upper()}{kind[1:]}, $\\sigma = {config.scales[position]:g}$: value block {ratio:.0f} times "
+        f"the query block; linear bins show {bits:.2f} bits of it"
     )
     titles = [
         f"{kind}: spectra of the blocks, $\\sigma = {config.scales[position]:g}$",
@@ -135,8 +133,9 @@ def plot(arrays: Arrays, config: Config):
     shown[0].plot(scales, law, ":", color="black", label=rf"law of small $\sigma$, $\sigma^{{{value - query}}}$")
     shown[0].set_yscale("log")
     shown[1].set_ylim(0, 1)
+    shown[0].legend(loc="upper right")
+    shown[1].legend(loc="upper right")
     shown[2].set_ylim(bottom=0)
-    legend_below(figure, shown)
     return figure
 
 
@@ -162,7 +161,7 @@ def plot_spectra(axes, part: Arrays, position: int) -> None:
 
 def details(arrays: Arrays, config: Config):
     """The spectra of the blocks of every kind of layer."""
-    from attnlab.plotting.panels import legend_below, panels
+    from attnlab.plotting.panels import panels
 
     position = shown_scale(config)
     note = f"lines: medians, bands: range over {config.starts} starts"
@@ -170,7 +169,7 @@ def details(arrays: Arrays, config: Config):
     figure, shown = panels(message, list(config.kinds), note=note)
     for axes, kind in zip(shown, config.kinds, strict=True):
         plot_spectra(axes, arrays[kind], position)
-    legend_below(figure, shown)
+        axes.legend(loc="lower left")
     return figure
 
 

@@ -178,7 +178,7 @@ def message(arrays: Arrays, config: Config) -> str:
 def details(arrays: Arrays, config: Config):
     """Each measure over what it stands for, along training, by run."""
     from attnlab.plotting.curves import range_band
-    from attnlab.plotting.panels import legend_below, panels
+    from attnlab.plotting.panels import panels
 
     note = f"lines: medians, bands: range over {config.seeds} seeds; axis linear below 0.1"
     message = "What stands for the highest eigenvalue, over it, along training"
@@ -190,7 +190,7 @@ def details(arrays: Arrays, config: Config):
         axes.axhline(1, color="black", ls=":", lw=1)
         axes.set_yscale("symlog", linthresh=0.1)
         axes.set(xlabel="step", ylabel="measure / what it stands for")
-    legend_below(figure, shown, columns=2)
+    shown[0].legend(loc="lower right", fontsize=7.5)
     return figure
 
 

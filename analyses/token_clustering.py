@@ -246,50 +246,68 @@ def geometry(predict, params, batch) -> Arrays:
 
 
 def plot(arrays: Arrays, config: Config):
-    """The four parts, a panel each."""
-    import matplotlib.pyplot as plt
+    """The three laws, and how far tokens of one text are nearer to each other than to those of other texts."""
+    from attnlab.plotting.panels import panels
 
-    figure, axes = plt.subplots(2, 2, figsize=(9.5, 7.4))
-    plot_circle(axes[0, 0], arrays["circle"], config)
-    plot_angles(axes[0, 1], arrays["angles"])
-    plot_long(axes[1, 0], arrays["long"], config)
-    plot_real(axes[1, 1], arrays["real"])
+    part, real = arrays["circle"], arrays["real"]
+    ratio = np.mean(part["lasting"][..., 0] / np.array(part["modes"])[:, None])
+    off = np.max(np.abs(np.array(arrays["angles"]["law"]) - arrays["angles"]["equal"]))
+    inner = [np.max(excess(each["trained"]).mean(axis=0)[:-1], initial=0.0) for each in real.values()]
+    message = (
+        f"Particles cluster ({ratio:.2f} of the fastest mode), real tokens hardly by text: "
+        f"{max(inner):.2f} at most before the end"
+    )
+    tops = " and ".join(f"{np.mean(excess(each['trained'])[:, -1]):.2f}" for each in real.values())
+    titles = [
+        "clusters that last on the circle",
+        f"equal angles: within {off:.0e} of their law",
+        rf"long contexts: contraction stops at $c = {1 / (1 - COSINE):g}$",
+        f"real tokens: {tops} in the last layer",
+    ]
+    note = f"(a) median and range, (d) mean and range over {config.seeds} seeds; (b), (c) no randomness"
+    figure, (clusters, angle, long, depth) = panels(message, titles, note=note)
+    plot_circle(clusters, part, config)
+    plot_angles(angle, arrays["angles"])
+    plot_long(long, arrays["long"], config)
+    plot_excess(depth, real)
     return figure
 
 
 def plot_circle(axes, part: Arrays, config: Config) -> None:
-    betas = np.array(config.betas)
-    axes.plot(betas, part["modes"], color="black", lw=1, drawstyle="steps-mid", label=r"fastest mode, $\sqrt{2\beta}$")
-    for seed in range(config.seeds):
-        label = "clusters that last longest" if seed == 0 else None
-        axes.plot(betas * 1.02 ** (seed - 1), part["lasting"][:, seed, 0], "o", color=f"C{seed}", ms=4, label=label)
-    ratio = np.mean(part["lasting"][..., 0] / np.array(part["modes"])[:, None])
-    axes.set(xlabel=r"$\beta$", ylabel="clusters on the circle", ylim=(0, None))
-    axes.set_title(f"(a) metastable clusters: {ratio:.2f} of the fastest mode")
-    axes.legend(fontsize="small")
+    betas, lasting = np.array(config.betas), part["lasting"][..., 0]
+    fine = np.linspace(0, 1.05 * max(betas), 100)
+    axes.plot(fine, np.sqrt(2 * fine), ":", color="black", label=r"fastest mode, $\sqrt{2\beta}$")
+    axes.plot(betas, part["modes"], "_", color="black", ms=9, label="fastest whole mode")
+    middle = np.median(lasting, axis=1)
+    reach = middle - lasting.min(axis=1), lasting.max(axis=1) - middle
+    axes.errorbar(betas, middle, reach, fmt="o", color="C0", capsize=2, lw=1, label="clusters that last longest")
+    axes.set(xlabel=r"inverse temperature $\beta$", ylabel="clusters on the circle", ylim=(0, 1.5 * max(part["modes"])))
+    axes.legend(loc="upper left")
 
 
 def plot_angles(axes, part: Arrays) -> None:
     for number, beta in enumerate(ANGLE_BETAS):
-        color = f"C{number}"
-        axes.plot(part["times"], part["law"][number], color=color, label=rf"$\beta = {beta:g}$")
-        axes.plot(part["times"][::3], part["equal"][number][::3], "o", color=color, ms=4, markerfacecolor="none")
-        axes.plot(part["times"], part["drawn"][:, number].T, color=color, lw=0.6, ls=":")
-    off = np.max(np.abs(np.array(part["law"]) - part["equal"]))
+        axes.plot(part["times"], part["law"][number], ":", color="black")
+        axes.plot(
+            part["times"][::3], part["equal"][number][::3], "os^"[number], color=f"C{number}", mfc="none", ms=5,
+            label=rf"flow, $\beta = {beta:g}$",
+        )  # fmt: skip
+    axes.plot([], [], ":", color="black", label="law")
     axes.set(xlabel="time", ylabel="mean cosine of two tokens")
-    axes.set_title(f"(b) equal angles follow their law within {off:.0e}")
-    axes.legend(fontsize="small", title="line: law; circles: flow;\ndotted: drawn tokens", title_fontsize="small")
+    axes.legend(loc="lower right")
 
 
 def plot_long(axes, part: Arrays, config: Config) -> None:
     for number, n in enumerate(config.counts):
-        axes.plot(part["fine"], part["law"][number], color=f"C{number}", lw=1)
-        axes.plot(part["strengths"], part["measured"][number], "o", color=f"C{number}", ms=4, label=f"n = {n}")
-    critical = 1 / (1 - COSINE)
-    axes.axvline(critical, color="black", ls="--", lw=0.8)
+        axes.plot(part["fine"], part["law"][number], ":", color="black")
+        label = f"flow, n = {n}"
+        axes.plot(
+            part["strengths"], part["measured"][number], "os^"[number % 3], color=f"C{number}", mfc="none", label=label
+        )
+    axes.plot([], [], ":", color="black", label="law")
+    axes.axvline(1 / (1 - COSINE), color="0.5", ls="--", lw=0.8, label=r"$n \to \infty$: stops here")
     axes.set(xlabel=r"$c$, with $\beta = c\,\log n$", ylabel="contraction / that of averaging")
-    axes.set_title(f"(c) long contexts stop at c = 1 / (1 − γ) = {critical:g}")
-    axes.legend(fontsize="small")
+    axes.legend(loc="lower left")
 
 
 def excess(part: Arrays) -> np.ndarray:
@@ -297,23 +315,48 @@ def excess(part: Arrays) -> np.ndarray:
     return part["within"] - part["between"]
 
 
-def plot_real(axes, part: Arrays) -> None:
-    for number, name in enumerate(part):
-        trained, color, label = part[name]["trained"], f"C{number}", MODELS.get(name, name)
-        depth = np.arange(1, trained["within"].shape[1] + 1) / trained["within"].shape[1]
-        for field, style in (("within", "-"), ("between", "--")):
-            mean = trained[field].mean(axis=0)
-            axes.plot(
-                depth, mean, style, color=color, marker="o" * (field == "within"), ms=3, label=f"{label}, {field} texts"
-            )
-            low, high = trained[field].min(axis=0), trained[field].max(axis=0)
-            axes.fill_between(depth, low, high, color=color, alpha=0.2, lw=0)
-        nothing = excess(part[name]["shuffled"]).mean(axis=0)
-        axes.plot(depth, nothing, ":", color=color, label=f"{label}, shuffled: difference")
-    tops = ", ".join(f"{np.mean(excess(part[name]['trained'])[:, -1]):.2f}" for name in part)
-    axes.set(xlabel="depth (layer over layers)", ylabel="mean cosine of two tokens")
-    axes.set_title(f"(d) real tokens: within less between, last layer, {tops}")
-    axes.legend(fontsize="x-small", handlelength=3)
+def against_depth(axes, values: np.ndarray, color: str, line: str, label: str) -> None:
+    """Mean and range over the seeds (seeds, layers), over the layer as a share of all."""
+    depth = np.arange(1, values.shape[1] + 1) / values.shape[1]
+    axes.fill_between(depth, values.min(axis=0), values.max(axis=0), color=color, alpha=0.2, lw=0)
+    axes.plot(depth, values.mean(axis=0), line, color=color, marker="o", ms=2.5, label=label)
+
+
+def plot_excess(axes, part: Arrays) -> None:
+    for number, (name, each) in enumerate(part.items()):
+        for kind, line in (("trained", "-"), ("shuffled", ":")):
+            against_depth(axes, excess(each[kind]), f"C{number}", line, f"{MODELS.get(name, name)}, {kind}")
+    axes.axhline(0, color="0.5", lw=0.8)
+    axes.set(xlabel="depth (layer over layers)", ylabel="cosine within texts, less between")
+    axes.legend(loc="upper left")
+
+
+def details(arrays: Arrays, config: Config):
+    """Tokens drawn at random against the law of equal angles; and of real tokens all that their excess is made of."""
+    from attnlab.plotting.curves import range_band
+    from attnlab.plotting.panels import panels
+
+    part, real = arrays["angles"], arrays["real"]
+    names = [MODELS.get(name, name) for name in real]
+    titles = ["tokens drawn in 64 dimensions", "clusters over tokens", *(f"cosines, {name}" for name in names)]
+    note = f"bands: range over {config.seeds} seeds; trained weights, and the same shuffled within each matrix"
+    message = "Random tokens contract as equal angles do; cosines of real tokens rise within texts and between them"
+    figure, (drawn, clusters, *cosines) = panels(message, titles, note=note)
+    for number, beta in enumerate(ANGLE_BETAS):
+        label = rf"$\beta = {beta:g}$"
+        range_band(drawn, part["times"], part["drawn"][:, number].T, f"C{number}", label, ("-", "--", "-.")[number])
+        drawn.plot(part["times"], part["law"][number], ":", color="black", label=None if number else "equal angles")
+    drawn.set(xlabel="time", ylabel="mean cosine of two tokens")
+    for number, (name, each) in enumerate(real.items()):
+        for kind, line in (("trained", "-"), ("shuffled", ":")):
+            against_depth(clusters, each[kind]["clusters"], f"C{number}", line, f"{MODELS.get(name, name)}, {kind}")
+            for field, color in (("within", "C2"), ("between", "C3")):
+                against_depth(cosines[number], each[kind][field], color, line, f"{field} texts, {kind}")
+        cosines[number].set(xlabel="depth (layer over layers)", ylabel="mean cosine of two tokens", ylim=(None, 1.4))
+    clusters.set(xlabel="depth (layer over layers)", ylabel="clusters / tokens", ylim=(0, 1.6))
+    for axes in (drawn, clusters, *cosines):
+        axes.legend(loc="lower right" if axes is drawn else "upper left", ncols=1 if axes is drawn else 2, fontsize=7.5)
+    return figure
 
 
 def findings(arrays: Arrays, config: Config) -> list[Expectation]:
@@ -368,7 +411,7 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
     return [first, second]
 
 
-ANALYSIS = Analysis("token-clustering", Config, compute, plot, tables, findings, __doc__, slow=True)
+ANALYSIS = Analysis("token-clustering", Config, compute, plot, tables, findings, __doc__, slow=True, details=details)
 
 if __name__ == "__main__":
     ANALYSIS.main()
