@@ -117,7 +117,8 @@ def plot(arrays: Arrays, config: Config):
             highest = max(highest, 1.15 * ratio[0])
         axes.axhline(1, color="black", ls=":", lw=1)
         axes.set(ylim=(0, highest), xlabel="step", ylabel="sharpness / threshold")
-        axes.legend(loc="upper right" if prefixes == "control" else "lower right", fontsize=7.5)
+        low = prefixes != "control" and highest == 1.5
+        axes.legend(loc="lower right" if low else "upper right", fontsize=7.5)
     return figure
 
 
@@ -148,7 +149,7 @@ def details(arrays: Arrays, config: Config):
     """The loss of every run, and of the adaptive ones the sharpness without a preconditioner."""
     from attnlab.plotting.panels import panels
 
-    titles = [f"loss: {title}" for title in PANELS] + ["adaptive: sharpness of $H$ itself"]
+    titles = [f"loss, {title.partition(':')[0]}" for title in PANELS] + ["adaptive: sharpness of $H$ itself"]
     where = "Training losses of all runs, and the sharpness that preconditioning hides"
     figure, (*shown, plain) = panels(where, titles, note="one seed")
     for axes, prefixes in zip(shown, PANELS.values(), strict=True):
@@ -164,8 +165,8 @@ def details(arrays: Arrays, config: Config):
         axes.legend(loc="upper right", fontsize=7.5)
     for number, name in enumerate(runs_of(config, PANELS["adaptive, preconditioned"])):
         plain.plot(arrays[name]["steps"], arrays[name]["raw"], color=f"C{number}", ls=LINES[number], lw=1.1, label=name)
-    plain.set(xlabel="step", ylabel=r"$\lambda_1(H)$", ylim=(0, None))
-    plain.legend(loc="upper left", bbox_to_anchor=(1.1, 1))
+    plain.set(xlabel="step", ylabel=r"$\lambda_1(H)$", ylim=(0, 1.5 * plain.get_ylim()[1]))
+    plain.legend(loc="upper left", fontsize=7.5)
     return figure
 
 
