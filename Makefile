@@ -31,9 +31,10 @@ newest: $(READY)
 	.venv-newest/bin/python -c "import jax, sys; print('jax', jax.__version__, 'on Python', sys.version.split()[0])"
 	.venv-newest/bin/python -m pytest --numprocesses 2 --dist loadfile $(TESTS)
 
-# The committed figures; any other run keeps its figure beside its results. The gallery's are here already.
+# The committed figures whose code has changed; any other run keeps its figure beside its results. Stopped, it goes on
+# where it was: `attnlab figures --list` says what is left and how long it will take.
 figures: $(READY)
-	for script in $(filter-out analyses/dynamics_gallery.py,$(wildcard analyses/*.py)); do $(BIN)/python $$script --figures figures || exit 1; done
+	$(BIN)/attnlab figures
 
 bench: $(READY)
 	for script in benchmarks/*.py; do $(BIN)/python $$script --quick || exit 1; done

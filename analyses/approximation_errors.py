@@ -4,6 +4,7 @@ Five approximations of one softmax head on random data, from cheap to nearly exa
 an approximation that is good enough for the outputs good enough for curvature?
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -31,7 +32,7 @@ class Config(AnalysisConfig):
     """Width D of the tokens."""
     key_dim: int = 4
     """Width of queries and keys."""
-    seeds: int = 3
+    seeds: int = 20
     """Random heads and data."""
     fractions: tuple[float, ...] = (0.25, 0.5, 0.75)
     """Share of the tokens that landmarks, projections, top-k and windows keep."""
@@ -81,22 +82,64 @@ def compute(config: Config, progress: Progress) -> Arrays:
 
 
 def plot(arrays: Arrays, config: Config):
-    """Hessian errors against output errors."""
-    import matplotlib.pyplot as plt
+    """Errors of gradient, Hessian and its score block against that of the output, and their ratio."""
+    from attnlab.plotting.panels import legend_below, panels
 
-    figure, axes = plt.subplots(1, 2, figsize=(10.5, 4.6), sharex=True, sharey=True)
-    for panel, quantity, title in zip(axes, (2, 3), ("whole Hessian", "block of query and key weights"), strict=True):
-        for number, (name, rows) in enumerate(arrays.items()):
-            flat = rows.reshape(-1, len(QUANTITIES))
-            panel.loglog(flat[:, 0], flat[:, quantity], ".", color=f"C{number}", alpha=0.5)
-            middle = np.median(rows, axis=1)
-            panel.loglog(middle[:, 0], middle[:, quantity], "o-", color=f"C{number}", label=name)
-        low, high = panel.get_xlim()
-        panel.loglog([low, high], [low, high], "--", color="black", linewidth=0.8, label="equal errors")
-        panel.set(xlabel="relative error of the output", title=title)
-    axes[0].set_ylabel("relative error of the Hessian")
-    axes[0].legend(loc="upper left")
+    ratios = {name: excess(rows) for name, rows in arrays.items()}
+    most = max(ratios, key=lambda name: np.median(ratios[name]))
+    least = min(ratios, key=lambda name: np.median(ratios[name]))
+    message = (
+        f"{most} attention loses {np.median(ratios[most]):,.0f} times as much score curvature as output, "
+        f"{least} {np.median(ratios[least]):.2f} times"
+    )
+    titles = ("gradient", "whole Hessian", "score block of the Hessian", "score curvature over output")
+    note = f"marks: medians over {config.seeds} heads, bars: quartiles; arrows: towards the larger budget"
+    figure, axes = panels(message, titles, note=note)
+    for panel, quantity in zip(axes[:3], (1, 2, 3), strict=True):
+        plot_errors(panel, arrays, quantity)
+    plot_excess(axes[3], ratios)
+    legend_below(figure, axes[0], columns=3)
     return figure
+
+
+MARKERS = "osD^v"
+
+
+def plot_errors(axes, arrays: Arrays, quantity: int) -> None:
+    """One error against that of the output: a mark for each budget, joined by arrows, and the line of equal errors."""
+    from attnlab.plotting.panels import log_ticks
+
+    for number, (name, rows) in enumerate(arrays.items()):
+        low, middle, high = (np.quantile(rows[..., (0, quantity)], level, axis=1) for level in (0.25, 0.5, 0.75))
+        bars = np.stack([middle - low, high - middle])
+        color, look = f"C{number}", {"fmt": MARKERS[number], "markersize": 4, "elinewidth": 0.8}
+        axes.errorbar(*middle.T, yerr=bars[..., 1], xerr=bars[..., 0], color=color, label=name, **look)
+        for start, end in itertools.pairwise(middle):
+            axes.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": color, "shrinkA": 3, "shrinkB": 3})
+    axes.set(xscale="log", yscale="log", xlabel="relative error of the output")
+    axes.set_ylabel(f"relative error of the {('output', 'gradient', 'Hessian', 'block')[quantity]}")
+    ends = np.array(axes.get_xlim())
+    axes.plot(ends, ends, "--", color="black", linewidth=0.8, label="equal errors")
+    axes.set_xlim(ends)
+    log_ticks(axes.xaxis, 0.1, 0.2, 0.5, 1, 2)
+
+
+def plot_excess(axes, ratios: dict[str, np.ndarray]) -> None:
+    """Quartiles of the ratio of the two errors, over heads and budgets."""
+    from attnlab.plotting.panels import log_ticks
+
+    for number, values in enumerate(ratios.values()):
+        low, middle, high = np.quantile(values, (0.25, 0.5, 0.75))
+        axes.errorbar(middle, number, xerr=[[middle - low], [high - middle]], fmt=MARKERS[number], color=f"C{number}")
+    axes.axvline(1.0, linestyle="--", color="black", linewidth=0.8)
+    axes.set(xscale="log", xlabel="ratio of the relative errors, all budgets", ylim=(len(ratios) - 0.5, -0.5))
+    axes.set_yticks(range(len(ratios)), list(ratios))
+    log_ticks(axes.xaxis, 0.1, 1, 10, 100, 1000, 1e4)
+
+
+def excess(rows: np.ndarray) -> np.ndarray:
+    """Error of the score curvature over that of the output, of every budget and head."""
+    return (rows[..., 3] / rows[..., 0]).ravel()
 
 
 def findings(arrays: Arrays, config: Config) -> list[Expectation]:

@@ -82,9 +82,9 @@ class Config(AnalysisConfig):
     precision: str = "float32"
     """Of the transformers; linear attention and MLPs are taken in the precision of `--dtype`."""
 
-    def resumes(self) -> bool:
-        """Whether parts of these seeds are on disk already: they are kept when the analysis is done."""
-        return any(any(parts_folder(self).glob(f"*-{seed}.npz")) for seed in seeds(self))
+    def parts(self) -> list[Path]:
+        """Those of these seeds, which are kept when the analysis is done."""
+        return [path for seed in seeds(self) for path in sorted(parts_folder(self).glob(f"*-{seed}.npz"))]
 
 
 def seeds(config: Config) -> range:

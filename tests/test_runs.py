@@ -7,7 +7,16 @@ import sys
 import numpy as np
 import pytest
 
-from attnlab.runs import flat, load_arrays, manifest, replace_directory, replace_file, save_result, stored_arrays
+from attnlab.runs import (
+    flat,
+    load_arrays,
+    manifest,
+    parts_record,
+    replace_directory,
+    replace_file,
+    save_result,
+    stored_arrays,
+)
 
 
 def test_arrays_come_back_as_they_went(tmp_path):
@@ -66,6 +75,10 @@ def test_stored_arrays_are_made_once(tmp_path):
     first, second = stored_arrays(path, make), stored_arrays(path, make)
     np.testing.assert_array_equal(first["values"], second["values"])
     assert len(calls) == 1
+    record = parts_record([path, tmp_path / "missing.npz"])
+    assert record["parts"] == 1
+    assert record["seconds"] >= 0
+    assert record["git_commits"] == [manifest({})["git_commit"] or ""]
 
 
 def test_arrays_whose_making_fails_are_not_stored(tmp_path):

@@ -9,7 +9,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -55,9 +55,13 @@ class AnalysisConfig:
         digest = hashlib.sha256(json.dumps(options, default=str, sort_keys=True).encode()).hexdigest()[:16]
         return self.output / "results" / ".running" / digest
 
+    def parts(self) -> Iterable[Path]:
+        """The files of finished parts that a run of this very config goes on from."""
+        return sorted(self.scratch().glob("*.npz"))
+
     def resumes(self) -> bool:
-        """Whether a run of this very config would go on from the work of an earlier one."""
-        return self.scratch().exists()
+        """Whether there is work of an earlier run to go on from."""
+        return self.scratch().exists() or any(path.exists() for path in self.parts())
 
 
 @dataclass(frozen=True)
@@ -150,11 +154,13 @@ class Analysis:
 
     def _write(self, arrays: Arrays, config: AnalysisConfig, seconds: float, resumed: bool) -> list[Path]:
         from attnlab.plotting.style import save_figure, style
-        from attnlab.runs import manifest, save_result, write_json
+        from attnlab.runs import manifest, parts_record, save_result, write_json
 
         name = self.name + ("-smoke" if config.smoke else "")
-        # Of a resumed run the seconds are those of its last session alone.
         record = {"analysis": self.name, "resumed": resumed, **manifest(config, seconds, self._script())}
+        parts = parts_record(config.parts())
+        if parts["parts"]:  # of a resumed run the seconds above are those of its last session alone
+            record["parts"] = parts
         record["findings"] = [finding.record() for finding in self.findings(arrays, config)]
         results = config.output / "results" / name
         save_result(results, arrays, record)  # first: it is what took the time

@@ -99,6 +99,32 @@ def report(given: argparse.Namespace, console: Console) -> None:
     say(console, f"wrote {given.output}", *(f"left out: {reason}" for reason in left_out))
 
 
+def figures(given: argparse.Namespace, console: Console) -> bool:
+    """Make the figures again whose code has changed, or list them; whether none failed.
+
+    Raises `OSError` or `ValueError` for a folder that cannot be written to, an unknown name or a broken manifest.
+    """
+    from attnlab.report.remake import jobs, jobs_table, remake
+    from attnlab.runs import check_writable
+
+    scripts = {name: script for name, script in analysis_scripts().items() if name not in GALLERIES}
+    found = jobs(given.folder, scripts, given.names)
+    if given.all:
+        found = [job._replace(reason=job.reason or "asked for") for job in found]
+    if given.list:
+        console.print(jobs_table(found))
+        return True
+    check_writable(given.folder / "figure")
+    failed = remake(found, given.folder, partial(say, console))
+    if failed:
+        say(console, f"failed: {', '.join(failed)}")
+    return not failed
+
+
+GALLERIES = ("dynamics-gallery",)
+"""Analyses that run others, whose figures need not be made twice."""
+
+
 def explore(given: argparse.Namespace, console: Console) -> None:
     """Write the page of a run. Raises `OSError` or `ValueError` for a directory that holds none."""
     from attnlab.explorer import explore as write_page
@@ -222,6 +248,11 @@ def parser() -> argparse.ArgumentParser:
     )
     report_parser.add_argument("--figures", type=Path, default=Path("figures"), help="folder (%(default)s)")
     report_parser.add_argument("--output", type=Path, default=Path("report.html"), help="file (%(default)s)")
+    figures_parser = commands.add_parser("figures", help="make the figures again whose code has changed")
+    figures_parser.add_argument("names", nargs="*", metavar="NAME", help="of analyses (all)")
+    figures_parser.add_argument("--folder", type=Path, default=Path("figures"), help="folder (%(default)s)")
+    figures_parser.add_argument("--all", action="store_true", help="also those that are up to date")
+    figures_parser.add_argument("--list", action="store_true", help="say what there is to do and how long it will take")
     explore_parser = commands.add_parser("explore", help="write one page with a slider over the steps of a run")
     explore_parser.add_argument("run", type=Path, metavar="RUN", help="directory of a training run or a saved analysis")
     explore_parser.add_argument("--output", type=Path, default=Path("run.html"), help="file (%(default)s)")
@@ -275,6 +306,8 @@ def _obey(given: argparse.Namespace, console: Console) -> bool:
         run(given.name, given.flags)
     elif given.command == "report":
         report(given, console)
+    elif given.command == "figures":
+        return figures(given, console)
     elif given.command == "explore":
         explore(given, console)
     elif given.command == "plan":

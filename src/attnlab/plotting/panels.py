@@ -6,7 +6,9 @@ from typing import Any
 
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullFormatter
 
 WIDTH = 7.2
 """Of every figure, in inches: text is read at the size at which it is set."""
@@ -57,12 +59,27 @@ def name_panels(axes: Iterable[Axes], titles: Iterable[str]) -> None:
 
 
 def legend_below(figure: Figure, axes: Axes | Sequence[Axes], columns: int = 4) -> None:
-    """One legend under all panels, of what the given ones show; a name that several show stands there once."""
+    """One legend under all panels, of what the given ones show; a name that several show stands there once.
+
+    The note of the figure, which would lie under it, becomes its title.
+    """
     named: dict[str, Artist] = {}
     for each in [axes] if isinstance(axes, Axes) else axes:
         for handle, label in zip(*each.get_legend_handles_labels(), strict=True):
             named.setdefault(str(label), handle)
-    figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=columns, fontsize=8)
+    legend = figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=columns, fontsize=8)
+    note = figure.get_supxlabel()
+    if note:
+        figure.supxlabel("")
+        legend.set_title(note, {"size": SMALL})
+        legend.get_title().set_color("0.3")
+
+
+def log_ticks(axis: Axis, *values: float) -> None:
+    """Ticks of a logarithmic axis of few decades: those that are named, in plain numbers."""
+    axis.set_major_locator(FixedLocator(values))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def legend_beside(axes: Axes) -> None:

@@ -6,12 +6,15 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from attnlab.runs.provenance import git_state
 
 try:
     import fcntl
@@ -160,8 +163,21 @@ def stored_arrays(path: Path, make: Callable[[], Mapping[str, Any]]) -> dict[str
     Raises `DamagedFileError` for a file that is not as it was written.
     """
     if not path.exists():
-        write_archive(path, flat(make()))
-    return nested(read_archive(path))
+        started, arrays = time.perf_counter(), make()
+        made = {"seconds": time.perf_counter() - started, "git_commit": git_state()["git_commit"] or ""}
+        write_archive(path, flat({"arrays": arrays, "made": made}))
+    return nested(read_archive(path))["arrays"]
+
+
+def parts_record(paths: Iterable[Path]) -> dict[str, Any]:
+    """How the parts of a run came about, those of `stored_arrays` that are there: `parts`, their number, `seconds` in
+    all, and the `git_commits` that they were made at."""
+    made = [nested(read_archive(path))["made"] for path in paths if path.exists()]
+    return {
+        "parts": len(made),
+        "seconds": round(sum(float(each["seconds"]) for each in made), 1),
+        "git_commits": sorted({str(each["git_commit"]) for each in made}),
+    }
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

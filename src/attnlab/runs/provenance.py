@@ -28,7 +28,7 @@ def manifest(config: Any, seconds: float | None = None, script: Path | None = No
         "command": _command(sys.argv),
         "seconds": None if seconds is None else round(seconds, 1),
         "versions": {"python": platform.python_version(), **_versions()},
-        **_git_state(),
+        **git_state(),
         **_jax_state(),
         **({} if script is None else {"sources": source_digests(script)}),
     }
@@ -118,7 +118,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _git_state() -> dict[str, Any]:
+def git_state() -> dict[str, Any]:
     """Commit and dirty flag of the checkout that the code runs from; both None outside one. Figures, which runs make
     and do not read, leave it clean."""
 
