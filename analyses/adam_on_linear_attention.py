@@ -137,13 +137,15 @@ def plot(arrays: Arrays, config: Config):
     for (what, layers), line, color in zip(depths.items(), LINES, ("C2", "C3"), strict=True):
         range_band(ratio, steps, gap(arrays, what), color, f"depth {layers}", line)
     ratio.axhline(1, color="black", ls=":", lw=1)
-    loss.set(ylabel="loss of a batch", ylim=(None, 60 * float(np.max(arrays[OPTIMIZERS[0]]["loss"]))))
+    loss.set_ylabel("loss of a batch")
     ratio.set(ylabel="loss, SGD / Adam")
     for axes in spreads:
         axes.set_ylabel("max / median of $|H_{ii}|$")
-    for axes, place in ((loss, "upper right"), (ratio, "upper left"), *((each, "lower right") for each in spreads)):
+    for axes in (loss, ratio, *spreads):
         axes.set(yscale="log", xlabel="step")
-        axes.legend(loc=place, ncols=2 if axes is loss else 1, fontsize=7.5)
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, high * (high / low) ** 0.25)  # room for the legend
+        axes.legend(loc="upper left", ncols=2, fontsize=7.5)
     return figure
 
 
