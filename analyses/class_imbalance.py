@@ -210,12 +210,13 @@ def details(arrays: Arrays, config: Config):
     frequencies.set(xlabel="rank of the word", ylabel="occurrences")
     frequencies.legend(loc="lower left")
     colors = plt.get_cmap("viridis")(np.linspace(0, 0.9, config.groups))
+    top = max(tuned(arrays, f"{TEXT}, {name}").mean(axis=1).max() for name in OPTIMIZERS)
     for axes, name in zip(shown, OPTIMIZERS, strict=True):
         losses = tuned(arrays, f"{TEXT}, {name}").mean(axis=1)
         for group in np.flatnonzero(arrays["share"] > 0):
             axes.plot(arrays["steps"], losses[:, group], color=colors[group])
         axes.plot(arrays["steps"], losses @ arrays["share"], "k--", label="mean of all")
-        axes.set(xlabel="step", ylabel="cross-entropy [nats]", ylim=(0, 9.5))
+        axes.set(xlabel="step", ylabel="cross-entropy [nats]", ylim=(0, 1.05 * top))
         axes.legend(loc="lower left")
     return figure
 

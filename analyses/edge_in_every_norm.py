@@ -102,10 +102,7 @@ def plot(arrays: Arrays, config: Config):
     """The lower bound of the sharpness over the threshold, by rule, and how far above it the truth may be."""
     from attnlab.plotting.panels import panels
 
-    note = (
-        f"lines: lower bounds, median of {config.seeds} seeds, shaded dark their range; light: up to the certified "
-        "upper bound"
-    )
+    note = f"lines: lower bounds, medians of {config.seeds} seeds, dark: their range; light: up to the upper bound"
     held = held_panels(config)
     figure, shown = panels(message(arrays, config), list(held), note=note)
     for axes, names in zip(shown, held.values(), strict=True):
@@ -134,8 +131,8 @@ def message(arrays: Arrays, config: Config) -> str:
     plain = [name for name in config.runs if name not in MOMENTUM and not name.startswith("control")]
     groups = {
         "": plain,
-        "with momentum ": [name for name in MOMENTUM if name in config.runs],
-        "the control ": [name for name in config.runs if name.startswith("control")],
+        "momentum ": [name for name in MOMENTUM if name in config.runs],
+        "control ": [name for name in config.runs if name.startswith("control")],
     }
     words = []
     for title, names in groups.items():
@@ -143,7 +140,7 @@ def message(arrays: Arrays, config: Config) -> str:
         if at:
             low, high = (f"{value:.2f}" for value in (min(at), max(at)))
             words.append(title + (low if low == high else f"{low} to {high}"))
-    return "Sharpness in the optimizer's own norm, over its threshold: " + ", ".join(words)
+    return "Own-norm sharpness over its threshold: " + ", ".join(words)
 
 
 def details(arrays: Arrays, config: Config):

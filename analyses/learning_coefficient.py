@@ -228,31 +228,27 @@ def plot(arrays: Arrays, config: Config):
     """The four parts, a panel each."""
     from attnlab.plotting.panels import panels
 
-    away, multiplied = distances(arrays), arrays["products"]
+    away, multiplied, levels = distances(arrays), arrays["products"], levels_at_rest(arrays)
     worst = np.max(np.abs(multiplied["found"][..., 0] / multiplied["exact"][:, None] - 1))
     missed = np.max(multiplied["exact"] - multiplied["half_rank"])
-    shares = np.mean(arrays["coverage"]["inside"], axis=-1)
-    levels = levels_at_rest(arrays)
+    shares = 100 * np.mean(arrays["coverage"]["inside"], axis=-1)
     steps = ", ".join(f"{np.median(values):.1f}" for values in levels.values()) or "none reached"
     message = (
-        f"Sampled learning coefficients are within {100 * worst:.0f} % of exact ones, "
-        f"where half the Hessian's rank misses up to {missed:.1f}"
+        f"Sampled learning coefficients: within {100 * worst:.0f} % of exact; "
+        f"half the Hessian's rank is off by {missed:.1f}"
     )
     titles = [
         f"crossings: rms {np.sqrt(np.mean(away**2)):.2f} errors from integrals",
         f"products of matrices: within {100 * worst:.0f} %",
-        f"95 % intervals cover {100 * np.nanmin(shares):.0f} to {100 * np.nanmax(shares):.0f} %",
+        f"95 % intervals cover {np.nanmin(shares):.0f} to {np.nanmax(shares):.0f} %",
         f"one layer at rest: {steps}",
     ]
-    note = (
-        f"{config.seeds} seeds side by side; bars: (a), (b) two errors, "
-        f"(c) 95 % of chance over {config.coverage} runs, (d) range"
-    )
-    figure, (crossed, products_axes, covered, rest) = panels(message, titles, note=note, height=2.9)
-    plot_crossings(crossed, arrays["crossings"])
-    plot_products(products_axes, multiplied)
-    plot_coverage(covered, arrays["coverage"])
-    plot_rest(rest, arrays, levels)
+    note = f"{config.seeds} seeds; bars: (a), (b) two errors, (d) range; grey: 95 % of chance, {config.coverage} runs"
+    figure, axes = panels(message, titles, note=note, height=2.9)
+    plot_crossings(axes[0], arrays["crossings"])
+    plot_products(axes[1], multiplied)
+    plot_coverage(axes[2], arrays["coverage"])
+    plot_rest(axes[3], arrays, levels)
     return figure
 
 
@@ -276,16 +272,13 @@ def plot_crossings(axes, part: Arrays) -> None:
         for seed in range(values.shape[1]):
             offsets = np.array(part["scales"]) * 1.12 ** (seed - (values.shape[1] - 1) / 2)
             label = f"({name})²".replace("(w)", "w") if seed == 0 else None
-            marker = "os^D"[number]
-            axes.errorbar(
-                offsets, values[:, seed], 2 * errors[:, seed], fmt=marker, ms=3, lw=1, color=f"C{number}", label=label
-            )
-    for limit in sorted(set(part["limit"])):
-        axes.axhline(limit, color="black", ls=":", lw=0.8)
-    axes.text(part["fine"][-1], min(part["limit"]) - 0.01, "dotted: limits", ha="right", va="top", fontsize=7.5)
+            look = {"fmt": "os^D"[number], "ms": 3, "lw": 1, "color": f"C{number}", "label": label}
+            axes.errorbar(offsets, values[:, seed], 2 * errors[:, seed], **look)
+    for number, limit in enumerate(sorted(set(np.array(part["limit"]).tolist()))):
+        axes.axhline(limit, color="black", ls=":", lw=0.8, label=None if number else "limit")
     axes.set_xscale("log")
     axes.set(xlabel=r"inverse temperature $n\beta$", ylabel=r"coefficient $\hat\lambda$", ylim=(0, 0.62))
-    axes.legend(loc="lower right", ncols=4, columnspacing=0.6, handletextpad=0.1)
+    axes.legend(loc="lower right", ncols=3, columnspacing=0.8, handletextpad=0.3)
 
 
 def plot_products(axes, part: Arrays) -> None:
@@ -297,52 +290,36 @@ def plot_products(axes, part: Arrays) -> None:
     axes.plot(exact, part["half_parameters"], "x", color="C3", label="half the parameters")
     axes.plot(exact, part["half_rank"], "v", color="C1", mfc="none", ms=5, label="half the Hessian's rank")
     for seed in range(values.shape[1]):
-        label = "sampled" if seed == 0 else None
-        axes.errorbar(exact, values[:, seed], 2 * errors[:, seed], fmt="o", ms=3, color="C0", label=label)
-    axes.set(xlabel=r"exact $\lambda - (m-1)/\log n\beta$ (Aoyagi)", ylabel="estimate")
-    axes.set(xlim=(0, 1.15 * max(exact)), ylim=(-0.5, 1.05 * top))
+        look = {"fmt": "o", "ms": 3, "color": "C0", "label": None if seed else "sampled"}
+        axes.errorbar(exact, values[:, seed], 2 * errors[:, seed], **look)
+    axes.set(xlabel=r"exact $\lambda - (m-1)/\log n\beta$ (Aoyagi)", ylabel="estimate", xlim=(0, 1.15 * max(exact)))
     axes.legend(loc="upper left", fontsize=7.5)
 
 
 def plot_coverage(axes, part: Arrays) -> None:
-    """How often intervals of each sampler hold the exact value."""
-    runs = part["inside"].shape[-1]
-    shares = np.mean(part["inside"], axis=-1)
+    """How often intervals of each sampler hold the exact value, and what chance would make of 95 %."""
+    shares, chance = np.mean(part["inside"], axis=-1), 1.96 * np.sqrt(0.95 * 0.05 / part["inside"].shape[-1])
     for number, name in enumerate(("regression, fresh data", "2 × 2 × 2 at its origin")):
-        for row, share in enumerate(shares[:, number]):
-            if not np.isfinite(share):
-                continue
-            place, label = row + 0.24 * number - 0.12, name if row == 0 else None
-            low, high = wilson(share, runs)
-            axes.hlines(place, 100 * low, 100 * high, color=f"C{number}", lw=1)
-            axes.plot(100 * share, place, "os"[number], color=f"C{number}", label=label)
+        places = np.arange(len(WAYS)) + 0.24 * number - 0.12
+        axes.plot(100 * shares[:, number], places, "os"[number], color=f"C{number}", label=name)
+    axes.axvspan(100 * (0.95 - chance), min(100, 100 * (0.95 + chance)), color="0.9", zorder=0)
     axes.axvline(95, color="black", ls=":", lw=1)
     axes.set_yticks(range(len(WAYS)), list(WAYS))
-    axes.set(xlim=(78, 101), ylim=(len(WAYS) + 0.4, -0.5))
-    axes.set_xlabel("runs whose interval covers, %; batches: 32 of 1,000")
-    axes.legend(loc="lower left", ncols=2, fontsize=7.5, columnspacing=0.8, handletextpad=0.2)
-
-
-def wilson(share: float, runs: int) -> tuple[float, float]:
-    """The 95 % interval of Wilson for a share of so many runs."""
-    z = 1.96
-    middle = (share + z**2 / (2 * runs)) / (1 + z**2 / runs)
-    reach = z * np.sqrt(share * (1 - share) / runs + z**2 / (4 * runs**2)) / (1 + z**2 / runs)
-    return middle - reach, middle + reach
+    axes.set(xlim=(78, 101), ylim=(len(WAYS) + 0.8, -0.5), xlabel="runs whose interval covers, %")
+    axes.legend(loc="lower left", fontsize=7.5)
 
 
 def plot_rest(axes, arrays: Arrays, levels: dict[int, np.ndarray]) -> None:
     """Medians and ranges of the coefficient at rest at each rank, sampled and of the quadratic form."""
-    part = arrays["staircase"]
     for rank, values in levels.items():
-        quadratic = part["quadratic"][rests(arrays)[rank]]
-        for shift, each, color, marker in ((-0.08, values, "C0", "o"), (0.08, quadratic, "C1", "v")):
-            axes.vlines(rank + shift, each.min(), each.max(), color=color, lw=1)
-            axes.plot(rank + shift, np.median(each), marker, color=color, mfc="none" if marker == "v" else color)
+        quadratic = arrays["staircase"]["quadratic"][rests(arrays)[rank]]
+        for each, color, marker in ((values, "C0", "o"), (quadratic, "C1", "v")):
+            place = rank + (0.08 if marker == "v" else -0.08)
+            axes.vlines(place, each.min(), each.max(), color=color, lw=1)
+            axes.plot(place, np.median(each), marker, color=color)
     axes.plot([], [], "o", color="C0", label="sampled")
-    axes.plot([], [], "v", color="C1", mfc="none", label="of the Hessian's quadratic form")
-    axes.set(xlabel="rank learned so far", ylabel=r"coefficient $\hat\lambda$", xlim=(0.5, 4.5), ylim=(-3, 4.5))
-    axes.set_xticks(range(1, 5))
+    axes.plot([], [], "v", color="C1", label="of the Hessian's quadratic form")
+    axes.set(xlabel="rank learned so far", ylabel=r"coefficient $\hat\lambda$", xlim=(0.5, 4.5), xticks=range(1, 5))
     axes.legend(loc="lower right")
 
 
@@ -405,8 +382,9 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
     rows = zip(part["limit"], part["exact"], part["found"], part["half_rank"], part["half_parameters"], strict=True)
     for (widths, rank), (limit, exact, found, half, parameters) in zip(PRODUCTS, rows, strict=False):
         sampled = ", ".join(f"{value:.3f} ± {error:.3f}" for value, error in found)
-        name = " ".join(map(str, widths))
-        first.add_row(name, str(rank), f"{limit:g}", f"{exact:.3f}", sampled, f"{half:g}", f"{parameters:g}")
+        first.add_row(
+            " ".join(map(str, widths)), str(rank), f"{limit:g}", f"{exact:.3f}", sampled, f"{half:g}", f"{parameters:g}"
+        )
     second = Table("sampler", "regression", "rms errors", "2 x 2 x 2", "rms errors", title="Coverage of 95 % intervals")
     for name, inside, distances in zip(WAYS, *arrays["coverage"].values(), strict=True):
         cells = [(f"{np.mean(i):.2f}", f"{np.sqrt(np.mean(z**2)):.2f}") for i, z in zip(inside, distances, strict=True)]
@@ -414,9 +392,9 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
     third = Table("rank", "moments at rest", "λ sampled, median", "of the quadratic form", title="Staircase")
     part = arrays["staircase"]
     for rank, at in enumerate(rests(arrays)):
-        medians = [f"{np.median(part[n][at]):.2f}" if at.any() else "" for n in ("quadratic",)]
-        sampled = f"{np.median(part['found'][..., 0][at]):.2f}" if at.any() else ""
-        third.add_row(str(rank), str(int(at.sum())), sampled, *medians)
+        both = (part["found"][..., 0], part["quadratic"])
+        medians = (f"{np.median(values[at]):.2f}" if at.any() else "" for values in both)
+        third.add_row(str(rank), str(int(at.sum())), *medians)
     return [first, second, third]
 
 

@@ -148,13 +148,13 @@ def plot_measures(axes, arrays: Arrays, config: Config) -> None:
         color, marker = LOOKS[run]
         for row, (_, measure) in enumerate(names):
             seeds = np.maximum(np.median(late(relative(arrays, run, measure)), axis=1), LEAST)
-            place, label = row + 0.22 * (number - 1), run if row == 0 else None
+            place, label = row + 0.22 * (number - 1), run.removeprefix("control: ") if row == 0 else None
             axes.hlines(place, seeds.min(), seeds.max(), color=color, lw=1)
             axes.plot(np.median(seeds), place, marker, color=color, ms=5, label=label)
     axes.axvline(1, color="black", ls=":", lw=1)
     axes.set_yticks(range(len(names)), [label.replace(" of", "\nof") for label, _ in names], fontsize=8)
     axes.set(xscale="log", xlim=(LEAST / 1.5, 3), ylim=(len(names) + 0.5, -0.6))
-    axes.set_xlabel(f"measure / what it stands for (left edge: {LEAST:g} or less)")
+    axes.set_xlabel("measure / what it stands for")
     axes.legend(loc="lower left", ncols=3, fontsize=7.5, columnspacing=0.8, handletextpad=0.2)
 
 
@@ -168,11 +168,11 @@ def whole(arrays: Arrays, name: str, measure: str) -> float:
 
 
 def message(arrays: Arrays, config: Config) -> str:
-    """What the critical sharpness is at the edge of gradient descent and below it."""
+    """What the critical sharpness of gradient descent is at the edge and below it."""
     at = {name: f"{whole(arrays, name, 'critical'):.2g}" for name in config.runs}
-    where = {"GD 0.2": "at the edge of gradient descent", "control: GD 0.02": "far below it"}
+    where = {"GD 0.2": "at the edge", "control: GD 0.02": "far below it"}
     words = [f"{at[name]} {where[name]}" for name in where if name in at]
-    return "Critical sharpness over the eigenvalue it stands for: " + (", ".join(words) or ", ".join(at.values()))
+    return "Critical sharpness over the highest eigenvalue: " + (", ".join(words) or ", ".join(at.values()))
 
 
 def details(arrays: Arrays, config: Config):
@@ -189,8 +189,8 @@ def details(arrays: Arrays, config: Config):
             range_band(axes, arrays[name]["steps"][0], relative(arrays, name, measure).T, f"C{number}", label, line)
         axes.axhline(1, color="black", ls=":", lw=1)
         axes.set_yscale("symlog", linthresh=0.1)
-        axes.set(xlabel="step", ylabel="measure / what it stands for")
-    shown[0].legend(loc="lower right", fontsize=7.5)
+        axes.set(xlabel="step", ylabel="measure / what it stands for", ylim=(-0.03, 3))
+    shown[-1].legend(loc="center right", fontsize=7.5)
     return figure
 
 

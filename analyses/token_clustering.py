@@ -254,8 +254,8 @@ def plot(arrays: Arrays, config: Config):
     off = np.max(np.abs(np.array(arrays["angles"]["law"]) - arrays["angles"]["equal"]))
     inner = [np.max(excess(each["trained"]).mean(axis=0)[:-1], initial=0.0) for each in real.values()]
     message = (
-        f"Particles cluster ({ratio:.2f} of the fastest mode), real tokens hardly by text: "
-        f"{max(inner):.2f} at most before the end"
+        f"On the circle {ratio:.2f} times the fastest mode's clusters last longest;\nreal tokens of one text are "
+        f"{max(inner):.2f} nearer than of two, at most, before the last layer"
     )
     tops = " and ".join(f"{np.mean(excess(each['trained'])[:, -1]):.2f}" for each in real.values())
     titles = [
@@ -265,11 +265,11 @@ def plot(arrays: Arrays, config: Config):
         f"real tokens: {tops} in the last layer",
     ]
     note = f"(a) median and range, (d) mean and range over {config.seeds} seeds; (b), (c) no randomness"
-    figure, (clusters, angle, long, depth) = panels(message, titles, note=note)
-    plot_circle(clusters, part, config)
-    plot_angles(angle, arrays["angles"])
-    plot_long(long, arrays["long"], config)
-    plot_excess(depth, real)
+    figure, axes = panels(message, titles, note=note)
+    plot_circle(axes[0], part, config)
+    plot_angles(axes[1], arrays["angles"])
+    plot_long(axes[2], arrays["long"], config)
+    plot_excess(axes[3], real)
     return figure
 
 
@@ -285,27 +285,25 @@ def plot_circle(axes, part: Arrays, config: Config) -> None:
     axes.legend(loc="upper left")
 
 
-def plot_angles(axes, part: Arrays) -> None:
-    for number, beta in enumerate(ANGLE_BETAS):
-        axes.plot(part["times"], part["law"][number], ":", color="black")
-        axes.plot(
-            part["times"][::3], part["equal"][number][::3], "os^"[number], color=f"C{number}", mfc="none", ms=5,
-            label=rf"flow, $\beta = {beta:g}$",
-        )  # fmt: skip
-    axes.plot([], [], ":", color="black", label="law")
-    axes.set(xlabel="time", ylabel="mean cosine of two tokens")
+def law_and_flow(axes, fine: np.ndarray, law: np.ndarray, points: np.ndarray, measured, labels: list[str]) -> None:
+    """The law of each label as a line, and the flow as open marks."""
+    for number, label in enumerate(labels):
+        axes.plot(fine, law[number], ":", color="black", label=None if number else "law")
+        look = {"color": f"C{number}", "mfc": "none", "label": f"flow, {label}"}
+        axes.plot(points, measured[number], "os^"[number % 3], **look)
     axes.legend(loc="lower right")
 
 
+def plot_angles(axes, part: Arrays) -> None:
+    labels = [rf"$\beta = {beta:g}$" for beta in ANGLE_BETAS]
+    law_and_flow(axes, part["times"], part["law"], part["times"][::3], np.array(part["equal"])[:, ::3], labels)
+    axes.set(xlabel="time", ylabel="mean cosine of two tokens")
+
+
 def plot_long(axes, part: Arrays, config: Config) -> None:
-    for number, n in enumerate(config.counts):
-        axes.plot(part["fine"], part["law"][number], ":", color="black")
-        label = f"flow, n = {n}"
-        axes.plot(
-            part["strengths"], part["measured"][number], "os^"[number % 3], color=f"C{number}", mfc="none", label=label
-        )
-    axes.plot([], [], ":", color="black", label="law")
-    axes.axvline(1 / (1 - COSINE), color="0.5", ls="--", lw=0.8, label=r"$n \to \infty$: stops here")
+    axes.axvline(1 / (1 - COSINE), color="0.5", ls="--", lw=0.8, label=r"$n \to \infty$")
+    labels = [f"n = {n}" for n in config.counts]
+    law_and_flow(axes, part["fine"], part["law"], part["strengths"], part["measured"], labels)
     axes.set(xlabel=r"$c$, with $\beta = c\,\log n$", ylabel="contraction / that of averaging")
     axes.legend(loc="lower left")
 
@@ -337,10 +335,10 @@ def details(arrays: Arrays, config: Config):
     from attnlab.plotting.panels import panels
 
     part, real = arrays["angles"], arrays["real"]
-    names = [MODELS.get(name, name) for name in real]
-    titles = ["tokens drawn in 64 dimensions", "clusters over tokens", *(f"cosines, {name}" for name in names)]
+    named = (f"cosines, {MODELS.get(name, name)}" for name in real)
+    titles = ["tokens drawn in 64 dimensions", "clusters over tokens", *named]
     note = f"bands: range over {config.seeds} seeds; trained weights, and the same shuffled within each matrix"
-    message = "Random tokens contract as equal angles do; cosines of real tokens rise within texts and between them"
+    message = "Tokens drawn at random beside equal angles, and the cosines of real tokens"
     figure, (drawn, clusters, *cosines) = panels(message, titles, note=note)
     for number, beta in enumerate(ANGLE_BETAS):
         label = rf"$\beta = {beta:g}$"
@@ -351,11 +349,13 @@ def details(arrays: Arrays, config: Config):
         for kind, line in (("trained", "-"), ("shuffled", ":")):
             against_depth(clusters, each[kind]["clusters"], f"C{number}", line, f"{MODELS.get(name, name)}, {kind}")
             for field, color in (("within", "C2"), ("between", "C3")):
-                against_depth(cosines[number], each[kind][field], color, line, f"{field} texts, {kind}")
+                label = field if kind == "trained" else f"{field}, shuffled"
+                against_depth(cosines[number], each[kind][field], color, line, label)
         cosines[number].set(xlabel="depth (layer over layers)", ylabel="mean cosine of two tokens", ylim=(None, 1.4))
     clusters.set(xlabel="depth (layer over layers)", ylabel="clusters / tokens", ylim=(0, 1.6))
-    for axes in (drawn, clusters, *cosines):
-        axes.legend(loc="lower right" if axes is drawn else "upper left", ncols=1 if axes is drawn else 2, fontsize=7.5)
+    drawn.legend(loc="lower right")
+    for axes in (clusters, *cosines):
+        axes.legend(loc="upper left", ncols=2, fontsize=7.5)
     return figure
 
 
