@@ -22,12 +22,7 @@ PRODUCTS = (
     ((4, 3, 4), 1), ((2, 2, 2, 2), 0), ((2, 2, 2, 2), 1), ((3, 2, 2, 3), 1), ((3, 1, 2), 0),
 )  # fmt: skip
 """Widths and rank of the truth."""
-WAYS = {
-    "HMC": ("hmc", None),
-    "MALA": ("mala", None),
-    "SGLD": ("sgld", None),
-    "SGLD, batches": ("controlled_sgld", 32),
-}
+WAYS = {"HMC": ("hmc", None), "MALA": ("mala", None), "SGLD": ("sgld", None), "SGLD, batches": ("controlled_sgld", 32)}
 SPECTRUM = (4.0, 2.0, 1.0, 0.5)
 
 
@@ -233,10 +228,7 @@ def plot(arrays: Arrays, config: Config):
     missed = np.max(multiplied["exact"] - multiplied["half_rank"])
     shares = 100 * np.mean(arrays["coverage"]["inside"], axis=-1)
     steps = ", ".join(f"{np.median(values):.1f}" for values in levels.values()) or "none reached"
-    message = (
-        f"Sampled learning coefficients: within {100 * worst:.0f} % of exact; "
-        f"half the Hessian's rank is off by {missed:.1f}"
-    )
+    message = f"Coefficients sampled within {100 * worst:.0f} % of exact; half the Hessian's rank is {missed:.1f} off"
     titles = [
         f"crossings: rms {np.sqrt(np.mean(away**2)):.2f} errors from integrals",
         f"products of matrices: within {100 * worst:.0f} %",

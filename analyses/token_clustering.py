@@ -258,12 +258,8 @@ def plot(arrays: Arrays, config: Config):
         f"{max(inner):.2f} nearer than of two, at most, before the last layer"
     )
     tops = " and ".join(f"{np.mean(excess(each['trained'])[:, -1]):.2f}" for each in real.values())
-    titles = [
-        "clusters that last on the circle",
-        f"equal angles: within {off:.0e} of their law",
-        rf"long contexts: contraction stops at $c = {1 / (1 - COSINE):g}$",
-        f"real tokens: {tops} in the last layer",
-    ]
+    titles = ["clusters that last on the circle", f"equal angles: within {off:.0e} of their law"]
+    titles += [rf"long contexts: $c = {1 / (1 - COSINE):g}$ in the limit", f"real tokens: {tops} in the last layer"]
     note = f"(a) median and range, (d) mean and range over {config.seeds} seeds; (b), (c) no randomness"
     figure, axes = panels(message, titles, note=note)
     plot_circle(axes[0], part, config)
@@ -289,8 +285,7 @@ def law_and_flow(axes, fine: np.ndarray, law: np.ndarray, points: np.ndarray, me
     """The law of each label as a line, and the flow as open marks."""
     for number, label in enumerate(labels):
         axes.plot(fine, law[number], ":", color="black", label=None if number else "law")
-        look = {"color": f"C{number}", "mfc": "none", "label": f"flow, {label}"}
-        axes.plot(points, measured[number], "os^"[number % 3], **look)
+        axes.plot(points, measured[number], "os^"[number % 3], color=f"C{number}", mfc="none", label=f"flow, {label}")
     axes.legend(loc="lower right")
 
 
@@ -302,8 +297,9 @@ def plot_angles(axes, part: Arrays) -> None:
 
 def plot_long(axes, part: Arrays, config: Config) -> None:
     axes.axvline(1 / (1 - COSINE), color="0.5", ls="--", lw=0.8, label=r"$n \to \infty$")
-    labels = [f"n = {n}" for n in config.counts]
-    law_and_flow(axes, part["fine"], part["law"], part["strengths"], part["measured"], labels)
+    law_and_flow(
+        axes, part["fine"], part["law"], part["strengths"], part["measured"], [f"n = {n}" for n in config.counts]
+    )
     axes.set(xlabel=r"$c$, with $\beta = c\,\log n$", ylabel="contraction / that of averaging")
     axes.legend(loc="lower left")
 
@@ -335,11 +331,11 @@ def details(arrays: Arrays, config: Config):
     from attnlab.plotting.panels import panels
 
     part, real = arrays["angles"], arrays["real"]
-    named = (f"cosines, {MODELS.get(name, name)}" for name in real)
-    titles = ["tokens drawn in 64 dimensions", "clusters over tokens", *named]
+    titles = ["tokens drawn in 64 dimensions", "clusters over tokens", *(f"cosines, {MODELS.get(n, n)}" for n in real)]
     note = f"bands: range over {config.seeds} seeds; trained weights, and the same shuffled within each matrix"
-    message = "Tokens drawn at random beside equal angles, and the cosines of real tokens"
-    figure, (drawn, clusters, *cosines) = panels(message, titles, note=note)
+    figure, (drawn, clusters, *cosines) = panels(
+        "Tokens drawn at random, and the cosines of real ones", titles, note=note
+    )
     for number, beta in enumerate(ANGLE_BETAS):
         label = rf"$\beta = {beta:g}$"
         range_band(drawn, part["times"], part["drawn"][:, number].T, f"C{number}", label, ("-", "--", "-.")[number])
