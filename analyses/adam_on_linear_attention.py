@@ -122,8 +122,8 @@ def plot(arrays: Arrays, config: Config):
     titles = [
         "training loss",
         "the gap",
-        f"spread of all curvatures: SGD / Adam {span(ends[SPREADS[0]])}",
-        f"within a matrix: SGD / Adam {span(ends[SPREADS[1]])}",
+        f"curvatures spread: SGD / Adam {span(ends[SPREADS[0]])}",
+        f"within matrices: {span(ends[SPREADS[1]])}",
     ]
     note = f"lines: medians, bands: range over {config.seeds} seeds; losses: medians over {config.every} steps"
     figure, (loss, ratio, *spreads) = panels(message, titles, note=note)
