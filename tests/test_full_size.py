@@ -9,7 +9,6 @@ import pytest
 from attnlab.cli import analysis_scripts, load_script
 from attnlab.runs import load_arrays
 
-
 MISSED = {
     "warmup": {
         "warm-up: sharpness over the edge, last third, the farthest seed",  # 1.109 of 1.1
