@@ -17,8 +17,7 @@ from attnlab.expectation import Expectation, at_least, at_most, between
 
 RIGOLLET = "Geshkovski, Letrouit, Polyanskiy, Rigollet, arXiv 2312.10794"
 LONG = "Rigollet, arXiv 2512.01868"
-COSINE = 0.5
-"""Of the tokens at equal angles in a long context."""
+COSINE = 0.5  # of the tokens at equal angles in a long context
 MODELS = {"minilm": "MiniLM", "smollm2": "SmolLM2"}
 
 
@@ -146,15 +145,11 @@ def real_tokens(config: Config) -> Arrays:
     for name in config.models or ("tiny",):
         model, trained, mixed = weights_of(name, config)
         batches = [batch_of(model, seed, config) for seed in seeds(config)]
-        arrays[name] = {
-            "trained": stacked([geometry(model.predict, trained, batch) for batch in batches]),
-            "shuffled": stacked([geometry(model.predict, mixed, batch) for batch in batches]),
-        }
+        arrays[name] = {}
+        for kind, params in (("trained", trained), ("shuffled", mixed)):
+            parts = [geometry(model.predict, params, batch) for batch in batches]
+            arrays[name][kind] = {field: np.array([part[field] for part in parts]) for field in parts[0]}
     return arrays
-
-
-def stacked(parts: list[Arrays]) -> Arrays:
-    return {name: np.array([part[name] for part in parts]) for name in parts[0]}
 
 
 def weights_of(name: str, config: Config):
@@ -186,8 +181,6 @@ def shuffled(params, key):
 
 def tiny_model(config: Config):
     """A random encoder of one small layer, in place of a pretrained one."""
-    import string
-
     import jax
     import jax.numpy as jnp
 
@@ -195,10 +188,10 @@ def tiny_model(config: Config):
     from attnlab.models.pretrained import Pretrained, bert_config, wordpiece
     from attnlab.models.text_encoder import TextEncoder, TokenBatch
 
-    letters = string.ascii_lowercase
+    letters = "abcdefghijklmnopqrstuvwxyz"
     tokenizer = wordpiece(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters, *(f"##{letter}" for letter in letters)])
-    size = {"layers": 1, "width": 8, "heads": 2, "vocabulary": tokenizer.vocabulary, "length": config.length}
-    module = TextEncoder(bert_config(**size))
+    size = {"vocabulary": tokenizer.vocabulary, "length": config.length}
+    module = TextEncoder(bert_config(layers=1, width=8, heads=2, **size))
     tokens = jnp.ones((1, config.length), jnp.int32)
     params = module.init(jax.random.key(0), TokenBatch(tokens, tokens > 0))["params"]
     model = Pretrained(module.config, params, from_linen(module), tokenizer, "", "")
@@ -273,7 +266,6 @@ def plot_circle(axes, part: Arrays, config: Config) -> None:
     betas, lasting = np.array(config.betas), part["lasting"][..., 0]
     fine = np.linspace(0, 1.05 * max(betas), 100)
     axes.plot(fine, np.sqrt(2 * fine), ":", color="black", label=r"fastest mode, $\sqrt{2\beta}$")
-    axes.plot(betas, part["modes"], "_", color="black", ms=9, label="fastest whole mode")
     middle = np.median(lasting, axis=1)
     reach = middle - lasting.min(axis=1), lasting.max(axis=1) - middle
     axes.errorbar(betas, middle, reach, fmt="o", color="C0", capsize=2, lw=1, label="clusters that last longest")
@@ -320,7 +312,6 @@ def plot_excess(axes, part: Arrays) -> None:
     for number, (name, each) in enumerate(part.items()):
         for kind, line in (("trained", "-"), ("shuffled", ":")):
             against_depth(axes, excess(each[kind]), f"C{number}", line, f"{MODELS.get(name, name)}, {kind}")
-    axes.axhline(0, color="0.5", lw=0.8)
     axes.set(xlabel="depth (layer over layers)", ylabel="cosine within texts, less between")
     axes.legend(loc="upper left")
 
@@ -360,18 +351,15 @@ def findings(arrays: Arrays, config: Config) -> list[Expectation]:
     part, long = arrays["circle"], arrays["long"]
     ratio = np.mean(part["lasting"][..., 0] / np.array(part["modes"])[:, None])
     off = np.max(np.abs(np.array(arrays["angles"]["law"]) - arrays["angles"]["equal"]))
-    near = np.interp(long["strengths"], long["fine"], long["law"][-1])
+    away = np.max(np.abs(np.interp(long["strengths"], long["fine"], long["law"][-1]) - long["measured"][-1]))
     why = "the law is that of an even spread; random starts leave gaps, in which neighbours meet"
     what = "clusters that last longest over the fastest mode"
     found = [
         between(what, ratio, 0.5, 1.0, because=why, source="derived here"),
-        at_most("equal angles: distance from the law", off, 1e-3, because="float32 and the solver",
-        source=RIGOLLET), at_most("long contexts: distance from the law", np.max(np.abs(near - long["measured"][-1])),
-                0.02, because="float32, and the grid of the law", source=LONG),
-    ]  # fmt: skip
-    for name, each in arrays["real"].items():
-        if name not in MODELS:
-            continue
+        at_most("equal angles: distance from the law", off, 1e-3, because="float32 and the solver", source=RIGOLLET),
+        at_most("long contexts: distance from the law", away, 0.02, because="float32, the law's grid", source=LONG),
+    ]
+    for name, each in {name: each for name, each in arrays["real"].items() if name in MODELS}.items():
         rise = each["trained"]["within"][:, -2].mean() - each["trained"]["within"][:, 0].mean()
         label = MODELS[name]
         found.append(at_least(f"{label}: rise of the cosine to the last layer but one", rise, 0.1, source=RIGOLLET))
@@ -382,8 +370,8 @@ def findings(arrays: Arrays, config: Config) -> list[Expectation]:
         last, nothing = (excess(each[kind]).mean(axis=0)[-1] for kind in ("trained", "shuffled"))
         if name == "minilm":
             found.append(at_least(f"{label}: excess in the last layer", last, 0.2, source="its training, which pools"))
-            collapsed = each["shuffled"]["within"][:, -1].mean()
-            found.append(at_least(f"{label}, shuffled: cosine in the last layer", collapsed, 0.9, source=RIGOLLET))
+            collapsed, what = each["shuffled"]["within"][:, -1].mean(), f"{label}, shuffled: cosine in the last layer"
+            found.append(at_least(what, collapsed, 0.9, source=RIGOLLET))
         else:
             what = f"{label}, shuffled: excess in the last layer over that of the trained one"
             found.append(at_least(what, nothing / last, 2.0, source="derived here"))
@@ -393,8 +381,7 @@ def findings(arrays: Arrays, config: Config) -> list[Expectation]:
 def tables(arrays: Arrays, config: Config) -> list[Table]:
     """Clusters by beta, and cosines by layer."""
     first = Table("beta", "fastest mode", "clusters that last longest", "from t to so many t", title="The circle")
-    part = arrays["circle"]
-    for beta, mode, lasting in zip(config.betas, part["modes"], part["lasting"], strict=True):
+    for beta, mode, lasting in zip(config.betas, arrays["circle"]["modes"], arrays["circle"]["lasting"], strict=True):
         numbers = (", ".join(f"{value:.3g}" for value in column) for column in lasting.T)
         first.add_row(f"{beta:g}", str(int(mode)), *numbers)
     second = Table("model", "weights", "layer", "within", "between", "clusters / tokens", title="Real tokens")
