@@ -206,10 +206,22 @@ def findings(arrays: Arrays, config: Config) -> list[Expectation]:
     mean = arrays["loss"]["iterates"][:, config.every :].mean(axis=1)
     loss = farthest(mean / arrays["loss"]["predicted"][:, 1:].mean(axis=1))
     spread, because = farthest(variance_ratio(arrays, config)), "few swings, each of another height"
+    what, apart = (
+        "|sharpness / edge - 1| of the central flow while active",
+        "distance to gradient flow over that to the",
+    )
+    imposed, decade = "imposed at the end of each substep, to the accuracy of eigenvalues", "an order of magnitude"
     return [
-        at_most("|sharpness / edge - 1| of the central flow while active", edge, 1e-4, source=source),
-        at_least("distance to gradient flow over that to the central flow, end, least", ratio, 10, source=source),
-        between("mean loss of gradient descent over that predicted, farthest", loss, 0.9, 1.1, source=source),
+        at_most(what, edge, 1e-4, because=imposed, source=source),
+        at_least(f"{apart} central flow, end, least", ratio, 10, because=decade, source=source),
+        between(
+            "mean loss of gradient descent over that predicted, farthest",
+            loss,
+            0.9,
+            1.1,
+            because=because,
+            source=source,
+        ),
         between(
             "variance of the oscillation over that predicted, farthest",
             spread,
@@ -218,7 +230,13 @@ def findings(arrays: Arrays, config: Config) -> list[Expectation]:
             because=because,
             source=source,
         ),
-        at_most("residual of the complementarity problem", arrays["residual"].max(), 1e-7, source="rounding"),
+        at_most(
+            "residual of the complementarity problem",
+            arrays["residual"].max(),
+            1e-7,
+            because="the tolerance of its solver",
+            source="rounding",
+        ),
     ]
 
 

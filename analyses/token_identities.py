@@ -237,12 +237,25 @@ def findings(arrays: Arrays, config: Config) -> list[Expectation]:
             "least entropy over its bound [nats]", bounds["slack"].min(), 0.0, 1e-12, because=rounding, source=bound
         ),
         at_most("extremal scores off the bound", bounds["extremal"].max(), 1e-10, because=rounding, source=bound),
-        at_least("rank residual of the inputs", bare[0], 0.9, source=rank),
-        at_most("rank residual after 4 layers without skip", bare[4], 0.01, source=rank),
+        at_least(
+            "rank residual of the inputs",
+            bare[0],
+            0.9,
+            because="independent tokens: sqrt(1 - 1 / length), less chance",
+            source=rank,
+        ),
+        at_most(
+            "rank residual after 4 layers without skip",
+            bare[4],
+            0.01,
+            because="doubly exponential decay gives far more than two decades",
+            source=rank,
+        ),
         at_least(
             f"rank residual after {config.depth} layers, branches over sqrt(depth)",
             scaled[-1],
             0.8,
+            because="such branches leave the spread of order one",
             source="Noci et al., arXiv 2206.03126: negative control",
         ),
         at_most(
