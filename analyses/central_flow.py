@@ -124,8 +124,8 @@ def plot(arrays: Arrays, config: Config):
     )
     titles = [
         f"sharpness over the edge, seed {config.seed}",
-        "running mean of the oscillation's variance",
-        "running mean of the loss that it adds",
+        "mean variance of the oscillation",
+        "mean loss that it adds",
         f"distances: {np.median(ratio):.0f} times apart at the end",
     ]
     note = f"(a) one seed; (b), (c) colours are {config.seeds} seeds; (d) median and range over them"
@@ -190,7 +190,8 @@ def distance_ratio(arrays: Arrays) -> np.ndarray:
 def variance_ratio(arrays: Arrays, config: Config) -> np.ndarray:
     """Mean square of the oscillation over the variance predicted, all but the start, by seed."""
     predicted = arrays["variance"][:, 1:].sum(axis=-1).mean(axis=1)
-    return arrays["swing"][:, config.every :].mean(axis=1) / predicted
+    with np.errstate(divide="ignore", invalid="ignore"):  # a run that is short of the edge has no oscillation
+        return arrays["swing"][:, config.every :].mean(axis=1) / predicted
 
 
 def farthest(values: np.ndarray) -> float:
