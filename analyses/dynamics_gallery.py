@@ -4,7 +4,7 @@ Runs the analyses of training dynamics one after another, each as `attnlab run N
 puts every measured number beside the interval that was expected of it, with where that comes from and why it is as wide
 as it is: as a page and as Markdown, by member. The figure counts what was reproduced. `--seeds 3` does so from three
 seeds, ten apart, since members have seeds of their own: the table has a column for each, the members' figures are those
-of the first. A seed takes a quarter of an hour; a run that was stopped resumes.
+of the first. A seed takes a quarter of an hour, twice that on a busy machine; a run that was stopped resumes.
 """
 
 import time
