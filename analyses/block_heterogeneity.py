@@ -87,45 +87,89 @@ def statistics(spectra) -> dict[str, np.ndarray]:
     return found
 
 
-def plot(arrays: Arrays, config: Config):
-    """Spectra of the blocks; their ratio, and the two distances, over the scale of the embeddings."""
-    import matplotlib.pyplot as plt
+SHOWN = 0.2
+"""Standard deviation of the embeddings whose spectra are shown."""
+LINES = {"softmax": ("C0", "-", "o"), "linear": ("C1", "--", "s"), "pre-LN": ("C2", "-.", "^")}
+"""Colour, line and marker of each kind of layer."""
 
-    kinds = config.kinds
-    figure, rows = plt.subplots(2, 3, figsize=(13, 7))
-    shown = int(np.argmin(np.abs(np.array(config.scales) - 0.2)))
-    for axes, kind in zip(rows[0], kinds, strict=False):
-        for name in BLOCKS:
-            sizes = np.sort(np.abs(arrays[kind][name][0, shown]))[::-1]
-            style = "--" if name in ("query", "value") else "-"  # key and query, output and value nearly coincide
-            axes.semilogy(np.arange(1, len(sizes) + 1), sizes, style, label=name)
-        top = max(np.abs(arrays[kind][name][0, shown]).max() for name in BLOCKS)
-        axes.set(xlabel="rank", title=f"{kind}, embeddings of std {config.scales[shown]:g}", ylim=(1e-9 * top, 3 * top))
-        axes.legend()
-    rows[0, 0].set_ylabel(r"$|$eigenvalue$|$ of the diagonal block")
-    for axes in rows[0, len(kinds) :]:
-        axes.remove()
+
+def plot(arrays: Arrays, config: Config):
+    """Spectra of the blocks of softmax attention; the ratio of two blocks, and two distances of all, over the scale."""
+    from attnlab.plotting.curves import range_band
+    from attnlab.plotting.panels import panels
+
+    kind, position = config.kinds[0], shown_scale(config)
+    ratio, bits = (float(np.median(arrays[kind][name][:, position])) for name in ("ratio", "jensen_shannon"))
+    message = (
+        f"{kind[:1].upper()}{kind[1:]}, $\\sigma = {config.scales[position]:g}$: value block {ratio:.0f} times "
+        f"the query block; linear bins show {bits:.2f} bits of it"
+    )
+    titles = [
+        f"{kind}: spectra of the blocks, $\\sigma = {config.scales[position]:g}$",
+        "value block over query block",
+        "Jensen-Shannon distance on linear bins",
+        "Wasserstein-1 distance of logarithms",
+    ]
+    note = f"lines: medians, bands: range over {config.starts} starts; distances: mean over the six pairs of blocks"
+    figure, (spectra, *shown) = panels(message, titles, note=note)
+    plot_spectra(spectra, arrays[kind], position)
+    spectra.legend(loc="lower left")
     labels = {
         "ratio": r"$\|H_{VV}\| \,/\, \|H_{QQ}\|$",
-        "jensen_shannon": "Jensen-Shannon, 64 linear bins [bits]",
-        "wasserstein": r"Wasserstein-1 of $\log_{10}|\lambda|$ [decades]",
+        "jensen_shannon": "distance [bits]",
+        "wasserstein": "distance [decades]",
     }
-    for axes, (name, label) in zip(rows[1], labels.items(), strict=True):
-        for kind in kinds:
-            values = arrays[kind][name]
-            if name == "ratio":
-                middle, factor = log_mean(values)
-                low, high = middle / factor, middle * factor
-            else:
-                middle, error = values.mean(axis=0), values.std(axis=0, ddof=1) / len(values) ** 0.5
-                low, high = middle - error, middle + error
-            axes.plot(config.scales, middle, "o-", label=kind)
-            axes.fill_between(config.scales, low, high, alpha=0.2)
+    for axes, (name, label) in zip(shown, labels.items(), strict=True):
+        for each in config.kinds:
+            color, line, marker = LINES[each]
+            range_band(axes, np.array(config.scales), arrays[each][name].T, color, None, line)
+            median = np.median(arrays[each][name], axis=0)
+            axes.plot(config.scales, median, marker, ls=line, color=color, label=each)
         axes.set(xscale="log", xlabel=r"standard deviation $\sigma$ of the embeddings", ylabel=label)
-        axes.legend()
-    rows[1, 0].set_yscale("log")
-    rows[1, 1].set_ylim(0, 1)
-    rows[1, 2].set_ylim(bottom=0)
+    value, query = POWERS[kind]
+    scales = np.array([scale for scale in config.scales if scale <= 0.5])
+    start = np.median(arrays[kind]["ratio"][:, 0])
+    law = start * (scales / scales[0]) ** (value - query)
+    shown[0].plot(scales, law, ":", color="black", label=rf"law of small $\sigma$, $\sigma^{{{value - query}}}$")
+    shown[0].set_yscale("log")
+    shown[1].set_ylim(0, 1)
+    shown[0].legend(loc="upper right")
+    shown[1].legend(loc="upper right")
+    shown[2].set_ylim(bottom=0)
+    return figure
+
+
+def shown_scale(config: Config) -> int:
+    """Where the scale is whose spectra are shown."""
+    return int(np.argmin(np.abs(np.array(config.scales) - SHOWN)))
+
+
+def plot_spectra(axes, part: Arrays, position: int) -> None:
+    """|Eigenvalues| of the four blocks by rank; key and query nearly coincide, so do output and value."""
+    from attnlab.plotting.curves import range_band
+    from attnlab.plotting.style import BLOCKS as LOOKS
+
+    tops = []
+    for name in BLOCKS:
+        sizes = np.sort(np.abs(part[name][:, position]), axis=-1)[:, ::-1]
+        line = "--" if name in ("query", "value") else "-"
+        sizes = np.maximum(sizes, np.finfo(float).tiny)
+        range_band(axes, np.arange(1, sizes.shape[1] + 1), sizes.T, LOOKS[name][0], name, line)
+        tops.append(sizes.max())
+    axes.set(yscale="log", ylim=(1e-9 * max(tops), 3 * max(tops)), xlabel="rank", ylabel=r"$|$eigenvalue$|$")
+
+
+def details(arrays: Arrays, config: Config):
+    """The spectra of the blocks of every kind of layer."""
+    from attnlab.plotting.panels import panels
+
+    position = shown_scale(config)
+    note = f"lines: medians, bands: range over {config.starts} starts"
+    message = f"Spectra of the diagonal blocks, embeddings of standard deviation {config.scales[position]:g}"
+    figure, shown = panels(message, list(config.kinds), note=note)
+    for axes, kind in zip(shown, config.kinds, strict=True):
+        plot_spectra(axes, arrays[kind], position)
+        axes.legend(loc="lower left")
     return figure
 
 
@@ -191,7 +235,7 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
     return [table]
 
 
-ANALYSIS = Analysis("block-heterogeneity", Config, compute, plot, tables, findings, __doc__, slow=True)
+ANALYSIS = Analysis("block-heterogeneity", Config, compute, plot, tables, findings, __doc__, slow=True, details=details)
 
 if __name__ == "__main__":
     ANALYSIS.main()

@@ -142,44 +142,82 @@ def standard_error(values: np.ndarray) -> np.ndarray:
 
 
 def plot(arrays: Arrays, config: Config):
-    """Frequencies; loss of each group over the steps, for both; tuning; Adam's advantage by group, and the control."""
+    """Adam's advantage by group, and in the control; the losses of both by group; and the tuning."""
+    from attnlab.plotting.panels import panels
+
+    above, control = (float(excess(arrays, task).mean()) for task in (TEXT, CONTROL))
+    message = (
+        f"Adam gains {above:.1f} nats more on the rarest words than on others; {control:.1f} where classes are balanced"
+    )
+    titles = [
+        "advantage, next word",
+        "advantage, control: group of the next word",
+        f"loss after {config.steps} steps, next word",
+        "tuning (no point: a seed diverged)",
+    ]
+    note = f"groups of equal share of the text; means over {config.seeds} seeds, whiskers: their range"
+    figure, (text, balanced, losses, rates) = panels(message, titles, note=note)
+    balanced.sharey(text)
+    held = np.flatnonzero(arrays["share"] > 0)
+    for axes, task in ((text, TEXT), (balanced, CONTROL)):
+        gained = advantage(arrays, task)
+        axes.bar(held[:-1] + 1, gained[:, :-1].mean(axis=0), color="0.75")
+        axes.bar(held[-1] + 1, gained[:, -1].mean(), color="C0")
+        whiskers(axes, held + 1, gained, "black", "none")
+        others = gained[:, :-1].mean()
+        axes.axhline(others, color="black", ls=":", lw=1, label="mean of the others")
+        axes.axhline(0, color="0.4", lw=0.8)
+        axes.set(xlabel="group of words, frequent to rare", ylabel="loss, SGD minus Adam [nats]")
+        axes.legend(loc="upper left")
+    for name, color, marker in zip(OPTIMIZERS, ("C0", "C1"), ("o", "s"), strict=True):
+        ends = tuned(arrays, f"{TEXT}, {name}")[-1][:, held]
+        rate = config.rates[np.nanargmin(tuning(arrays, f"{TEXT}, {name}"))]
+        whiskers(losses, held + 1, ends, color, marker, label=f"{name}, rate {rate:g}")
+        for task, line in ((TEXT, "-"), (CONTROL, "--")):
+            rates.loglog(config.rates, tuning(arrays, f"{task}, {name}"), line, color=color, marker=marker)
+    losses.set(xlabel="group of words, frequent to rare", ylabel="cross-entropy [nats]", ylim=(0, None))
+    losses.legend(loc="upper left")
+    rates.set(xlabel="learning rate", ylabel=f"loss after {config.steps} steps [nats]", ylim=(1, 20))
+    rates.plot([], [], "-", color="black", label="next word")
+    rates.plot([], [], "--", color="black", label="control")
+    rates.legend(loc="upper left", ncols=2)
+    return figure
+
+
+def whiskers(axes, places: np.ndarray, values: np.ndarray, color: str, marker: str, label: str | None = None) -> None:
+    """Means over the seeds (seeds, places), and their range."""
+    mean = values.mean(axis=0)
+    reach = mean - values.min(axis=0), values.max(axis=0) - mean
+    axes.errorbar(places, mean, reach, fmt=marker, color=color, capsize=2, lw=1, label=label)
+
+
+def details(arrays: Arrays, config: Config):
+    """The frequencies of the words, and the loss of each group over the steps, for both optimizers."""
     import matplotlib.pyplot as plt
 
-    figure, ((left, adam, sgd), (rates, text, control)) = plt.subplots(2, 3, figsize=(13, 7.2))
+    from attnlab.plotting.panels import panels
+
+    titles = ["frequencies of the words", *(f"loss of each group, {name}" for name in OPTIMIZERS)]
+    note = f"means over {config.seeds} seeds; dark to light: the most frequent words to the rarest"
+    figure, (frequencies, *shown) = panels(
+        "The words of the text, and how each group of them is learned", titles, note=note
+    )
     counts = np.sort(arrays["counts"][arrays["counts"] > 0])[::-1]
-    left.loglog(np.arange(1, len(counts) + 1), counts, label="words of the text")
+    frequencies.loglog(np.arange(1, len(counts) + 1), counts, label="words of the text")
     slope, intercept = zipf_line(arrays)
     fitted = np.arange(1, min(FITTED, len(counts)) + 1)
-    left.loglog(fitted, np.exp(intercept) * fitted**slope, "--", label=f"slope {slope:.2f}")
-    left.set(xlabel="rank of the word", ylabel="occurrences", title="frequencies of the words")
-    left.legend(fontsize="small")
+    frequencies.loglog(fitted, np.exp(intercept) * fitted**slope, "k:", label=f"fitted, slope {slope:.2f}")
+    frequencies.set(xlabel="rank of the word", ylabel="occurrences")
+    frequencies.legend(loc="lower left")
     colors = plt.get_cmap("viridis")(np.linspace(0, 0.9, config.groups))
-    held = np.flatnonzero(arrays["share"] > 0)
-    for axes, name in ((adam, OPTIMIZERS[0]), (sgd, OPTIMIZERS[1])):
+    top = max(tuned(arrays, f"{TEXT}, {name}").mean(axis=1).max() for name in OPTIMIZERS)
+    for axes, name in zip(shown, OPTIMIZERS, strict=True):
         losses = tuned(arrays, f"{TEXT}, {name}").mean(axis=1)
-        for group in held:
-            label = {held[0]: "most frequent words", held[-1]: "rarest words"}.get(group)
-            axes.plot(arrays["steps"], losses[:, group], color=colors[group], label=label)
-        axes.plot(arrays["steps"], losses @ arrays["share"], "k--", label="all")
-        rate = config.rates[np.nanargmin(tuning(arrays, f"{TEXT}, {name}"))]
-        axes.set(xlabel="step", ylabel="cross-entropy [nats]", title=f"{TEXT}, {name}, rate {rate:g}")
-        axes.legend(fontsize="small", loc="lower left")
-    high = max(adam.get_ylim()[1], sgd.get_ylim()[1])
-    for axes in (adam, sgd):
-        axes.set_ylim(0, high)
-    for task, style in ((TEXT, "o-"), (CONTROL, "s--")):
-        for name, color in zip(OPTIMIZERS, ("C0", "C1"), strict=True):
-            losses = tuning(arrays, f"{task}, {name}")
-            rates.loglog(config.rates, losses, style, color=color, label=f"{task}, {name}")
-    rates.set(xlabel="learning rate", ylabel=f"loss after {config.steps} steps [nats]", ylim=(1, 20))
-    rates.set_title("tuning (no point: it diverged)")
-    rates.legend(fontsize="small", loc="upper left")
-    control.sharey(text)
-    for axes, task in ((text, TEXT), (control, CONTROL)):
-        gained = advantage(arrays, task)
-        axes.bar(held + 1, gained.mean(axis=0), yerr=standard_error(gained), capsize=2, color=colors[held])
-        axes.axhline(0, color="0.4", lw=0.8)
-        axes.set(xlabel="group, frequent to rare", ylabel="loss, SGD minus Adam [nats]", title=task)
+        for group in np.flatnonzero(arrays["share"] > 0):
+            axes.plot(arrays["steps"], losses[:, group], color=colors[group])
+        axes.plot(arrays["steps"], losses @ arrays["share"], "k--", label="mean of all")
+        axes.set(xlabel="step", ylabel="cross-entropy [nats]", ylim=(0, 1.05 * top))
+        axes.legend(loc="lower left")
     return figure
 
 
@@ -220,7 +258,7 @@ def with_error(values: np.ndarray) -> str:
     return f"{values.mean():.3f} ± {standard_error(values):.3f}"
 
 
-ANALYSIS = Analysis("class-imbalance", Config, compute, plot, tables, findings, __doc__, slow=True)
+ANALYSIS = Analysis("class-imbalance", Config, compute, plot, tables, findings, __doc__, slow=True, details=details)
 
 if __name__ == "__main__":
     ANALYSIS.main()

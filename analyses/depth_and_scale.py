@@ -1,8 +1,8 @@
 """Two ways for attention to go blind: its tokens become one with depth, and its softmax saturates with dimension.
 
-Left: the spread of the tokens around their mean by depth, for pure attention, with a residual, and for pre-LN blocks
-with an MLP. Middle: one layer's spread, gradient and Hessian blocks against the spread of its inputs. Right: mean and
-median of the softmax Jacobian's trace against the dimension, with and without the scale 1/sqrt(d).
+The spread of the tokens around their mean by depth, for pure attention, with a residual, and for pre-LN blocks with an
+MLP; one layer's spread, gradient and Hessian blocks against the spread of its inputs; mean and median of the softmax
+Jacobian's trace against the dimension, with and without the scale 1/sqrt(d), and the mean over its law.
 """
 
 from dataclasses import dataclass
@@ -22,11 +22,11 @@ STACKS = {
 }
 EXPONENTS = {"spread": 3, "gradient": 2, "ggn": 4, "functional": 3, "value": 0}
 LABELS = {
-    "spread": "spread of the outputs",
-    "gradient": r"gradient, $QK$",
-    "ggn": r"$\|H_o[QK,QK]\|$",
-    "functional": r"$\|H_f[QK,QK]\|$",
-    "value": r"$\|H_o[V,V]\|$",
+    "spread": "outputs' spread",
+    "gradient": "gradient, QK",
+    "ggn": "$H_o$, QK",
+    "functional": "$H_f$, QK",
+    "value": "$H_o$, V",
 }
 
 
@@ -142,53 +142,88 @@ def by_dimension(config: Config) -> Arrays:
 
 
 def plot(arrays: Arrays, config: Config):
-    """Depth, powers of the spread, saturation."""
-    import matplotlib.pyplot as plt
+    """Depth, powers of the spread, saturation, and its mean over the law."""
+    from attnlab.plotting.panels import panels
 
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2))
-    plot_depth(axes[0], arrays)
-    plot_powers(axes[1], arrays)
-    plot_saturation(axes[2], arrays, config)
+    last = arrays["trace"]["unscaled"][-1, 0] * config.dims[-1] ** 0.5 / arrays["constant"]
+    message = (
+        f"Attention goes blind: its tokens are {fate(arrays)},\n"
+        f"its softmax saturates at {last:.2f} of the law $c_N / \\sqrt{{d}}$ at $d = {config.dims[-1]}$"
+    )
+    titles = [
+        "spread of the tokens by depth",
+        "one layer: powers of the spread",
+        f"softmax over {config.tokens} tokens saturates",
+        "mean of the trace over its law",
+    ]
+    note = (
+        f"(a) median and range over {config.seeds} initialisations; (b) one seed, dotted: the predicted powers; "
+        "bars: two standard errors"
+    )
+    figure, (depth, powers, trace, law) = panels(message, titles, note=note)
+    plot_depth(depth, arrays)
+    plot_powers(powers, arrays)
+    plot_saturation(trace, arrays, config)
+    plot_law(law, arrays, config)
     return figure
 
 
+def fate(arrays: Arrays) -> str:
+    """When the tokens of pure attention are one to rounding, at the median start, or how far they are apart."""
+    median = np.median(arrays["depth"]["pure"], axis=0)
+    equal_from = np.flatnonzero(median < 2 * np.finfo(float).eps)
+    if len(equal_from):
+        return f"one to rounding after {equal_from[0]} bare layers"
+    return f"{median[-1]:.0e} apart after {len(median) - 1} bare layers"
+
+
 def plot_depth(axes, arrays: Arrays) -> None:
+    from attnlab.plotting.curves import range_band
+
+    floor = np.finfo(float).eps
     for number, (name, (label, _)) in enumerate(STACKS.items()):
-        logs = np.log10(np.maximum(arrays["depth"][name], 1e-16))
-        mean, error = logs.mean(axis=0), logs.std(axis=0, ddof=1) / len(logs) ** 0.5
-        layers = np.arange(len(mean))
-        axes.semilogy(layers, 10**mean, "o-", color=f"C{number}", label=label)
-        axes.fill_between(
-            layers, 10 ** (mean - 2 * error), 10 ** (mean + 2 * error), color=f"C{number}", alpha=0.3, linewidth=0
-        )
-    axes.set(xlabel="layer", ylabel=r"$\|X - \bar X\| \,/\, \|X\|$", ylim=(1e-17, 10))
-    axes.set_title("tokens become one without a residual")
+        values = np.maximum(arrays["depth"][name].T, floor)
+        range_band(axes, np.arange(len(values)), values, f"C{number}", label, ("-", "--", "-.")[number])
+    axes.axhline(floor, color="0.5", ls=":", lw=1)
+    axes.text(0, 0.6 * floor, "rounding", va="top", fontsize=7.5, color="0.3")
+    axes.set(yscale="log", xlabel="layer", ylabel=r"$\|X - \bar X\| \,/\, \|X\|$", ylim=(1e-18, 30))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(loc="center right")
 
 
 def plot_powers(axes, arrays: Arrays) -> None:
     spreads = arrays["spreads"]
     for number, (name, exponent) in enumerate(EXPONENTS.items()):
-        values = arrays["power"][name]
-        axes.loglog(spreads, values, "o-", color=f"C{number}", label=f"{LABELS[name]}: {exponent}")
-        guide = values[0] * (spreads / spreads[0]) ** exponent
-        axes.loglog(spreads, guide, "--", color="black", linewidth=0.6)
-    axes.set(xlabel=r"spread $\epsilon$ of the input tokens", ylabel="norm")
-    axes.set_title("one layer, with the predicted powers (dashed)")
-    axes.legend(loc="lower right")
+        values, marker = arrays["power"][name], "osD^v"[number]
+        size = 7 if name == "spread" else 3.5  # it lies where the functional part does
+        label = rf"{LABELS[name]}: $\epsilon^{exponent}$"
+        axes.loglog(spreads, values, marker, color=f"C{number}", ms=size, mfc="none", label=label)
+        axes.loglog(spreads, values[0] * (spreads / spreads[0]) ** exponent, ":", color="black", lw=1, zorder=0)
+    axes.set(xlabel=r"spread $\epsilon$ of the input tokens", ylabel="norm", ylim=(1e-17, 1e12))
+    axes.legend(loc="upper left", fontsize=7.5, ncols=2, columnspacing=0.6, handletextpad=0.2)
 
 
 def plot_saturation(axes, arrays: Arrays, config: Config) -> None:
     dims = np.array(config.dims, float)
-    for number, name in enumerate(("unscaled", "scaled")):
+    for number, (name, label) in enumerate((("unscaled", "no scale"), ("scaled", r"scale $1/\sqrt{d}$"))):
         mean, error, median = arrays["trace"][name].T
-        axes.errorbar(dims, mean, 2 * error, fmt="o-", color=f"C{number}", label=f"{name}: mean")
-        axes.loglog(dims, median, "s:", color=f"C{number}", markerfacecolor="none", label=f"{name}: median")
-    axes.loglog(dims, arrays["constant"] / dims**0.5, "--", color="black", linewidth=0.8, label=r"$c_N / \sqrt{d}$")
-    axes.set(xlabel="dimension $d$", ylabel=r"$1 - \sum_j a_j^2$", ylim=(1e-8, 2))
+        axes.errorbar(dims, mean, 2 * error, fmt="os"[number], color=f"C{number}", ms=4, label=f"{label}: mean")
+        if name == "unscaled":
+            axes.loglog(dims, median, "v--", color="C2", mfc="none", lw=0.8, label=f"{label}: median")
+    axes.loglog(dims, arrays["constant"] / dims**0.5, ":", color="black", label=r"law, $c_N / \sqrt{d}$")
+    axes.set(xlabel="dimension $d$ of queries and keys", ylabel=r"trace $1 - \sum_j a_j^2$", ylim=(1e-8, 5))
     axes.set_xscale("log", base=2)
-    axes.set_title(f"saturation of softmax over {config.tokens} tokens")
     axes.legend(loc="lower left")
+
+
+def plot_law(axes, arrays: Arrays, config: Config) -> None:
+    dims = np.array(config.dims, float)
+    mean, error, _ = arrays["trace"]["unscaled"].T * dims**0.5 / arrays["constant"]
+    axes.errorbar(dims, mean, 2 * error, fmt="o-", color="C0", lw=1, capsize=2)
+    axes.axhline(1, color="black", ls=":", lw=1)
+    axes.set(xlabel="dimension $d$ of queries and keys", ylabel=r"mean trace $\cdot \sqrt{d} \,/\, c_N$, no scale")
+    axes.set(ylim=(0, 1.1))
+    axes.set_xscale("log", base=2)
 
 
 def fitted(arrays: Arrays, name: str) -> float:

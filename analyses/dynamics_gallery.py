@@ -1,21 +1,22 @@
 """All phenomena of training dynamics in one go: every figure, and one table of what was measured beside expected.
 
 Runs the analyses of training dynamics one after another, each as `attnlab run NAME` would, writes their figures, and
-draws where every measured number lies in the interval that was expected of it. `--seeds 3` does so for three seeds: the
-table has a column for each, the members' figures are those of the first. A seed takes about ten minutes; a run that was
-stopped resumes.
+puts every measured number beside the interval that was expected of it, with where that comes from and why it is as wide
+as it is: as a page and as Markdown, by member. The figure counts what was reproduced. `--seeds 3` does so from three
+seeds, ten apart, since members have seeds of their own: the table has a column for each, the members' figures are those
+of the first. A seed takes a quarter of an hour, twice that on a busy machine; a run that was stopped resumes.
 """
 
 import time
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from rich.progress import Progress
 from rich.table import Table
 
 from attnlab.analysis import Analysis, AnalysisConfig, Arrays, configure_jax
-from attnlab.cli import analysis_scripts, load_script
+from attnlab.cli import analysis_scripts, first_sentence, load_script
 from attnlab.expectation import Expectation
 
 MEMBERS = (
@@ -29,6 +30,8 @@ MEMBERS = (
     "class-imbalance",
 )
 """The analyses of the gallery, in the order in which they run."""
+APART = 10
+"""Between the seeds of two columns: a member's own seeds follow its first."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Config(AnalysisConfig):
 
     def all_seeds(self) -> range:
         """The seeds by number."""
-        return range(self.seed, self.seed + self.seeds)
+        return range(self.seed, self.seed + APART * self.seeds, APART)
 
 
 def compute(config: Config, progress: Progress) -> Arrays:
@@ -101,6 +104,20 @@ def rows(arrays: Arrays) -> list[list[Expectation]]:
     ]
 
 
+def by_member(arrays: Arrays) -> dict[str, list[list[Expectation]]]:
+    """The rows of each member."""
+    found: dict[str, list[list[Expectation]]] = {}
+    for owner, row in zip(arrays["analysis"].tolist(), rows(arrays), strict=True):
+        found.setdefault(owner, []).append(row)
+    return found
+
+
+def reproduced(found: list[list[Expectation]]) -> tuple[int, int]:
+    """How many of the findings, over all seeds, and of how many."""
+    verdicts = [finding.passed for row in found for finding in row]
+    return sum(verdicts), len(verdicts)
+
+
 def findings(arrays: Arrays, config: Config) -> list[Expectation]:
     """Every finding of the members, at all seeds in one."""
     what, measured, *others = (arrays[field].tolist() for field in FIELDS)
@@ -111,59 +128,166 @@ def findings(arrays: Arrays, config: Config) -> list[Expectation]:
     ]
 
 
-def place(finding: Expectation) -> float:
-    """Where the measurement lies in its interval, 0 to 1 within. One that is open above is entered at 0 and ends at 1,
-    one that is open below the other way round."""
-    reference, tolerance = float(finding.reference), finding.allowed
+def interval(finding: Expectation) -> str:
+    """What was expected, with both ends where there are two."""
+    low, high = (float(finding.reference) + sign * finding.allowed for sign in (-1, 1))
     if finding.relation == "equal":
-        offset = float(finding.measured) - reference
-        inside = 0.5 + offset / (2 * tolerance) if tolerance else 0.5 if offset == 0 else 1.15
-        return float(np.clip(inside, -0.15, 1.15))
-    side = 1 if finding.relation == "at least" else -1
-    reach = side * (float(finding.measured) - reference) + tolerance
-    inside = 1 - np.exp(-reach / max(abs(reference), 1e-12)) if reach >= 0 else -0.15
-    return float(inside if side == 1 else 1 - inside)
+        return f"{low:.4g} to {high:.4g}" if finding.allowed else f"{low:.4g}"
+    return f"≤ {high:.4g}" if finding.relation == "at most" else f"≥ {low:.4g}"
 
 
 def plot(arrays: Arrays, config: Config):
-    """Every finding on its own interval, drawn from 0 to 1, with a mark for each seed."""
-    import matplotlib.pyplot as plt
+    """A mark for each expectation of each member, at each seed: reproduced or missed."""
+    from attnlab.plotting.panels import panels
 
-    found, owners = rows(arrays), arrays["analysis"].tolist()
-    colors = {name: f"C{index}" for index, name in enumerate(dict.fromkeys(owners))}
-    ends = 1.22 + 0.15 * np.arange(config.seeds)  # of the columns of numbers
-    figure, axes = plt.subplots(figsize=(10 + config.seeds, 0.9 + 0.27 * len(found)))
-    axes.axvspan(0, 1, color="0.92", zorder=0)
-    for row, (seeds, owner) in enumerate(zip(found, owners, strict=True)):
-        heights = row + 0.22 * (np.arange(config.seeds) - (config.seeds - 1) / 2)
-        for finding, height, end in zip(seeds, heights, ends, strict=True):
-            marker = "o" if finding.passed else "x"
-            axes.plot(place(finding), height, marker, color=colors[owner], ms=7 / config.seeds**0.5, mew=1.5)
-            axes.text(end, row, f"{finding.measured:.3g}", va="center", ha="right", fontsize="small")
-        axes.text(ends[-1] + 0.03, row, seeds[0].expected, va="center", fontsize="small", color="0.35")
-    axes.set_yticks(range(len(found)), [seeds[0].what for seeds in found], fontsize="small")
-    for label, owner in zip(axes.get_yticklabels(), owners, strict=True):
-        label.set_color(colors[owner])
-    for seed, end in zip(config.all_seeds(), ends, strict=True):
-        axes.text(end, -1, f"seed {seed}", ha="right", fontsize="small")
-    axes.text(ends[-1] + 0.03, -1, "expected", fontsize="small", color="0.35")
-    axes.set(xlim=(-0.2, ends[-1] + 0.25), ylim=(len(found) - 0.4, -1.6), xticks=(0, 1))
-    axes.set_xticklabels(("low end", "high end"))
-    axes.set_xlabel("place of the measurement in the expected interval (cross: outside; seeds from top to bottom)")
+    members = by_member(arrays)
+    counts = {name: reproduced(found) for name, found in members.items()}
+    kept, total = (sum(count[i] for count in counts.values()) for i in (0, 1))
+    seeds = "one seed" if config.seeds == 1 else f"{config.seeds} seeds"
+    message = f"Of {total} expectations of training dynamics {kept} are reproduced"
+    note = f"one mark an expectation and seed ({seeds}); the table beside this figure has the numbers"
+    height = 0.9 + 0.27 * len(members)
+    figure, (axes,) = panels(message, ["filled: reproduced, cross: missed"], note=note, columns=1, height=height)
+    for row, (name, found) in enumerate(members.items()):
+        verdicts = np.array([finding.passed for each in found for finding in each])
+        places = np.arange(1, len(verdicts) + 1)
+        axes.plot(places[verdicts], np.full(verdicts.sum(), row), "s", color="C0", ms=7)
+        axes.plot(places[~verdicts], np.full((~verdicts).sum(), row), "x", color="C1", ms=7, mew=2)
+        axes.text(len(verdicts) + 0.8, row, "{} of {}".format(*counts[name]), va="center", fontsize=8)
+    longest = max(count[1] for count in counts.values())
+    axes.set(
+        xlim=(0, longest + 3), ylim=(len(members) - 0.4, -0.6), xlabel="expectations of the analysis, in its order"
+    )
+    axes.set_yticks(range(len(members)), list(members))
     return figure
 
 
 def tables(arrays: Arrays, config: Config) -> list[Table]:
     """The time that each member took, and how many of its findings are reproduced, over all seeds."""
     table = Table("analysis", *(f"seed {seed} [s]" for seed in config.all_seeds()), "reproduced")
-    found = list(zip(arrays["analysis"].tolist(), rows(arrays), strict=True))
+    found = by_member(arrays)
     for name, seconds in zip(config.members, arrays["seconds"], strict=True):
-        own = [each.passed for owner, row in found if owner == name for each in row]
-        table.add_row(name, *(f"{second:.0f}" for second in seconds), f"{sum(own)} of {len(own)}")
+        kept, total = reproduced(found[name])
+        table.add_row(name, *(f"{second:.0f}" for second in seconds), f"{kept} of {total}")
     return [table]
 
 
-ANALYSIS = Analysis("dynamics-gallery", Config, compute, plot, tables, findings, __doc__, slow=True)
+def sections(arrays: Arrays, config: Config) -> list[dict[str, Any]]:
+    """For each member its sentence, its figure's file and its rows, in words."""
+    ending = "-smoke" if config.smoke else ""
+    found = []
+    for name, each in by_member(arrays).items():
+        folder = "" if config.figures else f"../{name}{ending}/"  # without a folder of figures each has its own
+        kept, total = reproduced(each)
+        found.append({
+            "name": name,
+            "sentence": first_sentence(analysis_scripts()[name]),
+            "image": f"{folder}{name}{ending}.png",
+            "kept": kept,
+            "total": total,
+            "rows": [
+                {
+                    "what": row[0].what,
+                    "expected": interval(row[0]),
+                    "measured": [(f"{finding.measured:.4g}", finding.passed) for finding in row],
+                    "passed": all(finding.passed for finding in row),
+                    "because": row[0].because,
+                    "source": row[0].source,
+                }
+                for row in each
+            ],
+        })  # fmt: skip
+    return found
+
+
+TITLE = "Training dynamics: measured beside expected"
+
+
+def documents(arrays: Arrays, config: Config) -> dict[str, str]:
+    """The table as Markdown and as a page."""
+    members = sections(arrays, config)
+    kept, total = (sum(member[key] for member in members) for key in ("kept", "total"))
+    summary = f"{kept} of {total} expectations are reproduced, from seed{'s'[: config.seeds - 1]} "
+    summary += ", ".join(map(str, config.all_seeds())) + "."
+    return {".md": markdown(summary, members, config), ".html": page(summary, members, config)}
+
+
+def markdown(summary: str, members: list[dict[str, Any]], config: Config) -> str:
+    """A section with a table for each member."""
+    lines = [f"# {TITLE}", "", summary, ""]
+    columns = ["what", "expected", *(f"seed {seed}" for seed in config.all_seeds()), "", "source", "reason"]
+    for member in members:
+        lines += [f"## {member['name']}: {member['kept']} of {member['total']}", "", member["sentence"], ""]
+        lines += [f"[![{member['name']}]({member['image']})]({member['image']})", ""]
+        lines += [cells(columns), cells(["---"] * len(columns))]
+        for row in member["rows"]:
+            numbers = [number if passed else f"**{number}**" for number, passed in row["measured"]]
+            verdict = "pass" if row["passed"] else "**miss**"
+            lines.append(cells([row["what"], row["expected"], *numbers, verdict, row["source"], row["because"]]))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def cells(words: list[str]) -> str:
+    """One row of a table; a bar within a cell would end it."""
+    return "| " + " | ".join(word.replace("|", "\\|") for word in words) + " |"
+
+
+def page(summary: str, members: list[dict[str, Any]], config: Config) -> str:
+    """The table in HTML, beside the figures that it shows."""
+    import jinja2
+
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(PAGE)
+    return template.render(title=TITLE, summary=summary, members=members, seeds=config.all_seeds())
+
+
+PAGE = """\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title>
+<style>
+:root { color-scheme: light dark; --good: #17803d; --bad: #c0271d; }
+@media (prefers-color-scheme: dark) { :root { --good: #5fd38d; --bad: #ff8a80; } }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 76rem; padding: 1rem; }
+table { border-collapse: collapse; width: 100%; }
+th, td { border-top: 1px solid #8885; padding: .25rem .5rem; text-align: left; vertical-align: top; }
+td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
+img { background: white; height: auto; max-width: 100%; width: 20rem; }
+.pass { color: var(--good); } .miss { color: var(--bad); font-weight: 600; }
+</style>
+</head>
+<body>
+<h1>{{ title }}</h1>
+<p>{{ summary }}</p>
+{% for member in members %}
+<h2 id="{{ member.name }}">{{ member.name }}: {{ member.kept }} of {{ member.total }}</h2>
+<p>{{ member.sentence }} <code>attnlab run {{ member.name }}</code></p>
+<p><a href="{{ member.image }}"><img src="{{ member.image }}" alt="figure of {{ member.name }}"></a></p>
+<table>
+<thead><tr><th>what</th><th>expected</th>{% for seed in seeds %}<th>seed {{ seed }}</th>{% endfor %}<th></th>
+<th>source</th><th>reason</th></tr></thead>
+{% for row in member.rows %}
+<tr><td>{{ row.what }}</td><td class="number">{{ row.expected }}</td>
+{% for number, passed in row.measured %}
+<td class="number {{ "pass" if passed else "miss" }}">{{ number }}</td>
+{% endfor %}
+<td class="{{ "pass" if row.passed else "miss" }}">{{ "pass" if row.passed else "miss" }}</td>
+<td>{{ row.source }}</td><td>{{ row.because }}</td></tr>
+{% endfor %}
+</table>
+{% endfor %}
+</body>
+</html>
+"""
+
+
+ANALYSIS = Analysis(
+    "dynamics-gallery", Config, compute, plot, tables, findings, __doc__, slow=True, documents=documents
+)
 
 if __name__ == "__main__":
     ANALYSIS.main()

@@ -29,15 +29,14 @@ RUNS = {
     "control: sign 0.00003": ("softmax", "sign", 3e-5, 960, {}),
 }
 """Name of the run: kind of attention, rule, learning rate, steps and options."""
+MOMENTUM = ("sign 0.0003, b = 0.9", "Muon 0.01, b = 0.9", "Muon 0.01, Nesterov 0.95")
 PANELS = {
-    "largest entry": ("sign 0.001", "control: sign 0.00003"),
-    "largest matrix": ("Muon 0.01", "Muon 0.01, linear", "spectral 0.005"),
-    "with momentum": (
-        "sign 0.0003, b = 0.9",
-        "Muon 0.01, b = 0.9",
-        "Muon 0.01, Nesterov 0.95",
-    ),
+    "sign descent: norm of the largest entry": ("sign 0.001", "control: sign 0.00003"),
+    "Muon: norm of the largest matrix": ("Muon 0.01", "Muon 0.01, linear"),
+    "spectral descent: the same norm": ("spectral 0.005",),
+    "with momentum": MOMENTUM,
 }
+LINES = ("-", "--", "-.")
 MEASUREMENTS = 16
 
 
@@ -100,28 +99,64 @@ def settled(arrays: Arrays, name: str) -> np.ndarray:
 
 
 def plot(arrays: Arrays, config: Config):
-    """The bracket over the threshold, the mean over seeds of each bound, and the loss below."""
-    import matplotlib.pyplot as plt
+    """The lower bound of the sharpness over the threshold, by rule, and how far above it the truth may be."""
+    from attnlab.plotting.panels import panels
 
+    note = f"lines: lower bounds, medians of {config.seeds} seeds, dark: their range; light: up to the upper bound"
+    held = held_panels(config)
+    figure, shown = panels(message(arrays, config), list(held), note=note)
+    for axes, names in zip(shown, held.values(), strict=True):
+        for number, name in enumerate(names):
+            each, color = arrays[name], f"C{number}"
+            steps, ratio = each["steps"][0], each["ratio"]
+            low, middle, high = (np.nanquantile(ratio, share, axis=0) for share in (0, 0.5, 1))
+            bound = np.nanmedian(each["upper"] / each["threshold"], axis=0)
+            axes.fill_between(steps, middle, np.maximum(bound, middle), color=color, alpha=0.1, lw=0)
+            axes.fill_between(steps, low, high, color=color, alpha=0.3, lw=0)
+            axes.plot(steps, middle, color=color, ls=LINES[number], label=name)
+        axes.axhline(1, color="black", ls=":", lw=1)
+        axes.set(ylim=(0, 2), xlabel="step", ylabel="sharpness in the norm / threshold")
+        axes.legend(loc="upper left", fontsize=7.5)
+    return figure
+
+
+def held_panels(config: Config) -> dict[str, list[str]]:
+    """The runs of each panel that has any."""
     shown = {title: [name for name in names if name in config.runs] for title, names in PANELS.items()}
-    shown = {title: names for title, names in shown.items() if names}
-    figure, rows = plt.subplots(2, len(shown), figsize=(3.6 * len(shown), 5.8), sharex="col", squeeze=False)
-    for column, (title, names) in enumerate(shown.items()):
-        upper, lower = rows[:, column]
-        for name in names:
-            each = arrays[name]
-            steps, ratio = each["steps"][0], np.nanmean(each["ratio"], axis=0)
-            (line,) = upper.plot(steps, ratio)
-            bound = np.nanmean(each["upper"] / each["threshold"], axis=0)
-            upper.fill_between(steps, ratio, bound, color=line.get_color(), alpha=0.12, lw=0)
-            lower.semilogy(each["losses"].mean(axis=0), lw=0.8, label=name)
-        upper.axhline(1, color="0.4", ls=":")
-        upper.set_ylim(0, 2)
-        upper.set_title(title)
-        lower.legend(loc="upper right", fontsize="small")
-        lower.set_xlabel("step")
-    rows[0, 0].set_ylabel("sharpness in the norm / threshold")
-    rows[1, 0].set_ylabel("training loss")
+    return {title: names for title, names in shown.items() if names}
+
+
+def message(arrays: Arrays, config: Config) -> str:
+    """Where the runs without momentum settle, those with it and the control, mean over the seeds."""
+    plain = [name for name in config.runs if name not in MOMENTUM and not name.startswith("control")]
+    groups = {
+        "": plain,
+        "momentum ": [name for name in MOMENTUM if name in config.runs],
+        "control ": [name for name in config.runs if name.startswith("control")],
+    }
+    words = []
+    for title, names in groups.items():
+        at = [settled(arrays, name).mean() for name in names]
+        if at:
+            low, high = (f"{value:.2f}" for value in (min(at), max(at)))
+            words.append(title + (low if low == high else f"{low} to {high}"))
+    return "Own-norm sharpness over its threshold: " + ", ".join(words)
+
+
+def details(arrays: Arrays, config: Config):
+    """The losses of the same runs."""
+    from attnlab.plotting.curves import range_band
+    from attnlab.plotting.panels import panels
+
+    note = f"lines: medians, bands: range over {config.seeds} seeds"
+    held = held_panels(config)
+    figure, shown = panels("Training losses of the runs in their own norms", list(held), note=note)
+    for axes, names in zip(shown, held.values(), strict=True):
+        for number, name in enumerate(names):
+            losses = arrays[name]["losses"].T
+            range_band(axes, np.arange(len(losses)), losses, f"C{number}", name, LINES[number])
+        axes.set(yscale="log", xlabel="step", ylabel="training loss")
+        axes.legend(loc="upper right", fontsize=7.5)
     return figure
 
 
@@ -134,7 +169,7 @@ def findings(arrays: Arrays, config: Config) -> list[Expectation]:
         if name.startswith("control"):
             found.append(at_most(what, settled(arrays, name), 0.9, source="negative control"))
             continue
-        momentum = name in PANELS["with momentum"]
+        momentum = name in MOMENTUM
         because = "the edge, with the swings of large rates above it; what is measured is a lower bound"
         seeds = settled(arrays, name)
         found.append(between_each(what, seeds, 0.8, 1.25, because, law if momentum else paper))
@@ -159,7 +194,7 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
     return [table]
 
 
-ANALYSIS = Analysis("edge-in-every-norm", Config, compute, plot, tables, findings, __doc__, slow=True)
+ANALYSIS = Analysis("edge-in-every-norm", Config, compute, plot, tables, findings, __doc__, slow=True, details=details)
 
 if __name__ == "__main__":
     ANALYSIS.main()

@@ -32,7 +32,14 @@ RUNS = {
     "control: GD 0.2": ("gd", 0.2, 6000, {}),
 }
 """Name of the run: optimizer, learning rate, steps and options."""
-PANELS = {"gradient descent": "GD", "momentum": ("heavy", "Nesterov"), "adaptive": ("RMSProp", "Adam"), "": "control"}
+PANELS = {
+    "gradient descent": "GD",
+    "momentum": ("heavy", "Nesterov"),
+    "adaptive, preconditioned": ("RMSProp", "Adam"),
+    "control: an easy regression": "control",
+}
+"""Title of the panel: how the names of its runs begin."""
+LINES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
 
 
 @dataclass(frozen=True)
@@ -93,33 +100,73 @@ def compute(config: Config, progress: Progress) -> Arrays:
 
 
 def plot(arrays: Arrays, config: Config):
-    """Sharpness over threshold in four panels, and the loss below each."""
-    import matplotlib.pyplot as plt
+    """Sharpness over threshold, a panel for each kind of optimizer and one for the control."""
+    from attnlab.plotting.panels import panels
 
-    figure, rows = plt.subplots(2, 4, figsize=(14, 5.6), sharex="col")
-    for column, (title, prefixes) in enumerate(PANELS.items()):
-        upper, lower = rows[:, column]
-        upper.set_ylim(0, 1.6)
-        for name in (name for name in config.runs if name.startswith(prefixes)):
+    figure, shown = panels(message(arrays, config), list(PANELS), note=f"one seed; measured every {config.every} steps")
+    for axes, prefixes in zip(shown, PANELS.values(), strict=True):
+        highest = 1.5
+        for number, name in enumerate(runs_of(config, prefixes)):
             steps, ratio, losses = (arrays[name][part] for part in ("steps", "ratio", "losses"))
-            (line,) = upper.plot(steps, ratio)
-            label = name
-            if not np.isfinite(losses).all():
-                label = f"{name}, not finite at step {first_broken(losses)} (cross)"
-                upper.plot(steps[0], ratio[0], "x", color=line.get_color(), ms=8, mew=2)
-                upper.set_ylim(0, 1.1 * max(ratio[0], 1.5))
-            lower.semilogy(losses, lw=0.8, label=label)
-        if len(lower.lines):  # a run that diverges leaves the panel to the others
-            drawn = [line.get_ydata() for line in lower.lines]
-            start, least = max(losses[0] for losses in drawn), min(np.nanmin(losses) for losses in drawn)
-            lower.set_ylim(0.7 * least, min(lower.get_ylim()[1], 10 * start))
-        upper.axhline(1, color="0.4", ls=":")
-        upper.set_title(title or "negative control")
-        # the losses fall: their upper right corner is free
-        lower.legend(loc="upper right", fontsize="small")
-        lower.set_xlabel("step")
-    rows[0, 0].set_ylabel(r"$\lambda_1(P^{-1/2} H P^{-1/2})$ / threshold")
-    rows[1, 0].set_ylabel("training loss")
+            look = {"color": f"C{number}", "ls": LINES[number], "lw": 1.1}
+            if np.isfinite(losses).all():
+                axes.plot(steps, ratio, label=name.removeprefix("control: "), **look)
+                continue
+            label = f"{name}: overflows at step {first_broken(losses)}"
+            axes.plot(steps[0], ratio[0], "x", color=look["color"], ms=7, mew=2, label=label)
+            highest = max(highest, 1.15 * ratio[0])
+        axes.axhline(1, color="black", ls=":", lw=1)
+        axes.set(ylim=(0, highest), xlabel="step", ylabel="sharpness / threshold")
+        low = prefixes != "control" and highest == 1.5
+        axes.legend(loc="lower right" if low else "upper right", fontsize=7.5)
+    return figure
+
+
+def message(arrays: Arrays, config: Config) -> str:
+    """Where the runs settle that stay finite, and where the control does."""
+    finite = [name for name in config.runs if np.isfinite(arrays[name]["losses"]).all()]
+    at = {name: settled(arrays, name).mean() for name in finite}
+    edge = [value for name, value in at.items() if not name.startswith("control")]
+    control = [value for name, value in at.items() if name.startswith("control")]
+    words = [f"sharpness settles at {span(edge)} times its threshold"] * bool(edge)
+    words += [f"{'controls' if edge else 'the controls'} at {span(control)}"] * bool(control)
+    text = ", ".join(words)
+    return text[:1].upper() + text[1:] or f"Sharpness over threshold, seed {config.seed}"
+
+
+def span(values: list[float]) -> str:
+    """The range of the values, to two digits."""
+    low, high = (f"{value:.2f}" for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
+
+
+def runs_of(config: Config, prefixes: str | tuple[str, ...]) -> list[str]:
+    """The runs whose names begin so."""
+    return [name for name in config.runs if name.startswith(prefixes)]
+
+
+def details(arrays: Arrays, config: Config):
+    """The loss of every run, and of the adaptive ones the sharpness without a preconditioner."""
+    from attnlab.plotting.panels import panels
+
+    titles = [f"loss, {title.partition(':')[0]}" for title in PANELS] + ["adaptive: sharpness of $H$ itself"]
+    where = "Training losses of all runs, and the sharpness that preconditioning hides"
+    figure, (*shown, plain) = panels(where, titles, note="one seed")
+    for axes, prefixes in zip(shown, PANELS.values(), strict=True):
+        starts, least = [], []
+        for number, name in enumerate(runs_of(config, prefixes)):
+            losses = arrays[name]["losses"]
+            axes.plot(losses, color=f"C{number}", ls=LINES[number], lw=0.9, label=name.removeprefix("control: "))
+            starts.append(losses[0])
+            least.append(np.nanmin(losses))
+        if starts:  # a run that diverges leaves the panel to the others
+            axes.set(yscale="log", ylim=(0.7 * min(least), 10 * max(starts)))
+        axes.set(xlabel="step", ylabel="training loss")
+        axes.legend(loc="upper right", fontsize=7.5)
+    for number, name in enumerate(runs_of(config, PANELS["adaptive, preconditioned"])):
+        plain.plot(arrays[name]["steps"], arrays[name]["raw"], color=f"C{number}", ls=LINES[number], lw=1.1, label=name)
+    plain.set(xlabel="step", ylabel=r"$\lambda_1(H)$", ylim=(0, 1.5 * plain.get_ylim()[1]))
+    plain.legend(loc="upper left", fontsize=7.5)
     return figure
 
 
@@ -178,7 +225,7 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
     return [table]
 
 
-ANALYSIS = Analysis("edge-of-stability", Config, compute, plot, tables, findings, __doc__, slow=True)
+ANALYSIS = Analysis("edge-of-stability", Config, compute, plot, tables, findings, __doc__, slow=True, details=details)
 
 if __name__ == "__main__":
     ANALYSIS.main()

@@ -22,12 +22,7 @@ PRODUCTS = (
     ((4, 3, 4), 1), ((2, 2, 2, 2), 0), ((2, 2, 2, 2), 1), ((3, 2, 2, 3), 1), ((3, 1, 2), 0),
 )  # fmt: skip
 """Widths and rank of the truth."""
-WAYS = {
-    "HMC": ("hmc", None),
-    "MALA": ("mala", None),
-    "SGLD": ("sgld", None),
-    "SGLD, batches": ("controlled_sgld", 32),
-}
+WAYS = {"HMC": ("hmc", None), "MALA": ("mala", None), "SGLD": ("sgld", None), "SGLD, batches": ("controlled_sgld", 32)}
 SPECTRUM = (4.0, 2.0, 1.0, 0.5)
 
 
@@ -226,84 +221,132 @@ def rests(arrays: Arrays) -> list[np.ndarray]:
 
 def plot(arrays: Arrays, config: Config):
     """The four parts, a panel each."""
-    import matplotlib.pyplot as plt
+    from attnlab.plotting.panels import panels
 
-    figure, axes = plt.subplots(2, 2, figsize=(9.5, 7.6))
-    plot_crossings(axes[0, 0], arrays["crossings"])
-    plot_products(axes[0, 1], arrays["products"])
-    plot_coverage(axes[1, 0], arrays["coverage"])
-    plot_staircase(axes[1, 1], arrays)
+    away, multiplied, levels = distances(arrays), arrays["products"], levels_at_rest(arrays)
+    worst = np.max(np.abs(multiplied["found"][..., 0] / multiplied["exact"][:, None] - 1))
+    missed = np.max(multiplied["exact"] - multiplied["half_rank"])
+    shares = 100 * np.mean(arrays["coverage"]["inside"], axis=-1)
+    steps = ", ".join(f"{np.median(values):.1f}" for values in levels.values()) or "none reached"
+    message = f"Coefficients sampled within {100 * worst:.0f} % of exact; half the Hessian's rank is {missed:.1f} off"
+    titles = [
+        f"crossings: rms {np.sqrt(np.mean(away**2)):.2f} errors from integrals",
+        f"products of matrices: within {100 * worst:.0f} %",
+        f"95 % intervals cover {np.nanmin(shares):.0f} to {np.nanmax(shares):.0f} %",
+        f"one layer at rest: {steps}",
+    ]
+    note = f"{config.seeds} seeds; bars: (a), (b) two errors, (d) range; grey: 95 % of chance, {config.coverage} runs"
+    figure, axes = panels(message, titles, note=note, height=2.9)
+    plot_crossings(axes[0], arrays["crossings"])
+    plot_products(axes[1], multiplied)
+    plot_coverage(axes[2], arrays["coverage"])
+    plot_rest(axes[3], arrays, levels)
     return figure
 
 
+def distances(arrays: Arrays) -> np.ndarray:
+    """Of the sampled coefficients of crossings from quadrature, in their errors."""
+    part = arrays["crossings"]
+    return (part["found"][..., 0] - np.array(part["exact"])[..., None]) / part["found"][..., 1]
+
+
+def levels_at_rest(arrays: Arrays) -> dict[int, np.ndarray]:
+    """The sampled coefficients at rest at each rank from 1, where the flow rested there."""
+    values = arrays["staircase"]["found"][..., 0]
+    return {rank: values[at] for rank, at in enumerate(rests(arrays)) if rank and at.any()}
+
+
 def plot_crossings(axes, part: Arrays) -> None:
+    """Estimates beside quadrature, at finite n, and the limits."""
     for number, name in enumerate(CROSSINGS):
         axes.plot(part["fine"], part["curve"][number], color=f"C{number}", lw=1.2)
-        axes.axhline(part["limit"][number], color=f"C{number}", ls=":", lw=0.8)
         values, errors = part["found"][number, ..., 0], part["found"][number, ..., 1]
         for seed in range(values.shape[1]):
             offsets = np.array(part["scales"]) * 1.12 ** (seed - (values.shape[1] - 1) / 2)
             label = f"({name})²".replace("(w)", "w") if seed == 0 else None
-            axes.errorbar(offsets, values[:, seed], 2 * errors[:, seed], fmt="o", ms=3, color=f"C{number}", label=label)
+            look = {"fmt": "os^D"[number], "ms": 3, "lw": 1, "color": f"C{number}", "label": label}
+            axes.errorbar(offsets, values[:, seed], 2 * errors[:, seed], **look)
+    for number, limit in enumerate(sorted(set(np.array(part["limit"]).tolist()))):
+        axes.axhline(limit, color="black", ls=":", lw=0.8, label=None if number else "limit")
     axes.set_xscale("log")
-    axes.set(xlabel=r"$n\beta$", ylabel=r"$\hat\lambda$", ylim=(0, 0.62))
-    z = (part["found"][..., 0] - np.array(part["exact"])[..., None]) / part["found"][..., 1]
-    axes.set_title(f"(a) sampled against integrals: rms {np.sqrt(np.mean(z**2)):.2f} errors")
-    axes.legend(fontsize="small", ncol=2, loc="lower right", title="loss (dotted: its limit)", title_fontsize="small")
+    axes.set(xlabel=r"inverse temperature $n\beta$", ylabel=r"coefficient $\hat\lambda$", ylim=(0, 0.62))
+    axes.legend(loc="lower right", ncols=3, columnspacing=0.8, handletextpad=0.3)
 
 
 def plot_products(axes, part: Arrays) -> None:
+    """Estimates over the exact coefficients, with what the Hessian and the number of parameters would say."""
     exact = part["exact"]
     top = 1.1 * max(part["half_parameters"])
-    axes.plot([0, top], [0, top], color="0.6", lw=0.8)
+    axes.plot([0, top], [0, top], ":", color="black", lw=1, label="exact")
     values, errors = part["found"][..., 0], part["found"][..., 1]
     axes.plot(exact, part["half_parameters"], "x", color="C3", label="half the parameters")
-    axes.plot(exact, part["half_rank"], "v", color="C1", markerfacecolor="none", label="half the Hessian's rank")
+    axes.plot(exact, part["half_rank"], "v", color="C1", mfc="none", ms=5, label="half the Hessian's rank")
     for seed in range(values.shape[1]):
-        label = "sampled, three seeds" if seed == 0 else None
-        axes.errorbar(exact, values[:, seed], 2 * errors[:, seed], fmt="o", ms=3.5, color="C0", label=label)
-    worst = np.max(np.abs(values / exact[:, None] - 1))
-    axes.set(xlabel=r"exact $\lambda - (m-1)/\log n\beta$ (Aoyagi)", ylabel="estimate")
-    axes.set_title(f"(b) products of matrices: within {100 * worst:.0f} %")
-    axes.legend(fontsize="small")
+        look = {"fmt": "o", "ms": 3, "color": "C0", "label": None if seed else "sampled"}
+        axes.errorbar(exact, values[:, seed], 2 * errors[:, seed], **look)
+    axes.set(xlabel=r"exact $\lambda - (m-1)/\log n\beta$ (Aoyagi)", ylabel="estimate", xlim=(0, 1.15 * max(exact)))
+    axes.legend(loc="upper left", fontsize=7.5)
 
 
 def plot_coverage(axes, part: Arrays) -> None:
-    shares = np.mean(part["inside"], axis=-1)
-    places = np.arange(len(WAYS))
+    """How often intervals of each sampler hold the exact value, and what chance would make of 95 %."""
+    shares, chance = np.mean(part["inside"], axis=-1), 1.96 * np.sqrt(0.95 * 0.05 / part["inside"].shape[-1])
     for number, name in enumerate(("regression, fresh data", "2 × 2 × 2 at its origin")):
-        axes.bar(places + 0.36 * number - 0.18, 100 * np.nan_to_num(shares[:, number]), 0.34, label=name)
-    axes.axhline(95, color="black", ls="--", lw=0.8)
-    axes.set_xticks(places, [name.replace(", ", ",\n") for name in WAYS])
-    axes.set(ylim=(0, 125), ylabel="runs whose 95 % interval covers, %")
-    axes.set_title(f"(c) coverage over {part['inside'].shape[-1]} runs: {100 * np.nanmin(shares):.0f} % and more")
-    axes.legend(fontsize="small", loc="upper right", ncol=2)
-    axes.text(
-        0.02, 0.84, "SGLD in batches: 32 of 1,000, controlled; regression alone", transform=axes.transAxes, size=8
-    )
+        places = np.arange(len(WAYS)) + 0.24 * number - 0.12
+        axes.plot(100 * shares[:, number], places, "os"[number], color=f"C{number}", label=name)
+    axes.axvspan(100 * (0.95 - chance), min(100, 100 * (0.95 + chance)), color="0.9", zorder=0)
+    axes.axvline(95, color="black", ls=":", lw=1)
+    axes.set_yticks(range(len(WAYS)), list(WAYS))
+    axes.set(xlim=(78, 101), ylim=(len(WAYS) + 0.8, -0.5), xlabel="runs whose interval covers, %")
+    axes.legend(loc="lower left", fontsize=7.5)
 
 
-def plot_staircase(axes, arrays: Arrays) -> None:
+def plot_rest(axes, arrays: Arrays, levels: dict[int, np.ndarray]) -> None:
+    """Medians and ranges of the coefficient at rest at each rank, sampled and of the quadratic form."""
+    for rank, values in levels.items():
+        quadratic = arrays["staircase"]["quadratic"][rests(arrays)[rank]]
+        for each, color, marker in ((values, "C0", "o"), (quadratic, "C1", "v")):
+            place = rank + (0.08 if marker == "v" else -0.08)
+            axes.vlines(place, each.min(), each.max(), color=color, lw=1)
+            axes.plot(place, np.median(each), marker, color=color)
+    axes.plot([], [], "o", color="C0", label="sampled")
+    axes.plot([], [], "v", color="C1", label="of the Hessian's quadratic form")
+    axes.set(xlabel="rank learned so far", ylabel=r"coefficient $\hat\lambda$", xlim=(0.5, 4.5), xticks=range(1, 5))
+    axes.legend(loc="lower right")
+
+
+def details(arrays: Arrays, config: Config):
+    """The staircase in time: the risk, and the coefficient at each moment."""
+    from attnlab.plotting.panels import panels
+
     part = arrays["staircase"]
     times = np.maximum(part["times"], 0.05)
+    note = "dots: sampled, bars: two errors, cut off below; lines: the Hessian's quadratic form; colours: seeds"
+    message = "One layer of linear attention learns rank after rank, and its learning coefficient climbs"
+    figure, (risk, coefficient) = panels(message, ["risk along gradient flow", "learning coefficient"], note=note)
     for seed in range(len(part["risks"])):
         values, errors = part["found"][seed, :, 0], part["found"][seed, :, 1]
-        axes.plot(times, part["quadratic"][seed], color=f"C{seed}", lw=0.8)
-        axes.errorbar(times, values, 2 * errors, fmt="o", ms=3, lw=0.7, color=f"C{seed}", label=f"seed {seed + 1}")
-    axes.set_xscale("log")
-    axes.set(xlabel="time of gradient flow", ylabel=r"$\hat\lambda$", ylim=(-3, 4))
-    below = axes.twinx()
-    below.plot(times, part["risks"].T, color="0.7", lw=0.9, zorder=0)
-    below.set_ylabel("risk (grey)")
-    levels = [np.median(part["found"][..., 0][at]) for at in rests(arrays)[1:] if at.any()]
-    axes.set_title("(d) steps of rank 1, 2, ... at " + ", ".join(f"{level:.1f}" for level in levels))
-    axes.legend(fontsize="small", loc="center right", title="dots sampled, lines Hessian", title_fontsize="small")
+        risk.plot(
+            times,
+            part["risks"][seed],
+            ("-", "--", "-.")[seed % 3],
+            color=f"C{seed}",
+            label=f"seed {seed + config.seed}",
+        )
+        coefficient.plot(times, part["quadratic"][seed], color=f"C{seed}", lw=0.8)
+        coefficient.errorbar(times, values, 2 * errors, fmt="os^"[seed % 3], ms=3, lw=0.7, color=f"C{seed}")
+    for rank, plateau in enumerate(part["plateaus"]):
+        risk.axhline(plateau, color="black", ls=":", lw=0.8)
+        risk.text(times[-1], plateau, f"rank {rank}", ha="right", va="bottom", fontsize=7.5)
+    risk.set(xscale="log", xlabel="time of gradient flow", ylabel="risk")
+    coefficient.set(xscale="log", xlabel="time of gradient flow", ylabel=r"coefficient $\hat\lambda$", ylim=(-3, 4))
+    risk.legend(loc="lower left")
+    return figure
 
 
 def findings(arrays: Arrays, config: Config) -> list[Expectation]:
     """How far sampling is from what is exact, how often its bars cover, and whether the steps show."""
-    crossed, multiplied = arrays["crossings"], arrays["products"]
-    z = (crossed["found"][..., 0] - np.array(crossed["exact"])[..., None]) / crossed["found"][..., 1]
+    multiplied, z = arrays["products"], distances(arrays)
     off = multiplied["found"][..., 0].mean(axis=1) - multiplied["exact"]
     missed = np.max(multiplied["exact"] - multiplied["half_rank"])
     lau, aoyagi = "Lau et al., arXiv 2308.12108", "Aoyagi 2024, Neural Networks 172, 106132"
@@ -317,9 +360,7 @@ def findings(arrays: Arrays, config: Config) -> list[Expectation]:
     for name, share in zip(WAYS, shares, strict=True):
         because, what = "the chance error of a hundred runs is 2 %", f"coverage of 95 % intervals, {name}"
         found.append(at_least(what, np.nanmin(share), 0.95, 0.06, because=because, source=lau))
-    part = arrays["staircase"]
-    at_rest = [part["found"][..., 0][at] for at in rests(arrays)]
-    levels = [np.median(values) for values in at_rest[1:] if len(values)]
+    levels = [np.median(values) for values in levels_at_rest(arrays).values()]
     if len(levels) > 1:
         source = "Zhang, Singh, Latham, Saxe, arXiv 2501.16265, for the plateaus"
         found.append(at_least("staircase: least rise from rank to rank", np.min(np.diff(levels)), 0.3, source=source))
@@ -333,8 +374,9 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
     rows = zip(part["limit"], part["exact"], part["found"], part["half_rank"], part["half_parameters"], strict=True)
     for (widths, rank), (limit, exact, found, half, parameters) in zip(PRODUCTS, rows, strict=False):
         sampled = ", ".join(f"{value:.3f} ± {error:.3f}" for value, error in found)
-        name = " ".join(map(str, widths))
-        first.add_row(name, str(rank), f"{limit:g}", f"{exact:.3f}", sampled, f"{half:g}", f"{parameters:g}")
+        first.add_row(
+            " ".join(map(str, widths)), str(rank), f"{limit:g}", f"{exact:.3f}", sampled, f"{half:g}", f"{parameters:g}"
+        )
     second = Table("sampler", "regression", "rms errors", "2 x 2 x 2", "rms errors", title="Coverage of 95 % intervals")
     for name, inside, distances in zip(WAYS, *arrays["coverage"].values(), strict=True):
         cells = [(f"{np.mean(i):.2f}", f"{np.sqrt(np.mean(z**2)):.2f}") for i, z in zip(inside, distances, strict=True)]
@@ -342,13 +384,15 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
     third = Table("rank", "moments at rest", "λ sampled, median", "of the quadratic form", title="Staircase")
     part = arrays["staircase"]
     for rank, at in enumerate(rests(arrays)):
-        medians = [f"{np.median(part[n][at]):.2f}" if at.any() else "" for n in ("quadratic",)]
-        sampled = f"{np.median(part['found'][..., 0][at]):.2f}" if at.any() else ""
-        third.add_row(str(rank), str(int(at.sum())), sampled, *medians)
+        both = (part["found"][..., 0], part["quadratic"])
+        medians = (f"{np.median(values[at]):.2f}" if at.any() else "" for values in both)
+        third.add_row(str(rank), str(int(at.sum())), *medians)
     return [first, second, third]
 
 
-ANALYSIS = Analysis("learning-coefficient", Config, compute, plot, tables, findings, __doc__, slow=True)
+ANALYSIS = Analysis(
+    "learning-coefficient", Config, compute, plot, tables, findings, __doc__, slow=True, details=details
+)
 
 if __name__ == "__main__":
     ANALYSIS.main()

@@ -117,33 +117,80 @@ def relative(arrays: Arrays, name: str, measure: str) -> np.ndarray:
     return each["critical"] / (2 * each["ratio"]) if measure == "critical" else each[measure] / each["top"]
 
 
-def plot(arrays: Arrays, config: Config):
-    """Each measure over what it stands for, along training, by seed; and the edge above."""
-    import matplotlib.pyplot as plt
+LOOKS = {"GD 0.2": ("C0", "o"), "Adam 0.003": ("C1", "s"), "control: GD 0.02": ("C2", "^")}
+"""Colour and marker of each run where all are in one panel."""
 
-    figure, rows = plt.subplots(2, len(config.runs), figsize=(4.4 * len(config.runs), 6), sharex="col", squeeze=False)
-    for column, name in enumerate(config.runs):
-        upper, lower = rows[:, column]
-        steps = arrays[name]["steps"][0]
-        for number, (label, values) in enumerate(
-            {"highest eigenvalue": arrays[name]["ratio"], "critical sharpness": arrays[name]["critical"] / 2}.items()
-        ):
-            upper.plot(steps, values.T, color=f"C{number}", lw=0.9)[0].set_label(label)
-        upper.set_ylim(-0.05, 1.6)  # Adam starts far above
-        upper.axhline(1, color="0.4", ls=":")
-        upper.set_title(name)
-        for number, (label, measure) in enumerate(MEASURES.items()):
-            if measure == "top":
-                continue
-            lines = lower.plot(steps, relative(arrays, name, measure).T, color=f"C{number}", lw=0.9)
-            lines[0].set_label(label)
-        lower.axhline(1, color="0.4", ls=":")
-        lower.set_yscale("symlog", linthresh=0.1)
-        lower.set_xlabel("step")
-    rows[0, 0].set_ylabel("sharpness / threshold")
-    rows[0, -1].legend(fontsize="small")
-    rows[1, 0].set_ylabel("measure / what it stands for")
-    rows[1, 0].legend(fontsize="small")
+
+def plot(arrays: Arrays, config: Config):
+    """The edge and the critical sharpness of each run; and each measure over what it stands for, late in training."""
+    from attnlab.plotting.curves import range_band
+    from attnlab.plotting.panels import panels
+
+    titles = [f"{name}: critical {whole(arrays, name, 'critical'):.2g} of it" for name in config.runs]
+    note = f"lines: medians, bands: range over {config.seeds} seeds; (last) the same of the medians of the second half"
+    figure, shown = panels(message(arrays, config), [*titles, "each measure over what it stands for"], note=note)
+    for axes, name in zip(shown, config.runs, strict=False):
+        each = arrays[name]
+        steps = each["steps"][0]
+        range_band(axes, steps, each["ratio"].T, "black", r"highest eigenvalue $\cdot\, \eta / 2$")
+        range_band(axes, steps, each["critical"].T / 2, "C1", "critical sharpness / 2", "--")
+        axes.axhline(1, color="black", ls=":", lw=1)
+        axes.set(xlabel="step", ylabel="sharpness / threshold", ylim=(0, 2))
+        axes.legend(loc="upper right")
+    plot_measures(shown[-1], arrays, config)
+    return figure
+
+
+def plot_measures(axes, arrays: Arrays, config: Config) -> None:
+    """A row for each measure, in it a dot for each run."""
+    names = list(MEASURES.items())[1:]
+    for number, run in enumerate(config.runs):
+        color, marker = LOOKS[run]
+        for row, (_, measure) in enumerate(names):
+            seeds = np.maximum(np.median(late(relative(arrays, run, measure)), axis=1), LEAST)
+            place, label = row + 0.22 * (number - 1), run.removeprefix("control: ") if row == 0 else None
+            axes.hlines(place, seeds.min(), seeds.max(), color=color, lw=1)
+            axes.plot(np.median(seeds), place, marker, color=color, ms=5, label=label)
+    axes.axvline(1, color="black", ls=":", lw=1)
+    axes.set_yticks(range(len(names)), [label.replace(" of", "\nof") for label, _ in names], fontsize=8)
+    axes.set(xscale="log", xlim=(LEAST / 1.5, 3), ylim=(len(names) + 0.5, -0.6))
+    axes.set_xlabel("measure / what it stands for")
+    axes.legend(loc="lower left", ncols=3, fontsize=7.5, columnspacing=0.8, handletextpad=0.2)
+
+
+LEAST = 1e-3
+"""Where the axis of the shares ends."""
+
+
+def whole(arrays: Arrays, name: str, measure: str) -> float:
+    """Median over seeds and the second half of a measure over what it stands for."""
+    return float(np.median(late(relative(arrays, name, measure))))
+
+
+def message(arrays: Arrays, config: Config) -> str:
+    """What the critical sharpness of gradient descent is at the edge and below it."""
+    at = {name: f"{whole(arrays, name, 'critical'):.2g}" for name in config.runs}
+    where = {"GD 0.2": "at the edge", "control: GD 0.02": "far below it"}
+    words = [f"{at[name]} {where[name]}" for name in where if name in at]
+    return "Critical sharpness over the highest eigenvalue: " + (", ".join(words) or ", ".join(at.values()))
+
+
+def details(arrays: Arrays, config: Config):
+    """Each measure over what it stands for, along training, by run."""
+    from attnlab.plotting.curves import range_band
+    from attnlab.plotting.panels import panels
+
+    note = f"lines: medians, bands: range over {config.seeds} seeds; axis linear below 0.1"
+    message = "What stands for the highest eigenvalue, over it, along training"
+    figure, shown = panels(message, list(config.runs), note=note)
+    for axes, name in zip(shown, config.runs, strict=True):
+        for number, (label, measure) in enumerate(list(MEASURES.items())[1:], 1):
+            line = ("-", "--", "-.", ":")[number - 1]
+            range_band(axes, arrays[name]["steps"][0], relative(arrays, name, measure).T, f"C{number}", label, line)
+        axes.axhline(1, color="black", ls=":", lw=1)
+        axes.set_yscale("symlog", linthresh=0.1)
+        axes.set(xlabel="step", ylabel="measure / what it stands for", ylim=(-0.03, 3))
+    shown[-1].legend(loc="center right", fontsize=7.5)
     return figure
 
 
@@ -210,7 +257,7 @@ def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
     return float(np.corrcoef(*ranks)[0, 1])
 
 
-ANALYSIS = Analysis("sharpness-measures", Config, compute, plot, tables, findings, __doc__, slow=True)
+ANALYSIS = Analysis("sharpness-measures", Config, compute, plot, tables, findings, __doc__, slow=True, details=details)
 
 if __name__ == "__main__":
     ANALYSIS.main()

@@ -17,8 +17,7 @@ from attnlab.expectation import Expectation, at_least, at_most, between
 
 RIGOLLET = "Geshkovski, Letrouit, Polyanskiy, Rigollet, arXiv 2312.10794"
 LONG = "Rigollet, arXiv 2512.01868"
-COSINE = 0.5
-"""Of the tokens at equal angles in a long context."""
+COSINE = 0.5  # of the tokens at equal angles in a long context
 MODELS = {"minilm": "MiniLM", "smollm2": "SmolLM2"}
 
 
@@ -146,15 +145,11 @@ def real_tokens(config: Config) -> Arrays:
     for name in config.models or ("tiny",):
         model, trained, mixed = weights_of(name, config)
         batches = [batch_of(model, seed, config) for seed in seeds(config)]
-        arrays[name] = {
-            "trained": stacked([geometry(model.predict, trained, batch) for batch in batches]),
-            "shuffled": stacked([geometry(model.predict, mixed, batch) for batch in batches]),
-        }
+        arrays[name] = {}
+        for kind, params in (("trained", trained), ("shuffled", mixed)):
+            parts = [geometry(model.predict, params, batch) for batch in batches]
+            arrays[name][kind] = {field: np.array([part[field] for part in parts]) for field in parts[0]}
     return arrays
-
-
-def stacked(parts: list[Arrays]) -> Arrays:
-    return {name: np.array([part[name] for part in parts]) for name in parts[0]}
 
 
 def weights_of(name: str, config: Config):
@@ -186,8 +181,6 @@ def shuffled(params, key):
 
 def tiny_model(config: Config):
     """A random encoder of one small layer, in place of a pretrained one."""
-    import string
-
     import jax
     import jax.numpy as jnp
 
@@ -195,10 +188,10 @@ def tiny_model(config: Config):
     from attnlab.models.pretrained import Pretrained, bert_config, wordpiece
     from attnlab.models.text_encoder import TextEncoder, TokenBatch
 
-    letters = string.ascii_lowercase
+    letters = "abcdefghijklmnopqrstuvwxyz"
     tokenizer = wordpiece(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters, *(f"##{letter}" for letter in letters)])
-    size = {"layers": 1, "width": 8, "heads": 2, "vocabulary": tokenizer.vocabulary, "length": config.length}
-    module = TextEncoder(bert_config(**size))
+    size = {"vocabulary": tokenizer.vocabulary, "length": config.length}
+    module = TextEncoder(bert_config(layers=1, width=8, heads=2, **size))
     tokens = jnp.ones((1, config.length), jnp.int32)
     params = module.init(jax.random.key(0), TokenBatch(tokens, tokens > 0))["params"]
     model = Pretrained(module.config, params, from_linen(module), tokenizer, "", "")
@@ -246,50 +239,61 @@ def geometry(predict, params, batch) -> Arrays:
 
 
 def plot(arrays: Arrays, config: Config):
-    """The four parts, a panel each."""
-    import matplotlib.pyplot as plt
+    """The three laws, and how far tokens of one text are nearer to each other than to those of other texts."""
+    from attnlab.plotting.panels import panels
 
-    figure, axes = plt.subplots(2, 2, figsize=(9.5, 7.4))
-    plot_circle(axes[0, 0], arrays["circle"], config)
-    plot_angles(axes[0, 1], arrays["angles"])
-    plot_long(axes[1, 0], arrays["long"], config)
-    plot_real(axes[1, 1], arrays["real"])
+    part, real = arrays["circle"], arrays["real"]
+    ratio = np.mean(part["lasting"][..., 0] / np.array(part["modes"])[:, None])
+    off = np.max(np.abs(np.array(arrays["angles"]["law"]) - arrays["angles"]["equal"]))
+    inner = [np.max(excess(each["trained"]).mean(axis=0)[:-1], initial=0.0) for each in real.values()]
+    message = (
+        f"On the circle {ratio:.2f} times the fastest mode's clusters last longest;\nreal tokens of one text are "
+        f"{max(inner):.2f} nearer than of two, at most, before the last layer"
+    )
+    tops = " and ".join(f"{np.mean(excess(each['trained'])[:, -1]):.2f}" for each in real.values())
+    titles = ["clusters that last on the circle", f"equal angles: within {off:.0e} of their law"]
+    titles += [rf"long contexts: $c = {1 / (1 - COSINE):g}$ in the limit", f"real tokens: {tops} in the last layer"]
+    note = f"(a) median and range, (d) mean and range over {config.seeds} seeds; (b), (c) no randomness"
+    figure, axes = panels(message, titles, note=note)
+    plot_circle(axes[0], part, config)
+    plot_angles(axes[1], arrays["angles"])
+    plot_long(axes[2], arrays["long"], config)
+    plot_excess(axes[3], real)
     return figure
 
 
 def plot_circle(axes, part: Arrays, config: Config) -> None:
-    betas = np.array(config.betas)
-    axes.plot(betas, part["modes"], color="black", lw=1, drawstyle="steps-mid", label=r"fastest mode, $\sqrt{2\beta}$")
-    for seed in range(config.seeds):
-        label = "clusters that last longest" if seed == 0 else None
-        axes.plot(betas * 1.02 ** (seed - 1), part["lasting"][:, seed, 0], "o", color=f"C{seed}", ms=4, label=label)
-    ratio = np.mean(part["lasting"][..., 0] / np.array(part["modes"])[:, None])
-    axes.set(xlabel=r"$\beta$", ylabel="clusters on the circle", ylim=(0, None))
-    axes.set_title(f"(a) metastable clusters: {ratio:.2f} of the fastest mode")
-    axes.legend(fontsize="small")
+    betas, lasting = np.array(config.betas), part["lasting"][..., 0]
+    fine = np.linspace(0, 1.05 * max(betas), 100)
+    axes.plot(fine, np.sqrt(2 * fine), ":", color="black", label=r"fastest mode, $\sqrt{2\beta}$")
+    middle = np.median(lasting, axis=1)
+    reach = middle - lasting.min(axis=1), lasting.max(axis=1) - middle
+    axes.errorbar(betas, middle, reach, fmt="o", color="C0", capsize=2, lw=1, label="clusters that last longest")
+    axes.set(xlabel=r"inverse temperature $\beta$", ylabel="clusters on the circle", ylim=(0, 1.5 * max(part["modes"])))
+    axes.legend(loc="upper left")
+
+
+def law_and_flow(axes, fine: np.ndarray, law: np.ndarray, points: np.ndarray, measured, labels: list[str]) -> None:
+    """The law of each label as a line, and the flow as open marks."""
+    for number, label in enumerate(labels):
+        axes.plot(fine, law[number], ":", color="black", label=None if number else "law")
+        axes.plot(points, measured[number], "os^"[number % 3], color=f"C{number}", mfc="none", label=f"flow, {label}")
+    axes.legend(loc="lower right")
 
 
 def plot_angles(axes, part: Arrays) -> None:
-    for number, beta in enumerate(ANGLE_BETAS):
-        color = f"C{number}"
-        axes.plot(part["times"], part["law"][number], color=color, label=rf"$\beta = {beta:g}$")
-        axes.plot(part["times"][::3], part["equal"][number][::3], "o", color=color, ms=4, markerfacecolor="none")
-        axes.plot(part["times"], part["drawn"][:, number].T, color=color, lw=0.6, ls=":")
-    off = np.max(np.abs(np.array(part["law"]) - part["equal"]))
+    labels = [rf"$\beta = {beta:g}$" for beta in ANGLE_BETAS]
+    law_and_flow(axes, part["times"], part["law"], part["times"][::3], np.array(part["equal"])[:, ::3], labels)
     axes.set(xlabel="time", ylabel="mean cosine of two tokens")
-    axes.set_title(f"(b) equal angles follow their law within {off:.0e}")
-    axes.legend(fontsize="small", title="line: law; circles: flow;\ndotted: drawn tokens", title_fontsize="small")
 
 
 def plot_long(axes, part: Arrays, config: Config) -> None:
-    for number, n in enumerate(config.counts):
-        axes.plot(part["fine"], part["law"][number], color=f"C{number}", lw=1)
-        axes.plot(part["strengths"], part["measured"][number], "o", color=f"C{number}", ms=4, label=f"n = {n}")
-    critical = 1 / (1 - COSINE)
-    axes.axvline(critical, color="black", ls="--", lw=0.8)
+    axes.axvline(1 / (1 - COSINE), color="0.5", ls="--", lw=0.8, label=r"$n \to \infty$")
+    law_and_flow(
+        axes, part["fine"], part["law"], part["strengths"], part["measured"], [f"n = {n}" for n in config.counts]
+    )
     axes.set(xlabel=r"$c$, with $\beta = c\,\log n$", ylabel="contraction / that of averaging")
-    axes.set_title(f"(c) long contexts stop at c = 1 / (1 − γ) = {critical:g}")
-    axes.legend(fontsize="small")
+    axes.legend(loc="lower left")
 
 
 def excess(part: Arrays) -> np.ndarray:
@@ -297,23 +301,49 @@ def excess(part: Arrays) -> np.ndarray:
     return part["within"] - part["between"]
 
 
-def plot_real(axes, part: Arrays) -> None:
-    for number, name in enumerate(part):
-        trained, color, label = part[name]["trained"], f"C{number}", MODELS.get(name, name)
-        depth = np.arange(1, trained["within"].shape[1] + 1) / trained["within"].shape[1]
-        for field, style in (("within", "-"), ("between", "--")):
-            mean = trained[field].mean(axis=0)
-            axes.plot(
-                depth, mean, style, color=color, marker="o" * (field == "within"), ms=3, label=f"{label}, {field} texts"
-            )
-            low, high = trained[field].min(axis=0), trained[field].max(axis=0)
-            axes.fill_between(depth, low, high, color=color, alpha=0.2, lw=0)
-        nothing = excess(part[name]["shuffled"]).mean(axis=0)
-        axes.plot(depth, nothing, ":", color=color, label=f"{label}, shuffled: difference")
-    tops = ", ".join(f"{np.mean(excess(part[name]['trained'])[:, -1]):.2f}" for name in part)
-    axes.set(xlabel="depth (layer over layers)", ylabel="mean cosine of two tokens")
-    axes.set_title(f"(d) real tokens: within less between, last layer, {tops}")
-    axes.legend(fontsize="x-small", handlelength=3)
+def against_depth(axes, values: np.ndarray, color: str, line: str, label: str) -> None:
+    """Mean and range over the seeds (seeds, layers), over the layer as a share of all."""
+    depth = np.arange(1, values.shape[1] + 1) / values.shape[1]
+    axes.fill_between(depth, values.min(axis=0), values.max(axis=0), color=color, alpha=0.2, lw=0)
+    axes.plot(depth, values.mean(axis=0), line, color=color, marker="o", ms=2.5, label=label)
+
+
+def plot_excess(axes, part: Arrays) -> None:
+    for number, (name, each) in enumerate(part.items()):
+        for kind, line in (("trained", "-"), ("shuffled", ":")):
+            against_depth(axes, excess(each[kind]), f"C{number}", line, f"{MODELS.get(name, name)}, {kind}")
+    axes.set(xlabel="depth (layer over layers)", ylabel="cosine within texts, less between")
+    axes.legend(loc="upper left")
+
+
+def details(arrays: Arrays, config: Config):
+    """Tokens drawn at random against the law of equal angles; and of real tokens all that their excess is made of."""
+    from attnlab.plotting.curves import range_band
+    from attnlab.plotting.panels import panels
+
+    part, real = arrays["angles"], arrays["real"]
+    titles = ["tokens drawn in 64 dimensions", "clusters over tokens", *(f"cosines, {MODELS.get(n, n)}" for n in real)]
+    note = f"bands: range over {config.seeds} seeds; trained weights, and the same shuffled within each matrix"
+    figure, (drawn, clusters, *cosines) = panels(
+        "Tokens drawn at random, and the cosines of real ones", titles, note=note
+    )
+    for number, beta in enumerate(ANGLE_BETAS):
+        label = rf"$\beta = {beta:g}$"
+        range_band(drawn, part["times"], part["drawn"][:, number].T, f"C{number}", label, ("-", "--", "-.")[number])
+        drawn.plot(part["times"], part["law"][number], ":", color="black", label=None if number else "equal angles")
+    drawn.set(xlabel="time", ylabel="mean cosine of two tokens")
+    for number, (name, each) in enumerate(real.items()):
+        for kind, line in (("trained", "-"), ("shuffled", ":")):
+            against_depth(clusters, each[kind]["clusters"], f"C{number}", line, f"{MODELS.get(name, name)}, {kind}")
+            for field, color in (("within", "C2"), ("between", "C3")):
+                label = field if kind == "trained" else f"{field}, shuffled"
+                against_depth(cosines[number], each[kind][field], color, line, label)
+        cosines[number].set(xlabel="depth (layer over layers)", ylabel="mean cosine of two tokens", ylim=(None, 1.4))
+    clusters.set(xlabel="depth (layer over layers)", ylabel="clusters / tokens", ylim=(0, 1.6))
+    drawn.legend(loc="lower right")
+    for axes in (clusters, *cosines):
+        axes.legend(loc="upper left", ncols=2, fontsize=7.5)
+    return figure
 
 
 def findings(arrays: Arrays, config: Config) -> list[Expectation]:
@@ -321,18 +351,15 @@ def findings(arrays: Arrays, config: Config) -> list[Expectation]:
     part, long = arrays["circle"], arrays["long"]
     ratio = np.mean(part["lasting"][..., 0] / np.array(part["modes"])[:, None])
     off = np.max(np.abs(np.array(arrays["angles"]["law"]) - arrays["angles"]["equal"]))
-    near = np.interp(long["strengths"], long["fine"], long["law"][-1])
+    away = np.max(np.abs(np.interp(long["strengths"], long["fine"], long["law"][-1]) - long["measured"][-1]))
     why = "the law is that of an even spread; random starts leave gaps, in which neighbours meet"
     what = "clusters that last longest over the fastest mode"
     found = [
         between(what, ratio, 0.5, 1.0, because=why, source="derived here"),
-        at_most("equal angles: distance from the law", off, 1e-3, because="float32 and the solver",
-        source=RIGOLLET), at_most("long contexts: distance from the law", np.max(np.abs(near - long["measured"][-1])),
-                0.02, because="float32, and the grid of the law", source=LONG),
-    ]  # fmt: skip
-    for name, each in arrays["real"].items():
-        if name not in MODELS:
-            continue
+        at_most("equal angles: distance from the law", off, 1e-3, because="float32 and the solver", source=RIGOLLET),
+        at_most("long contexts: distance from the law", away, 0.02, because="float32, the law's grid", source=LONG),
+    ]
+    for name, each in {name: each for name, each in arrays["real"].items() if name in MODELS}.items():
         rise = each["trained"]["within"][:, -2].mean() - each["trained"]["within"][:, 0].mean()
         label = MODELS[name]
         found.append(at_least(f"{label}: rise of the cosine to the last layer but one", rise, 0.1, source=RIGOLLET))
@@ -343,8 +370,8 @@ def findings(arrays: Arrays, config: Config) -> list[Expectation]:
         last, nothing = (excess(each[kind]).mean(axis=0)[-1] for kind in ("trained", "shuffled"))
         if name == "minilm":
             found.append(at_least(f"{label}: excess in the last layer", last, 0.2, source="its training, which pools"))
-            collapsed = each["shuffled"]["within"][:, -1].mean()
-            found.append(at_least(f"{label}, shuffled: cosine in the last layer", collapsed, 0.9, source=RIGOLLET))
+            collapsed, what = each["shuffled"]["within"][:, -1].mean(), f"{label}, shuffled: cosine in the last layer"
+            found.append(at_least(what, collapsed, 0.9, source=RIGOLLET))
         else:
             what = f"{label}, shuffled: excess in the last layer over that of the trained one"
             found.append(at_least(what, nothing / last, 2.0, source="derived here"))
@@ -354,8 +381,7 @@ def findings(arrays: Arrays, config: Config) -> list[Expectation]:
 def tables(arrays: Arrays, config: Config) -> list[Table]:
     """Clusters by beta, and cosines by layer."""
     first = Table("beta", "fastest mode", "clusters that last longest", "from t to so many t", title="The circle")
-    part = arrays["circle"]
-    for beta, mode, lasting in zip(config.betas, part["modes"], part["lasting"], strict=True):
+    for beta, mode, lasting in zip(config.betas, arrays["circle"]["modes"], arrays["circle"]["lasting"], strict=True):
         numbers = (", ".join(f"{value:.3g}" for value in column) for column in lasting.T)
         first.add_row(f"{beta:g}", str(int(mode)), *numbers)
     second = Table("model", "weights", "layer", "within", "between", "clusters / tokens", title="Real tokens")
@@ -368,7 +394,7 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
     return [first, second]
 
 
-ANALYSIS = Analysis("token-clustering", Config, compute, plot, tables, findings, __doc__, slow=True)
+ANALYSIS = Analysis("token-clustering", Config, compute, plot, tables, findings, __doc__, slow=True, details=details)
 
 if __name__ == "__main__":
     ANALYSIS.main()

@@ -54,6 +54,8 @@ def test_smoke_run_writes_a_whole_result(name, tmp_path):
     expected = {f"{member}-smoke.{kind}" for member in members for kind in ("png", "pdf", "json")}
     if analysis.details is not None:
         expected |= {f"{name}-smoke-details.{kind}" for kind in ("png", "pdf")}
+    if analysis.documents is not None:
+        expected |= {f"{name}-smoke{ending}" for ending in analysis.documents(arrays, config)}
     assert {path.name for path in figures.iterdir()} == expected
     record = json.loads((figures / f"{name}-smoke.json").read_text())
     assert record["analysis"] == name

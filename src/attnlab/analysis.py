@@ -94,6 +94,7 @@ class Analysis:
         description: what the command's help says first.
         slow: whether it compiles for many seconds even at smoke size: the quick tests leave it to the nightly ones.
         details: what more there is to see, a second figure NAME-details; None where one suffices.
+        documents: `documents(arrays, config) -> texts` by the ending of their files (".md"), written beside the figure.
     """
 
     name: str
@@ -105,6 +106,7 @@ class Analysis:
     description: str
     slow: bool = False
     details: Callable[[Arrays, Any], "Figure"] | None = None
+    documents: Callable[[Arrays, Any], Mapping[str, str]] | None = None
 
     def main(self, arguments: Sequence[str] | None = None) -> None:
         """Parse the command line, compute, and write the arrays to results/NAME and the figure NAME.{png,pdf,json}.
@@ -170,9 +172,19 @@ class Analysis:
                 for ending, figure in figures.items()
                 for file in save_figure(figure, place.with_name(name + ending))
             ]
+        written += self._write_documents(arrays, config, place)
         record["message"] = figures[""].get_suptitle()
         write_json(place.with_suffix(".json"), record)
         return [*written, results]
+
+    def _write_documents(self, arrays: Arrays, config: AnalysisConfig, place: Path) -> list[Path]:
+        from attnlab.runs import replace_file
+
+        texts = {} if self.documents is None else self.documents(arrays, config)
+        for ending, text in texts.items():
+            with replace_file(place.with_name(place.name + ending)) as partial:
+                partial.write_text(text, encoding="utf-8")
+        return [place.with_name(place.name + ending) for ending in texts]
 
     def draw(self, arrays: Arrays, config: AnalysisConfig) -> dict[str, "Figure"]:
         """The figures by the ending of their names: the first says above it how many expectations were missed."""
