@@ -173,7 +173,7 @@ class Analysis:
                 for file in save_figure(figure, place.with_name(name + ending))
             ]
         written += self._write_documents(arrays, config, place)
-        record["message"] = figures[""].get_suptitle()
+        record["message"] = figures[""].get_suptitle().removesuffix(misses(self.findings(arrays, config)))
         write_json(place.with_suffix(".json"), record)
         return [*written, results]
 
@@ -189,17 +189,21 @@ class Analysis:
     def draw(self, arrays: Arrays, config: AnalysisConfig) -> dict[str, "Figure"]:
         """The figures by the ending of their names: the first says above it how many expectations were missed."""
         figures = {"": self.plot(arrays, config)}
-        found = self.findings(arrays, config)
-        missed = sum(not finding.passed for finding in found)
+        missed = misses(self.findings(arrays, config))
         if missed:
-            title = figures[""].get_suptitle()
-            figures[""].suptitle(f"{title}\n{missed} of {len(found)} expectations missed".strip(), fontsize=10.5)
+            figures[""].suptitle((figures[""].get_suptitle() + missed).strip(), fontsize=10.5)
         if self.details is not None:
             figures["-details"] = self.details(arrays, config)
         return figures
 
     def _script(self) -> Path:
         return Path(str(sys.modules[self.config.__module__].__file__))
+
+
+def misses(findings: Sequence[Expectation]) -> str:
+    """The line under a figure's message that says how many expectations were missed; empty where none was."""
+    missed = sum(not finding.passed for finding in findings)
+    return f"\n{missed} of {len(findings)} expectations missed" if missed else ""
 
 
 def as_numpy(arrays: Mapping[str, Any]) -> Arrays:
