@@ -197,10 +197,11 @@ def plot(arrays: Arrays, config: Config):
     from attnlab.plotting.panels import panels
 
     medians = {state: median_errors(arrays, state) for state in STATES}
-    shown = " and ".join(
-        f"{now['kfoc']:.2f} against K-FAC's {now['kfac']:.2f} {state}" for state, now in medians.items()
+    shown = ", ".join(f"{now['kfac']:.2f} and {now['kfoc']:.2f} {state}" for state, now in medians.items())
+    message = (
+        f"K-FAC and the nearest Kronecker product err {shown};\n"
+        f"SOAP {medians['trained']['soap']:.2f} trained (medians, each at its best scale)"
     )
-    message = f"The nearest Kronecker product errs {shown};\nSOAP {medians['trained']['soap']:.2f} (medians)"
     note = f"medians over {config.seeds} starts and layers; bold: the best of a row"
     figure, axes = panels(message, STATES, note=note, height=4.6, sharey=True)
     for panel, state in zip(axes, STATES, strict=True):
