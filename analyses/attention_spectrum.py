@@ -170,22 +170,20 @@ def accuracy(risk, params):
 
 def plot(arrays: Arrays, config: Config):
     """What training does to the curvature: spectra of H and of its parts before and after, and the norms of blocks."""
-    import matplotlib.pyplot as plt
+    from attnlab.plotting.panels import panels
 
     shares = [100 * negative_share(arrays[stage]["eigenvalues"]["hessian"]) for stage in STAGES]
-    figure, ((before, after), (norms, blocks)) = plt.subplots(2, 2, figsize=(7.2, 5.8))
-    for letter, axes, stage, share in zip("ab", (before, after), STAGES, shares, strict=True):
+    message = f"Training removes the negative curvature: {shares[0]:.2g} % to {shares[1]:.2g} % of $\\sum|\\lambda|$"
+    whens = ("at initialisation", f"after {config.steps} steps")
+    titles = [f"{when}: {share:.2g} % negative" for when, share in zip(whens, shares, strict=True)]
+    figure, (before, after, norms, blocks) = panels(
+        message, (*titles, "norms of the diagonal blocks", "entries of the trained H")
+    )
+    for axes, stage in zip((before, after), STAGES, strict=True):
         plot_spectra(axes, arrays[stage])
-        words = {"initial": "at initialisation", "trained": f"after {config.steps} steps"}[stage]
-        axes.set_title(f"({letter}) {words}: {share:.2g} % negative", loc="left")
     before.legend(loc="upper left")
     plot_norms(norms, arrays)
-    norms.set_title("(c) norms of the diagonal blocks", loc="left")
-    plot_grid(figure, blocks, arrays["trained"], "(d) entries of the trained H", top_decade(arrays))
-    figure.suptitle(
-        f"Training removes the negative curvature: {shares[0]:.2g} % to {shares[1]:.2g} % of $\\sum|\\lambda|$",
-        fontsize=11,
-    )
+    plot_grid(figure, blocks, arrays["trained"], top_decade(arrays))
     return figure
 
 
@@ -218,18 +216,31 @@ def plot_spectra(axes, now: Arrays) -> None:
 
 
 def details(arrays: Arrays, config: Config):
-    """Rows: initialisation and training; columns: block grid, spectra, block spectra. Below: what they are made of."""
+    """Columns: initialisation and training; rows: block grid, spectra, block spectra. Below: what they are made of."""
     import matplotlib.pyplot as plt
 
-    figure = plt.figure(figsize=(12, 11))
-    grid = figure.add_gridspec(3, 6, height_ratios=(1, 1, 0.85))
-    for row, stage in enumerate(STAGES):
+    from attnlab.plotting.panels import WIDTH, name_panels, say
+
+    figure = plt.figure(figsize=(WIDTH, 12.5))
+    grid = figure.add_gridspec(4, 2, height_ratios=(0.9, 1, 0.9, 1))
+    named = {}
+    for column, stage in enumerate(STAGES):
         now = arrays[stage]
-        title = {"initial": "at initialisation", "trained": f"after {config.steps} steps"}[stage]
-        plot_grid(figure, figure.add_subplot(grid[row, :2]), now, f"Hessian blocks, {title}", top_decade(arrays))
-        plot_densities(figure, grid[row, 2:4], now, title)
-        plot_block_spectra(figure.add_subplot(grid[row, 4:]), now, title)
-    plot_factors(figure.add_subplot(grid[2, 1:5]), arrays)
+        when = {"initial": "at initialisation", "trained": f"after {config.steps} steps"}[stage]
+        panel = figure.add_subplot(grid[0, column])
+        plot_grid(figure, panel, now, top_decade(arrays))
+        named[0, column] = panel, f"Hessian blocks, {when}"
+        named[1, column] = plot_densities(figure, grid[1, column], now), f"spectra, {when}; dashed: exact"
+        panel = figure.add_subplot(grid[2, column])
+        plot_block_spectra(panel, now)
+        named[2, column] = panel, f"blocks of $H$, {when}"
+    named[3, 0] = figure.add_subplot(grid[3, :]), "what the blocks are made of"
+    plot_factors(named[3, 0][0], arrays)
+    name_panels(*zip(*(named[place] for place in sorted(named)), strict=True))
+    worst = max(max(arrays[stage]["closed form error"].values()) for stage in STAGES)
+    say(
+        figure, f"The closed form agrees with autodiff to {float(worst):.0e}", "bands: two standard errors over samples"
+    )
     return figure
 
 
@@ -237,17 +248,16 @@ def top_decade(arrays: Arrays) -> float:
     return float(np.log10(max(np.abs(arrays[stage]["matrix"]["hessian"]).max() for stage in STAGES)))
 
 
-def plot_grid(figure, axes, now: Arrays, title: str, top: float) -> None:
+def plot_grid(figure, axes, now: Arrays, top: float) -> None:
     from attnlab.plotting.matrices import block_grid
 
     sizes = {block: len(now["block eigenvalues"]["hessian"][block]) for block in BLOCKS}
     image = block_grid(axes, now["matrix"]["hessian"], sizes, (top - 6, top), BLOCKS)
-    axes.set_title(title, loc="left")
     figure.colorbar(image, ax=axes, label=r"$\log_{10}|\mathrm{entry}|$", shrink=0.85, extend="min")
 
 
-def plot_densities(figure, place, now: Arrays, title: str) -> None:
-    """H, H_o and H_f above one another on one axis of eigenvalues."""
+def plot_densities(figure, place, now: Arrays):
+    """H, H_o and H_f above one another on one axis of eigenvalues; returns the topmost panel."""
     from attnlab.plotting.matrices import density_with_band
     from attnlab.plotting.style import PARTS as LOOKS
 
@@ -262,10 +272,10 @@ def plot_densities(figure, place, now: Arrays, title: str) -> None:
     axes.set_xticks(np.arcsinh(ticks * RELATIVE_RANGE), [f"{tick:g}" for tick in ticks])
     axes.set_xlabel(rf"eigenvalue / $\|H\|$, $\|H\|$ = {float(now['scale']) * RELATIVE_RANGE:.2g} (asinh axis)")
     rows[1].set_ylabel("density per unit of asinh")
-    rows[0].set_title(f"spectra, {title} (dashed: exact)")
+    return rows[0]
 
 
-def plot_block_spectra(axes, now: Arrays, title: str) -> None:
+def plot_block_spectra(axes, now: Arrays) -> None:
     from attnlab.plotting.matrices import signed_spectrum
     from attnlab.plotting.style import BLOCKS as LOOKS
 
@@ -276,7 +286,6 @@ def plot_block_spectra(axes, now: Arrays, title: str) -> None:
         signed_spectrum(axes, eigenvalues, LOOKS[block][0], f"{label} block")
     axes.plot([], [], "v", color="gray", markerfacecolor="none", label="negative")
     axes.set(ylim=(1e-7 * top, 3 * top), xlabel="rank", ylabel="|eigenvalue|")
-    axes.set_title(f"blocks of $H$, {title}")
     axes.legend(loc="upper right")
 
 
@@ -307,7 +316,6 @@ def plot_factors(axes, arrays: Arrays) -> None:
         before_and_after(axes, [SYMBOLS[symbol] for (_, symbol), _ in ordered], *values, f"C{color}", label, 0.0)
     axes.invert_yaxis()
     axes.set_xlabel("norm, root mean square over tokens (open: initial, filled: trained)")
-    axes.set_title("what the blocks are made of")
     axes.legend(loc="best")
 
 
