@@ -230,7 +230,7 @@ def details(arrays: Arrays, config: Config):
         panel = figure.add_subplot(grid[0, column])
         plot_grid(figure, panel, now, top_decade(arrays))
         named[0, column] = panel, f"Hessian blocks, {when}"
-        named[1, column] = plot_densities(figure, grid[1, column], now), f"spectra, {when}; dashed: exact"
+        named[1, column] = plot_densities(figure, grid[1, column], now), f"spectra, {when}"
         panel = figure.add_subplot(grid[2, column])
         plot_block_spectra(panel, now)
         named[2, column] = panel, f"blocks of $H$, {when}"

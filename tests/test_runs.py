@@ -75,7 +75,8 @@ def test_stored_arrays_are_made_once(tmp_path):
     first, second = stored_arrays(path, make), stored_arrays(path, make)
     np.testing.assert_array_equal(first["values"], second["values"])
     assert len(calls) == 1
-    record = parts_record([path, tmp_path / "missing.npz"])
+    np.savez(tmp_path / "foreign.npz", values=np.arange(2.0))
+    record = parts_record([path, tmp_path / "missing.npz", tmp_path / "foreign.npz"])
     assert record["parts"] == 1
     assert record["seconds"] >= 0
     assert record["git_commits"] == [manifest({})["git_commit"] or ""]
