@@ -195,9 +195,9 @@ def plot(arrays: Arrays, config: Config):
     (few, near), *_, (many, far) = zip(config.tasks, nearness(arrays), strict=True)
     own = excess(arrays, "own", "bayes")[0]
     figure, axes = panels(
-        f"A micro transformer is {near:.2g} times as far from discrete Bayes as from ridge with {few} training\n"
-        f"tasks, {far:.2g} times with {many}; its risk on its own tasks is "
-        f"{own.min():.1f} to {own.max():.0f} times the least",
+        f"Squared distance of a micro transformer from discrete Bayes over that from ridge: {near:.2g} with\n"
+        f"{few} training tasks, {far:.2g} with {many}; its risk on its own tasks is "
+        f"{own.min():#.2g} to {own.max():.2g} times the least",
         [
             "distance of predictions, fresh tasks",
             "risk on its own tasks",
@@ -243,7 +243,7 @@ def plot_risks(panel, risks: Arrays, config: Config) -> None:
 
 
 def nearness(arrays: Arrays) -> np.ndarray:
-    """Distance from discrete Bayes over that from ridge on fresh tasks, by number of training tasks."""
+    """Squared distance from discrete Bayes over that from ridge on fresh tasks, by number of training tasks."""
     bayes, ridge = (series(arrays["fresh"]["distance"][f"model_{who}"])[0] for who in ("bayes", "ridge"))
     return bayes / ridge
 

@@ -210,7 +210,7 @@ def details(arrays: Arrays, config: Config):
         for axes, i in zip(row, np.flatnonzero(arrays["labels"][0] == label)[:shown], strict=True):
             plot_image(axes, arrays["images"][0, i], choice[i], config)
     name_panels(grid[:, 0], [f"digit {digit}" for digit in config.classes])
-    grid[-1, 0].set_xlabel("columns of pixels", fontsize=8)
+    grid[-1, 0].set_xlabel("8 × 8 pixels", fontsize=8)
     agree = np.mean(arrays["rank"] == 0)
     say(
         figure,
