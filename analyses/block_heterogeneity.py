@@ -190,17 +190,19 @@ def exponents(arrays: Arrays, config: Config, kind: str) -> list[float]:
 def findings(arrays: Arrays, config: Config) -> list[Expectation]:
     """The ratio of the blocks by kind, how both grow, and how both distances rank the kinds."""
     growth, adam = "Ormaniec et al., arXiv 2410.10986", "Zhang et al., arXiv 2402.16788"
+    alike = "no power of the scale between them: a factor of 3 either way"
     expected = {
-        ("softmax", 0.2): (30, 200),
-        ("linear", 0.2): (0.3, 3),
-        ("pre-LN", 0.2): (1, 6),
-        ("softmax", 1.0): (0.3, 3),
+        ("softmax", 0.2): (30, 200, "scale^-3 is 125: the law's constant is of order one"),
+        ("linear", 0.2): (0.3, 3, alike),
+        ("pre-LN", 0.2): (1, 6, "no power of the scale between them: a constant of order one"),
+        ("softmax", 1.0): (0.3, 3, alike),
     }
     found, order = [], "the next order in the scale"
-    for (kind, scale), (low, high) in expected.items():
+    for (kind, scale), (low, high, because) in expected.items():
         if kind in config.kinds and scale in config.scales:
             ratio = float(log_mean(at_scale(arrays, config, kind, "ratio", scale))[0])
-            found.append(between(f"{kind}, std {scale:g}: ||H_VV|| / ||H_QQ||", ratio, low, high, source=growth))
+            what = f"{kind}, std {scale:g}: ||H_VV|| / ||H_QQ||"
+            found.append(between(what, ratio, low, high, because=because, source=growth))
     if {0.05, 0.1} <= set(config.scales):
         found += [
             equal(f"{kind}: exponent of ||H_{name}|| in the scale", measured, power, 0.02, because=order, source=growth)
@@ -214,10 +216,10 @@ def findings(arrays: Arrays, config: Config) -> list[Expectation]:
         }
         decades, bits = means["wasserstein"], means["jensen_shannon"]["softmax"]
         excess = decades["softmax"] / max(decades[kind] for kind in config.kinds if kind != "softmax")
-        found += [
-            at_least("std 0.2: Wasserstein-1 of log10, softmax over the next kind", excess, 1.5, source=adam),
-            at_most("softmax, std 0.2: Jensen-Shannon, of at most 1 bit", bits, 0.15, source=adam),
-        ]
+        what, because = "std 0.2: Wasserstein-1 of log10, softmax over the next kind", "more than the range over starts"
+        found.append(at_least(what, excess, 1.5, because=because, source=adam))
+        what, because = "softmax, std 0.2: Jensen-Shannon, of at most 1 bit", "most eigenvalues share the lowest bin"
+        found.append(at_most(what, bits, 0.15, because=because, source=adam))
     return found
 
 

@@ -215,7 +215,7 @@ def documents(arrays: Arrays, config: Config) -> dict[str, str]:
 def markdown(summary: str, members: list[dict[str, Any]], config: Config) -> str:
     """A section with a table for each member."""
     lines = [f"# {TITLE}", "", summary, ""]
-    columns = ["what", "expected", *(f"seed {seed}" for seed in config.all_seeds()), "", "source", "reason"]
+    columns = ["what", "expected", *(f"seed {seed}" for seed in config.all_seeds()), "verdict", "source", "reason"]
     for member in members:
         lines += [f"## {member['name']}: {member['kept']} of {member['total']}", "", member["sentence"], ""]
         lines += [f"[![{member['name']}]({member['image']})]({member['image']})", ""]
@@ -268,7 +268,7 @@ img { background: white; height: auto; max-width: 100%; width: 20rem; }
 <p>{{ member.sentence }} <code>attnlab run {{ member.name }}</code></p>
 <p><a href="{{ member.image }}"><img src="{{ member.image }}" alt="figure of {{ member.name }}"></a></p>
 <table>
-<thead><tr><th>what</th><th>expected</th>{% for seed in seeds %}<th>seed {{ seed }}</th>{% endfor %}<th></th>
+<thead><tr><th>what</th><th>expected</th>{% for seed in seeds %}<th>seed {{ seed }}</th>{% endfor %}<th>verdict</th>
 <th>source</th><th>reason</th></tr></thead>
 {% for row in member.rows %}
 <tr><td>{{ row.what }}</td><td class="number">{{ row.expected }}</td>

@@ -278,7 +278,7 @@ def law_and_flow(axes, fine: np.ndarray, law: np.ndarray, points: np.ndarray, me
     for number, label in enumerate(labels):
         axes.plot(fine, law[number], ":", color="black", label=None if number else "law")
         axes.plot(points, measured[number], "os^"[number % 3], color=f"C{number}", mfc="none", label=f"flow, {label}")
-    axes.legend(loc="lower right")
+    axes.legend(loc="center right")
 
 
 def plot_angles(axes, part: Arrays) -> None:
@@ -340,7 +340,7 @@ def details(arrays: Arrays, config: Config):
                 against_depth(cosines[number], each[kind][field], color, line, label)
         cosines[number].set(xlabel="depth (layer over layers)", ylabel="mean cosine of two tokens", ylim=(None, 1.4))
     clusters.set(xlabel="depth (layer over layers)", ylabel="clusters / tokens", ylim=(0, 1.6))
-    drawn.legend(loc="lower right")
+    drawn.legend(loc="center right")
     for axes in (clusters, *cosines):
         axes.legend(loc="upper left", ncols=2, fontsize=7.5)
     return figure

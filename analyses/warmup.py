@@ -192,12 +192,14 @@ def findings(arrays: Arrays, config: Config) -> list[Expectation]:
     for name in config.runs:
         broken, what = arrays[name]["broken"], f"{name}: steps with a loss that is not finite"
         if name == "no warm-up":
-            found.append(at_least(f"{what}, the fewest of a seed", broken.min(), 1, source=source))
+            what = f"{what}, the fewest of a seed"
+            found.append(at_least(what, broken.min(), 1, because="one suffices", source=source))
         elif name == "warm-up":
             at = settled(arrays)
             worst = at[np.argmax(np.abs(np.nan_to_num(at, nan=np.inf) - 1.025))]
             what = f"{name}: sharpness over the edge, last third, the farthest seed"
-            found.append(between(what, worst, 0.95, 1.1, source=source))
+            because = "it hovers at the edge, and swings above it more than below"
+            found.append(between(what, worst, 0.95, 1.1, because=because, source=source))
         else:
             what, control = f"{what}, the most of a seed", "negative control"
             found.append(equal(what, broken.max(), 0, 0.0, because="a count", source=control))
