@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from attnlab.adaptation.lora import lora
-from attnlab.checks import check_finite, check_floating, check_positive, check_range
+from attnlab.checks import check_finite, check_floating, check_positive, check_range, unknown_name
 from attnlab.dynamics.rules import update_rule
 from attnlab.icl.identification import fit_family
 from attnlab.icl.tasks import isotropic, sample_prompts
@@ -100,3 +100,11 @@ def test_what_is_no_mistake_passes():
     assert AttentionConfig(4, 4, scale=0.0).score_scale == 0
     assert lora({"w": jnp.ones((4, 3))}, "w", 3, KEY)[1]["w"]["A"].shape == (3, 3)
     assert np.isfinite(fit(PROMPTS, "ridge", 1).held_out_error.value)
+
+
+def test_the_error_for_a_name_lists_a_short_table_and_the_nearest_of_a_long_one():
+    assert str(unknown_name("option", "bet", ["beta", "gamma"])) == (
+        "there is no option 'bet'; expected one of: beta, gamma. Did you mean 'beta'?"
+    )
+    said = str(unknown_name("claim", "claim-17x", [f"claim-{number}" for number in range(190)]))
+    assert "claim-58, claim-59 and 130 more. Did you mean 'claim-17' or " in said

@@ -183,11 +183,17 @@ def check_intervals(steps: int, every: int) -> None:
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> ValueError:
-    """The error for a name that is not in a table: it lists the table and the nearest match."""
+    """The error for a name that is not in a table: it lists the table, of a long one its start, and the nearest."""
     known = list(known)
-    near = get_close_matches(name, known, n=1)
-    hint = f" Did you mean '{near[0]}'?" if near else ""
-    return ValueError(f"there is no {kind} '{name}'; expected one of: {', '.join(known) or '(none)'}.{hint}")
+    near = get_close_matches(name, known, n=1 if len(known) <= LISTED else 3)
+    hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+    listed = ", ".join(known[:LISTED]) or "(none)"
+    more = f" and {len(known) - LISTED} more" if len(known) > LISTED else ""
+    return ValueError(f"there is no {kind} '{name}'; expected one of: {listed}{more}.{hint}")
+
+
+LISTED = 60
+"""Names of a table that an error lists."""
 
 
 def check_names(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
