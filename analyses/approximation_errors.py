@@ -89,7 +89,7 @@ def plot(arrays: Arrays, config: Config):
     most = max(ratios, key=lambda name: np.median(ratios[name]))
     least = min(ratios, key=lambda name: np.median(ratios[name]))
     message = (
-        f"{most} attention loses {np.median(ratios[most]):,.0f} times as much score curvature as output, "
+        f"{most} attention loses {np.median(ratios[most]):,.0f} times as much score curvature as output,\n"
         f"{least} {np.median(ratios[least]):.2f} times"
     )
     titles = ("gradient", "whole Hessian", "score block of the Hessian", "score curvature over output")
