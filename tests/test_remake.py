@@ -82,7 +82,7 @@ def test_bad_input_is_named(scripts, tmp_path):
 
 def test_the_gallery_has_what_each_figure_says_and_how_much_was_expected(tmp_path):
     found = [{"passed": True}, {"passed": False}]
-    record = {"message": "$|a|$ is 2\nand b 3", "findings": found, "config": {"seeds": 4}, "seconds": 7.2}
+    record = {"message": "$|a|$ is 2\nand $\\|b\\|$ 3", "findings": found, "config": {"seeds": 4}, "seconds": 7.2}
     (tmp_path / "warmup.json").write_text(json.dumps(record))
     (tmp_path / "warmup-details.png").touch()
     page = gallery(tmp_path, {"warmup": "Why.", "rod-flow": "A flow.", "own": "Mine."})
@@ -90,7 +90,7 @@ def test_the_gallery_has_what_each_figure_says_and_how_much_was_expected(tmp_pat
     assert row == (
         '| <a href="warmup.png"><img src="warmup.png" width="220" alt="warmup"></a>'
         '<br><a href="warmup-details.png">more of it</a> '
-        r"| **$\|a\|$ is 2 and b 3.** Why. | 1 of 2 | 4 | `attnlab run warmup` 7 s |"
+        r"| **$\|a\|$ is 2 and $\Vert b\Vert $ 3.** Why. | 1 of 2 | 4 | `attnlab run warmup` 7 s |"
     )
     assert "| not drawn yet | A flow. | | | `attnlab run rod-flow` |" in page
     assert page.index("## Training dynamics") < page.index("## Others") < page.index("Mine.")

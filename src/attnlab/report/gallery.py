@@ -65,7 +65,8 @@ def seeds(config: Mapping[str, Any]) -> str:
 
 
 def _words(record: Mapping[str, Any], summary: str) -> str:
-    message = " ".join(record.get("message", "").split())
+    # A bar would end the cell, and a norm's, escaped already, has another name.
+    message = " ".join(record.get("message", "").split()).replace(r"\|", r"\Vert ")
     return (f"**{message}.** {summary}" if message else summary).replace("|", r"\|")
 
 
