@@ -29,3 +29,5 @@ def test_phenomena_are_reproduced_at_full_size(name, tmp_path):
     found = module.findings(load_arrays(tmp_path / "results" / name), module.ANALYSIS.config())
     missed = {finding.what: finding.record() for finding in found if not finding.passed}
     assert missed.keys() <= MISSED.get(name, set()), missed
+    if missed:
+        pytest.xfail(f"not reproduced: {missed}")

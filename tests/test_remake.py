@@ -18,7 +18,8 @@ from attnlab.runs import manifest, write_json
 
 COUNT = 0
 script = Path(__file__)
-write_json(Path(sys.argv[2]) / f"{script.stem}.json", manifest({}, 2.0, script) | {"git_dirty": False})
+record = manifest({}, 2.0, script) | {"git_dirty": False, "resumed": False}
+write_json(Path(sys.argv[2]) / f"{script.stem}.json", record)
 """
 
 
@@ -68,6 +69,8 @@ def test_seconds_of_a_resumed_run_are_those_of_all_its_parts(scripts, tmp_path):
     (folder / "two.json").write_text(json.dumps(record | {"parts": {"seconds": 7200.0}, "git_dirty": True}))
     job = jobs(folder, scripts, ["two"])[0]
     assert (job.seconds, job.reason) == (7200.0, "made from code that was not committed")
+    (folder / "two.json").write_text(json.dumps(record | {"resumed": True}))  # of what its parts cost it says nothing
+    assert jobs(folder, scripts, ["two"])[0].seconds is None
 
 
 def test_bad_input_is_named(scripts, tmp_path):
@@ -82,7 +85,13 @@ def test_bad_input_is_named(scripts, tmp_path):
 
 def test_the_gallery_has_what_each_figure_says_and_how_much_was_expected(tmp_path):
     found = [{"passed": True}, {"passed": False}]
-    record = {"message": "$|a|$ is 2\nand $\\|b\\|$ 3", "findings": found, "config": {"seeds": 4}, "seconds": 7.2}
+    record = {
+        "message": "$|a|$ is 2\nand $\\|b\\|$ 3",
+        "findings": found,
+        "config": {"seeds": 4},
+        "seconds": 7.2,
+        "resumed": False,
+    }
     (tmp_path / "warmup.json").write_text(json.dumps(record))
     (tmp_path / "warmup-details.png").touch()
     page = gallery(tmp_path, {"warmup": "Why.", "rod-flow": "A flow.", "own": "Mine."})

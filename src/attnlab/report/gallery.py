@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from attnlab.report.staleness import seconds_taken
+
 GROUPS = {
     "Curvature": (
         "attention-spectrum", "attention-blocks", "block-growth", "curvature-along-training", "pretrained-blocks",
@@ -54,8 +56,9 @@ def _row(folder: Path, name: str, summary: str) -> str:
     record = json.loads(manifest.read_text())
     found = record.get("findings", [])
     met = f"{sum(bool(each['passed']) for each in found)} of {len(found)}" if found else ""
-    seconds = (record.get("parts") or record)["seconds"]
-    cells = (_image(folder, name), _words(record, summary), met, seeds(record["config"]), f"{command} {seconds:.0f} s")
+    seconds = seconds_taken(record)
+    told = command if seconds is None else f"{command} {seconds:.0f} s"
+    cells = (_image(folder, name), _words(record, summary), met, seeds(record["config"]), told)
     return f"| {' | '.join(cells)} |\n"
 
 

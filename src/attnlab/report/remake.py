@@ -11,7 +11,7 @@ from typing import NamedTuple
 from rich.table import Table
 
 from attnlab.checks import check_names
-from attnlab.report.staleness import staleness
+from attnlab.report.staleness import seconds_taken, staleness
 
 
 class Job(NamedTuple):
@@ -38,7 +38,7 @@ def _job(path: Path, name: str, script: Path) -> Job:
         return Job(name, script, "not made yet", None)
     try:
         record = json.loads(path.read_text())
-        seconds = float((record.get("parts") or record)["seconds"])
+        seconds = seconds_taken(record)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no manifest of a figure: {error!r}. Delete it, to make it again.") from error
     changed, note = staleness(record, script)

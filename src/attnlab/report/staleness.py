@@ -30,6 +30,17 @@ def staleness(record: Mapping[str, Any], script: Path | None) -> Staleness:
     return _by_commit(record.get("git_commit"), script, set(current))
 
 
+def seconds_taken(record: Mapping[str, Any]) -> float | None:
+    """How long a figure took: the run of the manifest `record`, with the parts that it found made; None where it was
+    resumed, or may have been, and its manifest does not say what those had cost.
+
+    Raises `KeyError` where there are no seconds.
+    """
+    if record.get("resumed", True) and "parts" not in record:
+        return None
+    return max(float(record["seconds"]), float(record.get("parts", {}).get("seconds", 0.0)))
+
+
 def _by_commit(commit: str | None, script: Path, names: set[str]) -> Staleness:
     unknown = "its manifest has no digests of the code, and its commit is not in this repository"
     if commit is None:
