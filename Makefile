@@ -58,7 +58,7 @@ $(READY): requirements.lock pyproject.toml
 
 # Hashes, but neither index nor file addresses: pip and uv both install it.
 lock: $(READY)
-	$(BIN)/uv pip compile pyproject.toml --group dev --group docs --group pretrained --extra pretrained --extra explore --universal --python-version 3.11 \
+	$(BIN)/uv pip compile pyproject.toml --group dev --group docs --group notebooks --group pretrained --extra pretrained --extra explore --universal --python-version 3.11 \
 	  --fork-strategy fewest --generate-hashes --no-emit-index-url --no-header --no-annotate --quiet -o requirements.lock
 
 clean:

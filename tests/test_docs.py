@@ -118,19 +118,6 @@ def test_a_page_fits_its_screen_and_fetches_nothing(site, tmp_path, page, width)
     assert "CONSOLE" not in done.stderr, done.stderr
 
 
-@pytest.mark.slow
-def test_notebooks_of_the_tutorials_run(site, tmp_path):
-    """Three of them, as a notebook's cells run: in order, in one name space, with their last values shown."""
-    for name in ("01_curvature_of_your_network", "05_attention_becomes_an_svm", "07_write_a_claim"):
-        cells = json.loads((DOCS / "learn" / f"{name}.ipynb").read_text())["cells"]
-        sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-        script = tmp_path / f"{name}.py"
-        script.write_text("\n".join(sources).replace("%matplotlib inline", ""))
-        environment = CACHED | {"MPLBACKEND": "Agg"}
-        done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr
-
-
 def test_the_site_is_made_by_one_command():
     assert "\ndocs:" in (DOCS.parent / "Makefile").read_text()
     assert shutil.which("sphinx-build", path=Path(sys.executable).parent)

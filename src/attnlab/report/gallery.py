@@ -64,7 +64,8 @@ def _row(folder: Path, name: str, summary: str) -> str:
 
 def seeds(config: Mapping[str, Any]) -> str:
     """How many random draws a figure shows, by its options."""
-    return str(next((config[name] for name in ("seeds", "texts", "starts") if name in config), 1))
+    counts = (config.get(name) for name in ("seeds", "texts", "starts"))  # `starts` may be sizes and no count
+    return str(next((count for count in counts if isinstance(count, int)), 1))
 
 
 def _words(record: Mapping[str, Any], summary: str) -> str:
