@@ -7,8 +7,8 @@ whose norms were estimated from random samples: those of the last attention laye
 those of the first layer at depth 2 and more are estimates with standard errors. Slopes are fitted seed by seed and set
 beside the predicted exponents.
 
-A seed takes about six minutes of one core, all twenty two hours; a run resumes where it was stopped, and more seeds add
-to those already there. The scales of linear attention begin at 0.1, where the slopes of H_f are not yet those of
+A seed takes about six minutes of one core; a run resumes where it was stopped, and more seeds add to those that are
+there. The scales of linear attention begin at 0.1, where the slopes of H_f are not yet those of
 sigma -> 0: they come out above 3.
 """
 
@@ -63,7 +63,7 @@ class Config(AnalysisConfig):
         "precision": "float64",
     }
 
-    seeds: int = 20
+    seeds: int = 8
     """Independent draws of data and weights; the first has the number `--seed`."""
     sequences: int = 64
     """Sums in the batch."""
@@ -157,7 +157,12 @@ def measure(config: Config, seed: int, variant: str, depth: int) -> Arrays:
     """Norms of one model at every sigma, (points,), by place, part and pair of the block."""
     import jax
 
-    from attnlab.risks.addition_networks import last_layer_norms, linear_mlp_norms, with_embedding_scale
+    from attnlab.risks.addition_networks import (
+        first_layer_norms,
+        last_layer_norms,
+        linear_mlp_norms,
+        with_embedding_scale,
+    )
 
     key, scales = jax.random.key(seed), sigmas(config, variant)
     if variant == "mlp":
@@ -171,24 +176,10 @@ def measure(config: Config, seed: int, variant: str, depth: int) -> Arrays:
         scaled = with_embedding_scale(params, sigma)
         norms = {"last": last_layer_norms(model, scaled, data, names)}
         if depth > 1:
-            norms |= first_layer(config, model, scaled, data, jax.random.fold_in(jax.random.fold_in(key, depth), index))
+            draw = jax.random.fold_in(jax.random.fold_in(key, depth), index)
+            norms |= first_layer_norms(model, scaled, data, draw, samples=config.samples)
         points.append(norms)
     return jax.tree.map(lambda *values: np.array(values), *points)
-
-
-def first_layer(config: Config, model, params, data, key) -> Arrays:
-    """Norms of the first layer's value and query blocks, and their standard errors, from random samples."""
-    from attnlab.risks.addition_networks import first_layer_squares
-
-    norms: Arrays = {"first": {}, "first error": {}}
-    for part, squares in first_layer_squares(model, params, data, key, samples=config.samples).items():
-        roots = {pair: float(square.value) ** 0.5 for pair, square in squares.items()}
-        # d sqrt(s) = ds / (2 sqrt(s))
-        errors = {
-            pair: float(squares[pair].standard_error) / (2 * root) if root > 0 else 0.0 for pair, root in roots.items()
-        }
-        norms["first"][part], norms["first error"][part] = roots, errors
-    return norms
 
 
 def precision_errors(config: Config) -> Arrays:
@@ -215,10 +206,7 @@ def predicted(variant: str, depth: int, place: str, part: str, pair: str) -> flo
     """The predicted exponent of a block; None where there is none or the block is zero."""
     from attnlab.risks.growth import network_exponent
 
-    if variant == "mlp":
-        return 2.0
-    kind = VARIANTS[variant]
-    return network_exponent(kind.weights, kind.norm, depth, place, part, pair)
+    return network_exponent(VARIANTS[variant].weights, VARIANTS[variant].norm, depth, place, part, pair)
 
 
 def norms_of(arrays: Arrays, variant: str, depth: int, place: str, part: str) -> Arrays:
@@ -242,6 +230,7 @@ def measured_depths(arrays: Arrays, variant: str) -> list[int]:
 def plot(arrays: Arrays, config: Config):
     """One layer without norms, with pre-LN, and where queries overtake values."""
     from attnlab.plotting.panels import panels
+    from attnlab.risks.growth import geometric_mean
 
     depths_here = measured_depths(arrays, "softmax")
     where = [geometric_mean(crossover(arrays, "softmax", depth, "last", "hessian")) for depth in depths_here]
@@ -261,15 +250,12 @@ def plot(arrays: Arrays, config: Config):
     return figure
 
 
-def geometric_mean(values: np.ndarray) -> float:
-    """Over what is known; NaN where nothing is."""
-    return float(np.exp(np.nanmean(np.log(values)))) if np.isfinite(values).any() else np.nan
-
-
 def plot_values_and_queries(axes, arrays: Arrays, variant: str, depth: int, part: str) -> None:
     """The value and the query block of the last layer; triangles of the predicted slopes in the range of the fit."""
     from attnlab.plotting.curves import geometric_band
+    from attnlab.plotting.exponents import slope_triangle
     from attnlab.plotting.style import BLOCKS as LOOKS
+    from attnlab.risks.growth import geometric_mean
 
     scales, (low, high) = arrays[variant]["sigma"], fit_range(variant)
     for name, pair in (("value", "VV"), ("query", "QQ")):
@@ -277,19 +263,12 @@ def plot_values_and_queries(axes, arrays: Arrays, variant: str, depth: int, part
         geometric_band(axes, scales, norms, LOOKS[name][0], {"VV": "-", "QQ": "--"}[pair], label=pair)
         exponent = predicted(variant, depth, "last", part, pair)
         if exponent is not None:
-            triangle(axes, low, high, geometric_mean(norms[:, 0]), exponent)
+            slope_triangle(axes, low, high, geometric_mean(norms[:, 0]), exponent)
     axes.axvspan(low, high, color="0.93", zorder=-2)
     axes.set(
         xscale="log", yscale="log", xlabel=r"embeddings' scale $\sigma$", ylabel=rf"$\|{PARTS[part]}\|_F$ of the block"
     )
     axes.legend(loc="best")
-
-
-def triangle(axes, low: float, high: float, start: float, exponent: float) -> None:
-    """The predicted slope over the range of the fit, below the curve."""
-    below, top = 0.3 * start, 0.3 * start * (high / low) ** exponent
-    axes.plot([low, high, high, low], [below, top, below, below], ":", color="black", linewidth=0.9)
-    axes.annotate(f"{exponent:g}", (high, np.sqrt(below * top)), (3, -3), textcoords="offset points", fontsize=8)
 
 
 CROSSINGS = (("softmax", "hessian", "last"), ("softmax", "ggn", "last"), ("softmax", "hessian", "first"))
@@ -298,6 +277,7 @@ CROSSINGS = (("softmax", "hessian", "last"), ("softmax", "ggn", "last"), ("softm
 def plot_crossovers(axes, arrays: Arrays) -> None:
     """Sigma at which the query block overtakes the value block, of every seed, in H and in H_o of the last layer."""
     from attnlab.plotting.style import PARTS as LOOKS
+    from attnlab.risks.growth import geometric_mean
 
     for place, (variant, part, layer) in enumerate(CROSSINGS[:2]):
         found = {depth: crossover(arrays, variant, depth, layer, part) for depth in measured_depths(arrays, variant)}
@@ -347,17 +327,16 @@ def main_part(variant: str) -> str:
 
 def plot_forest(axes, rows: list[tuple]) -> None:
     """Fitted minus predicted exponent, one row each, named by model, depth and block."""
-    for height, (variant, depth, block, fitted, width, exponent) in enumerate(rows):
-        color, marker = f"C{list(VARIANTS).index(variant)}", "os^D"[list(VARIANTS).index(variant)]
-        look = {"fmt": marker, "color": color, "markersize": 3, "capsize": 1.5, "elinewidth": 0.8}
-        axes.errorbar(fitted - exponent, height, xerr=np.nan_to_num(width), **look)
+    from attnlab.plotting.exponents import forest
+
+    names = []
+    for variant, depth, block, _, _, exponent in rows:
         place, part, pair = block.split()
         model = VARIANTS[variant].label.removeprefix("transformer, ")
-        label = f"{model} {depth}, {place} ${PARTS[part]}$ {pair}: {exponent:g}"
-        axes.annotate(label, (0, height), (-4, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
-                      fontsize=7.5, ha="right", va="center")  # fmt: skip
-    axes.axvline(0, color="black", linewidth=0.8)
-    axes.set(yticks=[], ylim=(len(rows) - 0.4, -0.6), xlabel="fitted minus predicted")
+        names.append(f"{model} {depth}, {place} ${PARTS[part]}$ {pair}: {exponent:g}")
+    groups = [list(VARIANTS).index(row[0]) for row in rows]
+    forest(axes, [row[3] - row[5] for row in rows], [row[4] for row in rows], names, groups)
+    axes.set_xlabel("fitted minus predicted")
 
 
 def plot_linear_models(axes, arrays: Arrays) -> None:
@@ -413,24 +392,15 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
     fitted = Table("model", "depth", "block", "fitted", "predicted", title="exponents of sigma, 95 % intervals")
     for variant, depth, name, slope, width, exponent in slopes(arrays, config):
         fitted.add_row(VARIANTS[variant].label, str(depth), name, f"{slope:.3f} +- {width:.3f}", f"{exponent:g}")
+    from attnlab.risks.growth import crossing_summary
+
     crossings = Table("block of", "layer", "depth", "sigma", title="where |QQ| = |VV|, transformer without norm")
     for variant, part, place in CROSSINGS:
         for depth in measured_depths(arrays, variant):
             layer = "last" if depth == 1 else place
             found = crossover(arrays, variant, depth, place, part)
-            crossings.add_row(PARTS[part], layer, str(depth), summary(found))
+            crossings.add_row(PARTS[part], layer, str(depth), crossing_summary(found))
     return [fitted, crossings, accuracy_table(arrays)]
-
-
-def summary(values: np.ndarray) -> str:
-    """Mean and 95 % half-width of the logarithm over the seeds that cross."""
-    from attnlab.risks.growth import half_width
-
-    logs = np.log(values[np.isfinite(values)])
-    if len(logs) < 2:
-        return f"{len(logs)} of {len(values)} seeds cross"
-    middle, width = np.exp(np.mean(logs)), half_width(logs)
-    return f"{middle:.3g} ({middle * np.exp(-width):.3g} to {middle * np.exp(width):.3g})"
 
 
 def accuracy_table(arrays: Arrays) -> Table:

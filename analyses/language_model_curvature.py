@@ -376,25 +376,14 @@ def density(arrays: Arrays, part: str):
 
 def plot_spectra(axes, arrays: Arrays) -> None:
     """How many eigenvalues lie above a value in modulus, with bands of two standard errors over the samples."""
-    n = int(arrays["spectra"]["dimension"])
+    from attnlab.plotting.spectra import draw_counts
     from attnlab.plotting.style import PARTS as LOOKS
 
-    for part in ("hessian", "ggn"):
-        color = LOOKS[part][0]
-        found = density(arrays, part)
-        for sign, line in ((1, "-"), (-1, ":")):
-            moduli = sign * np.asarray(found.nodes).ravel()
-            values = -np.sort(-moduli[moduli > 1e-12 * np.abs(moduli).max()])
-            if not len(values):
-                continue
-            share, error = map(
-                np.asarray, found.integral(lambda nodes, v=values, s=sign: (s * nodes >= v[:, None]) * 1.0)
-            )
-            label = f"${PARTS[part]}$" if sign == 1 else f"${PARTS[part]}$, negative"
-            axes.step(values, n * share, line, where="post", color=color, label=label)
-            low, high = (n * np.maximum(share + side * error, 1e-12) for side in (-2, 2))
-            axes.fill_between(values, low, high, step="post", color=color, alpha=0.15, linewidth=0)
-    axes.set(xscale="log", yscale="log", ylim=(0.3, 3 * n), xlabel=r"$|\lambda|$", ylabel="eigenvalues above")
+    n = int(arrays["spectra"]["dimension"])
+    for part, symbol in (("hessian", "$H$"), ("ggn", "$H_o$")):
+        names = {1: symbol, -1: f"{symbol}, negative"}
+        draw_counts(axes, density(arrays, part), n, LOOKS[part][0], names.get)
+    axes.set_ylim(0.3, 3 * n)
     axes.legend(fontsize=7.5)
 
 

@@ -320,30 +320,14 @@ def plot_shares(axes, arrays: Arrays) -> None:
 def plot_counts(axes, arrays: Arrays, layer: int) -> None:
     """How many eigenvalues are above a value in modulus, for the positive and the negative ones of a layer, with bands
     of two standard errors over the samples."""
+    from attnlab.plotting.spectra import draw_counts
     from attnlab.plotting.style import BLOCKS
 
     n = int(arrays["dimension"])
     for matrix in MATRICES:
-        found, color = density(arrays, "trained", layer, "hessian", matrix), BLOCKS[matrix][0]
-        for sign, line in ((1, "-"), (-1, ":")):
-            values, counts, error = counts_above(found, sign)
-            axes.step(values, n * counts, line, where="post", color=color)
-            low, high = (n * np.maximum(counts + side * error, 1e-9) for side in (-2, 2))
-            axes.fill_between(values, low, high, step="post", color=color, alpha=0.12, linewidth=0)
+        draw_counts(axes, density(arrays, "trained", layer, "hessian", matrix), n, BLOCKS[matrix][0])
     top = max(np.abs(density(arrays, "trained", layer, "hessian", matrix).nodes).max() for matrix in MATRICES)
-    axes.set(xscale="log", yscale="log", xlim=(3e-4 * top, 2 * top), ylim=(0.3, None))
-    axes.set(xlabel=r"$|\lambda|$ (dotted: negative eigenvalues)", ylabel="eigenvalues above")
-
-
-def counts_above(found, sign: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Descending moduli of the nodes of one sign, the share of eigenvalues at each or beyond, its standard error."""
-    moduli = sign * found.nodes.ravel()
-    values = -np.sort(-moduli[moduli > 0])
-
-    def beyond(nodes):
-        return (sign * nodes[None, :] >= values[:, None]).astype(nodes.dtype)
-
-    return values, *map(np.asarray, found.integral(beyond))
+    axes.set(xlim=(3e-4 * top, 2 * top), ylim=(0.3, None), xlabel=r"$|\lambda|$ (dotted: negative eigenvalues)")
 
 
 def findings(arrays: Arrays, config: Config) -> list[Expectation]:

@@ -1,6 +1,7 @@
 """Strict numerics for every test: 64 bits, no silent promotion of dtypes or ranks."""
 
 import os
+from pathlib import Path
 
 # Test programs run once: compiling them quickly beats running them quickly. Set before JAX reads it.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
@@ -16,11 +17,24 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 keep_compiled_programs()
 
 
+MAPS = Path("/proc/self/maps")
+FEW_MAPS = 20_000
+"""Below Linux's usual limit of 65,530 by more than any test adds."""
+
+
 @pytest.fixture(autouse=True, scope="module")
 def release_compiled_programs():
     """Thousands of compiled programs in one process exhaust its memory maps: drop those of a finished module."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def release_compiled_programs_within_a_long_module(request):
+    """The same between the slow tests of a module, which compile most, once their programs are many."""
+    yield
+    if request.node.get_closest_marker("slow") and MAPS.exists() and MAPS.read_bytes().count(b"\n") > FEW_MAPS:
+        jax.clear_caches()
 
 
 SEEDS = (1, 2, 3)

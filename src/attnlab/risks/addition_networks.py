@@ -178,6 +178,21 @@ def first_layer_squares(
     }
 
 
+def first_layer_norms(
+    network: AdditionNetwork, params: Params, data: tuple[Array, Array], key: PRNGKey, *, samples: int
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Roots of `first_layer_squares`, by part and pair: `first`, and their standard errors, `first error`."""
+    norms: dict[str, dict[str, dict[str, float]]] = {"first": {}, "first error": {}}
+    for part, squares in first_layer_squares(network, params, data, key, samples=samples).items():
+        roots = {pair: float(square.value) ** 0.5 for pair, square in squares.items()}
+        # d sqrt(s) = ds / (2 sqrt(s))
+        errors = {
+            pair: float(squares[pair].standard_error) / (2 * root) if root > 0 else 0.0 for pair, root in roots.items()
+        }
+        norms["first"][part], norms["first error"][part] = roots, errors
+    return norms
+
+
 def linear_mlp_norms(network: AdditionNetwork, depth: int, key: PRNGKey) -> dict[str, Float[Array, ""]]:
     """Norms of the first and last layer's blocks, at sigma = 1, of a linear MLP on the embedded tokens of `network`.
 

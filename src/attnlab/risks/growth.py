@@ -33,14 +33,22 @@ def predicted_exponent(table: Exponents, part: str, pair: str) -> int | None:
 
 
 def network_exponent(
-    weights: Literal["softmax", "linear"], norm: Literal["pre"] | None, depth: int, place: str, part: str, pair: str
+    weights: Literal["softmax", "linear", "none"],
+    norm: Literal["pre"] | None,
+    depth: int,
+    place: str,
+    part: str,
+    pair: str,
 ) -> float | None:
-    """The exponent of a block of the `first` or `last` of `depth` attention layers, in the scale of the embeddings.
+    """The exponent of a block of the `first` or `last` of `depth` attention layers, in the scale of the embeddings;
+    without attention (`none`) of a linear MLP.
 
     None where the block is zero or no exponent is known. Pre-LN makes a layer's inputs, and at small sigma all behind
     it, independent of sigma. The last of D layers of linear attention sees tokens of order sigma^(3^(D-1)). In first
     layers H_o has the order of a layer by itself.
     """
+    if weights == "none":
+        return 2.0
     if norm == "pre":
         return 0.0
     if weights == "linear" and depth > 1:
@@ -70,6 +78,20 @@ def half_width(sample: Float[np.ndarray, "seeds"]) -> float:
     """Half the 95 % confidence interval of the mean (Student's t); NaN for a sample of one."""
     count = len(sample)
     return float(student.ppf(0.975, count - 1) * np.std(sample, ddof=1) / count**0.5) if count > 1 else np.nan
+
+
+def geometric_mean(values: Float[np.ndarray, "n"]) -> float:
+    """Over what is known; NaN where nothing is."""
+    return float(np.exp(np.nanmean(np.log(values)))) if np.isfinite(values).any() else np.nan
+
+
+def crossing_summary(values: Float[np.ndarray, "seeds"]) -> str:
+    """Geometric mean and 95 % interval over the seeds that cross; how many do, where fewer than two."""
+    logs = np.log(values[np.isfinite(values)])
+    if len(logs) < 2:
+        return f"{len(logs)} of {len(values)} seeds cross"
+    middle, width = np.exp(np.mean(logs)), half_width(logs)
+    return f"{middle:.3g} ({middle * np.exp(-width):.3g} to {middle * np.exp(width):.3g})"
 
 
 def crossings(
