@@ -1,5 +1,6 @@
 """The explorer: one page without a network, whose slider moves every panel."""
 
+import html
 import json
 import re
 import subprocess
@@ -19,13 +20,13 @@ VALUES = {
     "spectrum": np.arange(100.0).reshape(5, 20),
     "attention": np.arange(5 * 2 * 3 * 3, dtype=float).reshape(5, 2, 3, 3),
 }
-RECORDS = Records(STEPS, VALUES, np.geomspace(1, 1e-3, 50))
+RECORDS = Records(STEPS, VALUES, np.geomspace(1, 1e-3, 40))
 
 
 def test_a_page_holds_everything_and_asks_for_nothing(tmp_path):
     page = al.explore(RECORDS, tmp_path / "run.html", title="my run").read_text(encoding="utf-8")
     assert "<title>my run</title>" in page
-    for name in ("edge/ratio", "spectrum", "attention", "loss"):
+    for name in ("edge/ratio = 0.5", "spectrum", "attention", "loss = 1"):
         assert f'"{name}"' in page
     assert not re.search(r'<(script|link)[^>]*(src|href)="', page)
 
@@ -71,7 +72,8 @@ frame.onload = () => setTimeout(() => {
     mark: document_.get_model_by_name("mark edge/ratio").location,
     vector: Array.from(document_.get_model_by_name("data spectrum").data.y).slice(0, 2),
     matrix: Array.from(document_.get_model_by_name("data attention").data.image[0]).slice(0, 2),
-    title: document_.get_model_by_name("slider").title,
+    step: document_.get_model_by_name("step").text,
+    ratio: document_.get_model_by_name("figure edge/ratio").title.text,
   });
   const before = state();
   document_.get_model_by_name("slider").value = 3;
@@ -95,8 +97,14 @@ def test_moving_the_slider_moves_every_panel(tmp_path):
     flags += " --allow-file-access-from-files --enable-logging=stderr --virtual-time-budget=20000"
     command = [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", look.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    found = json.loads(re.search(r'<pre id="result">(.*?)</pre>', done.stdout, re.DOTALL)[1])
-    assert found["before"] == {"mark": 0, "vector": [0, 1], "matrix": [0, 1], "title": "step 0"}
-    assert found["after"] == {"mark": 30, "vector": [60, 61], "matrix": [54, 55], "title": "step 30"}
+    found = json.loads(html.unescape(re.search(r'<pre id="result">(.*?)</pre>', done.stdout, re.DOTALL)[1]))
+    assert found["before"] == {"mark": 0, "vector": [0, 1], "matrix": [0, 1]} | {
+        "step": "<b>step 0</b>",
+        "ratio": "edge/ratio = 0.5",
+    }
+    assert found["after"] == {"mark": 30, "vector": [60, 61], "matrix": [54, 55]} | {
+        "step": "<b>step 30</b>",
+        "ratio": "edge/ratio = 0.95",
+    }
     said = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     assert all("setting log level" in line for line in said), said

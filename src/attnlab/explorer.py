@@ -108,25 +108,26 @@ def _rows(part: Any) -> int:
 def _page(records: Records) -> Any:
     """The slider above the panels of one run."""
     from bokeh.layouts import column, gridplot
-    from bokeh.models import CustomJS, Slider
+    from bokeh.models import CustomJS, Div, Slider
 
     steps = np.asarray(records.steps)
     panels = [_loss_panel(records)] if len(records.losses) else []
     panels += [_panel(name, steps, values) for name, values in measured(records.values).items()]
-    slider = Slider(start=0, end=max(len(steps) - 1, 1), value=0, step=1, name="slider", title=f"step {int(steps[0])}")
-    slider.width, slider.show_value = 2 * WIDTH, False
-    moved = CustomJS(
-        args={"steps": steps.tolist(), "slider": slider, "panels": [panel.moving for panel in panels]}, code=MOVE
-    )
+    told = Div(text=f"<b>step {int(steps[0])}</b>", name="step")
+    slider = Slider(start=0, end=max(len(steps) - 1, 1), value=0, step=1, name="slider", title="", width=2 * WIDTH)
+    slider.show_value = False
+    moving = [each for panel in panels for each in panel.moving]
+    moved = CustomJS(args={"steps": steps.tolist(), "slider": slider, "told": told, "moving": moving}, code=MOVE)
     slider.js_on_change("value", moved)
-    return column(slider, gridplot([panel.figure for panel in panels], ncols=2, toolbar_location="right"))
+    return column(told, slider, gridplot([panel.figure for panel in panels], ncols=2, toolbar_location="right"))
 
 
 MOVE = """
 const at = Math.min(slider.value, steps.length - 1);
-slider.title = `step ${steps[at]}`;
-for (const [kind, model, rows] of panels) {
+told.text = `<b>step ${steps[at]}</b>`;
+for (const [kind, model, rows] of moving) {
   if (kind == "mark") model.location = steps[at];
+  if (kind == "title") model.text = rows[at];
   if (kind == "vector") model.data = {...model.data, y: rows[at]};
   if (kind == "matrix") model.data = {...model.data, image: [rows[at]]};
 }
@@ -148,16 +149,16 @@ def measured(values: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 class _Panel:
-    """A figure, and what of it moves with the slider: (kind, model, rows)."""
+    """A figure, and what of it moves with the slider: each (kind, model, rows)."""
 
-    def __init__(self, figure: Any, moving: tuple[str, Any, Any]):
+    def __init__(self, figure: Any, *moving: tuple[str, Any, Any]):
         self.figure, self.moving = figure, moving
 
 
 def _panel(name: str, steps: np.ndarray, values: np.ndarray) -> _Panel:
     """By the shape of one measurement: curves, a vector, or a matrix."""
     if values.ndim == 1 or (values.ndim == 2 and values.shape[1] <= SHOWN_CURVES):
-        return _curves(name, steps, values.reshape(len(steps), -1))
+        return _curves(name, steps, values.reshape(len(steps), -1), values if values.ndim == 1 else None)
     if values.ndim == 2:
         return _vector(name, values)
     return _matrix(name, values.reshape(len(steps), *values.shape[-2:]) if values.ndim == 3 else _first(values))
@@ -169,11 +170,16 @@ def _first(values: np.ndarray) -> np.ndarray:
 
 
 def _loss_panel(records: Records) -> _Panel:
-    losses = np.asarray(records.losses, float)
-    return _curves("loss", np.arange(len(losses)), losses.reshape(len(losses), -1)[:, :SHOWN_CURVES])
+    losses, steps = np.asarray(records.losses, float), np.asarray(records.steps, int)
+    # A loss is taken before its step: the last measurement, after the last step, has none of its own.
+    every = losses.ndim == 1 and len(losses) == steps[-1] - steps[0]
+    now = losses[np.minimum(steps - steps[0], len(losses) - 1)] if every and len(losses) else None
+    taken = steps[0] + np.arange(len(losses))
+    return _curves("loss", taken, losses.reshape(len(losses), -1)[:, :SHOWN_CURVES], now)
 
 
-def _curves(name: str, steps: np.ndarray, values: np.ndarray) -> _Panel:
+def _curves(name: str, steps: np.ndarray, values: np.ndarray, now: np.ndarray | None) -> _Panel:
+    """`now` is what the title tells of the slider's step: a number each, where there is one."""
     from bokeh.models import HoverTool, Span
 
     positive = np.isfinite(values).any() and np.nanmin(values) > 0
@@ -183,10 +189,15 @@ def _curves(name: str, steps: np.ndarray, values: np.ndarray) -> _Panel:
         figure.line(steps, curve, color=PALETTE[number % len(PALETTE)], line_width=1.5)
     if name.split("/")[-1] == "ratio":
         figure.add_layout(Span(location=1, dimension="width", line_dash="dashed", line_color="black"))
+    if np.nanmin(values) == np.nanmax(values):
+        middle = float(np.nanmin(values))
+        figure.y_range.start, figure.y_range.end = middle - (abs(middle) or 1), middle + (abs(middle) or 1)
     mark = Span(location=float(steps[0]), dimension="height", line_color="gray", name=f"mark {name}")
     figure.add_layout(mark)
     figure.add_tools(HoverTool(tooltips=[("step", "@x"), (name, "@y{0.0000e+0}")], mode="vline"))
-    return _Panel(figure, ("mark", mark, None))
+    titles = [] if now is None else [f"{name} = {value:.4g}" for value in now]
+    figure.title.text = titles[0] if titles else name
+    return _Panel(figure, ("mark", mark, None), *([("title", figure.title, titles)] if titles else []))
 
 
 def _vector(name: str, values: np.ndarray) -> _Panel:
@@ -221,7 +232,13 @@ def _figure(name: str, horizontal: str, **options: Any) -> Any:
     from bokeh.plotting import figure
 
     made = figure(
-        width=WIDTH, height=HEIGHT, title=name, x_axis_label=horizontal, tools="pan,wheel_zoom,reset", **options
+        width=WIDTH,
+        height=HEIGHT,
+        title=name,
+        name=f"figure {name}",
+        x_axis_label=horizontal,
+        tools="pan,wheel_zoom,reset",
+        **options,
     )
     made.toolbar.logo = None
     return made
