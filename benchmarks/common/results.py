@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import sys
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,13 +20,14 @@ def write_results(
     values: Mapping[str, Any] | None = None,
     versions: Mapping[str, str] | None = None,
 ) -> None:
-    """Write `ratios` (peer / ours, above 1 we are ahead), other `values`, the machine and the versions as JSON.
+    """Write the command, `ratios` (peer / ours, above 1 we are ahead), other `values`, machine and versions as JSON.
 
     Nothing where `path` is None. `versions` are those of peers, beside the packages of this environment.
     """
     if path is None:
         return
     content = {
+        "command": f"python benchmarks/{Path(sys.argv[0]).name}" + " --quick" * ("--quick" in sys.argv),
         "ratios": dict(ratios),
         "values": dict(values or {}),
         "machine": {"platform": platform.platform(), "cpus": os.cpu_count(), "device": str(jax.devices()[0])},

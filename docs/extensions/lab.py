@@ -5,6 +5,7 @@
 ```{package} attnlab.curvature      every public name of a package
 ```{parameters}                     parameter names and shapes of the models
 ```{figures}                        the figures of figures/, each with its finding and command
+```{benchmarks}                     ratios of benchmarks/results/, with the machine that they were measured on
 """
 
 import json
@@ -219,6 +220,27 @@ def pretrained(kind: str) -> tuple[Any, Any]:
     return al.LanguageModel(config), tokens
 
 
+class Benchmarks(Directive):
+    """What benchmarks found, as kept by `--json`."""
+
+    def run(self) -> list[nodes.Node]:
+        """A table for each file, under its command, machine and versions."""
+        files = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+        return [nodes.raw("", "".join(self.table(json.loads(file.read_text())) for file in files), format="html")]
+
+    @staticmethod
+    def table(found: dict[str, Any]) -> str:
+        """A row for each ratio."""
+        machine, versions = found["machine"], ", ".join(" ".join(each) for each in found["versions"].items())
+        where = f"{machine['platform']}, {machine['cpus']} processors, {machine['device']}; {versions}"
+        rows = "".join(
+            f"<tr><td>{escape(name)}</td><td>{ratio:.3g}</td></tr>" for name, ratio in found["ratios"].items()
+        )
+        head = "<thead><tr><th>what, and against what</th><th>ratio</th></tr></thead>"
+        table = f'<div class="table-wrapper"><table>{head}<tbody>{rows}</tbody></table></div>'
+        return f"<h2><code>{escape(found['command'])}</code></h2><p>{escape(where)}</p>{table}"
+
+
 class Figures(Directive):
     """All figures with what they show."""
 
@@ -299,6 +321,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("package", Package)
     app.add_directive("parameters", Parameters)
     app.add_directive("figures", Figures)
+    app.add_directive("benchmarks", Benchmarks)
     app.connect("autodoc-process-docstring", plain_mathematics, priority=100)  # before sections are read
     app.connect("autodoc-process-signature", short_types)
     app.connect("build-finished", copy_figures)

@@ -26,6 +26,13 @@ GROUPS = {
 }  # fmt: skip
 """Names of the analyses by strand, in the order in which they are shown; an analysis of none is shown last."""
 
+
+def strand_of(name: str) -> tuple[int, str]:
+    """Place of an analysis in this order, and its strand."""
+    strands = {other: strand for strand, names in GROUPS.items() for other in names}
+    return (list(strands).index(name), strands[name]) if name in strands else (len(strands), "Others")
+
+
 INTRODUCTION = """# Figures
 
 Every figure says one thing, which stands above it and here, with its number. It is made by one command, beside a

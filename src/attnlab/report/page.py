@@ -3,14 +3,17 @@
 import html
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup, escape
 
 from attnlab.report.changes import changes
 from attnlab.report.fonts import FAMILY, embedded_font
+from attnlab.report.gallery import strand_of
 from attnlab.report.mathematics import mathematics, with_formulas
 from attnlab.report.staleness import staleness
 from attnlab.report.thumbnails import thumbnail
@@ -62,7 +65,7 @@ def write_report(
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("attnlab.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["math"] = mathematics
+    environment.filters |= {"math": mathematics, "unbroken": unbroken}
     shown_figures, left_out = _figures(figures, scripts, path.parent)
     strands = _strands(verdicts["verdicts"])
     page = environment.get_template("page.html").render(
@@ -78,6 +81,11 @@ def write_report(
     with replace_file(path) as partial:
         partial.write_text(page, encoding="utf-8")
     return left_out
+
+
+def unbroken(text: str) -> Markup:
+    """Text whose numbers are not broken at the sign of their exponent."""
+    return Markup(re.sub(r"[\d.]+e-\d+", r'<span class="whole">\g<0></span>', str(escape(text))))
 
 
 def _strands(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -97,7 +105,7 @@ def _strands(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]
 
 
 def _figures(folder: Path, scripts: Mapping[str, Path], beside: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """The figures, and why others of the folder are none."""
+    """The figures, in the order of the gallery, and why others of the folder are none."""
     found, left_out = [], []
     stems = {file.stem for pattern in ("*.json", "*.png") for file in folder.glob(pattern)}
     for name in sorted(stem for stem in stems if stem.removesuffix(DETAILS) not in stems - {stem}):
@@ -111,6 +119,7 @@ def _figures(folder: Path, scripts: Mapping[str, Path], beside: Path) -> tuple[l
         found.append(
             {
                 "name": shown,
+                "strand": strand_of(shown)[1],
                 "record": record,
                 "message": with_formulas(record.get("message", "")),
                 "manifest": json.dumps(record, indent=2),
@@ -120,7 +129,7 @@ def _figures(folder: Path, scripts: Mapping[str, Path], beside: Path) -> tuple[l
                 "stale": staleness(record, scripts.get(shown)),
             }
         )
-    return found, left_out
+    return sorted(found, key=lambda figure: strand_of(figure["name"])), left_out
 
 
 def _manifest(path: Path, image: Path) -> dict[str, Any]:
