@@ -10,7 +10,7 @@ import pytest
 import scipy.optimize
 from icl_cases import assert_within_error
 
-from attnlab.claims.icl_training import PLUS_PLUS
+from attnlab.claims.icl_depth import PLUS_PLUS
 from attnlab.icl.baselines import baseline
 from attnlab.icl.constructions import gradient_descent_stack
 from attnlab.icl.depth import (

@@ -199,12 +199,11 @@ def squared_errors(key: PRNGKey, problem: LinearRegression, train_length: int, t
 )
 def published_recipe_reaches_the_optimum(key: PRNGKey) -> list[Expectation]:
     """32 seeds of a layer with separate W_Q, W_K, W_V and P, by the exact gradient: half the risk, and the step."""
-    length = d = 10
-    q = (d + 1 - 6 / 5) / length
+    d = 10
+    q = (d + 1 - 6 / 5) / d
     _, _, trained = published_recipe(key)
     layers = jax.vmap(effective_weights)(trained.params)
-    steps = layers["value"][:, 0, -1, None, None] * layers["query_key"][:, 0, :d]
-    step_sizes = jnp.trace(steps, axis1=1, axis2=2) / d
+    step_sizes = layers["value"][:, 0, -1] * jnp.trace(layers["query_key"][:, 0, :d], axis1=1, axis2=2) / d
     return [
         equal("half the risk, by start", trained.records.losses[-1] / 2, d / 24 * q / (1 + q), unit="relative"),
         equal("step size, by start", step_sizes, 12 / (1 + q), unit="relative"),

@@ -106,7 +106,7 @@ def train(
             `value`, its gradient as `grad`, its objective as `value_fn` and that one's gradient as `grad_fn`.
         key: for `resample` and the probes; not looked at where `start` is given.
         steps: number of steps, a multiple of `every`.
-        every: the probes are taken before step 0, `every`, 2 `every`, ..., and after the last: steps / every + 1 times.
+        every: probes are taken before step 0, `every`, 2 `every`, ..., and after the last: steps / every + 1 times.
         probes: by name.
         resample: draws the objective of each step from a key; the probes always see `risk`.
         hyperparameters: numbers by name, of an ensemble also one for each member (m,), that take the place of those in
@@ -116,10 +116,9 @@ def train(
         start: the state that a run ended in (`Trajectory.state`), to take `steps` further steps from: with its
             parameters, its optimizer's state, its key, its count of steps, and what its probes remember, the numbers
             are those of one longer run. Probes that it does not know start there.
-        session: where to save, and what to call between the parts with a `TrainingProgress`. A run that was killed
-            loses at most one of the `PARTS` parts. With more `steps` than it has taken, a finished run goes on. A run
-            that differs in anything else, or another version of JAX, is another run. `load_records` reads what it
-            measured so far, `load_params` where it stands.
+        session: where to save, and what to call between parts with a `TrainingProgress`. A killed run loses at most
+            one of the `PARTS`. With more `steps`, a finished run goes on; what differs in anything else, or in JAX's
+            version, is another run. `load_records` reads what was measured so far, `load_params` where it stands.
 
     Raises `ValueError` for steps that `every` does not divide, a loss that is not finite at the start, an unknown
     hyperparameter, leaves without an ensemble's axis, a `start` of another optimizer, a directory of another run or of
@@ -130,11 +129,9 @@ def train(
 
     Example:
         >>> import attnlab as al
-        >>> import jax.numpy as jnp
+        >>> import jax, jax.numpy as jnp, optax
         >>> inputs = jnp.diag(jnp.array([1.0, 2.0]))
         >>> risk = al.objective(lambda params, x: x @ params, al.square_loss, inputs, jnp.zeros(2))
-        >>> import jax
-        >>> import optax
         >>> run = al.train(risk, jnp.ones(2), optax.sgd(0.25), jax.random.key(0), steps=2, every=2)
         >>> run.params.tolist()  # factors 1 - 0.25 (1, 4) a step
         [0.5625, 0.0]
