@@ -2,6 +2,7 @@
 against its state evolution, with error bars."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,9 @@ from attnlab.types import PRNGKey, Real
 
 SHARE, NOISE, ITERATIONS = 0.3, 0.04, 8
 """Measurements for each unknown, variance of their noise, and iterations."""
-MESSAGE_PASSING = "Donoho, Maleki, Montanari, arXiv 0907.3574; denoisers of blocks: Metzler, Maleki, Baraniuk, arXiv 1406.4175"
+MESSAGE_PASSING = (
+    "Donoho, Maleki, Montanari, arXiv 0907.3574; denoisers of blocks: Metzler, Maleki, Baraniuk, arXiv 1406.4175"
+)
 
 
 def posterior_over_patches(
@@ -46,7 +49,7 @@ def sense(
     The signal is `blocks` patches, seen through a matrix N(0, 1 / m), m = SHARE of the unknowns, with noise NOISE.
     Scores are `factor` / tau^2. State evolution is that of this very signal: 64 draws of the noise of its own fields.
     """
-    keys, (_, width) = jax.random.split(key, 4), dictionary.shape
+    keys, width = jax.random.split(key, 4), dictionary.shape[1]
     unknowns, rows = blocks * width, round(SHARE * blocks * width)
     matrix = jax.random.normal(keys[0], (rows, unknowns)) / rows**0.5
     patches = dictionary[jax.random.randint(keys[1], (blocks,), 0, len(dictionary))]
@@ -73,9 +76,9 @@ def sense(
     return measured, jax.lax.scan(evolve, start, length=ITERATIONS)[1]
 
 
-def _sensed(key: PRNGKey, count: int, dictionary: Array, blocks: int, **options: float | bool) -> tuple[Array, Array]:
+def _sensed(key: PRNGKey, count: int, dictionary: Array, blocks: int, **options: Any) -> tuple[Array, Array]:
     """Errors and state evolutions of `count` signals (count, T), one at a time: each has a matrix of its own."""
-    rows = [sense(one, dictionary, blocks, **options) for one in jax.random.split(key, count)]  # type: ignore[arg-type]
+    rows = [sense(one, dictionary, blocks, **options) for one in jax.random.split(key, count)]
     return jnp.stack([row[0] for row in rows]), jnp.stack([row[1] for row in rows])
 
 
@@ -106,8 +109,16 @@ def attention_over_patches_follows_state_evolution(key: PRNGKey) -> list[Expecta
     return [
         equal("error over state evolution, by iteration", right.value, 1.0, standard_error=right.error),
         equal("the same at four times the sharpness", wrong.value, 1.0, standard_error=wrong.error),
-        at_least("what four times the sharpness costs, less 4 errors", lost.value - 4 * lost.error, 1.0, 0.0, because=why),
-        at_least("last error without Onsager's term, over it", jnp.mean(plain[:, -1] / evolved[:8, -1]), 3.0, 0.0, because=why),
+        at_least(
+            "what four times the sharpness costs, less 4 errors", lost.value - 4 * lost.error, 1.0, 0.0, because=why
+        ),
+        at_least(
+            "last error without Onsager's term, over it",
+            jnp.mean(plain[:, -1] / evolved[:8, -1]),
+            3.0,
+            0.0,
+            because=why,
+        ),
     ]
 
 
@@ -139,7 +150,9 @@ POWER = 7.0
 """Of the code, at noise 1: a capacity of 1.5 bits a row."""
 
 
-def _words(key: PRNGKey, sections: int, rate: float, count: int, onsager: bool = True) -> tuple[Estimate, Float[Array, " T"]]:
+def _words(
+    key: PRNGKey, sections: int, rate: float, count: int, onsager: bool = True
+) -> tuple[Estimate, Float[Array, " T"]]:
     """Errors over the power of `count` code words of 16 entries a section, six iterations, and state evolution."""
     code = Code(sections, 16, rows=round(4 * sections / rate), power=POWER)
     run, evolve = jax.jit(decode, static_argnums=(1, 2, 3)), jax.jit(state_evolution, static_argnums=(1, 2))
@@ -169,7 +182,15 @@ def superposition_codes_follow_state_evolution_within_their_bars(key: PRNGKey) -
     return [
         equal("errors over the power at 1.4 bits", stuck.value, predicted, standard_error=bars[0]),
         equal("at 0.8 bits, two iterations", falling.value[:2], fallen[:2], standard_error=bars[1][:2]),
-        at_least("fourth error of 32 sections above it, in standard errors", late, 2.0, 0.0, because="the limit is of many"),
-        at_most("fourth error of 128 sections, over that of 32", falling.value[3] / few.value[3], 0.8, 0.0, because="they approach it"),
+        at_least(
+            "fourth error of 32 sections above it, in standard errors", late, 2.0, 0.0, because="the limit is of many"
+        ),
+        at_most(
+            "fourth error of 128 sections, over that of 32",
+            falling.value[3] / few.value[3],
+            0.8,
+            0.0,
+            because="they approach it",
+        ),
         at_least("last error without Onsager's term, in standard errors", far, 10.0, 0.0, because="the control"),
     ]

@@ -1,7 +1,7 @@
 """A claim about where optimizers go in deep linear attention: how far the curvatures of single weights lie apart."""
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,9 @@ def residuals(params: Params, prompts: Prompts) -> Float[Array, " B"]:
         seen = _product(jnp.swapaxes(turned, 0, 1), moments)
         spread = _product(turned, jnp.broadcast_to(scores[..., None], moments.shape))
         step = _product(spread, _product(seen, rest[:, None]))[:, 0]
-        turned = turned + _product(_product(spread, _product(seen, turned)), jnp.broadcast_to(written[..., None], moments.shape))
+        turned = turned + _product(
+            _product(spread, _product(seen, turned)), jnp.broadcast_to(written[..., None], moments.shape)
+        )
         rest = rest + step
     return jnp.sum(query * rest, axis=0)
 
@@ -102,7 +104,7 @@ def adam_goes_where_curvatures_of_weights_are_more_alike(key: PRNGKey) -> list[E
     shape = (STARTS, DEPTH, DIMENSION, DIMENSION)
     names = dict(zip(("scores", "written"), jax.random.split(key), strict=True))
     starts = {name: 0.05 * jax.random.normal(k, shape) for name, k in names.items()}
-    options = {"steps": 1250, "every": 250, "resample": _Fresh(200), "probes": {"spread": _spread}}
+    options: dict[str, Any] = {"steps": 1250, "every": 250, "resample": _Fresh(200), "probes": {"spread": _spread}}
     spreads, losses = [], []
     for rule in OPTIMIZERS:
         records = train(risk, starts, rule, keys, **options).records

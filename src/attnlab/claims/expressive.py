@@ -103,10 +103,11 @@ def separable_share(keys: np.ndarray, size: int) -> float:
 
 
 @claim(
-    statement=r"\text{one head averages every } q \text{ of } N \ge 2q + 1 \text{ positions iff } d_k \ge 2q;\ "
+    statement=r"\text{one head averages every } q \text{ of } N \ge 3q \text{ positions iff } d_k \ge 2q;\ "
     r"d_k \le 2q - 1 \Rightarrow \max_S \|a(S) - \tfrac1q 1_S\|_1 \ge \tfrac1q",
     source="derived here: cyclic polytopes are q-neighborly in 2q dimensions, and by Radon's theorem 2q + 1 points in 2q - 1 "
-    "dimensions hold a set of q or less whose hull meets that of others; for orders see " + SANFORD,
+    "dimensions hold q or less whose hull meets that of at most 2q others, which a set of q avoids; for orders see "
+    + SANFORD,
     because="the bound holds for all keys and queries: a weight off S is no less than one on it",
     slow=True,
 )
@@ -128,7 +129,9 @@ def one_head_averages_q_positions_in_2q_dimensions_and_not_in_less(key: PRNGKey)
         equal("worst distance of the construction", built, 0.0, 1e-9, because="rounding of scores of 1e5"),
         at_least("of descent, one dimension less", trained, [1 / 2, 1 / 3], 1e-12),
         at_most("of descent on pairs in four dimensions", enough, 0.25, because="half of the bound: the control"),
-        equal("share of sets that a query separates: the construction", [pairs, triples], 1.0, 0.0, because="all of them"),
+        equal(
+            "share of sets that a query separates: the construction", [pairs, triples], 1.0, 0.0, because="all of them"
+        ),
         at_most("share for random keys, one dimension less", [few_pairs, few_triples], one_short, 1e-12),
     ]
 
@@ -212,7 +215,13 @@ def heads_layers_and_width_buy_the_same_sparse_average(key: PRNGKey) -> list[Exp
         equal("one head of four dimensions", one, wanted, unit="relative"),
         equal("two heads of two", sum(heads) / size, wanted, unit="relative"),
         equal("two layers of one head of two", layered, wanted, unit="relative"),
-        at_least("one head of two dimensions, off by", short, 0.3, 0.0, because="the control: half the variance of a difference"),
+        at_least(
+            "one head of two dimensions, off by",
+            short,
+            0.3,
+            0.0,
+            because="the control: half the variance of a difference",
+        ),
         at_least("scores of order one, off by", jnp.max(jnp.abs(soft - wanted)), 0.3, 0.0, because="the control"),
     ]
 
@@ -254,5 +263,11 @@ def pointers_are_followed_exponentially_far_in_depth(key: PRNGKey) -> list[Expec
         short.append(jnp.mean(nearest == reached))
     return [
         equal("positions reached", jnp.stack(ends), jnp.stack(predicted)),
-        at_most("share that is right with one layer less", jnp.stack(short), 0.0, 0.0, because="the control: half of a cycle's steps"),
+        at_most(
+            "share that is right with one layer less",
+            jnp.stack(short),
+            0.0,
+            0.0,
+            because="the control: half of a cycle's steps",
+        ),
     ]

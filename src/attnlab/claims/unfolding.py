@@ -99,7 +99,9 @@ def _codes(model: Transformer, params: Params, tokens: Float[Array, "n+1 D"]) ->
 @claim(
     statement=r"x \leftarrow \mathrm{soft}_{\lambda / L}\big(x - \tfrac1L A^\top (A x - y)\big) \text{ is a layer of linear attention over the columns of } A"
     r" \text{ and an MLP of four ReLU units; 2,000 of them solve the lasso}",
-    source="that transformers unfold ISTA in context: " + IN_CONTEXT + "; this construction, a token a column: derived here",
+    source="that transformers unfold ISTA in context: "
+    + IN_CONTEXT
+    + "; this construction, a token a column: derived here",
     tolerance=1e-10,
     because=ROUNDING + ", over five layers, and over 2,000, which converge at the rate .99 and faster",
     slow=True,
@@ -182,7 +184,8 @@ def falling_thresholds_converge_linearly_to_the_code(key: PRNGKey) -> list[Expec
     r" 1 - \lambda_{\min}(A_S^\top A_S) / L, \text{ to } x^* - \lambda (A_S^\top A_S)^{-1} \sigma",
     source="derived here: on its support the step is linear; compare Beck, Teboulle 2009, whose rate 1 / k is for the worst case",
     because="limits to rounding; rates over layers that have the support, less exact as components come to rounding",
-    disagrees_with=IN_CONTEXT + ", state that a transformer of K layers, as a learned method, has an error that falls linearly in K, "
+    disagrees_with=IN_CONTEXT
+    + ", state that a transformer of K layers, as a learned method, has an error that falls linearly in K, "
     "which descent cannot. For Gaussian columns (200 measurements of 220 entries, four not zero) plain ISTA falls linearly "
     "as well, by .77 to .80 a layer, once it has found the support, within some twenty layers. What it cannot do is to "
     "come closer to the code than the bias of the lasso; the learned thresholds take that away, and are faster by a "
@@ -281,7 +284,9 @@ def trained_thresholds_leave_the_proximal_method_behind(key: PRNGKey) -> list[Ex
         start = {"steps": jnp.full(LAYERS, step), "thresholds": jnp.full(LAYERS, 0.1)}
         found = train(risk, start, ADAM, train_key, steps=STEPS, every=STEPS, resample=_fresh_codes).params
         ends.append(float(jnp.log10(jax.jit(predict)(found, tests)[-1] / jnp.sum(tests**2))))
-    plain = jax.jit(jax.vmap(lambda penalty: _ista_errors(matrix, tests, penalty, bound)))(jnp.geomspace(0.002, 0.3, 12))
+    plain = jax.jit(jax.vmap(lambda penalty: _ista_errors(matrix, tests, penalty, bound)))(
+        jnp.geomspace(0.002, 0.3, 12)
+    )
     best = jnp.log10(jnp.min(plain, axis=0) / jnp.sum(tests**2))
     return [
         at_most("log10 of the error, trained with analytic weights", ends[0], -2.5),
