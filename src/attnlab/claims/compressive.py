@@ -67,7 +67,7 @@ def sense(
 
     def evolve(variance: Array, _: None) -> tuple[Array, Array]:
         fields = (patches[None] + jnp.sqrt(variance) * draws).reshape(-1, width)
-        means, _ = posterior_over_patches(dictionary, fields, factor / variance)
+        means = posterior_over_patches(dictionary, fields, factor / variance)[0]
         error = jnp.mean((means.reshape(draws.shape) - patches[None]) ** 2)
         return NOISE + error / SHARE, error
 

@@ -171,7 +171,7 @@ def falling_thresholds_converge_linearly_to_the_code(key: PRNGKey) -> list[Expec
     _, entered = run(matrix, weights, code, 0.1 * crossed * falling * size)
     kept, _ = run(matrix, weights, code, jnp.full(40, 0.1))
     return [
-        at_most("the rate q", rate, 1.0, because="the theorem asks it: seeds 0 to 9 have .6 to .9"),
+        at_most("the rate q", rate, 1.0, because="the theorem asks it: seeds 0 to 9 have .63 to .80"),
         at_most("errors over the bound, by layer", errors / (rate * falling * size), 1.0),
         at_most("entries off the support", false, 0.0),
         at_least("such entries under a tenth of the thresholds", entered[0], 1.0, because="the control"),
@@ -185,12 +185,12 @@ def falling_thresholds_converge_linearly_to_the_code(key: PRNGKey) -> list[Expec
     source="derived here: on its support the step is linear; compare Beck, Teboulle 2009, whose rate 1 / k is for the worst case",
     because="limits to rounding; rates over layers that have the support, less exact as components come to rounding",
     disagrees_with=IN_CONTEXT
-    + ", state that a transformer of K layers, as a learned method, has an error that falls linearly in K, "
-    "which descent cannot. For Gaussian columns (200 measurements of 220 entries, four not zero) plain ISTA falls linearly "
-    "as well, by .77 to .80 a layer, once it has found the support, within some twenty layers. What it cannot do is to "
-    "come closer to the code than the bias of the lasso; the learned thresholds take that away, and are faster by a "
-    "constant. The worst case of theory, 1 / k, stands. A family of such problems whose rate comes to 1 as they grow at fixed "
-    "ratios would change our mind",
+    + ", state in the abstract that transformers reach a rate linear in their layers on sparse recovery, which standard gradient descent "
+    "cannot. For Gaussian columns (200 measurements of 220 entries, four not zero, no noise) plain ISTA is linear as well: within "
+    "forty layers it has the support, and its slowest direction then falls by .77 to .81 a layer. What it cannot do is to come "
+    "closer to the code than the bias of the lasso; layers that are learned take that away and are faster by a constant, large "
+    "where measurements are few. The worst case of theory, 1 / k, stands. Random problems at fixed ratios of sizes whose rate "
+    "comes to 1 as they grow would change our mind",
 )
 def proximal_steps_converge_linearly_to_a_biased_code(key: PRNGKey) -> list[Expectation]:
     """Four hundred layers with threshold lambda / L, lambda = .05: limit, rate, and the distance of limit and code."""
