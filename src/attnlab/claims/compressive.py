@@ -150,14 +150,15 @@ POWER = 7.0
 """Of the code, at noise 1: a capacity of 1.5 bits a row."""
 
 
-def _words(
-    key: PRNGKey, sections: int, rate: float, count: int, onsager: bool = True
-) -> tuple[Estimate, Float[Array, " T"]]:
-    """Errors over the power of `count` code words of 16 entries a section, six iterations, and state evolution."""
+def _words(key: PRNGKey, sections: int, rate: float, count: int, onsager: bool = True) -> tuple[Estimate, Estimate]:
+    """Errors over the power of `count` code words of 16 entries a section, six iterations, and state evolution's, whose
+    own draws are made 16 times: what one iteration is off by, the next ones amplify."""
     code = Code(sections, 16, rows=round(4 * sections / rate), power=POWER)
     run, evolve = jax.jit(decode, static_argnums=(1, 2, 3)), jax.jit(state_evolution, static_argnums=(1, 2))
-    found = jnp.stack([run(one, code, 6, onsager) for one in jax.random.split(key, count)])
-    return estimate(found / POWER), evolve(jax.random.fold_in(key, count), code, 6) / POWER
+    word_key, draw_key = jax.random.split(key)
+    found = jnp.stack([run(one, code, 6, onsager) for one in jax.random.split(word_key, count)])
+    evolved = jnp.stack([evolve(one, code, 6) for one in jax.random.split(draw_key, 16)])
+    return estimate(found / POWER), estimate(evolved / POWER)
 
 
 @claim(
@@ -165,7 +166,7 @@ def _words(
     r" \text{ of few sections it falls later than state evolution}",
     source="Rush, Greig, Venkataramanan, arXiv 1501.05892; the comparison by error bars: here",
     tolerance=4.5,
-    because="in standard errors over 60 code words of 128 sections and state evolution's 20,000 draws (a thousandth)",
+    because="in standard errors over 60 code words of 128 sections and over 16 state evolutions of 20,000 draws",
     slow=True,
 )
 def superposition_codes_follow_state_evolution_within_their_bars(key: PRNGKey) -> list[Expectation]:
@@ -176,12 +177,11 @@ def superposition_codes_follow_state_evolution_within_their_bars(key: PRNGKey) -
     falling, fallen = _words(keys[1], 128, 0.8, 60)
     few, limit = _words(keys[2], 32, 0.8, 200)
     plain, _ = _words(keys[3], 128, 0.8, 8, onsager=False)
-    bars = [jnp.hypot(each.error, 1e-3) for each in (stuck, falling)]
-    late = (few.value[3] - limit[3]) / few.error[3]
-    far = (plain.value[-1] - fallen[-1]) / plain.error[-1]
+    bars = [jnp.hypot(each.error, law.error) for each, law in ((stuck, predicted), (falling, fallen))]
+    late = (few.value[3] - limit.value[3]) / few.error[3]
     return [
-        equal("errors over the power at 1.4 bits", stuck.value, predicted, standard_error=bars[0]),
-        equal("at 0.8 bits, two iterations", falling.value[:2], fallen[:2], standard_error=bars[1][:2]),
+        equal("errors over the power at 1.4 bits", stuck.value, predicted.value, standard_error=bars[0]),
+        equal("at 0.8 bits, two iterations", falling.value[:2], fallen.value[:2], standard_error=bars[1][:2]),
         at_least(
             "fourth error of 32 sections above it, in standard errors", late, 2.0, 0.0, because="the limit is of many"
         ),
@@ -192,5 +192,5 @@ def superposition_codes_follow_state_evolution_within_their_bars(key: PRNGKey) -
             0.0,
             because="they approach it",
         ),
-        at_least("last error without Onsager's term, in standard errors", far, 10.0, 0.0, because="the control"),
+        at_least("last error over the power without Onsager's term", plain.value[-1], 0.2, 0.0, because="the control"),
     ]

@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, Float
 
 from attnlab.claims.registry import claim
-from attnlab.expectation import Expectation, at_least
+from attnlab.expectation import Expectation, at_least, equal
 from attnlab.models.adapters import from_function
 from attnlab.objectives import Objective, objective
 from attnlab.training import probe, train
@@ -93,7 +93,7 @@ def _spread(risk: Objective, params: Params) -> Scalar:
     r" \text{ along training of three layers of linear attention}",
     source="Ahn et al., arXiv 2310.01082, their robust condition number; after Jiang, Malladi, Kumar 2022",
     tolerance=0.0,
-    because="geometric means over four starts and the steps 250 to 1,250: 2.5, and a factor of 1.24 of scatter, with losses 4.5",
+    because="geometric means over four starts and the steps 250 to 1,250: 1.84 to 4.76 on seeds 0 to 9",
     slow=True,
 )
 def adam_goes_where_curvatures_of_weights_are_more_alike(key: PRNGKey) -> list[Expectation]:
@@ -113,5 +113,11 @@ def adam_goes_where_curvatures_of_weights_are_more_alike(key: PRNGKey) -> list[E
     (descent, adam), (slow, fast) = spreads, losses
     return [
         at_least("spread of SGD over Adam's", np.exp(np.mean(descent - adam)), 1.2),
-        at_least("loss of SGD over Adam's, the last 250 steps", np.exp(np.mean(slow - fast)), 2.5),
+        equal(
+            "log of the loss of SGD over Adam's, the last 250 steps",
+            np.mean(slow - fast),
+            1.6,
+            0.5,
+            because="1.44 to 1.79 on seeds 0 to 9",
+        ),
     ]
