@@ -172,7 +172,7 @@ def findings(arrays: Arrays, config: Config) -> list[Expectation]:
     why = "both reach the same risk, but for the noise of batches"
     found.append(between("the same with one layer", single, 0.8, 1.25, because=why, source="negative control"))
     # at the end the ratio lies on either side of 1, by the start and by the machine: what is found is no large effect
-    not_found = {"because": "less than a decade, either way", "source": "measured here: not as in Ahn et al."}
+    not_found = {"because": "less than a decade, either way", "source": "measured here, with whole matrices"}
     for what in SPREADS:
         late = np.log10(log_mean(gap(arrays, what), axis=-1)[0][-1])
         found.append(equal(f"log10 of {what}: SGD over Adam at the end", late, 0.0, 1.0, **not_found))
