@@ -221,8 +221,8 @@ GAUGES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
 
 
 @claim(
-    statement=r"(W_Q / \epsilon, \epsilon W_K) 	ext{ is the same layer; } \|H_{KK}\| \propto \epsilon^{-2}, 	ext{ while a bound that leaves out the blocks of }"
-    r" K 	ext{ and of } V, K 	ext{ does not grow}",
+    statement=r"(W_Q / \epsilon, \epsilon W_K) \text{ is the same layer; } \|H_{KK}\| \propto \epsilon^{-2}, \text{ while a bound that leaves out the blocks of }"
+    r" K \text{ and of } V, K \text{ does not grow}",
     source=f"the bound on the Hessian of attention: {BLOCKS}; the exponent, exact, by the chain rule: derived here",
     tolerance=1e-9,
     because="powers of the gauge, to rounding of their logarithms",
@@ -258,9 +258,9 @@ def published_bound_on_attention_misses_the_keys(key: PRNGKey) -> list[Expectati
 
 
 @claim(
-    statement=r"\|\partial A / \partial T\| \le 	frac1L 	ext{ is uniform attention's: with two of } L 	ext{ tokens attended } \|\partial F / \partial W_Q\| "
-    r"= 	frac{L}{2} \cdot 	frac{1}{L \sqrt{d_K}} \|W_V\| \|W_K\| \|X\|^3; \ \|\partial^2 F / \partial W_V \partial W_Q\| = 	frac{L n}{2} \cdot "
-    r"	frac{2}{L^2 \sqrt{n d_K}} \|W_K\| \|X\|^3",
+    statement=r"\|\partial A / \partial T\| \le \tfrac1L \text{ is uniform attention's: with two of } L \text{ tokens attended } \|\partial F / \partial W_Q\| "
+    r"= \tfrac{L}{2} \cdot \tfrac{1}{L \sqrt{d_K}} \|W_V\| \|W_K\| \|X\|^3; \ \|\partial^2 F / \partial W_V \partial W_Q\| = \tfrac{L n}{2} \cdot "
+    r"\tfrac{2}{L^2 \sqrt{n d_K}} \|W_K\| \|X\|^3",
     source=f"both bounds: {BLOCKS}, norm of the Hessian of a block; what they are short by, and where: derived here",
     tolerance=1e-9,
     because="exact, the first up to e^-40 of weight on other tokens, both to rounding",
