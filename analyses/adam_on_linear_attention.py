@@ -5,9 +5,9 @@ its ratio, and the spread of the curvatures that single coordinates see (largest
 exact Hessian, of all parameters and within each matrix). Control: with one layer both reach the same risk.
 
 The gap in the loss is reproduced: a factor of 3 to 4 after 250 steps and near ten at the end, 6 to 22 by the start in
-two runs. Training that long is chaotic: rounding that differs between machines gives other numbers. That Adam goes where
-the spread is narrower is not: the spread under SGD over that under Adam ended at 0.63 in one run over all parameters and
-at 1.8 in another of the same seeds, within a matrix at 0.61 and 2.0. The layers here have whole matrices; Ahn et al.
+two runs. Training that long is chaotic: rounding that differs between machines gives other numbers. That Adam goes
+where the spread is narrower is not: that under SGD over that under Adam ended at 0.63 over all parameters and
+at 1.8 in two runs of the same seeds, within a matrix at 0.61 and 2.0. The layers here have whole matrices; Ahn et al.
 train their blocks of the inputs alone, with betas of 0.9, and there it is reproduced: see the claim
 adam-goes-where-curvatures-of-weights-are-more-alike.
 """
