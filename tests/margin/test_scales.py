@@ -48,7 +48,8 @@ def test_margins_scale_with_tokens_and_queries(norm, dtype):
 
 @pytest.mark.parametrize("norm", NORMS, ids=str)
 def test_queries_over_twelve_decades(norm):
-    for seed in range(4):
+    """Bounds over ten decades and more: what an interior point leaves of a large one is many times a small one."""
+    for seed in range(13 if norm == "nuclear" else 4):
         x, z, selection = random_tokens(3 + seed % 3, 5, 4, seed=seed)
         sizes = 10 ** np.random.default_rng(seed).uniform(-6, 6, size=(len(z), 1))
         problem = attention_problem(x, z * sizes, selection, norm=norm)

@@ -115,7 +115,8 @@ def thick_restart(
 
     Stops when every wanted residual is at most `tolerance` times the largest Ritz value in modulus, and when with a
     probability of at most `MISSED` an eigenvalue is missing: one that lies further out than the wanted ones do, by more
-    than that tolerance, counted with multiplicity. The key and the `start`, a Gaussian vector, are to be independent.
+    than that tolerance, counted with multiplicity. `start`, a Gaussian vector, is to be independent of the key and of
+    all its folds: cycles draw from these.
     """
     state = jax.lax.while_loop(
         lambda state: ~state.done & (state.cycle < plan.cycles) & jnp.isfinite(state.scale),
