@@ -72,7 +72,8 @@ class Disagreements(Directive):
         """What was published, under which conditions it did not hold, and the command."""
         found = [claim for claims in strands().values() for claim in claims if claim.disagrees_with]
         entries = "".join(
-            f'<dt id="disagreement-{claim.name}">{claim.name}</dt><dd><p>{escape(claim.disagrees_with)}.</p>'
+            f'<dt id="disagreement-{claim.name}">{claim.name}</dt>'
+            f"<dd><p>{escape(claim.disagrees_with.rstrip('.'))}.</p>"
             f"<p>Measured: {mathematics(claim.statement)}</p><p><code>attnlab verify {claim.name}</code></p></dd>"
             for claim in found
         )
@@ -226,7 +227,8 @@ class Benchmarks(Directive):
     def run(self) -> list[nodes.Node]:
         """A table for each file, under its command, machine and versions."""
         files = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
-        return [nodes.raw("", "".join(self.table(json.loads(file.read_text())) for file in files), format="html")]
+        tables = "".join(self.table(json.loads(file.read_text())) for file in files)
+        return [nodes.raw("", tables or "<p>None are kept here.</p>", format="html")]
 
     @staticmethod
     def table(found: dict[str, Any]) -> str:
