@@ -19,7 +19,7 @@ def test_few_tasks_make_discrete_bayes_and_many_make_ridge(monkeypatch):
     with Progress(disable=True) as progress:
         arrays = compute(config, progress)
     (bayes, ridge, apart), errors = zip(
-        *(series(arrays, config, f"fresh/distance/{pair}") for pair in ("model_bayes", "model_ridge", "bayes_ridge")),
+        *(series(arrays["fresh"]["distance"][pair]) for pair in ("model_bayes", "model_ridge", "bayes_ridge")),
         strict=True,
     )
     noise = 3 * np.hypot(errors[0], errors[1])
@@ -27,4 +27,4 @@ def test_few_tasks_make_discrete_bayes_and_many_make_ridge(monkeypatch):
     assert ridge[1] + noise[1] < bayes[1]  # sixty-four: nearer ridge
     assert apart[0] > 10 * apart[1]  # the two algorithms themselves approach each other
     for null in ("untrained", "shuffled"):
-        assert np.all(series(arrays, config, f"fresh/risk/{null}")[0] > 0.5)
+        assert np.all(series(arrays["fresh"]["risk"][null])[0] > 0.5)
