@@ -12,7 +12,7 @@ from attnlab.objectives import objective
 from attnlab.risks.digits import digits_attention
 from attnlab.trees import ravel
 from compare import assert_close
-from update_rules import LINEAR, rule_of
+from update_rules import AVERAGED, rule_of
 
 RULE = Adam(0.05, 0.6, 0.98, 1e-3)
 CURVATURE = jnp.array([0.1, 0.5, 2.0])
@@ -61,7 +61,7 @@ def test_an_euler_step_of_the_rod_is_two_steps_of_adam(key):
     assert_close(velocity.nu, 0.02 * ((squares[0] + squares[1]) / 2 - nu), 1e-12)
 
 
-@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize("name", AVERAGED)
 def test_a_rod_without_length_moves_as_optax_does(name, key):
     """The drift of each rule is the step of optax, with the second moment that the step divides by."""
     risk, rule = quartic(), rule_of(name, 0.05)

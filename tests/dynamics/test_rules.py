@@ -5,20 +5,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.linalg
 from jax.flatten_util import ravel_pytree
 
+from attnlab.dynamics.preconditioners import applied
 from attnlab.dynamics.rules import RULES, Adam, GradientDescent, RMSProp, preconditioner_after_step, update_rule
 from compare import assert_close
-from update_rules import LINEAR, OPTIONS, rule_of
+from update_rules import LINEAR, OPTIONS, dense_of, rule_of
 
 
-def step_map(optimizer, matrix, state):
+def step_map(optimizer, matrix, state, like):
     """Jacobian of one step in (w, first moment), the second moment and the step count held."""
-    floats, unravel = ravel_pytree((jnp.zeros(matrix.shape[0]), momentum_of(state)))
+    floats, unravel = ravel_pytree((like, momentum_of(state)))
 
     def step(flat):
         w, momentum = unravel(flat)
-        gradient = matrix @ w
+        gradient = (matrix @ w.ravel()).reshape(w.shape)
         with jax.numpy_dtype_promotion("standard"):
             updates, after = optimizer.update(gradient, with_momentum(state, momentum), w)
         return ravel_pytree((w + updates, momentum_of(after)))[0]
@@ -40,33 +42,34 @@ def with_momentum(state, momentum):
 
 @pytest.mark.parametrize("name", LINEAR)
 def test_threshold_is_where_the_step_loses_stability(name, key):
-    """On a quadratic, with the second moment held, the spectral radius of the optax step crosses 1 at the threshold."""
-    rate, n = 0.05, 3
-    rule = rule_of(name, rate)
-    keys = jax.random.split(key, 3)
-    basis = jnp.linalg.qr(jax.random.normal(keys[0], (n, n)))[0]
-    raw = (basis * jnp.array([[0.3, 0.5, 1.0]])) @ basis.T
-    w = jax.random.normal(keys[1], (n,))
+    """On a quadratic of a matrix (2, 3), with the second moment held, the spectral radius of the optax step crosses 1
+    at the threshold."""
+    rule, shape = rule_of(name, 0.05), (2, 3)
+    keys = jax.random.split(key, 2)
+    basis = jnp.linalg.qr(jax.random.normal(keys[0], (6, 6)))[0]
+    raw = basis @ jnp.diag(jnp.linspace(0.3, 1.0, 6)) @ basis.T
+    w, *gradients = jax.random.normal(keys[1], (6, *shape))
     state = rule.transformation.init(w)
     with jax.numpy_dtype_promotion("standard"):
-        for _ in range(4):
-            _, state = rule.transformation.update(raw @ w, state, w)
-    diagonal, threshold = preconditioner_after_step(rule, raw @ w, state, w)
-    root = jnp.ones(n) if diagonal is None else diagonal**0.5
-    for factor, stable in ((1 - 1e-6, True), (1 + 1e-6, False)):
-        matrix = raw * root[:, None] * root[None, :] * (factor * threshold)
-        radius = frozen_radius(rule, matrix, diagonal, name)
+        for gradient in gradients[1:]:
+            _, state = rule.transformation.update(gradient, state, w)
+    found, threshold = preconditioner_after_step(rule, gradients[0], state, w)
+    preconditioner = np.asarray(dense_of(found, w))
+    root = scipy.linalg.sqrtm(preconditioner)
+    for factor, stable in ((1 - 1e-8, True), (1 + 1e-8, False)):
+        matrix = root @ raw @ root * (factor * threshold)
+        radius = frozen_radius(rule, matrix, preconditioner, name, shape)
         assert (radius < 1) == stable, radius
 
 
-def frozen_radius(rule, matrix, diagonal, name):
+def frozen_radius(rule, matrix, preconditioner, name, shape):
     """Spectral radius of the step with the preconditioner held: that of optax itself where there is none, else the
     matrix of the momentum rule written from its definition (its denominator is tested against optax below)."""
     options, rate, n = OPTIONS[name], 0.05, matrix.shape[0]
-    identity, inverse = jnp.eye(n), jnp.diag(jnp.ones(n) if diagonal is None else 1 / diagonal)
+    identity, inverse = jnp.eye(n), jnp.linalg.inv(preconditioner)
     if name in ("gd", "heavy_ball", "nesterov", "ema"):
-        step = step_map(rule.transformation, matrix, rule.transformation.init(jnp.zeros(n)))
-    elif name == "rmsprop":
+        step = step_map(rule.transformation, matrix, rule.transformation.init(jnp.zeros(shape)), jnp.zeros(shape))
+    elif "b1" not in options:
         step = identity - rate * inverse @ matrix
     else:
         b1, decay = options["b1"], options.get("weight_decay", 0.0)
@@ -76,17 +79,18 @@ def frozen_radius(rule, matrix, diagonal, name):
     return np.abs(np.linalg.eigvals(step)).max()
 
 
+@pytest.mark.parametrize("shape", [(7,), (2, 3), (3, 2), (2, 2, 3)], ids=str)
 @pytest.mark.parametrize("name", [name for name, row in RULES.items() if row.second_moment])
-def test_preconditioner_is_the_denominator_of_the_step(name, key):
+def test_preconditioner_is_the_denominator_of_the_step(name, shape, key):
     """From zero moments the first update of optax is -rate * (1 - b1^1) gradient / P (and the weight decay)."""
     rule, options = rule_of(name, 0.05), OPTIONS[name]
-    w, gradient = jax.random.normal(key, (2, 7))
+    w, gradient = jax.random.normal(key, (2, *shape))
     state = rule.transformation.init(w)
     with jax.numpy_dtype_promotion("standard"):
         updates, _ = rule.transformation.update(gradient, state, w)
-    diagonal, _ = preconditioner_after_step(rule, gradient, state, w)
-    moment = (1 - options.get("b1", 0.0)) * gradient
-    assert_close(updates, -0.05 * (moment / diagonal + options.get("weight_decay", 0.0) * w), 1e-12)
+    found, _ = preconditioner_after_step(rule, gradient, state, w)
+    expected = -0.05 * ((1 - options.get("b1", 0.0)) * gradient + options.get("weight_decay", 0.0) * applied(found, w))
+    assert_close(applied(found, updates), expected, 1e-9)
 
 
 def steps_of(optimizer, params, count=3):
@@ -109,7 +113,7 @@ PARAMS = {"first": jnp.linspace(-1.0, 1.0, 3), "second": jnp.array([0.5, 2.0])}
 )
 def test_a_step_is_the_first_moment_over_the_preconditioner(rule):
     updates, state, gradient = steps_of(rule.transformation, PARAMS)
-    moved = jax.tree.map(lambda update, scale: -update * scale, updates, rule.preconditioner(state))
+    moved = jax.tree.map(lambda update, scale: -update * scale, updates, rule.preconditioner(state, PARAMS))
     assert_close(moved, gradient if rule.first_moment is None else rule.moments(state, PARAMS).first, 1e-12)
 
 
@@ -132,17 +136,17 @@ def test_the_state_is_found_inside_any_chain(name):
         assert_close(rule.threshold(state), rule.edge(0.05), 1e-12)
         assert_close(rule.moments(state, PARAMS), rule.moments(alone, PARAMS), 1e-12)
         if rule.second_moment is not None:
-            assert_close(rule.preconditioner(state), rule.preconditioner(alone), 1e-12)
+            assert_close(rule.preconditioner(state, PARAMS), rule.preconditioner(alone, PARAMS), 1e-12)
         else:
-            assert rule.preconditioner(state) is None
+            assert rule.preconditioner(state, PARAMS) is None
 
 
 def test_a_state_that_holds_none_or_two_is_refused():
     adam, twice = Adam(0.1), optax.chain(Adam(0.1).transformation, Adam(0.1).transformation)
     with pytest.raises(ValueError, match="has taken no step"):
-        adam.preconditioner(adam.transformation.init(PARAMS))
+        adam.preconditioner(adam.transformation.init(PARAMS), PARAMS)
     with pytest.raises(ValueError, match="holds no part of type ScaleByAdamState"):
-        adam.preconditioner(GradientDescent(0.1).transformation.init(PARAMS))
+        adam.preconditioner(GradientDescent(0.1).transformation.init(PARAMS), PARAMS)
     with pytest.raises(ValueError, match="holds 2 parts that move first"):
         adam.moments(twice.init(PARAMS), PARAMS)
     with pytest.raises(ValueError, match="holds 2 learning rates; expected one"):
@@ -168,6 +172,9 @@ def test_rules_are_equal_where_their_numbers_are():
         ("rmsprop", 0.1, {"b2": 1.5}, r"b2 is 1\.5"),
         ("adam", 0.1, {"eps": -1e-8}, "eps is -1e-08; expected a finite number of at least 0"),
         ("adamw", optax.constant_schedule(0.1), {"weight_decay": np.nan}, "weight_decay is nan"),
+        ("adafactor", 0.1, {"min_dim_size_to_factor": 0}, "min_dim_size_to_factor is 0; expected a whole number of at"),
+        ("adafactor", 0.1, {"decay_rate": -0.8}, r"decay_rate is -0\.8; expected a finite number of at least 0"),
+        ("soap", 0.1, {"frequency": 1.5}, r"frequency is 1\.5; expected a whole number of at least 1"),
     ],
 )
 def test_numbers_out_of_range_are_refused(name, rate, options, message):

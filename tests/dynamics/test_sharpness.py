@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.linalg
 from jax.tree_util import Partial
 
 import oracles
@@ -32,11 +33,11 @@ from attnlab.krylov.tracking import (
 )
 from attnlab.objectives import objective
 from attnlab.training import Probe, TrainingState, probe, train
-from attnlab.trees import block_slices, leaf_names, ravel
+from attnlab.trees import block_slices, leaf_names
 from cases import CASES
 from compare import assert_close
 from nightly import nightly
-from update_rules import LINEAR, rule_of
+from update_rules import LINEAR, dense_of, rule_of
 
 
 def symmetric(eigenvalues, key):
@@ -283,11 +284,11 @@ def test_stability_probe_is_the_dense_preconditioned_sharpness(name, key):
     risk, params = CASES["softmax/square"](key)
     rule = rule_of(name, 0.01)
     run = train(risk, params, rule.transformation, key, steps=9, every=3, probes={"edge": stability(rule)})
-    diagonal, threshold = preconditioner_after_step(
+    found, threshold = preconditioner_after_step(
         rule, jax.grad(risk)(run.params), run.state.optimizer_state, run.params
     )
-    root = jnp.ones(ravel(params).size) if diagonal is None else ravel(diagonal) ** 0.5
-    dense = oracles.hessian(risk, run.params) / root[:, None] / root[None, :]
+    root = np.linalg.inv(scipy.linalg.sqrtm(np.asarray(dense_of(found, run.params))))
+    dense = root @ oracles.hessian(risk, run.params) @ root
     values = jax.tree.map(lambda leaf: leaf[-1], run.records.values["edge"])
     check_pairs(values, dense, 1e-2)
     assert values["threshold"] == threshold

@@ -72,7 +72,7 @@ def moments(steps, moved, rates):
 def test_adam_of_several_groups_preconditions(optimizer, moved):
     run = train(RISK, PARAMS, optimizer, jax.random.key(0), steps=5)
     params, scales = moments(5, moved, {"head": 1e-1, "body": 1e-3})
-    preconditioner = Adam(1e-3).preconditioner(run.state.optimizer_state)
+    preconditioner = Adam(1e-3).preconditioner(run.state.optimizer_state, run.params)
     exact = {name: jnp.asarray(leaf) for name, leaf in params.items()}
     for name in moved:
         np.testing.assert_allclose(preconditioner[name], scales[name], rtol=1e-6)
@@ -89,6 +89,6 @@ def test_adam_of_several_groups_preconditions(optimizer, moved):
 def test_two_adams_of_one_parameter_are_refused():
     run = train(RISK, PARAMS, optax.chain(optax.adam(1e-2), optax.adam(1e-2)), jax.random.key(0), steps=1)
     with pytest.raises(ValueError, match="holds 2 parts that move body"):
-        Adam(1e-3).preconditioner(run.state.optimizer_state)
+        Adam(1e-3).preconditioner(run.state.optimizer_state, PARAMS)
     with pytest.raises(ValueError, match="holds no part of type ScaleByAdamState"):
-        Adam(1e-3).preconditioner(optax.sgd(0.1).init(PARAMS))
+        Adam(1e-3).preconditioner(optax.sgd(0.1).init(PARAMS), PARAMS)

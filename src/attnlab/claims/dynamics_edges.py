@@ -7,10 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from attnlab.claims.registry import claim
+from attnlab.curvature.operator import Operator
 from attnlab.dynamics.flows import central_flow, smoothed
+from attnlab.dynamics.preconditioners import whitened
 from attnlab.dynamics.rules import UpdateRule, preconditioner_after_step, update_rule
 from attnlab.expectation import Expectation, at_least, at_most, equal
 from attnlab.objectives import Objective
@@ -25,28 +28,31 @@ OPTIMIZERS: dict[str, dict[str, float]] = {
     "rmsprop": {"b2": 0.9},
     "adam": {"b1": 0.6},
     "adamw": {"b1": 0.6, "weight_decay": 0.3},
+    "adafactor": {"min_dim_size_to_factor": 2},
+    "shampoo": {"b1": 0.6},
+    "soap": {"b1": 0.6},
 }
 FACTORS = (0.999, 1.0, 1.001)
-STABLE_BEYOND = {"heavy_ball", "adam", "adamw"}
+STABLE_BEYOND = {"heavy_ball", "adam", "adamw", "shampoo", "soap"}
 """Rules that are stable 5 % above 2 / eta."""
 
 
 @claim(
     statement=r"\rho\!\left(\frac{\partial (w_{t+1}, m_{t+1})}{\partial (w_t, m_t)}\right) < 1 \iff"
-    r" \lambda_1(P^{-1/2} H P^{-1/2}) < \begin{cases} 2/\eta & \text{GD, RMSProp} \\"
+    r" \lambda_1(P^{-1/2} H P^{-1/2}) < \begin{cases} 2/\eta & \text{GD, RMSProp, Adafactor} \\"
     r" (2 + 2\beta)/\eta & \text{heavy ball} \\ (2 + 2\beta)/((1 + 2\beta)\eta) & \text{Nesterov} \\"
-    r" (2 + 2\beta_1)/((1 - \beta_1)\eta) & \text{Adam} \\"
+    r" (2 + 2\beta_1)/((1 - \beta_1)\eta) & \text{Adam, Shampoo, SOAP} \\"
     r" (2 - \eta\lambda)(1 + \beta_1)/((1 - \beta_1)\eta) & \text{AdamW} \end{cases}",
-    source="Cohen, Kaur, Li, Kolter, Talwalkar, arXiv 2103.00065, appendix B; Cohen et al., arXiv 2207.14484; AdamW "
-    "derived here",
+    source="Cohen, Kaur, Li, Kolter, Talwalkar, arXiv 2103.00065, appendix B; Cohen et al., arXiv 2207.14484; AdamW, "
+    "Adafactor, Shampoo and SOAP derived here",
     tolerance=1e-8,
     because="at the threshold the lowest eigenvalue of a step is -1 up to rounding; 0.1 % below and above it the sign of "
     "rho - 1 decides, and so it does 5 % above 2 / eta, the negative control, where some rules are stable and some not",
     slow=True,
 )
 def each_optimizer_loses_stability_at_its_own_threshold(key: PRNGKey) -> list[Expectation]:
-    """The step of optax itself, differentiated at the minimum of a random quadratic in three dimensions, with a random
-    second moment: its derivative in the gradient vanishes there, so that P is held."""
+    """The step of the optimizer itself, differentiated at the minimum of a random quadratic of a matrix (2, 2), with a
+    random second moment: its derivative in the gradient vanishes there, so that P is held."""
     measured = {n: _around_the_threshold(update_rule(n, 0.05, **OPTIMIZERS[n]), key) for n in OPTIMIZERS}
     below, edge, above, _ = np.array(list(measured.values())).T
     unstable, stable = ([m[3] for n, m in measured.items() if (n in STABLE_BEYOND) is kind] for kind in (False, True))
@@ -54,38 +60,42 @@ def each_optimizer_loses_stability_at_its_own_threshold(key: PRNGKey) -> list[Ex
         equal("lowest eigenvalue of a step at the threshold, by rule", edge, -1.0),
         at_most("rho - 1 below the threshold, by rule", below, 0.0),
         at_least("rho - 1 above the threshold, by rule", above, 0.0),
-        at_least("rho - 1 above 2 / eta: GD, Nesterov, RMSProp", unstable, 0.0),
-        at_most("rho - 1 above 2 / eta: heavy ball, Adam, AdamW", stable, 0.0),
+        at_least("rho - 1 above 2 / eta: GD, Nesterov, RMSProp, Adafactor", unstable, 0.0),
+        at_most("rho - 1 above 2 / eta: heavy ball, Adam, AdamW, Shampoo, SOAP", stable, 0.0),
     ]
 
 
 def _around_the_threshold(rule: UpdateRule, key: PRNGKey) -> list[float]:
     """rho - 1 below the threshold, the lowest eigenvalue at it, rho - 1 above it, and rho - 1 above 2 / eta."""
-    keys, minimum = jax.random.split(key, 2), jnp.zeros(3)
-    root = jax.random.normal(keys[0], (3, 3))
+    keys, minimum = jax.random.split(key, 2), jnp.zeros((2, 2))
+    root = jax.random.normal(keys[0], (4, 4))
     state = rule.transformation.init(minimum)
     with jax.numpy_dtype_promotion("standard"):
-        for gradient in jax.random.normal(keys[1], (2, 3)):
+        for gradient in jax.random.normal(keys[1], (2, 2, 2)):
             _, state = rule.transformation.update(gradient, state, minimum)
-    diagonal, threshold = preconditioner_after_step(rule, minimum, state, minimum)
-    scales = jnp.ones(3) if diagonal is None else diagonal
-    highest = jnp.linalg.eigvalsh(root @ root.T / jnp.sqrt(jnp.outer(scales, scales)))[-1]
+    preconditioner, threshold = preconditioner_after_step(rule, minimum, state, minimum)
+    curvature = Operator(Partial(_product, root @ root.T), minimum)
+    highest = jnp.linalg.eigvalsh(whitened(curvature, preconditioner).dense())[-1]
     name = next((name for name in ("trace", "mu") if optax.tree.get_all_with_path(state, name)), None)
 
     @jax.jit
     @partial(jax.jacfwd, argnums=0)
-    def step(point: Float[Array, "2 3"], value: Array) -> Float[Array, "2 3"]:
+    def step(point: Float[Array, "2 2 2"], value: Array) -> Float[Array, "2 2 2"]:
         """(w, first moment) after a step where the highest preconditioned curvature is `value`."""
         before = state if name is None else optax.tree.set(state, **{name: point[1]})
-        gradient = value / highest * root @ (root.T @ point[0])
+        gradient = _product(value / highest * root @ root.T, point[0])
         with jax.numpy_dtype_promotion("standard"):
             updates, after = rule.transformation.update(gradient, before, point[0])
         return jnp.stack([point[0] + updates, minimum if name is None else optax.tree.get(after, name)])
 
     edges = [factor * threshold for factor in FACTORS] + [1.05 * 2 / 0.05]
-    spectra = [np.linalg.eigvals(step(jnp.zeros((2, 3)), jnp.asarray(edge)).reshape(6, 6)) for edge in edges]
+    spectra = [np.linalg.eigvals(step(jnp.zeros((2, 2, 2)), jnp.asarray(edge)).reshape(8, 8)) for edge in edges]
     growths = [float(np.abs(spectrum).max() - 1) for spectrum in spectra]
     return [growths[0], float(spectra[1].real.min()), *growths[2:]]
+
+
+def _product(matrix: Float[Array, "4 4"], point: Float[Array, "2 2"]) -> Float[Array, "2 2"]:
+    return (matrix @ point.ravel()).reshape(point.shape)
 
 
 RATE, B2, STEPS = 3e-3, 0.95, 40

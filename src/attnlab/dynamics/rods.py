@@ -119,8 +119,8 @@ def rod_flow(
         substeps: Runge-Kutta steps, of eight gradients each, in the time of one of the optimizer.
 
     Raises `ValueError` for steps that `every` does not divide, a learning rate that is a schedule, a rule whose step is
-    the steepest in a norm, or a start that is not finite or of another size than `like`; `ArithmeticError` where the
-    flow leaves the finite numbers.
+    the steepest in a norm or whose second moment is not the mean square of gradients entry by entry, or a start that is
+    not finite or of another size than `like`; `ArithmeticError` where the flow leaves the finite numbers.
     """
     check_intervals(steps, every)
     check_positive(substeps=substeps)
@@ -129,6 +129,11 @@ def rod_flow(
         raise ValueError(
             f"rule is {rule.name}, whose step is the steepest in a norm and not linear in its moments; expected a rule "
             "of linear steps over a diagonal P. Measure its edge along training instead (generalized_stability)."
+        )
+    if rule.second_moment is not None and rule.second_decay is None:
+        raise ValueError(
+            f"rule is {rule.name}, whose second moment is no average of squared gradients entry by entry; expected a "
+            "rule with one, such as adam, or with none. Measure its edge along training instead (stability)."
         )
     check_objective(risk, like)
     _check_start(start, ravel(like).size)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from attnlab.checks import check_number, check_range, check_whole
 from attnlab.curvature.operator import Operator, flat_dtype
 from attnlab.curvature.operators import Block, hessian
-from attnlab.curvature.transforms import precondition
+from attnlab.dynamics.preconditioners import whitened
 from attnlab.dynamics.rules import RULES, UpdateRule, edge_of_step, preconditioner_after_step
 from attnlab.krylov.tracking import Course, TopPairs, cold_top_pairs, followed_top_pairs, upper_bound
 from attnlab.objectives import Objective
@@ -129,16 +129,16 @@ class _Preconditioned:
         self._check_trained_with(state)
         gradient, dtype = jax.grad(risk)(state.params), flat_dtype(state.params)
         if self.optimizer is None:
-            diagonal, threshold = preconditioner_after_step(self.rule, gradient, state.optimizer_state, state.params)
+            found = preconditioner_after_step(self.rule, gradient, state.optimizer_state, state.params)
+            preconditioner, threshold = found
             extra = {}
         else:
             edge = edge_of_step(self.rule, self.optimizer, gradient, state.optimizer_state, state.params)
-            diagonal, threshold = edge.metric, edge.threshold
+            preconditioner, threshold = edge.metric, edge.threshold
             extra = {"rate": edge.rate.astype(dtype), "mismatch": jnp.max(edge.mismatch).astype(dtype)}
 
         def linearise() -> Operator:
-            operator = hessian(risk, state.params)
-            return operator if diagonal is None else precondition(operator, diagonal)
+            return whitened(hessian(risk, state.params), preconditioner)
 
         return linearise, {"threshold": threshold.astype(dtype), **extra}
 

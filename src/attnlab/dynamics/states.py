@@ -1,13 +1,21 @@
 """What an optimizer remembers, found anywhere inside its optax state: chains, groups, injected hyperparameters."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
+from attnlab.dynamics.preconditioners import is_block
 from attnlab.types import Params, PyTree
+
+
+class Sides(NamedTuple):
+    """Averages over the past of G G^T and G^T G of one matrix G (m, n) of gradients."""
+
+    left: Float[Array, "m m"]
+    right: Float[Array, "n n"]
 
 
 def parts_of(state: optax.OptState, kind: type) -> list[Any]:
@@ -42,7 +50,7 @@ def joined(parts: list[Params]) -> Params:
     """One tree from those of several groups, each of which masks the parameters of the others."""
 
     def join(path: tuple, *entries: PyTree) -> PyTree:
-        held = [entry for entry in entries if not _is_masked(entry)]
+        held = [entry for entry in entries if not is_masked(entry)]
         if len(held) > 1:
             where = jax.tree_util.keystr(path, simple=True, separator="/")
             raise ValueError(
@@ -51,13 +59,18 @@ def joined(parts: list[Params]) -> Params:
             )
         return held[0] if held else entries[0]
 
-    return jax.tree.map_with_path(join, *parts, is_leaf=_is_masked)
+    return jax.tree.map_with_path(join, *parts, is_leaf=_is_entry)
 
 
-def _is_masked(node: PyTree) -> bool:
+def is_masked(node: PyTree) -> bool:
+    """Whether optax left this parameter to another group."""
     return isinstance(node, optax.MaskedNode)
+
+
+def _is_entry(node: PyTree) -> bool:
+    return is_masked(node) or is_block(node) or isinstance(node, Sides)
 
 
 def filled(tree: PyTree, default: Params) -> Params:
     """The tree with `default`'s leaf for each parameter that no part holds."""
-    return jax.tree.map(lambda held, leaf: leaf if _is_masked(held) else held, tree, default, is_leaf=_is_masked)
+    return jax.tree.map(lambda held, leaf: leaf if is_masked(held) else held, tree, default, is_leaf=_is_entry)

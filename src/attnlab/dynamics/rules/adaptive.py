@@ -4,12 +4,14 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array
 
-from attnlab.checks import is_concrete
-from attnlab.dynamics.rules.base import Rate, UpdateRule
-from attnlab.types import Params
+from attnlab.dynamics.preconditioners import Preconditioner, on_eigenvalues
+from attnlab.dynamics.rules.base import Rate, UpdateRule, check_stepped
+from attnlab.dynamics.states import is_masked
+from attnlab.types import Params, PyTree
 
 
 @dataclass(frozen=True)
@@ -40,42 +42,56 @@ class RMSProp(UpdateRule):
 
 
 @dataclass(frozen=True)
-class _AdaptiveMoments(UpdateRule):
+class Adafactor(UpdateRule):
+    """w' = w - eta g / P with P = sqrt(nu), nu_ij = r_i c_j / mean(r): r and c the averages of g^2 + eps over the two
+    longest axes, with the weight 1 - t^-decay_rate on the past; entry by entry where one of them is below
+    `min_dim_size_to_factor` (Shazeer, Stern, arXiv 1804.04235). Numbers as in `optax.adafactor`.
+
+    Of what `optax.adafactor` adds, `edge_of_step` reads clipping of blocks, schedules and decay off the step; steps in
+    proportion to the parameters (`multiply_by_parameter_scale`) and momentum, which averages g / P, it refuses.
+    """
+
+    decay_rate: float = 0.8
+    min_dim_size_to_factor: int = 128
+    eps: float = 1e-30
+
+    name = "adafactor"
+    second_moment = (optax.FactoredState, "v")
+
+    def optimizer(self, learning_rate: Rate) -> optax.GradientTransformation:
+        factored = optax.scale_by_factored_rms(
+            decay_rate=self.decay_rate, min_dim_size_to_factor=self.min_dim_size_to_factor, epsilon=self.eps
+        )
+        return optax.chain(factored, optax.scale_by_learning_rate(learning_rate))
+
+    def edge(self, learning_rate: Rate) -> Rate:
+        return 2 / learning_rate
+
+    def second_of(self, part: optax.FactoredState, params: Params) -> Params:
+        def one(rows: Array, columns: Array, whole: Array, leaf: Array) -> Array:
+            if is_masked(rows) or whole.shape == leaf.shape:
+                return whole
+            shorter, longer = (int(axis) for axis in np.argsort(leaf.shape)[-2:])  # as optax chooses the two axes
+            rows, columns = jnp.expand_dims(rows, longer), jnp.expand_dims(columns, shorter)
+            return rows * columns / jnp.mean(rows, axis=shorter, keepdims=True)
+
+        return jax.tree.map(one, part.v_row, part.v_col, part.v, params, is_leaf=is_masked)
+
+    def denominator(self, second: Params, steps: Array) -> Params:
+        check_stepped(self.name, steps)
+        return jax.tree.map(jnp.sqrt, second)
+
+
+@dataclass(frozen=True)
+class AdaptiveMoments(UpdateRule):
     """m' = b1 m + (1 - b1) g, and a step along m' / P with P = (1 - b1^t) (sqrt(nu / (1 - b2^t) + eps_root) + eps): the
-    factor 1 - b1^t is m's own bias correction. Numbers as in `optax.adam`."""
+    factor 1 - b1^t is m's own bias correction. z^2 - (1 + b1 - eta (1 - b1) h) z + b1 has the root -1 at
+    eta (1 - b1) h = 2 + 2 b1. Numbers as in `optax.adam`."""
 
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
     eps_root: float = 0.0
-
-    first_moment = (optax.ScaleByAdamState, "mu")
-    second_moment = (optax.ScaleByAdamState, "nu")
-
-    @property
-    def second_decay(self) -> float:
-        return self.b2
-
-    def denominator(self, second: Params, steps: Array) -> Params:
-        if is_concrete(steps) and int(steps) == 0:
-            raise ValueError("the Adam state has taken no step; expected at least one: before it, P is zero.")
-
-        def entry(nu: Array) -> Array:
-            count = steps.astype(nu.dtype)
-            corrected = nu / (1 - jnp.asarray(self.b2, nu.dtype) ** count)
-            return (1 - jnp.asarray(self.b1, nu.dtype) ** count) * (jnp.sqrt(corrected + self.eps_root) + self.eps)
-
-        return jax.tree.map(entry, second)
-
-
-@dataclass(frozen=True)
-class Adam(_AdaptiveMoments):
-    """w' = w - eta m' / P."""
-
-    name = "adam"
-
-    def optimizer(self, learning_rate: Rate) -> optax.GradientTransformation:
-        return optax.adam(learning_rate, b1=self.b1, b2=self.b2, eps=self.eps, eps_root=self.eps_root)
 
     def edge(self, learning_rate: Rate) -> Rate:
         return (2 + 2 * self.b1) / ((1 - self.b1) * learning_rate)
@@ -86,9 +102,41 @@ class Adam(_AdaptiveMoments):
         after = self.b1 * first + (1 - self.b1) * gradient
         return -learning_rate * after / denominator, after - first
 
+    def denominator(self, second: PyTree, steps: Array) -> Preconditioner:
+        check_stepped(self.name, steps)
+
+        def entry(nu: Array) -> Array:
+            count = steps.astype(nu.dtype)
+            corrected = nu / (1 - jnp.asarray(self.b2, nu.dtype) ** count)
+            return (1 - jnp.asarray(self.b1, nu.dtype) ** count) * (jnp.sqrt(corrected + self.eps_root) + self.eps)
+
+        return on_eigenvalues(entry, second)
+
 
 @dataclass(frozen=True)
-class AdamW(_AdaptiveMoments):
+class _EntryByEntry(AdaptiveMoments):
+    """With optax's own state of Adam."""
+
+    first_moment = (optax.ScaleByAdamState, "mu")
+    second_moment = (optax.ScaleByAdamState, "nu")
+
+    @property
+    def second_decay(self) -> float:
+        return self.b2
+
+
+@dataclass(frozen=True)
+class Adam(_EntryByEntry):
+    """w' = w - eta m' / P."""
+
+    name = "adam"
+
+    def optimizer(self, learning_rate: Rate) -> optax.GradientTransformation:
+        return optax.adam(learning_rate, b1=self.b1, b2=self.b2, eps=self.eps, eps_root=self.eps_root)
+
+
+@dataclass(frozen=True)
+class AdamW(_EntryByEntry):
     """w' = a w - eta m' / P with a = 1 - eta weight_decay: z^2 - (a + b1 - eta (1 - b1) h) z + a b1 has the root -1 at
     eta (1 - b1) h = (1 + a)(1 + b1)."""
 

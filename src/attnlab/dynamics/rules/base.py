@@ -14,19 +14,21 @@ from jaxtyping import Array
 
 from attnlab.checks import check_arrays, is_concrete
 from attnlab.dynamics.norms import Norm
+from attnlab.dynamics.preconditioners import Preconditioner, divided
 from attnlab.dynamics.states import joined, learning_rate_in, parts_of, steps_of
-from attnlab.types import Params, Scalar
+from attnlab.types import Params, PyTree, Scalar
 
 Rate = float | Array
 LearningRate = Rate | Callable[[Array], Array]
 
 
 class Moments(NamedTuple):
-    """What a rule remembers, each like the parameters: zeros where it keeps no first moment, ones where no second; and
-    the number of steps that its bias corrections count, 0 where it has none."""
+    """What a rule remembers, each like the parameters: zeros where it keeps no first moment, ones where no second, of
+    which the entries may be several arrays; and the number of steps that its bias corrections count, 0 where it has
+    none."""
 
     first: Params
-    second: Params
+    second: PyTree
     steps: Array
 
 
@@ -42,7 +44,8 @@ class UpdateRule(ABC):
         first_moment, second_moment: where optax keeps them, as (type of state, field); None where there is none.
 
     Raises `ValueError` for a number out of its range: `learning_rate` positive, `momentum`, `b1`, `b2` at least 0 and
-    below 1, `eps`, `eps_root` and `weight_decay` not negative, all finite; tracers and schedules are not looked into.
+    below 1, `eps`, `eps_root`, `decay_rate` and `weight_decay` not negative, `frequency` and `min_dim_size_to_factor`
+    at least 1, all finite; tracers and schedules are not looked into.
     """
 
     learning_rate: LearningRate
@@ -61,7 +64,7 @@ class UpdateRule(ABC):
 
     @property
     def second_decay(self) -> float | None:
-        """Of the moving average of squared gradients; None where there is none."""
+        """Of the moving average of squared gradients, entry by entry; None where the second moment is another."""
         return None
 
     @abstractmethod
@@ -72,7 +75,12 @@ class UpdateRule(ABC):
     def edge(self, learning_rate: Rate) -> Rate:
         """The largest stable eigenvalue of P^-1/2 H P^-1/2."""
 
-    def denominator(self, second: Params, steps: Array) -> Params:
+    def second_of(self, part: Any, params: Params) -> PyTree:
+        """The second moment in a part of the optimizer's state; `params` give the shapes."""
+        assert self.second_moment is not None
+        return getattr(part, self.second_moment[1])
+
+    def denominator(self, second: PyTree, steps: Array) -> Preconditioner:
         """P from the second moment after so many steps."""
         return second  # ones
 
@@ -105,10 +113,10 @@ class UpdateRule(ABC):
         unit = lambda m, g: self.drift(1.0, jnp.zeros_like(m), m, g, jnp.ones_like(m))[1]  # noqa: E731
         return jax.tree.map(unit, first, gradient)
 
-    def read(self, before: Moments, gradient: Params, denominator: Params) -> Params:
+    def read(self, before: Moments, gradient: Params, denominator: Preconditioner) -> Params:
         """What the rule steps along at learning rate 1, without decay of the weights."""
-        drift = lambda m, g, p: -self.drift(1.0, jnp.zeros_like(m), m, g, p)[0]  # noqa: E731
-        return jax.tree.map(drift, before.first, gradient, denominator)
+        drift = lambda m, g: -self.drift(1.0, jnp.zeros_like(m), m, g, jnp.ones_like(m))[0]  # noqa: E731
+        return divided(jax.tree.map(drift, before.first, gradient), denominator)
 
     @cached_property
     def transformation(self) -> optax.GradientTransformation:
@@ -128,8 +136,9 @@ class UpdateRule(ABC):
             )
         return jnp.asarray(self.edge(learning_rate_in(state)))
 
-    def preconditioner(self, state: optax.OptState) -> Params | None:
-        """The diagonal of P from an optimizer state after a step, also inside of a chain; None for the identity.
+    def preconditioner(self, state: optax.OptState, params: Params) -> Preconditioner | None:
+        """P from an optimizer state after a step, also inside of a chain; None for the identity. Its diagonal, like the
+        parameters; of rules in a rotated basis `KroneckerBlock`s in the place of arrays (`preconditioners.whitened`).
 
         Of an optimizer of several groups (`optax.partition`) each group's own state counts; a group with
         hyperparameters of its own has its P from its `inner_states[label]`. Parameters that the rule does not move have
@@ -138,8 +147,8 @@ class UpdateRule(ABC):
         """
         if self.second_moment is None:
             return None
-        kind, name = self.second_moment
-        return joined([self.denominator(getattr(part, name), steps_of(part)) for part in parts_of(state, kind)])
+        parts = parts_of(state, self.second_moment[0])
+        return joined([self.denominator(self.second_of(part, params), steps_of(part)) for part in parts])
 
     def moments(self, state: optax.OptState, params: Params) -> Moments:
         """What `state` remembers, wherever in a chain; errors as of `preconditioner`."""
@@ -149,8 +158,7 @@ class UpdateRule(ABC):
             kind, name = self.first_moment
             first = joined([getattr(part, name) for part in parts_of(state, kind)])
         if self.second_moment is not None:
-            kind, name = self.second_moment
-            second = joined([getattr(part, name) for part in parts_of(state, kind)])
+            second = joined([self.second_of(part, params) for part in parts_of(state, self.second_moment[0])])
         memory = self.second_moment or self.first_moment
         if memory is not None:
             steps = steps_of(parts_of(state, memory[0])[0])
@@ -159,12 +167,12 @@ class UpdateRule(ABC):
 
 def preconditioner_after_step(
     rule: UpdateRule, gradient: Params, state: optax.OptState, params: Params
-) -> tuple[Params | None, Scalar]:
+) -> tuple[Preconditioner | None, Scalar]:
     """P (None for the identity) and the threshold of the step that is taken from here: with the second moment that
     already holds this point's gradient."""
     with jax.numpy_dtype_promotion("standard"):
         _, after = rule.transformation.update(gradient, state, params)
-        return rule.preconditioner(after), rule.threshold(after)
+        return rule.preconditioner(after, params), rule.threshold(after)
 
 
 def constant_rate(rule: UpdateRule) -> float:
@@ -177,6 +185,12 @@ def constant_rate(rule: UpdateRule) -> float:
     return float(rule.learning_rate)
 
 
+def check_stepped(name: str, steps: Array) -> None:
+    """Raise `ValueError` for a state before the first step, where P is zero (skipped while tracing)."""
+    if is_concrete(steps) and int(steps) == 0:
+        raise ValueError(f"the {name} state has taken no step; expected at least one: before it, P is zero.")
+
+
 def _check_number(name: str, value: Any) -> None:
     if name not in _RANGES or callable(value) or not is_concrete(value):
         return
@@ -187,9 +201,11 @@ def _check_number(name: str, value: Any) -> None:
 
 
 _DECAY = (lambda value: (value >= 0) & (value < 1), "a number of at least 0 and below 1")
+_COUNT = (lambda value: (value >= 1) & (value == np.floor(value)), "a whole number of at least 1")
 _NOT_NEGATIVE = (lambda value: value >= 0, "a finite number of at least 0")
 _RANGES: dict[str, tuple[Callable[[np.ndarray], np.ndarray], str]] = {
     "learning_rate": (lambda value: value > 0, "a finite number above 0"),
     **dict.fromkeys(("momentum", "b1", "b2"), _DECAY),
-    **dict.fromkeys(("eps", "eps_root", "weight_decay"), _NOT_NEGATIVE),
+    **dict.fromkeys(("eps", "eps_root", "weight_decay", "decay_rate"), _NOT_NEGATIVE),
+    **dict.fromkeys(("frequency", "min_dim_size_to_factor"), _COUNT),
 }

@@ -22,6 +22,7 @@ import optax
 from jaxtyping import Array, Float
 
 from attnlab.checks import check_same_structure, is_concrete
+from attnlab.dynamics.preconditioners import Preconditioner, on_eigenvalues
 from attnlab.dynamics.rules.base import Moments, UpdateRule
 from attnlab.dynamics.states import filled
 from attnlab.trees import ravel
@@ -35,15 +36,15 @@ class StepEdge(NamedTuple):
     """The edge of one step of a chain.
 
     Attributes:
-        metric: the diagonal of P as `curvature.transforms.precondition` takes it, with decay and differing rates in it,
-            infinite where parameters do not move; None where the rule's norm is another one.
+        metric: P as `preconditioners.whitened` takes it, with decay and differing rates in it, infinite where
+            parameters do not move; None where the rule's norm is another one.
         threshold: the largest stable curvature in the metric, or in the rule's norm; NaN where the step is not one of
             the rule's (`mismatch`).
         rate: the effective learning rate: with schedule, clipping and, of rules in a norm, the length of the step.
         mismatch: (3,) what is left over of the gradient taken in, of the decay and of the step, each as a share.
     """
 
-    metric: Params | None
+    metric: Preconditioner | None
     threshold: Scalar
     rate: Scalar
     mismatch: Float[Array, "3"]
@@ -63,13 +64,16 @@ def edge_of_step(
     that is not one of the rule's, with the reason; under `jit` the threshold is NaN. Of parameters that are zero the
     decay is not seen.
     """
+    zeros, ones = (jax.tree.map(like, params) for like in (jnp.zeros_like, jnp.ones_like))
     updates, after = _moving_step(optimizer, gradient, state, params)
     check_same_structure("the optimizer's update", updates, params)
-    still, _ = _moving_step(optimizer, gradient, state, jax.tree.map(jnp.zeros_like, params))
-    then, now = (_whole(rule.moments(each, params), params) for each in (state, after))
+    still, _ = _moving_step(optimizer, gradient, state, zeros)
+    then, now = (rule.moments(each, params) for each in (state, after))
+    then, now = (each._replace(first=filled(each.first, zeros)) for each in (then, now))  # others' parameters, or fixed
     gains, odd_gradient = _gains(rule, gradient, then, now)
     taken = jax.tree.map(jnp.multiply, gains, gradient)
-    denominator = _whole_like(rule.denominator(now.second, now.steps), params)
+    held = rule.preconditioner(after, params)
+    denominator = ones if held is None else filled(held, ones)
     step = rule.read(then, taken, denominator)
     decays, odd_decay = _shares(jax.tree.map(jnp.subtract, still, updates), params, rule)
     outputs, odd_step = _outputs(rule, jax.tree.map(jnp.negative, still), step)
@@ -79,8 +83,8 @@ def edge_of_step(
     rate = sum(r * w for r, w in zip(jax.tree.leaves(rates), weights, strict=True)) / sum(weights)
     threshold = jnp.asarray(rule.undecayed().edge_at(rate, now.steps))
     slower = lambda r: jnp.where(rate == 0, 1, rate / r)  # noqa: E731
-    metric: Params | None = jax.tree.map(
-        lambda p, decay, r: p * (1 - decay / 2) * slower(r), denominator, decays, rates
+    metric: Preconditioner | None = on_eigenvalues(
+        lambda p, decay, r: p * ((1 - decay / 2) * slower(r)).astype(p.dtype), denominator, decays, rates
     )
     if rule.norm is not None:
         metric, threshold = None, threshold * (1 - jax.tree.leaves(decays)[0] / 2)
@@ -116,17 +120,6 @@ def _gathered(state: optax.OptState) -> list[Array]:
     kind = optax.MultiStepsState
     parts = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kind))
     return [part.gradient_step for part in parts if isinstance(part, kind)]
-
-
-def _whole(moments: Moments, params: Params) -> Moments:
-    """With zeros and ones for parameters that another group of the optimizer moves, or none."""
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    first = filled(moments.first, zeros)
-    return Moments(first, _whole_like(moments.second, params), moments.steps)
-
-
-def _whole_like(second: Params, params: Params) -> Params:
-    return filled(second, jax.tree.map(jnp.ones_like, params))
 
 
 def _gains(rule: UpdateRule, gradient: Params, then: Moments, now: Moments) -> tuple[Params, Scalar]:
