@@ -142,9 +142,9 @@ def plot(arrays: Arrays, config: Config):
 
     members = by_member(arrays)
     counts = {name: reproduced(found) for name, found in members.items()}
-    kept, total = (sum(count[i] for count in counts.values()) for i in (0, 1))
+    kept = sum(count[0] for count in counts.values())
     seeds = "one seed" if config.seeds == 1 else f"{config.seeds} seeds"
-    message = f"Of {total} expectations of training dynamics {kept} are reproduced"
+    message = f"{len(members)} analyses of training dynamics reproduce {kept} of what they expect"
     note = f"one mark an expectation and seed ({seeds}); the table beside this figure has the numbers"
     height = 0.9 + 0.27 * len(members)
     figure, (axes,) = panels(message, ["filled: reproduced, cross: missed"], note=note, columns=1, height=height)

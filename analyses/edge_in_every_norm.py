@@ -1,10 +1,10 @@
 """The edge of stability in the optimizer's own norm: sign descent, Muon and spectral descent settle at theirs.
 
-Attention on digits, softmax and linear, trained by rules whose step is the steepest in a norm. At each measured step
-the largest curvature in the unit ball of that norm, as a bracket (attained from below, certified from above), over the
-rule's threshold at the effective rate of the very step; without momentum and with, where the law is that of the
-critical ray and a finding may fail: signs had not settled by the end, and Muon with a plain average stays below. As a
-control a rate too low to reach the edge. Three seeds.
+Attention on digits, softmax and linear, and the matrices of a small transformer on text, trained by rules whose step is
+the steepest in a norm. At each measured step the largest curvature in the unit ball of that norm, as a bracket
+(attained from below, certified from above), over the rule's threshold at the effective rate of the very step; without
+momentum and with, where the law is that of the critical ray and a finding may fail: signs had not settled by the end,
+and Muon with a plain average stays below. As a control a rate too low to reach the edge. Three seeds.
 """
 
 from dataclasses import dataclass
@@ -22,17 +22,19 @@ RUNS = {
     "sign 0.001": ("softmax", "sign", 1e-3, 960, {}),
     "Muon 0.01": ("softmax", "muon", 1e-2, 640, MUON),
     "Muon 0.01, linear": ("linear", "muon", 1e-2, 640, MUON),
+    "sign 0.001, text": ("text", "sign", 1e-3, 640, {}),
+    "Muon 0.003, text": ("text", "muon", 3e-3, 640, MUON),
     "spectral 0.005": ("softmax", "spectral", 5e-3, 1920, {}),
     "sign 0.0003, b = 0.9": ("softmax", "sign", 3e-4, 960, {"momentum": 0.9}),
     "Muon 0.01, b = 0.9": ("softmax", "muon", 1e-2, 640, MUON | {"momentum": 0.9}),
     "Muon 0.01, Nesterov 0.95": ("softmax", "muon", 1e-2, 640, {}),
     "control: sign 0.00003": ("softmax", "sign", 3e-5, 960, {}),
 }
-"""Name of the run: kind of attention, rule, learning rate, steps and options."""
+"""Name of the run: kind of attention on digits or text, rule, learning rate, steps and options."""
 MOMENTUM = ("sign 0.0003, b = 0.9", "Muon 0.01, b = 0.9", "Muon 0.01, Nesterov 0.95")
 PANELS = {
-    "sign descent: norm of the largest entry": ("sign 0.001", "control: sign 0.00003"),
-    "Muon: norm of the largest matrix": ("Muon 0.01", "Muon 0.01, linear"),
+    "sign descent: norm of the largest entry": ("sign 0.001", "sign 0.001, text", "control: sign 0.00003"),
+    "Muon: norm of the largest matrix": ("Muon 0.01", "Muon 0.01, linear", "Muon 0.003, text"),
     "spectral descent: the same norm": ("spectral 0.005",),
     "with momentum": MOMENTUM,
 }
@@ -68,18 +70,21 @@ def compute(config: Config, progress: Progress) -> Arrays:
     from attnlab.dynamics.generalized import Search, generalized_stability
     from attnlab.dynamics.rules import update_rule
     from attnlab.risks.digits import digits_attention
+    from attnlab.risks.matrices import matrices_alone
+    from attnlab.risks.networks import text_model
     from attnlab.training import Session, show_progress, train
 
     check_names("run", config.runs, RUNS)
     search, arrays = Search(config.restarts, config.rounds, 1e-3, config.products), {}
     for name in config.runs:
-        attention, kind, rate, steps, options = RUNS[name]
+        problem, kind, rate, steps, options = RUNS[name]
         rule = update_rule(kind, rate, **options)
         steps = steps // config.shorten
         probes, parts = {"edge": generalized_stability(rule, search)}, []
         for seed in range(config.seed, config.seed + config.seeds):
             key = jax.random.key(seed)
-            risk, params = digits_attention(key, key, weights=attention)
+            text = problem == "text"
+            risk, params = matrices_alone(*text_model(key)) if text else digits_attention(key, key, weights=problem)
             folder, title = config.scratch() / f"{name}-{seed}", f"{name}, seed {seed}"
             session = Session(directory=folder, report=show_progress(progress, title))
             every = max(1, steps // MEASUREMENTS)
@@ -115,7 +120,7 @@ def plot(arrays: Arrays, config: Config):
             axes.fill_between(steps, low, high, color=color, alpha=0.3, lw=0)
             axes.plot(steps, middle, color=color, ls=LINES[number], label=name)
         axes.axhline(1, color="black", ls=":", lw=1)
-        axes.set(ylim=(0, 2), xlabel="step", ylabel="sharpness in the norm / threshold")
+        axes.set(ylim=(0, 2.8), xlabel="step", ylabel="sharpness in the norm / threshold")
         axes.legend(loc="upper left", fontsize=7.5)
     return figure
 

@@ -1,9 +1,9 @@
 """Training at the edge of stability: the sharpness of attention on digits settles at each optimizer's threshold.
 
 Gradient descent at five learning rates (four settle at the edge or a little above it; the highest starts at twice its
-edge, and diverges), momentum, and the preconditioned sharpness of RMSProp and Adam, each over its analytic threshold;
-and a negative control, a regression that gradient descent solves before its sharpness reaches the edge: at any rate
-it then stands still at one sharpness, until the edge comes down to that.
+edge, and diverges), momentum, and the preconditioned sharpness of RMSProp, Adafactor, Adam, Shampoo and SOAP, each over
+its analytic threshold; and a negative control, a regression that gradient descent solves before its sharpness reaches
+the edge: at any rate it then stands still at one sharpness, until the edge comes down to that.
 """
 
 from dataclasses import dataclass
@@ -27,6 +27,9 @@ RUNS = {
     "RMSProp 0.0005": ("rmsprop", 5e-4, 3000, {}),
     "Adam 0.003": ("adam", 3e-3, 3000, {}),
     "Adam 0.003, b1 = 0.5": ("adam", 3e-3, 3000, {"b1": 0.5}),
+    "Adafactor 0.001": ("adafactor", 1e-3, 3000, {"min_dim_size_to_factor": 2}),
+    "Shampoo 0.003": ("shampoo", 3e-3, 3000, {}),
+    "SOAP 0.003": ("soap", 3e-3, 3000, {}),
     "control: GD 0.1": ("gd", 0.1, 6000, {}),
     "control: GD 0.15": ("gd", 0.15, 6000, {}),
     "control: GD 0.2": ("gd", 0.2, 6000, {}),
@@ -35,11 +38,12 @@ RUNS = {
 PANELS = {
     "gradient descent": "GD",
     "momentum": ("heavy", "Nesterov"),
-    "adaptive, preconditioned": ("RMSProp", "Adam"),
-    "control: an easy regression": "control",
+    "adaptive, preconditioned": ("RMSProp", "Ada"),
+    "in rotated bases; grey: control, easy regression": ("Shampoo", "SOAP", "control"),
 }
 """Title of the panel: how the names of its runs begin."""
 LINES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
+CONTROL_COLOR = "0.45"
 
 
 @dataclass(frozen=True)
@@ -108,16 +112,16 @@ def plot(arrays: Arrays, config: Config):
         highest = 1.5
         for number, name in enumerate(runs_of(config, prefixes)):
             steps, ratio, losses = (arrays[name][part] for part in ("steps", "ratio", "losses"))
-            look = {"color": f"C{number}", "ls": LINES[number], "lw": 1.1}
+            look = {**look_of(name, number), "lw": 1.1}
             if np.isfinite(losses).all():
-                axes.plot(steps, ratio, label=name.removeprefix("control: "), **look)
+                axes.plot(steps, ratio, label=name, **look)
                 continue
             label = f"{name}: overflows at step {first_broken(losses)}"
             axes.plot(steps[0], ratio[0], "x", color=look["color"], ms=7, mew=2, label=label)
             highest = max(highest, 1.15 * ratio[0])
         axes.axhline(1, color="black", ls=":", lw=1)
-        axes.set(ylim=(0, highest), xlabel="step", ylabel="sharpness / threshold")
-        low = prefixes != "control" and highest == 1.5
+        low = "control" not in prefixes and highest == 1.5
+        axes.set(ylim=(0, highest if low else max(highest, 2.2)), xlabel="step", ylabel="sharpness / threshold")
         axes.legend(loc="lower right" if low else "upper right", fontsize=7.5)
     return figure
 
@@ -140,6 +144,11 @@ def span(values: list[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
+def look_of(name: str, number: int) -> dict[str, object]:
+    """Colour and line of the run of that number in its panel."""
+    return {"color": CONTROL_COLOR if name.startswith("control") else f"C{number}", "ls": LINES[number]}
+
+
 def runs_of(config: Config, prefixes: str | tuple[str, ...]) -> list[str]:
     """The runs whose names begin so."""
     return [name for name in config.runs if name.startswith(prefixes)]
@@ -149,14 +158,14 @@ def details(arrays: Arrays, config: Config):
     """The loss of every run, and of the adaptive ones the sharpness without a preconditioner."""
     from attnlab.plotting.panels import panels
 
-    titles = [f"loss, {title.partition(':')[0]}" for title in PANELS] + ["adaptive: sharpness of $H$ itself"]
+    titles = [f"loss, {title.partition(';')[0]}" for title in PANELS] + ["adaptive: sharpness of $H$ itself"]
     where = "Training losses of all runs, and the sharpness that preconditioning hides"
     figure, (*shown, plain) = panels(where, titles, note="one seed")
     for axes, prefixes in zip(shown, PANELS.values(), strict=True):
         starts, least = [], []
         for number, name in enumerate(runs_of(config, prefixes)):
             losses = arrays[name]["losses"]
-            axes.plot(losses, color=f"C{number}", ls=LINES[number], lw=0.9, label=name.removeprefix("control: "))
+            axes.plot(losses, lw=0.9, label=name, **look_of(name, number))
             starts.append(losses[0])
             least.append(np.nanmin(losses))
         if starts:  # a run that diverges leaves the panel to the others
@@ -193,6 +202,8 @@ def findings(arrays: Arrays, config: Config) -> list[Expectation]:
     intervals["GD 0.4"] = (0.98, 1.2, gd, "the larger the rate, the wider it swings above")
     intervals |= dict.fromkeys(("heavy ball 0.1", "Nesterov 0.05"), (0.9, 1.1, gd, swings))
     intervals |= dict.fromkeys(("Adam 0.003", "Adam 0.003, b1 = 0.5", "RMSProp 0.0005"), (0.9, 1.1, adaptive, swings))
+    here = "derived here: the law of Adam and of RMSProp in the rule's own basis"
+    intervals |= dict.fromkeys(("Adafactor 0.001", "Shampoo 0.003", "SOAP 0.003"), (0.9, 1.1, here, swings))
     solved = (0.0, 0.95, "negative control", "solved before its sharpness comes to the edge")
     intervals["control: GD 0.1"] = intervals["control: GD 0.15"] = solved
     found = [
