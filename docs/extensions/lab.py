@@ -232,15 +232,20 @@ class Benchmarks(Directive):
 
     @staticmethod
     def table(found: dict[str, Any]) -> str:
-        """A row for each ratio."""
+        """A row for each ratio, and for each other number."""
         machine, versions = found["machine"], ", ".join(" ".join(each) for each in found["versions"].items())
         where = f"{machine['platform']}, {machine['cpus']} processors, {machine['device']}; {versions}"
-        rows = "".join(
-            f"<tr><td>{escape(name)}</td><td>{ratio:.3g}</td></tr>" for name, ratio in found["ratios"].items()
-        )
-        head = "<thead><tr><th>what, and against what</th><th>ratio</th></tr></thead>"
-        table = f'<div class="table-wrapper"><table>{head}<tbody>{rows}</tbody></table></div>'
-        return f"<h2><code>{escape(found['command'])}</code></h2><p>{escape(where)}</p>{table}"
+        numbers = {name: value for name, value in found["values"].items() if isinstance(value, int | float)}
+        tables = [("what, and against what", "ratio", found["ratios"]), ("what else", "value", numbers)]
+        shown = "".join(two_columns(*each) for each in tables if each[2])
+        return f"<h2><code>{escape(found['command'])}</code></h2><p>{escape(where)}</p>{shown}"
+
+
+def two_columns(what: str, number: str, rows: dict[str, float]) -> str:
+    """A table of named numbers."""
+    body = "".join(f"<tr><td>{escape(name)}</td><td>{value:.3g}</td></tr>" for name, value in rows.items())
+    head = f"<thead><tr><th>{what}</th><th>{number}</th></tr></thead>"
+    return f'<div class="table-wrapper"><table>{head}<tbody>{body}</tbody></table></div>'
 
 
 class Figures(Directive):
