@@ -45,8 +45,8 @@ class SoapState(NamedTuple):
 @dataclass(frozen=True)
 class Shampoo(AdaptiveMoments):
     """w' = w - eta m' / P with P = (1 - b1^t) L^1/4 (x) R^1/4, of averages of decay b2, corrected for their start, to
-    whose eigenvalues eps is added; of a vector the root of the average of g g^T (Gupta, Koren, Singer, arXiv
-    1802.09568, with averages in the place of sums, as Anil et al., arXiv 2002.09018)."""
+    whose eigenvalues eps is added; of a vector, or a single row, the root of the average of g g^T (Gupta, Koren,
+    Singer, arXiv 1802.09568, with averages in the place of sums, as Anil et al., arXiv 2002.09018)."""
 
     b2: float = 0.99
     eps: float = 1e-12
@@ -65,9 +65,10 @@ class Shampoo(AdaptiveMoments):
             count = steps.astype(sides.right.dtype)
             seen, begun = (1 - jnp.asarray(b, count.dtype) ** count for b in (self.b2, self.b1))
             (left, low), (right, high) = (_eigh(side / seen) for side in sides)
-            power = 0.5 if sides.left.size == 1 else 0.25
-            low = jnp.ones_like(low) if sides.left.size == 1 else (low + self.eps) ** power
-            return KroneckerBlock(left, right, begun * jnp.outer(low, (high + self.eps) ** power))
+            low, high = low + self.eps, high + self.eps
+            if sides.left.size == 1:  # one axis: g is divided by R^1/2
+                return KroneckerBlock(left, right, begun * jnp.sqrt(high)[None])
+            return KroneckerBlock(left, right, begun * jnp.outer(low, high) ** 0.25)
 
         return jax.tree.map(lambda held: held if is_masked(held) else block(held), second, is_leaf=_is_sides)
 
