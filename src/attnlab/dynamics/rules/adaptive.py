@@ -83,15 +83,13 @@ class Adafactor(UpdateRule):
 
 
 @dataclass(frozen=True)
-class AdaptiveMoments(UpdateRule):
-    """m' = b1 m + (1 - b1) g, and a step along m' / P with P = (1 - b1^t) (sqrt(nu / (1 - b2^t) + eps_root) + eps): the
-    factor 1 - b1^t is m's own bias correction. z^2 - (1 + b1 - eta (1 - b1) h) z + b1 has the root -1 at
-    eta (1 - b1) h = 2 + 2 b1. Numbers as in `optax.adam`."""
+class AveragedOverP(UpdateRule):
+    """m' = b1 m + (1 - b1) g, and a step along m' / P, where P holds m's own bias correction 1 - b1^t:
+    z^2 - (1 + b1 - eta (1 - b1) h) z + b1 has the root -1 at eta (1 - b1) h = 2 + 2 b1."""
 
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
-    eps_root: float = 0.0
 
     def edge(self, learning_rate: Rate) -> Rate:
         return (2 + 2 * self.b1) / ((1 - self.b1) * learning_rate)
@@ -101,6 +99,13 @@ class AdaptiveMoments(UpdateRule):
     ) -> tuple[Array, Array]:
         after = self.b1 * first + (1 - self.b1) * gradient
         return -learning_rate * after / denominator, after - first
+
+
+@dataclass(frozen=True)
+class AdaptiveMoments(AveragedOverP):
+    """P = (1 - b1^t) (sqrt(nu / (1 - b2^t) + eps_root) + eps), nu the average of g^2: numbers as in `optax.adam`."""
+
+    eps_root: float = 0.0
 
     def denominator(self, second: PyTree, steps: Array) -> Preconditioner:
         check_stepped(self.name, steps)

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from attnlab.curvature.kronecker.factors import KroneckerBlock
 from attnlab.curvature.operator import flat_dtype
 from attnlab.dynamics.preconditioners import Preconditioner, divided
-from attnlab.dynamics.rules.adaptive import AdaptiveMoments
+from attnlab.dynamics.rules.adaptive import AdaptiveMoments, AveragedOverP
 from attnlab.dynamics.rules.base import Rate, check_stepped
 from attnlab.dynamics.states import Sides, is_masked
 from attnlab.types import Params, PyTree
@@ -43,7 +43,7 @@ class SoapState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Shampoo(AdaptiveMoments):
+class Shampoo(AveragedOverP):
     """w' = w - eta m' / P with P = (1 - b1^t) L^1/4 (x) R^1/4, of averages of decay b2, corrected for their start, to
     whose eigenvalues eps is added; of a vector, or a single row, the root of the average of g g^T (Gupta, Koren,
     Singer, arXiv 1802.09568, with averages in the place of sums, as Anil et al., arXiv 2002.09018)."""
@@ -56,7 +56,7 @@ class Shampoo(AdaptiveMoments):
     second_moment = (ShampooState, "sides")
 
     def optimizer(self, learning_rate: Rate) -> optax.GradientTransformation:
-        return optax.chain(_averaged(self._start, self._step), optax.scale_by_learning_rate(learning_rate))
+        return optax.chain(_transformation(self._start, self._step), optax.scale_by_learning_rate(learning_rate))
 
     def denominator(self, second: PyTree, steps: Array) -> Preconditioner:
         check_stepped(self.name, steps)
@@ -98,7 +98,7 @@ class Soap(AdaptiveMoments):
     second_moment = (SoapState, "nu")
 
     def optimizer(self, learning_rate: Rate) -> optax.GradientTransformation:
-        return optax.chain(_averaged(self._start, self._step), optax.scale_by_learning_rate(learning_rate))
+        return optax.chain(_transformation(self._start, self._step), optax.scale_by_learning_rate(learning_rate))
 
     def _start(self, params: Params) -> SoapState:
         def block(leaf: Array) -> Array | KroneckerBlock:
@@ -128,7 +128,7 @@ class Soap(AdaptiveMoments):
         return divided(mu, self.denominator(nu, after.count)), after
 
 
-def _averaged(start: Callable, step: Callable) -> optax.GradientTransformation:
+def _transformation(start: Callable, step: Callable) -> optax.GradientTransformation:
     return optax.GradientTransformation(start, lambda gradient, state, params=None: step(gradient, state))
 
 

@@ -24,8 +24,8 @@ def update_rule(name: str, learning_rate: LearningRate, **options: float) -> Upd
     `learning_rate` is a number or an optax schedule. Options, with optax's defaults: `momentum` (0.9) of `heavy_ball`,
     `nesterov` and `ema`; `b2` (0.99), `eps`, `eps_in_sqrt` (False) of `rmsprop`; `b1`, `b2`, `eps`, `eps_root` of
     `adam`; these and `weight_decay` of `adamw`; `decay_rate`, `min_dim_size_to_factor`, `eps` of `adafactor`; `b1`,
-    `b2`, `eps`, `eps_root` of `shampoo` and `soap`, of which the latter finds its bases every `frequency` (10) steps.
-    Thresholds: 2/eta for gd, rmsprop and adafactor, (2 + 2 beta)/eta, (2 + 2 beta)/((1 + 2 beta) eta),
+    `b2` (0.99), `eps` of `shampoo`; of `soap` those of `adam` (`b1` and `b2` 0.95), and `frequency` (10) of its bases,
+    in steps. Thresholds: 2/eta for gd, rmsprop and adafactor, (2 + 2 beta)/eta, (2 + 2 beta)/((1 + 2 beta) eta),
     (2 + 2 beta)/((1 - beta) eta) of the averaged gradient, of adam, shampoo and soap, and
     (2 - eta weight_decay)(1 + b1)/((1 - b1) eta) for adamw.
 
