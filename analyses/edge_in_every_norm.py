@@ -1,4 +1,4 @@
-"""The edge of stability in the optimizer's own norm: sign descent, Muon and spectral descent settle at theirs.
+"""The edge of stability in the optimizer's own norm: descent by signs, by Muon, by spectra and by blocks settles there.
 
 Attention on digits, softmax and linear, and the matrices of a small transformer on text, trained by rules whose step is
 the steepest in a norm. At each measured step the largest curvature in the unit ball of that norm, as a bracket
@@ -25,20 +25,22 @@ RUNS = {
     "sign 0.001, text": ("text", "sign", 1e-3, 640, {}),
     "Muon 0.003, text": ("text", "muon", 3e-3, 640, MUON),
     "spectral 0.005": ("softmax", "spectral", 5e-3, 1920, {}),
+    "block coordinate 0.1": ("softmax", "block_coordinate", 0.1, 1920, {}),
     "sign 0.0003, b = 0.9": ("softmax", "sign", 3e-4, 960, {"momentum": 0.9}),
+    "Lion 0.001": ("softmax", "lion", 1e-3, 960, {"weight_decay": 0.0}),
     "Muon 0.01, b = 0.9": ("softmax", "muon", 1e-2, 640, MUON | {"momentum": 0.9}),
     "Muon 0.01, Nesterov 0.95": ("softmax", "muon", 1e-2, 640, {}),
     "control: sign 0.00003": ("softmax", "sign", 3e-5, 960, {}),
 }
 """Name of the run: kind of attention on digits or text, rule, learning rate, steps and options."""
-MOMENTUM = ("sign 0.0003, b = 0.9", "Muon 0.01, b = 0.9", "Muon 0.01, Nesterov 0.95")
+MOMENTUM = ("sign 0.0003, b = 0.9", "Lion 0.001", "Muon 0.01, b = 0.9", "Muon 0.01, Nesterov 0.95")
 PANELS = {
     "sign descent: norm of the largest entry": ("sign 0.001", "sign 0.001, text", "control: sign 0.00003"),
     "Muon: norm of the largest matrix": ("Muon 0.01", "Muon 0.01, linear", "Muon 0.003, text"),
-    "spectral descent: the same norm": ("spectral 0.005",),
+    "spectral descent: the same; blocks: their sum": ("spectral 0.005", "block coordinate 0.1"),
     "with momentum": MOMENTUM,
 }
-LINES = ("-", "--", "-.")
+LINES = ("-", "--", "-.", (0, (1, 1)))
 MEASUREMENTS = 16
 
 

@@ -39,7 +39,7 @@ PANELS = {
     "gradient descent": "GD",
     "momentum": ("heavy", "Nesterov"),
     "adaptive, preconditioned": ("RMSProp", "Ada"),
-    "in rotated bases; grey: control, easy regression": ("Shampoo", "SOAP", "control"),
+    "rotated bases; grey: easy regression": ("Shampoo", "SOAP", "control"),
 }
 """Title of the panel: how the names of its runs begin."""
 LINES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
