@@ -17,6 +17,7 @@ ATTNLAB = Path(sys.executable).with_name("attnlab")
 LOOSE = {
     "a-trained-layer-is-a-gradient-step-and-its-nulls-are-not": "1e-10 and 0.3 stand for a step and for none",
     "attention-fits-as-many-labels-as-its-jacobian-has-rank": "1e-6 and 1e-3 stand for fitted and not fitted",
+    "descent-stays-with-its-central-flow": "a ratio of 6.6 to 59 by the start, against 5",
     "factors-converge-to-the-nuclear-solution": "a limit: the share left falls with the steps",
     "graph-svm-splits-attention-into-finite-and-diverging": "a limit: what is left falls with the steps",
     "joint-training-finds-both-margins": "a limit: what is left falls with the steps",
