@@ -294,29 +294,29 @@ SGD_AND_ADAM = tuple(
 
 
 @claim(
-    statement=r"\exp \overline{\log (L_{\mathrm{SGD}} / L_{\mathrm{Adam}})} \ge 1.5 \text{ over starts of deep linear attention},\quad"
-    r" \le 1.2 \text{ with one layer, after 1250 steps}",
+    statement=r"\exp \overline{\log (L_{\mathrm{SGD}} / L_{\mathrm{Adam}})} \ge 1.25 \text{ over starts of deep linear attention},\quad"
+    r" \le 1.1 \text{ with one layer, after 250 steps}",
     source="Ahn et al., arXiv 2310.01082, section 3",
-    because="single starts scatter from 0.2 to 21, so that it is their geometric mean that says something; one layer, the "
-    "negative control, at 1.0 to 1.15 each",
+    because="single starts scatter from 0.3 to 6, so that it is their geometric mean that says something: 1.45 to 1.65; one "
+    "layer, the negative control, at 0.9 to 1",
     slow=True,
 )
 def adam_gains_with_depth_on_linear_attention(key: PRNGKey) -> list[Expectation]:
-    """Three layers and one, d = 3, N = 10, 48 starts, either optimizer at rate 0.02 with clipping; medians of the losses
+    """Three layers and one, d = 3, N = 10, 32 starts, either optimizer at rate 0.02 with clipping; medians of the losses
     of the last 50 batches."""
-    keys = jax.random.split(key, 48)
+    keys = jax.random.split(key, 32)
 
     def ratio(layers: int) -> float:
         start = partial(stack_training, layers=layers, dimension=3, length=10, prompts=8)
         (risk, _), params = start(key), jax.vmap(lambda key: start(key)[1])(keys)
-        options: dict[str, Any] = {"steps": 1250, "every": 1250, "resample": FreshPrompts(3, 10, 64)}
+        options: dict[str, Any] = {"steps": 250, "every": 250, "resample": FreshPrompts(3, 10, 64)}
         losses = [train(risk, params, rule, keys, **options).records.losses for rule in SGD_AND_ADAM]
         medians = [np.median(np.asarray(part)[:, -50:], axis=1) for part in losses]
         return float(np.exp(np.mean(np.log(medians[0] / medians[1]))))
 
     return [
-        at_least("loss of SGD over Adam's, geometric mean: three layers", ratio(3), 1.5),
-        at_most("the same of one layer", ratio(1), 1.2),
+        at_least("loss of SGD over Adam's, geometric mean: three layers", ratio(3), 1.25),
+        at_most("the same of one layer", ratio(1), 1.1),
     ]
 
 
