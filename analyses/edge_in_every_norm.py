@@ -7,6 +7,7 @@ momentum and with, where the law is that of the critical ray and a finding may f
 and Muon with a plain average stays below. As a control a rate too low to reach the edge. Three seeds.
 """
 
+import os
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,6 +17,11 @@ from rich.table import Table
 
 from attnlab.analysis import Analysis, Arrays, SinglePrecisionConfig
 from attnlab.expectation import Expectation, at_most, between
+
+# The scheduler that lets operations of one program overlap stands still in this analysis: all threads wait, none works
+# (jaxlib 0.10.2, two cores, many decompositions at once). Read when the first program is compiled.
+ONE_AFTER_ANOTHER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {ONE_AFTER_ANOTHER}".strip()
 
 MUON = {"momentum": 0.0, "nesterov": False, "exact": True}
 RUNS = {
