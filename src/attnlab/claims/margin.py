@@ -334,14 +334,24 @@ class GraphCase(NamedTuple):
 
 def graph_case(key: PRNGKey) -> GraphCase:
     """Four of six tokens in each of 24 sequences; the label is a token of the highest class there, drawn anew each
-    time: tokens of one class chase each other."""
+    time: tokens of one class chase each other. Drawn again where chance left no cycle, and so no finite part."""
     keys = jax.random.split(key, 4)
     vocabulary, count, length, dim = 6, 24, 4, 10
     before = np.asarray(jax.random.randint(keys[0], (count, length - 1), 0, vocabulary))
     sequences = np.concatenate([before, np.asarray(jax.random.randint(keys[1], (count, 1), 0, 2))], axis=1)
     luck = np.asarray(jax.random.uniform(keys[2], (count, vocabulary)))[np.arange(count)[:, None], sequences]
     labels = sequences[np.arange(count), (sequences // 2 + luck).argmax(1)]
+    cyclic = any(len(set(held)) < len(held) for held in _held_components(sequences, labels, vocabulary))
+    if not cyclic:
+        return graph_case(jax.random.fold_in(key, 1))
     return GraphCase(sequences, labels, normal(keys[3], (vocabulary, dim))[0])
+
+
+def _held_components(sequences: np.ndarray, labels: np.ndarray, vocabulary: int) -> list[list[int]]:
+    """Of every last token, the components of the tokens in its graph."""
+    return [
+        [place for place in row if place >= 0] for row in priority_components(sequences, labels, vocabulary).tolist()
+    ]
 
 
 @claim(
