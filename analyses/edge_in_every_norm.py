@@ -46,7 +46,7 @@ PANELS = {
     "spectral descent: the same; blocks: their sum": ("spectral 0.005", "block coordinate 0.1"),
     "with momentum": MOMENTUM,
 }
-LINES = ("-", "--", "-.", (0, (1, 1)))
+LINES = ("-", "--", "-.", ":")
 MEASUREMENTS = 16
 
 
