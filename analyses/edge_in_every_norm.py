@@ -1,10 +1,11 @@
-"""The edge of stability in the optimizer's own norm: descent by signs, by Muon, by spectra and by blocks settles there.
+"""The edge of stability in the optimizer's own norm: sign descent, Muon, Lion and spectral descent settle at theirs.
 
 Attention on digits, softmax and linear, and the matrices of a small transformer on text, trained by rules whose step is
 the steepest in a norm. At each measured step the largest curvature in the unit ball of that norm, as a bracket
 (attained from below, certified from above), over the rule's threshold at the effective rate of the very step; without
-momentum and with, where the law is that of the critical ray and a finding may fail: signs had not settled by the end,
-and Muon with a plain average stays below. As a control a rate too low to reach the edge. Three seeds.
+momentum and with, where the law is that of the critical ray. Findings that fail: signs with momentum and descent by
+blocks had not settled by the end, signs on text swing further above, and Muon with a plain average stays below. As a
+control a rate too low to reach the edge. Three seeds.
 """
 
 import os
