@@ -236,7 +236,7 @@ class Benchmarks(Directive):
         machine, versions = found["machine"], ", ".join(" ".join(each) for each in found["versions"].items())
         where = f"{machine['platform']}, {machine['cpus']} processors, {machine['device']}; {versions}"
         numbers = {name: value for name, value in found["values"].items() if isinstance(value, int | float)}
-        tables = [("what, and against what", "ratio", found["ratios"]), ("what else", "value", numbers)]
+        tables = [("what, and against what", "ratio", found["ratios"]), ("what", "value", numbers)]
         shown = "".join(two_columns(*each) for each in tables if each[2])
         return f"<h2><code>{escape(found['command'])}</code></h2><p>{escape(where)}</p>{shown}"
 
