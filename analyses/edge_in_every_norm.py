@@ -6,6 +6,10 @@ the steepest in a norm. At each measured step the largest curvature in the unit 
 momentum and with, where the law is that of the critical ray. Findings that fail: signs with momentum and descent by
 blocks had not settled by the end, signs on text swing further above, and Muon with a plain average stays below. As a
 control a rate too low to reach the edge. Three seeds.
+
+The rates on text, of Lion and of blocks were chosen on seed 0. There Muon on text swung higher at larger rates (to 1.27
+times its threshold at 0.01, to 1.75 at 0.03) and, with Nesterov momentum at 0.01, had not settled (0.7 to 1.6); Lion at
+0.0003 had just come to its edge; blocks diverged at 0.2 and stood at half their edge at 0.05.
 """
 
 import os

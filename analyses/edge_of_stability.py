@@ -4,6 +4,10 @@ Gradient descent at five learning rates (four settle at the edge or a little abo
 edge, and diverges), momentum, and the preconditioned sharpness of RMSProp, Adafactor, Adam, Shampoo and SOAP, each over
 its analytic threshold; and a negative control, a regression that gradient descent solves before its sharpness reaches
 the edge: at any rate it then stands still at one sharpness, until the edge comes down to that.
+
+The rates of Adafactor, Shampoo and SOAP were chosen among six settings tried on seed 0 over 1,500 steps. Of those left
+out Adafactor at 0.0005 and Shampoo at 0.01 with b1 = 0.5 settled at the edge too, and SOAP with b1 = 0.5 above it, at
+1.0 to 1.36 times its threshold, beyond the interval that is expected here.
 """
 
 from dataclasses import dataclass

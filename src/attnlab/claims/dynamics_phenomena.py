@@ -298,7 +298,7 @@ SGD_AND_ADAM = tuple(
     r" \le 1.1 \text{ with one layer, after 250 steps}",
     source="Ahn et al., arXiv 2310.01082, section 3",
     because="single starts scatter from 0.3 to 6, so that it is their geometric mean that says something: 1.3 to 1.65; one "
-    "layer, the negative control, at 0.9 to 1",
+    "layer is the negative control",
     slow=True,
 )
 def adam_gains_with_depth_on_linear_attention(key: PRNGKey) -> list[Expectation]:
