@@ -50,6 +50,9 @@ from attnlab.types import PRNGKey
 MISSED = 1e-3
 """Largest probability that a wanted eigenvalue is missing from what converged."""
 
+FIRST_LOCK = 0.75
+"""Share of the tolerance that the first vectors to be locked may take."""
+
 LOSS = 0.1
 """Largest share of the gap to the next Ritz value that deflated vectors may cost."""
 
@@ -99,7 +102,7 @@ class Restarted(NamedTuple):
     residuals: Array
     scale: Array  # largest modulus of a Ritz value so far
     asymmetry: Array  # the root of the largest so far
-    floor: Array  # coupling that was dropped when converged vectors were locked
+    floor: Array  # bounds the remainders that were dropped when converged vectors were locked
     locked: Array  # how many vectors, the wanted ones first, are deflated while a draw looks for what is missing
     thresholds: Array  # (2,), below and above which it looks
     draw: Draw
@@ -162,12 +165,15 @@ def restart_cycle(
     scale = jnp.maximum(state.scale, jnp.max(jnp.where(ritz.hold, 0, jnp.abs(ritz.values))))
     rounding = jnp.finfo(scale.dtype).eps * scale  # below which a residual says nothing
     values = jnp.where(known, ritz.values[picked], state.values)
-    residuals = jnp.where(known, jnp.hypot(jnp.maximum(couplings[picked], rounding), state.floor), state.residuals)
+    remainders = jnp.maximum(couplings[picked], rounding)
+    residuals = jnp.where(known, remainders + state.floor, state.residuals)
     rotation = jnp.where(known, ritz.vectors[:, picked], state.rotation)
     limit = tolerance * scale
-    number = state.draw.number.astype(limit.dtype)
-    # What a lock drops stays in the residuals. Each may take so much of the tolerance that all have a share.
-    converged = known & jnp.all(residuals <= limit * jnp.sqrt((number + 1) / (number + 2)))
+    converged = known & jnp.all(residuals <= limit)
+    # A lock drops A V - V Theta = f s^T for good. Vectors of one eigenspace, of which more is found later, are mixed
+    # after it: what they lack is |<s, c>| at a unit c, up to the length of s, and remainders of several locks add up.
+    floor = state.floor + length(remainders)
+    lockable = known & (floor <= limit * _share_of_locks(state.draw.number, plan))
 
     thresholds = jnp.where(looking, state.thresholds, _thresholds(values, limit, ritz, plan))
     gaps = _gaps(thresholds, ritz.values)
@@ -175,7 +181,7 @@ def restart_cycle(
     beyond = jnp.any(outside)
     draw, certified = _evidence(state, known, gaps, ritz.hold, grown, plan)
     done = finite & jnp.where(looking, certified & ~beyond, converged & certified)
-    lock = converged & ~done & ~(plan.single & jnp.all(draw.growth > -jnp.inf))
+    lock = lockable & ~done & ~(plan.single & jnp.all(draw.growth > -jnp.inf))
     anew = beyond & (state.locked > plan.wanted)
     restart = (filled == plan.size) & finite & ~done & ~lock & ~anew
 
@@ -201,7 +207,7 @@ def restart_cycle(
         residuals=residuals,
         scale=jnp.where(finite, scale, jnp.nan),
         asymmetry=jnp.maximum(state.asymmetry, grown.asymmetry),
-        floor=jnp.where(lock, jnp.maximum(state.floor, jnp.max(residuals)), state.floor),
+        floor=jnp.where(lock, floor, state.floor),
         locked=jnp.where(lock, count, jnp.where(beyond, 0, state.locked)),
         thresholds=jnp.where(lock, within, thresholds),
         draw=draw,
@@ -227,6 +233,12 @@ def _picked(conditions: list[Array], changes: list[Change], otherwise: Change) -
     for condition, change in zip(reversed(conditions), reversed(changes), strict=True):
         otherwise = jax.tree.map(lambda a, b, c=condition: jnp.where(c, a, b), change, otherwise)
     return otherwise
+
+
+def _share_of_locks(number: Array, plan: RestartPlan) -> Array:
+    """The share of the tolerance that all locks up to this one may take. Mostly there is one; each later one has found
+    another of the wanted, so that their even parts of the rest suffice."""
+    return jnp.minimum(1, FIRST_LOCK + (1 - FIRST_LOCK) * number / (plan.wanted + 1))
 
 
 def _thresholds(values: Array, limit: Array, ritz: Ritz, plan: RestartPlan) -> Array:
