@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
@@ -13,7 +14,8 @@ import pytest
 from rich.console import Console
 
 from attnlab.claims import REGISTRY, at_most, claim, equal
-from attnlab.verification import Check, default_workers, verify_all, write_junit, write_verdicts
+from attnlab.runs.session import Session
+from attnlab.verification import Check, default_workers, record, verify_all, write_junit, write_verdicts
 
 ATTNLAB = Path(sys.executable).with_name("attnlab")
 OPTIONS = {"source": "arithmetic", "tolerance": 1e-9, "because": "an identity"}
@@ -103,6 +105,40 @@ def test_json_and_junit_hold_every_verdict(some_claims, tmp_path):
     assert [failure is None for failure in failures] == [v.passed for v in verdicts]
     assert failures[-1].get("message") == "ValueError: the reason"
     assert "c < d & e" in failures[-1].text
+
+
+def test_a_verification_that_was_stopped_goes_on_with_the_same_verdicts(some_claims, tmp_path):
+    calls = []
+
+    @claim(statement="d", **OPTIONS)
+    def a_claim_that_is_stopped_once(key):
+        calls.append("stopped")
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return at_most("few", np.array([np.nan, -0.0, 1 / 3]), 1.0, 0.5)
+
+    names = [*some_claims, "a-claim-that-is-stopped-once"]
+    check, session = Check(names, [1, 2]), Session(tmp_path / "run")
+    kept = []
+    with pytest.raises(KeyboardInterrupt):
+        verify_all(check, Console(quiet=True), 1, lambda: None, session=session)
+    # Verified again, it would fail.
+    REGISTRY[names[0]] = replace(REGISTRY[names[1]], name=names[0], measure=lambda key: at_most("anew", 2.0, 1.0))
+    resumed = verify_all(check, Console(quiet=True), 1, lambda: None, kept.append, session)
+    again = verify_all(check, Console(quiet=True), 1, lambda: None, kept.append, session)
+    assert len(calls) == 3
+    plain = verify_all(replace(check, names=names[1:]), Console(quiet=True), 1, lambda: None)
+
+    def numbers(verdicts):
+        return [record(replace(verdict, seconds=0.0)) for verdict in verdicts]
+
+    assert numbers(resumed)[2:] == numbers(plain)
+    assert [verdict.passed for verdict in resumed[:2]] == [True, True]
+    assert numbers(again) == numbers(resumed) == numbers(kept[-1])
+    np.testing.assert_array_equal(resumed[-1].parts[0].measured, [np.nan, -0.0, 1 / 3])
+
+    with pytest.raises(ValueError, match="another"):
+        verify_all(Check(names, [1, 3]), Console(quiet=True), 1, lambda: None, session=session)
 
 
 def test_workers_default_to_the_processors_of_this_process():

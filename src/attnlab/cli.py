@@ -156,6 +156,7 @@ def verify(given: argparse.Namespace, console: Console) -> bool:
     """
     from attnlab.claims import REGISTRY, claim_by_name
     from attnlab.runs import check_writable
+    from attnlab.runs.session import Session
     from attnlab.verification import STRICT_SIZE, Check, Files, default_workers, verify_all
 
     for path in filter(None, (given.json, given.junit)):
@@ -165,14 +166,17 @@ def verify(given: argparse.Namespace, console: Console) -> bool:
     names = [word for word in given.claims if not word.endswith(".py")] + own or list(REGISTRY)
     for name in names:
         claim_by_name(name)
-    check = Check(names, given.seeds, STRICT_SIZE if given.strict else 1)
+    check = Check(names, given.seeds, STRICT_SIZE if given.strict else 1, files)
     kept = Files(check, given.json, given.junit)
     prepare = partial(load_all_claims, files)
     try:
-        verdicts = verify_all(check, console, given.workers or default_workers(), prepare, kept.write)
+        workers, session = given.workers or default_workers(), Session(given.directory)
+        verdicts = verify_all(check, console, workers, prepare, kept.write, session)
     except KeyboardInterrupt:
-        where = f" {kept.count} verdicts are in {given.json or given.junit}." if kept.count else ""
-        say(console, f"stopped.{where}")
+        written = given.json or given.junit
+        where = f" {kept.count} verdicts are in {written}." if kept.count and written else ""
+        again = f" The same command goes on from {given.directory}." if given.directory else ""
+        say(console, f"stopped.{where}{again}")
         raise SystemExit(130) from None
     kept.check_written()
     return all(verdict.passed or verdict.skipped for verdict in verdicts)
@@ -239,6 +243,7 @@ def parser() -> argparse.ArgumentParser:
     verify_parser.add_argument("--seeds", nargs="+", type=int, default=[1], help="seeds of the random instances (1)")
     verify_parser.add_argument("--strict", action="store_true", help="larger instances, where a claim has them")
     verify_parser.add_argument("--workers", type=int, help="processes at a time (one a processor)")
+    verify_parser.add_argument("--directory", type=Path, metavar="DIR", help="save there, and go on if stopped before")
     verify_parser.add_argument("--json", type=Path, metavar="FILE", help="write the verdicts as JSON")
     verify_parser.add_argument("--junit", type=Path, metavar="FILE", help="write the verdicts as JUnit XML")
     report_parser = commands.add_parser("report", help="write claims and figures to one HTML file")

@@ -1,13 +1,16 @@
 """Claims checked in parallel, shown in a live table, and their verdicts as JSON and JUnit."""
 
+import hashlib
+import json
 import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -22,6 +25,7 @@ from rich.text import Text
 from attnlab.claims import Verdict, claim_by_name
 from attnlab.expectation import Expectation, shown
 from attnlab.runs import manifest, replace_file, write_json
+from attnlab.runs.session import AT_ONCE, OpenSession, Session, fold
 
 COLUMNS = ("expected", "measured", "error", "seconds", "verdict")
 STRICT_SIZE = 2
@@ -29,11 +33,20 @@ STRICT_SIZE = 2
 
 @dataclass(frozen=True)
 class Check:
-    """What to verify: claims by name, on which seeds, and at which size (1, or `STRICT_SIZE`)."""
+    """What to verify: claims by name, on which seeds, and at which size (1, or `STRICT_SIZE`); `files` hold the claims
+    of one's own."""
 
     names: Sequence[str]
     seeds: Sequence[int]
     size: int = 1
+    files: Sequence[Path] = ()
+
+    def identity(self) -> str:
+        """A digest of all that decides the verdicts: what is asked for, and all code."""
+        digest = hashlib.sha256(json.dumps([list(self.names), list(self.seeds), self.size]).encode())
+        for path in [*sorted(Path(__file__).parent.rglob("*.py")), *self.files]:
+            digest.update(path.read_bytes())
+        return digest.hexdigest()
 
 
 def verify_all(
@@ -42,22 +55,66 @@ def verify_all(
     workers: int,
     prepare: Callable[[], Any],
     keep: Callable[[list[Verdict]], Any] = lambda verdicts: None,
+    session: Session = AT_ONCE,
 ) -> list[Verdict]:
     """The verdicts on every claim and seed, in the order asked for; shows them as they come, on a terminal in a live
     table and at the end all in one, elsewhere in a line each. `keep` is given all that there are at every new claim.
 
     Each claim is one task: its seeds share what was compiled. With one worker the claims run in this process, which has
-    called `prepare` (it configures JAX and loads the claims); each of several worker processes calls it first.
+    called `prepare` (it configures JAX and loads the claims); each of several worker processes calls it first. With a
+    directory, a verification that was stopped goes on behind the last claim that was done.
+
+    Raises `ValueError` for the directory of another verification, or of the same one before a change of the code.
     """
     found: dict[str, list[Verdict]] = {}
-    for name, verdicts in _shown(_verdicts(check, min(workers, len(check.names)), prepare), check, console):
-        found[name] = verdicts
-        keep([verdict for name in check.names for verdict in found.get(name, [])])
-    ordered = [verdict for name in check.names for verdict in found[name]]
+
+    def in_order() -> list[Verdict]:
+        return [verdict for name in check.names for verdict in found.get(name, [])]
+
+    with session.open(check.identity) as opened, closing(_arriving(check, console, workers, prepare, opened)) as coming:
+
+        def step(count: np.ndarray, left: int) -> tuple[np.ndarray, np.ndarray]:
+            name, found[name] = next(coming)
+            keep(in_order())
+            return np.asarray(count) + 1, _packed(name, found[name])
+
+        def chunks(count: np.ndarray) -> int | None:
+            return len(set(check.names)) - int(count) or None
+
+        fold(step, lambda: np.zeros((), int), chunks, opened, part=lambda count: np.zeros(0, np.uint8))
+        next(coming, None)  # ends the table
+        found |= map(_unpacked, opened.parts)
+    keep(in_order())
     if console.is_terminal:
-        console.print(table_of(ordered))
-    console.print(f"\n{count_of(ordered)}", markup=False, highlight=False)
-    return ordered
+        console.print(table_of(in_order()))
+    console.print(f"\n{count_of(in_order())}", markup=False, highlight=False)
+    return in_order()
+
+
+def _arriving(
+    check: Check, console: Console, workers: int, prepare: Callable[[], Any], opened: OpenSession
+) -> Generator[tuple[str, list[Verdict]]]:
+    """What an earlier session has not left, as it comes, and shown."""
+    done = {_unpacked(part)[0] for part in opened.parts}
+    left = replace(check, names=[name for name in dict.fromkeys(check.names) if name not in done])
+    if done:
+        console.print(f"{len(done)} of {len(set(check.names))} claims were done before", highlight=False)
+    yield from _shown(_verdicts(left, min(workers, len(left.names)), prepare), left, console)
+
+
+def _packed(name: str, verdicts: Sequence[Verdict]) -> np.ndarray:
+    """The verdicts on a claim as bytes, which a session can save: exact, in JSON."""
+    rows = [{**asdict(replace(verdict, claim=None)), "claim": name} for verdict in verdicts]  # type: ignore[arg-type]
+    return np.frombuffer(json.dumps(rows, default=np.ndarray.tolist).encode(), np.uint8)
+
+
+def _unpacked(part: Any) -> tuple[str, list[Verdict]]:
+    rows = json.loads(bytes(np.asarray(part)))
+    found = [
+        Verdict(**{**row, "claim": claim_by_name(row["claim"]), "parts": tuple(Expectation(**p) for p in row["parts"])})
+        for row in rows
+    ]
+    return rows[0]["claim"], found
 
 
 def count_of(verdicts: Sequence[Verdict]) -> str:
@@ -243,8 +300,8 @@ def write_junit(path: Path, verdicts: Sequence[Verdict], seconds: float) -> None
 class Files:
     """The files of verdicts, written anew at every claim, so that nothing is lost to what stops a verification."""
 
-    def __init__(self, check: Check, json: Path | None, junit: Path | None):
-        self._check, self._json, self._junit = check, json, junit
+    def __init__(self, check: Check, as_json: Path | None, as_junit: Path | None):
+        self._check, self._json, self._junit = check, as_json, as_junit
         self._began, self._error = time.perf_counter(), None  # type: tuple[float, OSError | None]
         self.count = 0
 
