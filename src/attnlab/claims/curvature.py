@@ -234,7 +234,7 @@ def heads_are_coupled_by_the_outer_part_only(key: PRNGKey) -> list[Expectation]:
     )
     return [
         equal("||H_f|| between heads over that within", functional, 0.0),
-        at_least("||H_o|| between heads over that within", coupling, 0.1, because="the negative control"),
+        at_least("||H_o|| between heads over that within", coupling, 0.03, because="the negative control"),
     ]
 
 
@@ -262,21 +262,22 @@ def cross_entropy_curvature_at_zero_is_half_the_square_loss(key: PRNGKey) -> Exp
 
 
 @claim(
-    statement=r"\text{tokens } X + 30:\ \text{the relative float32 error of } H[Q,Q] \text{ is } 10^{-5.44} \text{ in closed form, and }"
-    r" 10^{-2.12} \text{ by autodiff}",
+    statement=r"\text{tokens } X + 30:\ \text{the relative float32 error of } H[Q,Q] \text{ is } 10^{-5.46} \text{ in closed form, and }"
+    r" 10^{-2.15} \text{ by autodiff}",
     source="derived here: moments are centred before they are squared; the sizes are measured",
-    tolerance=0.3,
-    because="means of log10 over 24 layers, which scatter by 0.1 on seeds 0 to 9; query weights of a hundredth keep the attention "
+    tolerance=4.5,
+    because="in standard errors over 24 layers; the sizes are means over 720 layers of seeds 20 to 49; query weights of a hundredth keep the attention "
     "soft, and the block from vanishing",
     slow=True,
 )
 def centred_moments_beat_autodiff_in_float32(key: PRNGKey) -> list[Expectation]:
     """Errors in the query block, whose entries lose all digits to an offset of the tokens when moments are not centred."""
     errors = [_single_precision_errors(each) for each in jax.random.split(key, 24)]
-    closed_form, autodiff = np.log10(errors).mean(axis=0)
+    means, scatter = (getattr(np.log10(errors), which)(axis=0) for which in ("mean", "std"))
+    what = ("log10 of the relative error of the closed form, mean", "the same of autodiff, the negative control")
     return [
-        equal("log10 of the relative error of the closed form, mean", closed_form, -5.44),
-        equal("the same of autodiff, the negative control", autodiff, -2.12),
+        equal(name, mean, expected, standard_error=error / len(errors) ** 0.5)
+        for name, mean, expected, error in zip(what, means, (-5.46, -2.15), scatter, strict=True)
     ]
 
 

@@ -149,16 +149,23 @@ def laplace_is_exact_for_linear_gaussian_models(key: PRNGKey) -> list[Expectatio
     evidence = laplace_evidence(risk, mode, **options).value  # type: ignore[arg-type]
     marginal = variance * np.eye(12) + np.asarray(inputs @ inputs.T) / alpha
     exact = scipy.stats.multivariate_normal(cov=marginal).logpdf(np.asarray(targets))
-    wrong = laplace_evidence(risk, mode, prior_precision=2 * alpha, noise_variance=variance).value
+    wrong = [
+        float(laplace_evidence(risk, mode, prior_precision=alpha * factor, noise_variance=variance).value)
+        for factor in (0.25, 2.0)
+    ]
     spread = laplace_variance(risk, mode, elsewhere, **options).value
     wanted = np.einsum("ni,ij,nj->n", elsewhere, covariance, elsewhere)
-    errors = [abs(error_for_classes(key, count)) for count in (8, 1024)]
+    errors = [
+        np.mean([abs(error_for_classes(each, count)) for each in jax.random.split(key, draws)])
+        for count, draws in ((8, 8), (1024, 1))
+    ]
     return [
         equal("log evidence", evidence, exact, 1e-9, because=ROUNDING),
         equal("variance of predictions", spread, wanted, 1e-9, unit="relative", because=ROUNDING),
-        at_least("control: log evidence of another prior, off by", abs(wrong - exact), 1e-2, because="a factor of two"),
+        at_least("control: log evidence of another prior, off by", max(abs(each - exact) for each in wrong), 1e-2,
+                 because="factors of a quarter and of two, of which one may leave it as it is"),
         at_most("two classes, 1,024 examples: log evidence less quadrature's", errors[1], 0.01,
                 because="of order 1 / examples", source="derived here"),
-        at_most("two classes: that error over that of 8 examples", errors[1] / errors[0], 0.3,
+        at_most("two classes: that error over that of 8 examples, of which it is a mean over 8 draws", errors[1] / errors[0], 0.3,
                 because="of order 1 / examples", source="derived here"),
     ]  # fmt: skip

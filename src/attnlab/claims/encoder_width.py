@@ -171,7 +171,13 @@ def kernels_of_averaged_tokens_forget_their_order(key: PRNGKey) -> list[Expectat
     across = difference - jnp.outer(mean, mean @ difference) / (mean @ mean)
     constant, m = (mean @ mean) * jnp.sum(across**2) / (4 * DIMENSION**3), WIDTHS[-1]
     return [
-        _in_errors("exponent of the features' least eigenvalue under 1 / m", _law(small["features"]), -1.0),
+        equal(
+            "exponent of the features' least eigenvalue under 1 / m",
+            _law(small["features"]).exponent,
+            -1.0,
+            0.25,
+            because="errors are .03, and what is left of order 1 / m at the least width moves it by .15 at most (20 seeds)",
+        ),
         equal(
             "its constant",
             m * small["features"][-1].value,

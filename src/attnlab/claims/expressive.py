@@ -200,8 +200,8 @@ def _lookup(memory: Float[Array, "N v"], places: Int[Array, " n"], sharpness: fl
     statement=r"\text{the mean of } q \text{ positions: one head of } 2q \text{ dimensions, } q \text{ heads of } 2,"
     r" \text{ or } q \text{ layers of one head of } 2, \text{ to rounding}",
     source="derived here; sparse averaging: " + SANFORD,
-    tolerance=1e-9,
-    because="rounding of scores of 1e5, whose gaps are above 40",
+    tolerance=1e-8,
+    because="rounding of scores of 1e6, whose gaps are above 40",
 )
 def heads_layers_and_width_buy_the_same_sparse_average(key: PRNGKey) -> list[Expectation]:
     """Random memories of 32 tokens in three dimensions, all positions asking for two others at random. With q - 1 heads,

@@ -162,7 +162,7 @@ def norm_of_descent_grows_logarithmically(key: PRNGKey) -> Expectation:
 @claim(
     statement=r"W_t = K_t Q_t^\top:\ \cos(W_t, W^{\mathrm{mm}}_*) \to 1, \text{ the solution of least nuclear norm, and not the Frobenius one}",
     source=f"{ATT_SVM}, for the regularization path; Sheen et al., arXiv 2403.08699, for gradient flow",
-    because="after 3,200 steps from small factors: medians over 12 problems",
+    because="after 12,800 steps from small factors: medians over 12 problems",
     slow=True,
 )
 def factors_converge_to_the_nuclear_solution(key: PRNGKey) -> Expectation:
@@ -170,7 +170,7 @@ def factors_converge_to_the_nuclear_solution(key: PRNGKey) -> Expectation:
     risks = ensemble(key)
     start = jax.random.normal(key, (2, DIM, DIM)) / 100
     ends = trajectories(
-        key, rescaled_all(risks), {"key": start[0], "query": start[1]}, normalized_descent(0.1), 3200, 3200
+        key, rescaled_all(risks), {"key": start[0], "query": start[1]}, normalized_descent(0.1), 12_800, 12_800
     )[-1]
     angles = {
         norm: np.median(1 - cosine(ends, np.stack([found.direction for found in solutions(risks, ends, norm)])))

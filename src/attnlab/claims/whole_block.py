@@ -156,7 +156,7 @@ def curvature_of_a_block_is_that_of_its_sublayers(key: PRNGKey) -> list[Expectat
     return [
         equal("relative error of the sum", jnp.linalg.norm(sum(parts.values()) - wanted) / size, 0.0),
         at_least(
-            "least part over the whole", jnp.min(shares), 0.05, because="the control: what leaving it out is off by"
+            "least part over the whole", jnp.min(shares), 0.01, because="the control: what leaving it out is off by"
         ),
     ]
 
