@@ -51,7 +51,7 @@ def row(**changes):
         "seed": 1,
         "error": 0.0,
         "passed": True,
-        "problem": "",
+        "reason": "",
         "seconds": 0.1,
     }
     return {**usual, **changes}
@@ -79,7 +79,7 @@ def page(tmp_path, *rows, scripts=None):
 def test_the_page_is_whole_and_needs_no_network(tmp_path):
     figure(tmp_path / "figures", "icl-depth", sources={})
     figure(tmp_path / "figures", "icl-depth-smoke")
-    text = page(tmp_path, row(), row(seed=2, passed=False, error=None, problem="it <broke>"))
+    text = page(tmp_path, row(), row(seed=2, passed=False, error=None, reason="it <broke>"))
     reader = Balanced()
     reader.feed(text)
     assert reader.open == []
@@ -90,7 +90,7 @@ def test_the_page_is_whole_and_needs_no_network(tmp_path):
     (small,) = re.findall(r'<a href="figures/icl-depth.png"><img [^>]*src="data:image/png;base64,([^"]*)"', text)
     assert Image.open(io.BytesIO(base64.b64decode(small))).size == (720, 405)
     assert "<math" in text
-    assert text == page(tmp_path, row(), row(seed=2, passed=False, error=None, problem="it <broke>"))
+    assert text == page(tmp_path, row(), row(seed=2, passed=False, error=None, reason="it <broke>"))
 
 
 @pytest.mark.parametrize("name", load_claims())

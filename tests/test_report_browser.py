@@ -82,7 +82,7 @@ def look(tmp_path, text, width):
 @pytest.fixture
 def every_claim(tmp_path):
     figure(tmp_path / "figures", "icl-depth", sources={})
-    problem = {"passed": False, "error": None, "problem": "ValueError: " + "it broke " * 20}
+    problem = {"passed": False, "error": None, "reason": "ValueError: " + "it broke " * 20}
     claims = load_claims().values()
     rows = [
         row(claim=c.name, statement=c.statement, source=c.source, because=c.because, seed=s)

@@ -78,7 +78,7 @@ def test_verdicts_come_in_the_order_asked_for(some_claims):
     _, verdicts = verdicts_on(some_claims)
     assert [(v.claim.name, v.seed) for v in verdicts] == [(name, seed) for name in some_claims for seed in (1, 2)]
     assert [v.passed for v in verdicts] == [True, True, True, True, False, False]
-    assert verdicts[-1].problem == "ValueError: the reason"
+    assert verdicts[-1].reason == "ValueError: the reason"
 
 
 def test_size_reaches_the_claims_that_have_sizes(some_claims):
@@ -154,5 +154,5 @@ def test_processes_of_their_own(tmp_path):
     assert "0 of 3 passed" in done.stdout
     rows = {row["claim"]: row for row in json.loads((tmp_path / "v.json").read_text())["verdicts"]}
     assert list(rows) == ["size-is-one", "this-one-raises", "this-one-dies"]
-    assert rows["this-one-dies"]["problem"] == "its worker process ended before it was done"
+    assert rows["this-one-dies"]["reason"] == "its worker process ended before it was done"
     assert len(ElementTree.parse(tmp_path / "v.xml").getroot().findall("testsuite/testcase")) == 3

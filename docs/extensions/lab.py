@@ -232,20 +232,30 @@ class Benchmarks(Directive):
 
     @staticmethod
     def table(found: dict[str, Any]) -> str:
-        """A row for each ratio, and for each other number."""
+        """The ratios, and the other numbers."""
         machine, versions = found["machine"], ", ".join(" ".join(each) for each in found["versions"].items())
         where = f"{machine['platform']}, {machine['cpus']} processors, {machine['device']}; {versions}"
         numbers = {name: value for name, value in found["values"].items() if isinstance(value, int | float)}
         tables = [("what, and against what", "ratio", found["ratios"]), ("what", "value", numbers)]
-        shown = "".join(two_columns(*each) for each in tables if each[2])
+        shown = "".join(number_table(*each) for each in tables if each[2])
         return f"<h2><code>{escape(found['command'])}</code></h2><p>{escape(where)}</p>{shown}"
 
 
-def two_columns(what: str, number: str, rows: dict[str, float]) -> str:
-    """A table of named numbers."""
-    body = "".join(f"<tr><td>{escape(name)}</td><td>{value:.3g}</td></tr>" for name, value in rows.items())
-    head = f"<thead><tr><th>{what}</th><th>{number}</th></tr></thead>"
-    return f'<div class="table-wrapper"><table>{head}<tbody>{body}</tbody></table></div>'
+def number_table(what: str, number: str, named: dict[str, float]) -> str:
+    """A row for each name; where names end in a case, as in "products: 128 tokens", a column for each case."""
+    split = [name.rpartition(": ") if ": " in name else (name, "", number) for name in named]
+    rows, cases = dict.fromkeys(row for row, _, _ in split), dict.fromkeys(case for _, _, case in split)
+    found = {(row, case): value for (row, _, case), value in zip(split, named.values(), strict=True)}
+    if len(found) < 0.5 * len(rows) * len(cases):  # the cases differ from row to row
+        rows, cases, found = dict.fromkeys(named), {number: None}, {(name, number): named[name] for name in named}
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in (what, *cases))
+    body = "".join(
+        f"<tr><td>{escape(row)}</td>"
+        + "".join(f"<td>{found[row, case]:.3g}</td>" if (row, case) in found else "<td></td>" for case in cases)
+        + "</tr>"
+        for row in rows
+    )
+    return f'<div class="table-wrapper"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 class Figures(Directive):

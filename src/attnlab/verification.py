@@ -151,7 +151,7 @@ def line_of(verdict: Verdict) -> str:
     start = f"{verdict.claim.name} seed {verdict.seed}: {word_of(verdict)}: "
     part = verdict.worst
     if part is None:
-        return f"{start}{verdict.problem}"
+        return f"{start}{verdict.reason}"
     others = f"the worst of {len(verdict.parts)} parts, " if len(verdict.parts) > 1 else ""
     return f"{start}{said(part)} ({others}{verdict.seconds:.1f} s)"
 
@@ -216,8 +216,8 @@ def _check_one(name: str, seeds: Sequence[int], size: int) -> list[Verdict]:
     return verdicts
 
 
-def _failure(seed: int, problem: str, seconds: float) -> Verdict:
-    return Verdict(None, seed, (), seconds, problem)  # type: ignore[arg-type]
+def _failure(seed: int, reason: str, seconds: float) -> Verdict:
+    return Verdict(None, seed, (), seconds, reason)  # type: ignore[arg-type]
 
 
 def _with_claim(verdict: Verdict, name: str) -> Verdict:
@@ -240,8 +240,8 @@ STYLES = {"passed": "green", "failed": "red", "skipped": "yellow"}
 def rows_of(verdict: Verdict) -> Iterator[tuple[str | Text, ...]]:
     """The rows of a verdict in the table."""
     word, claim = word_of(verdict), verdict.claim
-    problem = (f"\n{verdict.problem}" if verdict.problem else "", STYLES[word])
-    name = Text.assemble(f"{claim.name}, seed {verdict.seed}\n", (claim.source, "dim"), problem)
+    reason = (f"\n{verdict.reason}" if verdict.reason else "", STYLES[word])
+    name = Text.assemble(f"{claim.name}, seed {verdict.seed}\n", (claim.source, "dim"), reason)
     yield name, "", "", "", f"{verdict.seconds:.1f}", Text(word, style=STYLES[word])
     for part in verdict.parts:
         style = "" if part.passed else STYLES["failed"]
@@ -265,7 +265,7 @@ def record(verdict: Verdict) -> dict[str, Any]:
         "worst": None if worst is None else worst.what,
         "passed": verdict.passed,
         "skipped": verdict.skipped,
-        "problem": verdict.problem,
+        "reason": verdict.reason,
         "seconds": round(verdict.seconds, 3),
     }
 
@@ -288,9 +288,9 @@ def write_junit(path: Path, verdicts: Sequence[Verdict], seconds: float) -> None
         names = {"classname": f"attnlab.{row['claim']}", "name": f"seed {row['seed']}", "time": str(row["seconds"])}
         case = ElementTree.SubElement(suite, "testcase", names)
         if verdict.skipped:
-            ElementTree.SubElement(case, "skipped", {"message": row["problem"]})
+            ElementTree.SubElement(case, "skipped", {"message": row["reason"]})
         elif not verdict.passed:
-            message = row["problem"] or "; ".join(said(part) for part in verdict.parts if not part.passed)
+            message = row["reason"] or "; ".join(said(part) for part in verdict.parts if not part.passed)
             ElementTree.SubElement(case, "failure", {"message": message}).text = f"{row['statement']}\n{row['source']}"
     ElementTree.indent(suites)
     with replace_file(path) as partial:

@@ -53,7 +53,7 @@ def test_claim_holds_and_fails_under_plausible_errors(name):
 @pytest.mark.parametrize("name", load_claims())
 def test_claim_holds_on_ten_seeds(name, verdicts_on_ten_seeds):
     verdicts = [verdict for verdict in verdicts_on_ten_seeds if verdict.claim.name == name]
-    assert [(verdict.seed, verdict.problem) for verdict in verdicts] == [(seed, "") for seed in SEEDS]
+    assert [(verdict.seed, verdict.reason) for verdict in verdicts] == [(seed, "") for seed in SEEDS]
     for verdict in verdicts:
         check_parts(name, verdict.parts)
 

@@ -81,19 +81,19 @@ class Claim:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a claim gave on one seed; `problem` says why there is no measurement, where an error kept it, and `skipped`
+    """What a claim gave on one seed; `reason` says why there is no measurement, where an error kept it, and `skipped`
     that the error is but an optional package that is not installed."""
 
     claim: Claim
     seed: int
     parts: tuple[Expectation, ...]
     seconds: float
-    problem: str = ""
+    reason: str = ""
     skipped: bool = False
 
     def __repr__(self) -> str:
         """Passed or not, and the worst part."""
-        outcome = self.problem or (
+        outcome = self.reason or (
             f"{self.worst.what}: {self.error:.3g} of the tolerance" if self.worst else "nothing measured"
         )
         passed = "skipped" if self.skipped else "passed" if self.passed else "failed"
