@@ -173,7 +173,7 @@ def restart_cycle(
     # A lock drops A V - V Theta = f s^T for good. Vectors of one eigenspace, of which more is found later, are mixed
     # after it: what they lack is |<s, c>| at a unit c, up to the length of s, and remainders of several locks add up.
     floor = state.floor + length(remainders)
-    lockable = known & (floor <= limit * _share_of_locks(state.draw.number, plan))
+    lockable = known & (floor <= limit * _share_of_locks(state.draw.number.astype(limit.dtype), plan))
 
     thresholds = jnp.where(looking, state.thresholds, _thresholds(values, limit, ritz, plan))
     gaps = _gaps(thresholds, ritz.values)
