@@ -140,7 +140,7 @@ def test_unsigned_labels_hold_no_negative_one():
     assert_close(cross_entropy.ignoring(255)(outputs, labels), np.log(2), 1e-14)
 
 
-@pytest.mark.parametrize("name", nightly((*PARTS, *FISHERS), ("functional", "empirical_fisher")))
+@pytest.mark.parametrize("name", nightly((*PARTS, *FISHERS), ("empirical_fisher",)))
 def test_batches_weigh_by_what_counts(name):
     """Unequal weights, a ragged last batch, ignored labels, and a batch of which nothing counts."""
     params, inputs, labels = problem("cross_entropy")
@@ -228,9 +228,14 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("weighting", ["positions", "examples"])
+@pytest.mark.parametrize("weighting", nightly(("positions", "examples"), ("positions",)))
 @pytest.mark.parametrize(
-    ("layer", "name"), [("softmax", "cross_entropy"), ("softmax", "square"), ("linear_heads", "square")]
+    ("layer", "name"),
+    [
+        ("softmax", "cross_entropy"),
+        pytest.param("softmax", "square", marks=pytest.mark.slow),
+        ("linear_heads", "square"),
+    ],
 )
 def test_the_closed_form_weighs_as_autodiff_does(layer, name, weighting):
     config = LAYERS[layer]

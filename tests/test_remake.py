@@ -33,6 +33,7 @@ def scripts(tmp_path):
     return found
 
 
+@pytest.mark.slow
 def test_what_is_up_to_date_is_left_alone(scripts, tmp_path):
     folder, said = tmp_path / "figures", []
     found = jobs(folder, scripts)
@@ -62,6 +63,7 @@ def test_a_failed_figure_does_not_stop_the_others(scripts, tmp_path):
     assert (folder / "two.json").exists()
 
 
+@pytest.mark.slow
 def test_seconds_of_a_resumed_run_are_those_of_all_its_parts(scripts, tmp_path):
     folder = tmp_path / "figures"
     remake(jobs(folder, scripts), folder, lambda line: None)

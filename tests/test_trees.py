@@ -59,7 +59,11 @@ def stacked():
 
 
 @pytest.mark.parametrize(
-    ("entry", "leaf"), [("layers[1]", "layer_1"), ("layers[3]/Dense_0/kernel", "layer_3/Dense_0/kernel")]
+    ("entry", "leaf"),
+    [
+        pytest.param("layers[1]", "layer_1", marks=pytest.mark.slow),
+        ("layers[3]/Dense_0/kernel", "layer_3/Dense_0/kernel"),
+    ],
 )
 def test_one_layer_of_a_stack_is_a_block(entry, leaf):
     (scanned, plain), params, unrolled = stacked()

@@ -64,6 +64,7 @@ RESTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["last_block", *(pytest.param(n, marks=pytest.mark.slow) for n in list(RESTS)[1:])])
 def test_layer_inside_a_network(name, key):
     rest, coupled = RESTS[name]

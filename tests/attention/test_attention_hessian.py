@@ -52,6 +52,10 @@ NIGHTLY = (
     "turned",
     "turned_linear",
     "turned_sigmoid",
+    "turned_shared",
+    "turned_sink",
+    "sigmoid",
+    "merged_heads",
 )
 
 
@@ -95,6 +99,7 @@ def test_score_parameters_share_their_vectors(name, key):
     assert fewer == (SCORES & set(terms["hessian"]) if config.weights != "linear" else set())
 
 
+@pytest.mark.slow
 def test_zero_blocks_are_exactly_zero(key):
     """The layer is linear in the values, and linear attention in each of query and key."""
     for name, zero in (("one_head", ["value"]), ("linear", ["value", "query", "key"])):
@@ -130,6 +135,7 @@ def test_differentiable_and_vmappable(key):
     assert_close(slope, (plus - minus) / (2 * step), 1e-5)
 
 
+@pytest.mark.slow
 def test_a_permutation_of_the_heads_permutes_the_blocks(key):
     config, loss, params, inputs, targets, mask = problem("heads_projection", key)
     order = jnp.array([2, 0, 1])

@@ -48,6 +48,7 @@ def test_at_least_as_accurate_as_autodiff(name, offset):
         assert ours <= max(theirs, 2 * np.finfo(np.float32).eps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1e5, 1e9])
 def test_huge_tokens_choose_one_and_give_its_curvature(scale):
     """Scores of 1e10 and more, in one compiled program: attention is one-hot, and only the value block is left."""

@@ -31,6 +31,7 @@ def test_roles_name_the_turn(described):
     assert {"position", "data", "second moment"} <= crossed
 
 
+@pytest.mark.slow
 def test_norms_are_those_of_the_blocks(described):
     closed_form, found = described
     (only,) = [each for key, each in found.items() if key[:3] == ("query", "query", "functional")]

@@ -80,7 +80,7 @@ def check_blocks(risk, params, path, **options):
 
 
 # The others differ in one choice each, or have one layer more to compile.
-@pytest.mark.parametrize("name", nightly(NETWORKS, ("post_norm", "linear")))
+@pytest.mark.parametrize("name", nightly(NETWORKS, ("linear",)))
 def test_blocks_of_the_network(name):
     _, params, risk, path, piecewise_linear = problem(name, jax.random.key(1))
     check_blocks(risk, params, path, piecewise_linear=piecewise_linear)
@@ -94,6 +94,7 @@ def test_blocks_of_an_earlier_layer(name):
     check_blocks(risk, params, "transformer/layer_0/attention")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", nightly(("no_norm", "two_layers"), ("no_norm",)))
 def test_coupled_and_tokenwise_agree_where_both_hold(name, key):
     _, params, risk, path, _ = problem(name, key)
@@ -105,6 +106,7 @@ def test_coupled_and_tokenwise_agree_where_both_hold(name, key):
     assert_close(coupled.traces(), tokenwise.traces(), 1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_logits_in_two_factors(layer):
     """The same blocks as those of the logits multiplied out: in the last layer, and where tokens meet again."""
@@ -284,6 +286,7 @@ def test_relu_behind_the_layer_is_piecewise_linear(key):
     assert layer_curvature(risk, params, piecewise_linear=True).bend is None
 
 
+@pytest.mark.slow
 def test_the_factors_make_the_blocks_of_a_layer_in_a_network(key):
     """What `describe` gives, put together as its formulas say: at the tokens that the loss reads, Λ_o and Λ_f apart."""
     config = replace(ATTENTION, heads=1, merged=True, output_dim=None)

@@ -52,6 +52,7 @@ def test_operators_of_unequal_batches_are_those_of_all_data(name):
     assert_close(block, build(whole, params, block="layer_1").dense(), 1e-12)
 
 
+@pytest.mark.slow
 def test_unequal_batches_in_single_precision():
     inputs, labels, params = data(dtype=np.float32)
     whole = objective(PREDICT, cross_entropy, inputs, labels)
@@ -85,6 +86,7 @@ def test_every_product_reads_every_batch_once():
     np.testing.assert_array_equal(dataset.reads, 3)
 
 
+@pytest.mark.slow
 def test_spectra_of_batches(key):
     inputs, labels, params = data()
     whole = hessian(objective(PREDICT, cross_entropy, inputs, labels), params)

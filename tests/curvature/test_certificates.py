@@ -42,7 +42,7 @@ REPEATED = {
 
 
 @pytest.mark.parametrize("dtype", [jnp.float64, pytest.param(jnp.float32, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("which", ["high", "both"])
+@pytest.mark.parametrize("which", nightly(("high", "both"), ("both",)))
 @pytest.mark.parametrize("name", REPEATED)
 def test_all_copies_of_repeated_eigenvalues_are_found(name, which, dtype):
     if name == "cycle" and dtype == jnp.float32:
@@ -119,7 +119,7 @@ def test_numbers_scale_with_the_operator_in_float32(name, scale):
     assert_close(np.asarray(at(scale), np.float64) / scale, np.asarray(at(1.0), np.float64), 2e-3)
 
 
-@pytest.mark.parametrize("scale", [1e-25, 1e-12, 1e12, 1e25])
+@pytest.mark.parametrize("scale", nightly((1e-25, 1e-12, 1e12, 1e25), (1e12,)))
 def test_solutions_and_condition_numbers_do_not_see_the_scale(scale):
     operator = diagonal_operator(scale * SPECTRUM, jnp.float32)
     target = jnp.asarray(scale * SPECTRUM, jnp.float32)

@@ -47,6 +47,7 @@ def test_products_are_symmetric(key):
     assert abs(jnp.vdot(u, image_v) - jnp.vdot(v, image_u)) <= 1e-5 * size
 
 
+@pytest.mark.slow
 def test_a_scaled_loss_scales_the_spectrum():
     (_, whole), (_, tiny) = density(), density(1e-6)
     for power in (1, 2, 3):

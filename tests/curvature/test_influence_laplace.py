@@ -47,6 +47,7 @@ def test_influence_is_the_derivative_of_the_refitted_loss_in_the_weight():
 RISK, PARAMS = clusters(jax.random.key(0), 3, count=30, width=4, hidden=(5,))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", nightly((None, "layer_1"), (None,)))
 def test_a_preconditioner_changes_the_products_and_not_the_answer(block):
     test = al.objective(RISK.predict, al.cross_entropy, RISK.inputs[:4], RISK.targets[:4])
@@ -119,6 +120,7 @@ def test_beyond_the_dense_limit_both_are_within_their_errors(monkeypatch):
     assert np.max(sampled.bound) < 1e-3
 
 
+@pytest.mark.slow
 def test_evidence_of_classes_is_laplace_s_method_on_the_posterior():
     labels = jnp.array([0, 1, 1, 0, 1, 0, 0, 1, 1])
     risk = al.objective(lambda w, x: jnp.stack([x @ w, jnp.zeros(len(x))], axis=-1), al.cross_entropy, INPUTS, labels)

@@ -62,7 +62,7 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("name", nightly(NETWORKS, ("labels", "masked", "distributions", "language")))
+@pytest.mark.parametrize("name", nightly(NETWORKS, ("labels", "masked", "distributions")))
 def test_the_second_moment_of_pseudo_gradients_is_the_gauss_newton_block(name):
     build, block = NETWORKS[name]
     risk, params = build()
@@ -84,7 +84,7 @@ def test_a_kernel_that_is_used_twice_or_turned_is_one_kernel():
         kronecker_approximation("kfac", both, {"w": params["w"]})
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", nightly(CASES, ("pooled", "tokens")))
 def test_kfac_and_ekfac_are_those_of_another_implementation(name):
     loss, _, form = CASES[name]
     predict = al.from_linen(MLP(MLPConfig(WIDTHS[1:], "tanh", bias=True)))
@@ -182,6 +182,7 @@ def test_an_approximation_crosses_jit_and_vmap():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), step(risk, params), plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", nightly(("kfac", "shampoo"), ("shampoo",)))
 def test_sampled_errors_are_within_their_bars(kind, monkeypatch):
     risk, params = perceptron()

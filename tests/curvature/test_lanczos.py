@@ -41,7 +41,9 @@ SPECTRA = {
 
 
 @pytest.mark.parametrize("name", SPECTRA)
-@pytest.mark.parametrize(("low", "high"), [(0, 5), (5, 0), (4, 4)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 5), pytest.param(5, 0, marks=pytest.mark.slow), pytest.param(4, 4, marks=pytest.mark.slow)]
+)
 def test_thick_restart_finds_the_ends_with_multiplicity(name, low, high, key):
     if name.startswith("slow_decay") and low:
         pytest.skip("its low end is dense: no gap for a Krylov method to see")
@@ -58,7 +60,9 @@ def test_thick_restart_finds_the_ends_with_multiplicity(name, low, high, key):
     assert_close(pairs.vectors @ pairs.vectors.T, np.eye(low + high), 1e-12)
 
 
-@pytest.mark.parametrize(("name", "low", "high"), [("repeated", 0, 5), ("separated", 4, 4)])
+@pytest.mark.parametrize(
+    ("name", "low", "high"), [("repeated", 0, 5), pytest.param("separated", 4, 4, marks=pytest.mark.slow)]
+)
 def test_a_small_basis_changed_column_by_column_finds_the_same(name, low, high, key):
     eigenvalues = np.sort(SPECTRA[name])
     matrix = symmetric(eigenvalues, key)

@@ -74,6 +74,7 @@ def test_loss_and_gradient_are_those_of_the_whole_logits():
     assert_close(factored(params), expected[0], 1e-14)
 
 
+@pytest.mark.slow
 def test_self_checks_and_examples_take_factors():
     """Operators with their checks: a part of the batch has its own rows of the hidden state, and the same table."""
     factored, dense, params = risks(weights=WEIGHTS)
@@ -169,7 +170,7 @@ def test_losses_that_take_no_factors():
         ggn(own, params)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", nightly((jnp.bfloat16, jnp.float16), (jnp.float16,)))
 def test_sums_over_classes_and_positions_of_low_precision_are_in_single(dtype):
     """Held against the same numbers in double: the loss to rounding of single precision, slopes to one of their own."""
     random = generator(jax.random.key(2))
@@ -200,7 +201,7 @@ def test_a_dense_loss_of_low_precision_is_in_single():
     assert_close(square_loss(outputs, -outputs).astype(float), 4 * jnp.mean(wide**2), 1e-6)
 
 
-@pytest.mark.parametrize("classes", [7, 30])
+@pytest.mark.parametrize("classes", nightly((7, 30), (30,)))
 def test_a_block_without_the_table_in_single_precision(classes, monkeypatch):
     """The change of the table is a constant zero then: products of many vectors at once were garbage on some CPUs."""
     monkeypatch.setattr(logits_module, "CHUNK_BYTES", 2**20)

@@ -144,6 +144,7 @@ def test_blocks_before_a_failure_are_kept():
     assert caught.value.partial == {"in": 20}
 
 
+@pytest.mark.slow
 def test_one_directory_serves_every_damping(tmp_path, monkeypatch):
     save_always(monkeypatch)
     matrix, key = operator(), jax.random.key(1)

@@ -32,13 +32,8 @@ def case(name, seed=SEED):
     return risk, params, dense
 
 
-# Of each model one loss; the other differs in what every model shares, and runs nightly. So do the largest models.
-QUICK = [
-    name
-    for name in CASES
-    if (name.endswith("cross_entropy") and not name.startswith(("block_", "two_layers", "language_model")))
-    or name in ("softmax/square", "block_pre/square")
-]
+# One model of each kind that differs in what an operator reads; the others run nightly.
+QUICK = [f"{name}/cross_entropy" for name in ("mlp", "convnet", "softmax", "linear", "causal")] + ["softmax/square"]
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,7 @@ def test_the_last_layer_has_the_norms_of_its_block(weights):
     np.testing.assert_allclose(end.class_blocks(), diagonal, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_the_last_layer_of_a_language_model():
     risk, params = text_model(jax.random.key(0), sequences=2, length=3, vocabulary=4, width=4, layers=1)
     block = np.asarray(al.ggn(risk, params, block="unembedding").dense())

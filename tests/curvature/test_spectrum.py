@@ -37,6 +37,7 @@ def wide_attention():
     return operator, np.linalg.eigvalsh(operator.dense())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", nightly(("low", "high", "both"), ("both",)))
 def test_eigenpairs_of_a_wide_layer(which, each_key):
     operator, exact = wide_attention()
@@ -50,6 +51,7 @@ def test_eigenpairs_of_a_wide_layer(which, each_key):
         assert residual <= pairs.residuals[i] + 1e-13 * exact[-1]
 
 
+@pytest.mark.slow
 def test_a_small_basis_finds_the_same_pairs(key):
     operator, exact = wide_attention()
     pairs = eigenpairs(operator, key, 2, basis=6)
@@ -59,6 +61,7 @@ def test_a_small_basis_finds_the_same_pairs(key):
         eigenpairs(operator, key, 2, basis=5)
 
 
+@pytest.mark.slow
 def test_residuals_of_pairs_that_an_operator_in_bfloat16_found(key):
     """Its own residuals are of the iteration; one product in float64 bounds the distance to the true eigenvalues."""
     random = np.random.default_rng(0)

@@ -297,6 +297,7 @@ class TestBadInput:
             batch_sharpness(minibatches(1), 1)
 
 
+@pytest.mark.slow
 def test_probes_run_inside_an_ensemble(key):
     module = SelfAttention(AttentionConfig(key_dim=2, value_dim=2))
     inputs = jax.random.normal(key, (2, 3, 3))

@@ -130,7 +130,9 @@ def test_a_rotated_rule_beside_another_in_groups(rule, key):
     assert_close(found.threshold, rule.edge(found.rate), 1e-12)
 
 
-@pytest.mark.parametrize("rule", [Shampoo(1e-3), Soap(1e-3)], ids=["shampoo", "soap"])
+@pytest.mark.parametrize(
+    "rule", [Shampoo(1e-3), pytest.param(Soap(1e-3), marks=pytest.mark.slow)], ids=["shampoo", "soap"]
+)
 def test_the_probe_is_the_dense_preconditioned_sharpness(rule, key):
     risk, params = CASES["softmax/square"](key)
     probes = {"edge": stability(rule, Tracking(accuracy=1e-5))}

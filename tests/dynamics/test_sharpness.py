@@ -76,6 +76,7 @@ def check_certificates(pairs, matrix):
     return np.abs(pairs.values / exact[-len(distance) :] - 1)
 
 
+@pytest.mark.slow
 def test_one_round_after_a_small_move_is_accurate_and_certified(key):
     matrix = symmetric(SPECTRUM, key)
     cold = jax.jit(lambda m: cold_top_pairs(lambda v: m @ v, 120, 2, key, m.dtype))(matrix)
@@ -190,6 +191,7 @@ def test_the_bound_holds_for_pairs_with_residuals(key):
     assert value < 3.0 <= upper_bound(lambda vector: spectrum * vector, pairs, key, 12) <= 3.3
 
 
+@pytest.mark.slow
 def test_the_record_says_what_is_known_of_an_eigenvalue_from_outside(key):
     """Of a risk whose curvature rises outside of the pairs: missed for a while, and within the bound of a search."""
     curvatures = jnp.r_[jnp.linspace(0, 1, 70), 2.0, 3.0]
@@ -295,6 +297,7 @@ def test_stability_probe_is_the_dense_preconditioned_sharpness(name, key):
     assert values["ratio"] == pytest.approx(float(values["values"][-1] / threshold))
 
 
+@pytest.mark.slow
 def test_threshold_follows_a_schedule_and_an_ensemble(key):
     risk, params = CASES["softmax/square"](key)
     scheduled = update_rule("gd", optax.linear_schedule(0.01, 0.04, 3))

@@ -53,7 +53,10 @@ def test_alignment_of_the_construction_is_exact():
 
 @pytest.mark.parametrize(
     ("measure", "read"),
-    [(alignment, lambda found: found.sensitivity_cosine), (residual_cosine, lambda found: found)],
+    [
+        pytest.param(alignment, lambda found: found.sensitivity_cosine, marks=pytest.mark.slow),
+        (residual_cosine, lambda found: found),
+    ],
     ids=["alignment", "residual_cosine"],
 )
 def test_nulls_score_below_the_model(measure, read):

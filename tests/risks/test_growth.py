@@ -74,9 +74,8 @@ def test_the_exponent_of_the_whole_is_the_smaller(table, pair, full):
     assert predicted_exponent(table, "hessian", pair) == full
 
 
-@pytest.mark.parametrize(
-    ("weights", "norm"), [("linear", None), pytest.param("softmax", "pre", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("weights", "norm"), [("linear", None), ("softmax", "pre")])
 def test_norms_of_both_layers_are_those_of_the_dense_hessian(weights, norm):
     key = jax.random.key(1)
     network = AdditionNetwork(weights, norm, 2, **TINY)

@@ -12,6 +12,7 @@ from attnlab.trees import leaf_names
 from compare import assert_close
 
 
+@pytest.mark.slow
 def test_the_vectors_stand_still(key):
     risk, params = digits_transformer(key, key, 4)
     alone, block = matrices_alone(risk, params)

@@ -62,6 +62,7 @@ def _instance(key: PRNGKey, count: int, scale: float = 0.6) -> tuple[Array, Arra
     source="derived here; prior less posterior: " + JACOBS,
     tolerance=1e-12,
     because=ROUNDING,
+    slow=True,
 )
 def gates_answer_to_what_a_mechanism_adds(key: PRNGKey) -> list[Expectation]:
     """Softmax attention, linear attention and the mean on eight sequences, random gates for each, by autodiff: a loss that

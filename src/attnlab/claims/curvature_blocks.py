@@ -53,6 +53,7 @@ def share_between_classes(key: PRNGKey, classes: int, likely: int) -> float:
 @claim(
     statement=r"1 - \sum_c \|H_{cc}\|^2 / \|H\|^2 = 1 / C \text{ for the last layer and } C \text{ classes that are as likely}",
     source=f"{CLASSES}; the constant is derived here",
+    slow=True,
 )
 def classes_of_the_last_layer_decouple_as_one_over_their_number(key: PRNGKey) -> list[Expectation]:
     """Shares between classes of a linear classifier's Hessian, by autodiff: what counts is how many are likely."""

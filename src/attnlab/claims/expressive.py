@@ -202,6 +202,7 @@ def _lookup(memory: Float[Array, "N v"], places: Int[Array, " n"], sharpness: fl
     source="derived here; sparse averaging: " + SANFORD,
     tolerance=1e-8,
     because="rounding of scores of 1e6, whose gaps are above 40",
+    slow=True,
 )
 def heads_layers_and_width_buy_the_same_sparse_average(key: PRNGKey) -> list[Expectation]:
     """Random memories of 32 tokens in three dimensions, all positions asking for two others at random. With q - 1 heads,
@@ -252,6 +253,7 @@ def followed(pointers: Int[Array, " N"], layers: int, sharpness: float) -> Float
     source="pointer doubling: Sanford, Hsu, Telgarsky, arXiv 2402.09268 (k hops in log k layers); this head: derived here",
     tolerance=1e-9,
     because="rounding of scores of 1e4, whose gaps are above 40",
+    slow=True,
 )
 def pointers_are_followed_exponentially_far_in_depth(key: PRNGKey) -> list[Expectation]:
     """A random cycle through 64 positions: 1 to 5 layers against steps of the permutation; one layer less ends half as

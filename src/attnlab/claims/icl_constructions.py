@@ -165,6 +165,7 @@ def residuals_of_newton_and_gradient_layers(key: PRNGKey) -> Expectation:
     source="the norms of the inputs cancel in the softmax; derived here",
     tolerance=1e-12,
     because=IDENTITY,
+    slow=True,
 )
 def softmax_attention_on_the_sphere_is_nadaraya_watson(key: PRNGKey) -> Expectation:
     """Softmax attention over unit inputs against kernel regression from distances."""

@@ -40,6 +40,7 @@ def _ridge_prompt(inputs: Float[Array, "N 2"], labels: Float[Array, " N"], query
     "al., arXiv 2212.07677",
     tolerance=1e-9,
     because="identities in float64, over 200 layers",
+    slow=True,
 )
 def linear_attention_runs_richardson_to_kernel_ridge_regression(key: PRNGKey) -> list[Expectation]:
     """Eight Gaussian examples in two dimensions, the kernel (1 + <x, x'>)^2 written out, penalty 0.2 of its largest
@@ -106,6 +107,7 @@ def _one_step_error(angles: Array, amplitudes: Array, basis: Float[Array, "d d"]
     "descent); rate and bound derived here: sums of cos(t u) are at most 1 / |sin(u / 2)|",
     tolerance=1e-10,
     because=ROUNDING,
+    slow=True,
 )
 def one_layer_learns_a_rotation_at_the_rate_one_over_n(key: PRNGKey) -> list[Expectation]:
     """Two planes in a random basis, prompts of 50 to 3,200 states; with amplitudes 1 and 1/2, which no one step fits,

@@ -40,6 +40,7 @@ WHOLE = "whole numbers; singular values below 1e-11 of the largest count as zero
     source="derived here by counting gauges; published lower bound: Mahdavi, Liao, Thrampoulidis, arXiv 2306.02010",
     tolerance=0.0,
     because=WHOLE,
+    slow=True,
 )
 def memorization_rank_with_random_contexts(key: PRNGKey, size: int = 1) -> Expectation:
     """Rank of the Jacobian of scalar heads on 80 random queries, each with its own context of 5 tokens."""
@@ -115,6 +116,7 @@ def fixed_heads_memorize_as_many_as_their_weights_are_independent(key: PRNGKey, 
     source="derived here: at zero softmax is uniform; compare Cabannes, Dohmatob, Bietti, arXiv 2310.02984",
     tolerance=1e-12,
     because=ROUNDING,
+    slow=True,
 )
 def the_first_step_stores_outer_products(key: PRNGKey) -> Expectation:
     """Autodiff gradient and Hessian of the cross-entropy of an associative memory at zero."""
@@ -341,6 +343,7 @@ def attention_detects_a_token_that_pooling_drowns(key: PRNGKey) -> list[Expectat
     source="derived here: the log-likelihood of a chain; its excess is a Kullback-Leibler divergence",
     tolerance=4.5,
     because="in standard errors over 40,000 pairs; the gradient has mean zero where each share is right",
+    slow=True,
 )
 def a_memory_of_bigrams_reaches_the_entropy_rate(key: PRNGKey) -> Expectation:
     """Risk and gradient of the associative memory with W = log P on sequences of a random chain of five states."""

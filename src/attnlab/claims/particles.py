@@ -117,6 +117,7 @@ def random_tokens_meet_at_rate_two(key: PRNGKey) -> list[Expectation]:
     r" \text{ there it is } \tfrac{n}{2n - 1}",
     source="Rigollet, arXiv 2512.01868, for the transition; the value at it derived here",
     because="exact for equal angles",
+    slow=True,
 )
 def long_contexts_have_a_critical_temperature(key: PRNGKey) -> list[Expectation]:
     """Tokens at equal angles of a random cosine, 32 and 256 of them, at the critical c and 1 to either side of c(1 - g)."""

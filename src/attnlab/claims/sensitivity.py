@@ -68,6 +68,7 @@ def softmax_answers_by_the_most_even_split_of_its_weights(key: PRNGKey) -> list[
     "of " + PAPER + "; the last by Gershgorin's circles, 2 p_i (1 - p_i)",
     tolerance=1e-12,
     because=ROUNDING,
+    slow=True,
 )
 def softmax_loses_its_sensitivity_only_to_one_weight_beyond_two_thirds(key: PRNGKey) -> list[Expectation]:
     """2,000 weights of six tokens; three equal weights reach 8/9, two reach 1/2; weights beyond 2/3 fall below 8/9."""

@@ -77,6 +77,7 @@ def _relative(found: Array, wanted: Array) -> Scalar:
     source=f"derived here, also the norms (of the second derivative as a matrix of outputs and inputs by inputs), as {BLOCKS} bound them",
     tolerance=1e-12,
     because=ROUNDING,
+    slow=True,
 )
 def layer_norm_bends_by_its_standard_deviation_alone(key: PRNGKey) -> list[Expectation]:
     """Four tokens of width 7 by autodiff, with an epsilon of 0.3, and without one for the norms, also of width 3. Without
@@ -156,6 +157,7 @@ def _unit_pairs(size: int) -> Float[Array, "m n"]:
     "too large. The derivative of P (x) I is written with identities of the number of tokens where the number of features "
     "belongs, so shapes fit for square X alone. With the roots in place the route is right, to rounding; a reading of the "
     "formulas under which autodiff agrees as they stand would change our mind.",
+    slow=True,
 )
 def assembled_layer_norm_needs_both_roots(key: PRNGKey) -> list[Expectation]:
     """The Kronecker products of the paper's proof, three tokens of width 5 with the roots and four of width 4 without."""

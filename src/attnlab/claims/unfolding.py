@@ -156,6 +156,7 @@ def _unfolded_errors(
     source=LEARNED + ", theorem 2, with the step 1; this form of the induction: derived here",
     tolerance=0.0,
     because="a bound: what crosses from j to i is at most mu |x_j - x_j*|, and a threshold above all of it keeps zeros zero",
+    slow=True,
 )
 def falling_thresholds_converge_linearly_to_the_code(key: PRNGKey) -> list[Expectation]:
     """Forty layers with the analytic weights on a code of four entries among 220 from 200 measurements. Thresholds a
