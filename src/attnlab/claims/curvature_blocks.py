@@ -79,12 +79,12 @@ def first_layer_share(key: PRNGKey, classes: int, depth: int) -> float:
     slow=True,
     disagrees_with="arXiv 2505.02809 states that Hessians become block-diagonal as the number of classes grows. It holds between "
     "the classes of the last layer (exactly 1 / C where all are as likely) and the units of one hidden layer at "
-    "initialisation; with three hidden layers the first layer's share between units stays above .25 at 512 classes (widths "
-    "of 8, Gaussian clusters). Their theorem is of one hidden layer: widths that grow with the classes could change our mind",
+    "initialisation; with three hidden layers the first layer's share between units, a mean over four draws, stays above .25 "
+    "at 512 classes (widths of 8, Gaussian clusters). Their theorem is of one hidden layer: widths that grow with the classes could change our mind",
 )
 def units_decouple_with_classes_in_a_single_hidden_layer(key: PRNGKey) -> list[Expectation]:
-    """One and three hidden layers from 32 to 512 classes, four draws of each. The slopes of the first layer meet the random last layer, whose
-    second moment tends to the identity, through the fixed layers between, which keep them apart from it."""
+    """One and three hidden layers from 32 to 512 classes, four draws of each. The slopes of the first layer meet the random
+    last layer, whose second moment tends to the identity, through the fixed layers between, which keep them apart from it."""
     numbers = (32, 512)
     single, deep = (
         [np.mean([first_layer_share(each, classes, depth) for each in jax.random.split(key, 4)]) for classes in numbers]

@@ -166,6 +166,6 @@ def laplace_is_exact_for_linear_gaussian_models(key: PRNGKey) -> list[Expectatio
                  because="factors of a quarter and of two, of which one may leave it as it is"),
         at_most("two classes, 1,024 examples: log evidence less quadrature's", errors[1], 0.01,
                 because="of order 1 / examples", source="derived here"),
-        at_most("two classes: that error over that of 8 examples, of which it is a mean over 8 draws", errors[1] / errors[0], 0.3,
+        at_most("two classes: that error over the mean of 8 draws of 8 examples", errors[1] / errors[0], 0.3,
                 because="of order 1 / examples", source="derived here"),
     ]  # fmt: skip
