@@ -14,10 +14,11 @@ from attnlab.memory.capacity import (
     published_capacity,
     rank_with_random_contexts,
     rank_with_shared_context,
+    readout_rank,
     scalar_head_params,
     scalar_heads,
 )
-from attnlab.memory.hopfield import hopfield_update
+from attnlab.memory.hopfield import denoising_slope, hopfield_energy, hopfield_update
 from attnlab.memory.recovery import (
     attention_threshold,
     decode,
@@ -186,3 +187,38 @@ def test_markov_chains_have_their_statistics(key):
     pairs = np.zeros((3, 3))
     np.add.at(pairs, (np.asarray(states), np.asarray(following)), 1 / states.size)
     assert np.abs(pairs - np.asarray(law[:, None] * transitions)).max() < 5 * 0.5 / 5000**0.5
+
+
+KEY, SOME = jax.random.key(0), jnp.ones((3, 2))
+CODE = Code(4, 8, 16, 2.0)
+MISTAKES = {
+    "labels beyond the outputs": (lambda: first_step(SOME, SOME, jnp.array([0, 1, 3])), "labels is 3; expected 0"),
+    "labels below zero": (lambda: first_step(SOME, SOME, jnp.array([0, -1, 1])), "labels is -1; expected 0"),
+    "values of another number": (lambda: recall_errors(SOME, SOME[:2], 1.0), "values has shape .* first axis of 3"),
+    "beta that is no number": (lambda: recall_errors(SOME, SOME, jnp.nan), "beta is nan"),
+    "more stored than there are": (lambda: storage_error(KEY, np.full(4, 0.25), 2, 3, 5), "stored is 5; expected 1"),
+    "less than none stored": (lambda: storage_error(KEY, np.full(4, 0.25), 2, 3, -1), "stored is -1"),
+    "probabilities of two": (lambda: storage_error(KEY, np.full(4, 0.5), 2, 3, 1), "sum of probabilities is 2.0"),
+    "an exponent that is no number": (lambda: zipf(3, np.nan), "exponent is nan"),
+    "infinite temperature": (lambda: hopfield_energy(SOME, SOME, 0.0), "beta is 0.0"),
+    "negative temperature": (lambda: hopfield_update(SOME, SOME, -1.0), "beta is -1.0"),
+    "no draws": (lambda: denoising_slope(KEY, SOME, 1.0, 1.0, 0), "draws is 0"),
+    "noise below zero": (lambda: denoising_slope(KEY, SOME, -1.0, 1.0, 5), "noise is -1.0"),
+    "parameters that are no numbers": (lambda: jacobian_rank(jnp.dot, jnp.full(2, jnp.nan), SOME.T), "params has 2"),
+    "a tolerance below zero": (lambda: jacobian_rank(jnp.dot, jnp.ones(2), SOME.T, -1.0), "tolerance is -1.0"),
+    "heads wider than the model": (lambda: rank_with_random_contexts(1, 2, 3), "head_dim is 3; expected 1"),
+    "no heads": (lambda: readout_rank(0, 3), "heads is 0"),
+    "no examples": (lambda: memorization_error(KEY, (1, 2, 1), 0), "count is 0"),
+    "no iterations": (lambda: decode(KEY, CODE, 0), "iterations is 0"),
+    "no power": (lambda: state_evolution(KEY, CODE._replace(power=0.0), 3), "power is 0.0"),
+    "no chance of an error": (lambda: pooling_threshold(8, 0.0), "error is 0.0"),
+    "more errors than by guessing": (lambda: attention_threshold(8, 0.7), "error is 0.7"),
+    "no parts": (lambda: detection_threshold(KEY, 8, 0.1, 1.0, 10, parts=0), "parts is 0"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_bad_input(name):
+    call, message = MISTAKES[name]
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -5,12 +5,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from attnlab.checks import check_positive
+from attnlab.checks import (
+    check_finite,
+    check_key,
+    check_leading_axis,
+    check_number,
+    check_positive,
+    check_range,
+    is_concrete,
+)
 from attnlab.losses import cross_entropy
 from attnlab.models.adapters import from_function
 from attnlab.models.heads import softmax_weights
 from attnlab.objectives import Objective, objective
 from attnlab.types import Params, PRNGKey, Real
+
+LARGEST = np.finfo(float).max
 
 
 def recall_objective(keys: Float[Array, "n d"], outputs: Float[Array, "M v"], labels: Int[Array, " n"]) -> Objective:
@@ -27,8 +37,12 @@ def first_step(
 ) -> Float[Array, "v d"]:
     """- gradient of `recall_objective` at W = 0: the centred Hebbian matrix mean_n (u_(y_n) - mean u) k_n^T.
 
-    At zero all classes are equally probable (derived here).
+    At zero all classes are equally probable (derived here). Raises `ValueError` for labels that are no class.
     """
+    check_leading_axis("labels", labels, len(keys), "Every key has one label.")
+    if is_concrete(labels) and np.size(labels):
+        for end in (np.min(labels), np.max(labels)):
+            check_range("labels", int(end), 0, len(outputs) - 1, "A label is the place of an output.")
     centred = outputs - jnp.mean(outputs, axis=0, keepdims=True)
     return centred[labels].T @ keys / keys.shape[0]
 
@@ -46,8 +60,11 @@ def recall_errors(keys: Float[Array, "n d"], values: Float[Array, "n v"], beta: 
     """Mean squared error over mean squared value when every stored key is asked for its value, for three memories.
 
     `linear`: sum_i v_i k_i^T, expected (n - 1) / d for keys on the unit sphere; `least_squares`: the best matrix,
-    expected max(0, 1 - d / n); `softmax`: attention over the pairs at inverse temperature `beta`.
+    expected max(0, 1 - d / n); `softmax`: attention over the pairs at inverse temperature `beta`. Raises `ValueError`
+    for values of another number than the keys, and for a `beta` that is not a finite number of zero or more.
     """
+    check_leading_axis("values", values, len(keys), "Every key has one value.")
+    check_number("beta", beta, 0, LARGEST, "It is an inverse temperature.")
     weights = softmax_weights(beta * (keys @ keys.T))
     recalled = {
         "linear": keys @ (keys.T @ values),
@@ -58,8 +75,12 @@ def recall_errors(keys: Float[Array, "n d"], values: Float[Array, "n v"], beta: 
 
 
 def zipf(count: int, exponent: float) -> Float[np.ndarray, " count"]:
-    """Probabilities proportional to i^-exponent, i = 1 ... count."""
+    """Probabilities proportional to i^-exponent, i = 1 ... count.
+
+    Raises `ValueError` for a count that is not positive and an exponent that is not finite.
+    """
     check_positive(count=count)
+    check_number("exponent", exponent, -LARGEST, LARGEST, "Zero makes all alike.")
     weights = np.arange(1.0, count + 1) ** -exponent
     return weights / weights.sum()
 
@@ -71,8 +92,16 @@ def storage_error(
 
     Item i has class i mod `classes`; embeddings e_i and u_c are independent and uniform on the sphere in `dim`
     dimensions; the answer is the class with the highest u_c^T W e_i. After Cabannes, Dohmatob, Bietti (arXiv
-    2310.02984), with thresholded storage.
+    2310.02984), with thresholded storage. Raises `ValueError` for sizes that are not positive, more stored items than
+    there are, and probabilities that do not sum to one.
     """
+    check_key(key)
+    check_positive(classes=classes, dim=dim, stored=stored)
+    check_range("stored", stored, 1, len(probabilities), "There are as many items as probabilities.")
+    check_finite("probabilities", probabilities)
+    if is_concrete(probabilities):
+        total = float(np.sum(np.asarray(probabilities)))
+        check_range("the sum of probabilities", total, 1 - 1e-6, 1 + 1e-6, "Divide them by their sum.")
     item_key, class_key = jax.random.split(key)
     items, outputs = (
         x / jnp.linalg.norm(x, axis=1, keepdims=True)

@@ -10,7 +10,7 @@ from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
-from attnlab.checks import check_positive
+from attnlab.checks import check_finite, check_key, check_number, check_positive, check_range
 from attnlab.models.adapters import from_function
 from attnlab.models.heads import softmax_weights
 from attnlab.types import Params, Predict, PRNGKey, PyTree
@@ -21,7 +21,12 @@ def jacobian_rank(predict: Predict, params: Params, inputs: PyTree, tolerance: f
 
     Singular values below `tolerance` of the largest count as zero: take 64 bits. Parameters minus this rank are flat
     directions. The Jacobian is formed densely.
+
+    Raises `ValueError` for parameters or inputs that are not finite, and for a tolerance outside of [0, 1].
     """
+    check_number("tolerance", tolerance, 0, 1, "It is relative to the largest singular value.")
+    check_finite("params", params)
+    check_finite("inputs", inputs)
     values = np.linalg.svd(np.asarray(_jacobian(from_function(predict), params, inputs)), compute_uv=False)
     return int(np.sum(values > tolerance * values[0]))
 
@@ -61,8 +66,11 @@ def scalar_head_params(key: PRNGKey, heads: int, width: int, head_dim: int) -> P
 def rank_with_random_contexts(heads: int, width: int, head_dim: int) -> int:
     """H (2 d d_h - d_h^2 + d): the parameters of `scalar_heads` less the gauge GL(d_h) of every query-key pair.
 
-    Derived here, for d_h <= d, generic parameters and enough generic contexts.
+    Derived here, for d_h <= d, generic parameters and enough generic contexts. Raises `ValueError` for sizes that are
+    not positive, or d_h > d.
     """
+    check_positive(heads=heads, width=width, head_dim=head_dim)
+    check_range("head_dim", head_dim, 1, width, "More dimensions than the width add no rank: take the width.")
     return heads * (2 * width * head_dim - head_dim**2 + width)
 
 
@@ -74,7 +82,10 @@ def rank_with_shared_context(heads: int, width: int, head_dim: int, tokens: int)
     dimensions and rows in one of d. Its values X w fill a space of min(n, d) dimensions: n <= d tokens can have any n
     values, and a shift of all of them adds the same constant in every head, which counts once: H (n - 1) + 1. Of n > d
     tokens the values are d numbers a head, among them no shift: H d.
+
+    Raises `ValueError` for sizes that are not positive.
     """
+    check_positive(heads=heads, width=width, head_dim=head_dim, tokens=tokens)
     differences = min(tokens - 1, width)
     rank = min(head_dim, differences)
     return heads * (rank * (width + differences - rank) + differences) + (tokens <= width)
@@ -84,8 +95,9 @@ def published_capacity(heads: int, tokens: int, head_dim: int) -> int:
     """H (min(n, d_h) - 1) + 1 examples that `heads` heads can memorize, a lower bound.
 
     The order, Omega(H min(n, d_h)), is that of Mahdavi, Liao, Thrampoulidis (arXiv 2306.02010). The constants follow
-    from `readout_rank`, derived here, which is as large or larger.
+    from `readout_rank`, derived here, which is as large or larger. Raises `ValueError` for sizes that are not positive.
     """
+    check_positive(heads=heads, tokens=tokens, head_dim=head_dim)
     return heads * (min(tokens, head_dim) - 1) + 1
 
 
@@ -96,7 +108,11 @@ def memorization_error(
 
     `shape` is (heads, width, head_dim). Levenberg-Marquardt in a trust region from a random start, with at most
     `evaluations` of the residual: an upper bound of the least error.
+
+    Raises `ValueError` for sizes that are not positive.
     """
+    check_key(key)
+    check_positive(count=count, tokens=tokens, evaluations=evaluations)
     keys = jax.random.split(key, 4)
     contexts = jax.random.normal(keys[1], (count, tokens, shape[1]))
     data = (jax.random.normal(keys[0], (count, shape[1])), contexts), jax.random.normal(keys[2], (count,))
@@ -125,6 +141,8 @@ def readout_rank(heads: int, tokens: int) -> int:
     """H (n - 1) + 1, the rank of `attention_features` on enough generic queries.
 
     With fixed attention weights a layer with free values of every token and head is linear in them, and memorizes as
-    many examples. Derived here: H vectors of n weights, of which each sums to one, are otherwise independent.
+    many examples. Derived here: H vectors of n weights, of which each sums to one, are otherwise independent. Raises
+    `ValueError` for sizes that are not positive.
     """
+    check_positive(heads=heads, tokens=tokens)
     return heads * (tokens - 1) + 1

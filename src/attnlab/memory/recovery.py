@@ -13,9 +13,22 @@ import scipy.optimize
 import scipy.special
 from jaxtyping import Array, Float
 
+from attnlab.checks import check_key, check_number, check_positive
 from attnlab.data.sparse import Code, code_word, sparse_tokens
 from attnlab.models.heads import softmax_weights
 from attnlab.types import PRNGKey, Real
+
+
+def _check_code(key: PRNGKey, code: Code, iterations: int) -> None:
+    check_key(key)
+    check_positive(sections=code.sections, entries=code.entries, rows=code.rows, iterations=iterations)
+    check_number(
+        "power", code.power, np.finfo(float).tiny, np.finfo(float).max, "It is that of the signal over the noise."
+    )
+
+
+def _check_error(error: float) -> None:
+    check_number("error", error, np.finfo(float).tiny, 0.5, "It is a probability; half is what guessing has.")
 
 
 def decode(key: PRNGKey, code: Code, iterations: int, onsager: bool = True) -> Float[Array, " T"]:
@@ -23,8 +36,10 @@ def decode(key: PRNGKey, code: Code, iterations: int, onsager: bool = True) -> F
 
     r_t = y - A x_t + r_(t-1) / tau_(t-1)^2 (P - |x_t|^2 / n), the last being Onsager's term: the sum over sections of
     the softmax Jacobian's trace times c^2 / n. tau_t^2 = |r_t|^2 / n. Without that term (`onsager` false) it is
-    iterative thresholding, whose errors are correlated with the matrix.
+    iterative thresholding, whose errors are correlated with the matrix. Raises `ValueError` for sizes of the code or
+    `iterations` that are not positive.
     """
+    _check_code(key, code, iterations)
     matrix, signal, received = code_word(key, code)
 
     def step(state: tuple[Array, Array, Array], _: None) -> tuple[tuple[Array, Array, Array], Array]:
@@ -42,8 +57,11 @@ def decode(key: PRNGKey, code: Code, iterations: int, onsager: bool = True) -> F
 def state_evolution(key: PRNGKey, code: Code, iterations: int, draws: int = 20_000) -> Float[Array, " T"]:
     """P (1 - s_t) with tau_(t+1)^2 = 1 + P (1 - s_t), s_t the mean weight that softmax puts on the right entry.
 
-    The scores are c^2 / tau^2 on the right entry plus c / tau times N(0, 1) on all; the mean is over `draws`.
+    The scores are c^2 / tau^2 on the right entry plus c / tau times N(0, 1) on all; the mean is over `draws`. Raises
+    `ValueError` for sizes of the code, `iterations` or `draws` that are not positive.
     """
+    _check_code(key, code, iterations)
+    check_positive(draws=draws)
     noise = jax.random.normal(key, (draws, code.entries))
 
     def step(variance: Array, _: None) -> tuple[Array, Array]:
@@ -60,7 +78,10 @@ def pooling_threshold(length: int | np.ndarray, error: float) -> np.ndarray:
     """Signal strength at which the sum over `length` tokens, noise N(0, 1) each, tells signal from none: 2 z sqrt(L).
 
     z is the normal quantile of 1 - `error`, the same for misses and false alarms (derived here).
+
+    Raises `ValueError` for an `error` outside of (0, 1/2].
     """
+    _check_error(error)
     return -2 * scipy.special.ndtri(error) * np.sqrt(length)
 
 
@@ -70,7 +91,10 @@ def attention_threshold(length: int | np.ndarray, error: float) -> np.ndarray:
     The level t that the maximum of L noises stays under with probability 1 - error is passed by neither the token nor
     another in Phi(t - mu) (1 - error)^((L - 1)/L) of the sequences, which is `error` at mu = t - Phi^-1(error
     (1 - error)^(-(L - 1)/L)). Derived here; grows as sqrt(2 log L).
+
+    Raises `ValueError` for an `error` outside of (0, 1/2].
     """
+    _check_error(error)
     share = 1 / np.asarray(length)
     level = scipy.special.ndtri((1 - error) ** share)
     return level - scipy.special.ndtri(error * (1 - error) ** (share - 1))
@@ -91,8 +115,12 @@ def detection_threshold(
     """Measured strength at which `read` tells the two kinds of `sparse_tokens` apart, and its standard error.
 
     False alarms and misses are both `error`, each among `parts` times `count` / 2 sequences, which are drawn again, a
-    part at a time, for every strength. The standard error is that of both shares over the slope of the misses.
+    part at a time, for every strength. The standard error is that of both shares over the slope of the misses. Raises
+    `ValueError` for sizes that are not positive, an odd `count`, and an `error` outside of (0, 1/2].
     """
+    check_key(key)
+    check_positive(length=length, count=count, parts=parts)
+    _check_error(error)
     keys = jax.random.split(key, parts)
 
     def readings(strength: float) -> np.ndarray:
