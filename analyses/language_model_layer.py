@@ -6,6 +6,7 @@ term by term; a key's block keeps no such form under rotation, and is measured w
 `--model` is for your weights.
 """
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -149,45 +150,71 @@ def plot(arrays: Arrays, config: Config):
         rf"$\|H_f\|$ is {mixed:.2g} times $\|H_o\|$ between value and output"
     )
     note = f"bars: two standard errors over {config.samples} vectors; weights dequantised from 4 bits"
-    titles = ("diagonal blocks: bars exact, marks by products", "data, weights and moments, first head")
+    titles = ("bars exact, marks by products", "data, weights and moments, first head")
     figure, axes = panels(message, titles, note=note if not config.tiny else "a small random model", height=3.3)
     plot_blocks(axes[0], arrays)
-    for place, (name, values) in enumerate(arrays["factors"].items()):
-        line = ("-", "--", "-.", ":")[place % 4]
-        axes[1].plot(np.arange(1, len(values) + 1), values / values[0], line, color=f"C{place}", label=name)
-    axes[1].set(xscale="log", yscale="log", xlabel="number", ylabel="singular value / largest", ylim=(1e-5, 1.5))
+    for name, values in arrays["factors"].items():
+        color, line = factor_look(name)
+        axes[1].plot(np.arange(1, len(values) + 1), values / values[0], line, color=color, label=mathtext(name))
+    axes[1].set(xscale="log", yscale="log", xlabel="place of the singular value", ylim=(1e-5, 1.5))
+    axes[1].set_ylabel("singular value / largest")
     axes[1].legend(loc="lower left", fontsize=7.5)
     return figure
+
+
+def factor_look(name: str) -> tuple[str, str]:
+    """Colour and line: weights in the colour of their block, tokens in black, moments in grey."""
+    from attnlab.plotting.style import BLOCKS
+
+    weights = {"values": ("value", "-"), "keys": ("key", "--"), "queries": ("query", "-.")}
+    kind = name.split()[0]
+    if kind in weights:
+        block, line = weights[kind]
+        return BLOCKS[block][0], line
+    return {"tokens": ("black", "-"), "first": ("0.45", "--")}.get(kind, ("0.45", ":"))
+
+
+def mathtext(words: str) -> str:
+    """Words in which names with an index, such as W_V, are set as mathematics."""
+    indexed = re.sub(r"(\w+)_([A-Za-z]+)", r"$\1_{\2}$", words)
+    return indexed.replace("$sum", r"$\Sigma").replace("ᵀ", r"$^\top$")
 
 
 def plot_blocks(axes, arrays: Arrays) -> None:
     from attnlab.plotting.style import PARTS as LOOKS
 
-    places = np.arange(len(MEASURED))
+    exact = [(name, place, place) for place, name in enumerate(EXACT)] + [("value-\noutput", 0, 1)]
+    names = [*MEASURED, "value-\noutput"]
     for number, (part, label) in enumerate(PARTS.items()):
         shift, found = 0.25 * (number - 1), arrays["products"][part]
         color = "0.6" if part == "hessian" else LOOKS[part][0]
-        axes.bar(places[:-1] + shift, np.diag(arrays["exact"][part]), 0.22, color=color, label=f"${label}$")
+        places = np.array([names.index(name) for name, _, _ in exact])
+        norms = [arrays["exact"][part][row, column] for _, row, column in exact]
+        axes.bar(places + shift, norms, 0.22, color=color, label=f"${label}$")
         marks = {"fmt": LOOKS[part][1], "color": "black", "capsize": 2, "markersize": 3}
-        axes.errorbar(places + shift, found[:, 0], 2 * found[:, 1], **marks)
-    axes.set(yscale="log", xlabel="block (of keys products alone)", ylabel="Frobenius norm")
-    axes.set_xticks(places, MEASURED)
+        axes.errorbar(np.arange(len(MEASURED)) + shift, found[:, 0], 2 * found[:, 1], **marks)
+    axes.set(yscale="log", xlabel="block", ylabel="Frobenius norm")
+    axes.set_xticks(np.arange(len(names)), names)
     low, high = axes.get_ylim()
     axes.set_ylim(low, high * (high / low) ** 0.25)
     axes.legend(loc="upper center", ncols=3)
 
 
 def details(arrays: Arrays, config: Config):
-    """The norm of every term of the closed form, beside its formula."""
+    """The norm of every term of the closed form, under its formula."""
     from attnlab.plotting.panels import panels
+    from attnlab.plotting.style import PARTS as LOOKS
 
     order = np.argsort(arrays["terms"])
     message = f"The largest of {len(order)} terms of the diagonal blocks has norm {arrays['terms'].max():.3g}"
-    figure, (axes,) = panels(message, ("terms of the closed form",), columns=1, height=0.24 * len(order) + 0.6)
-    axes.barh(np.arange(len(order)), arrays["terms"][order], color="C5", alpha=0.6)
+    titles = ("terms of the closed form, each above its bar",)
+    figure, (axes,) = panels(message, titles, columns=1, height=0.4 * len(order) + 0.6)
     for height, place in enumerate(order):
-        axes.annotate(f" {arrays['formulas'][place]}", (0, height), fontsize=7.5, va="center")
-    axes.set(yticks=[], xlabel="Frobenius norm")
+        block, formula = str(arrays["formulas"][place]).split(": ", 1)
+        part = LOOKS["ggn" if block.startswith("H_o") else "functional"]
+        axes.barh(height, arrays["terms"][place], 0.35, color=part[0])
+        axes.annotate(mathtext(f"{block}:  {formula}"), (0, height + 0.22), fontsize=8, va="bottom")
+    axes.set(yticks=[], xlabel="Frobenius norm", xlim=(0, None), ylim=(-0.4, len(order) - 0.2))
     return figure
 
 
