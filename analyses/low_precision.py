@@ -216,8 +216,8 @@ def details(arrays: Arrays, config: Config):
     from attnlab.plotting.panels import legend_below, panels
 
     first = networks_in(arrays, "trained")[0]
-    shares = [noisy_share(first[part], "bfloat16") for part in ("hessian", "ggn")]
-    message = f"{100 * shares[0]:.3g} % of the eigenvalues of $H$ and {100 * shares[1]:.3g} % of $H_o$ are below bfloat16's noise"
+    whole, outer = (100 * noisy_share(first[part], "bfloat16") for part in ("hessian", "ggn"))
+    message = f"{whole:.3g} % of the eigenvalues of $H$ and {outer:.3g} % of $H_o$ are below bfloat16's noise"
     titles = [f"${PARTS[part]}$, trained, first start" for part in ("hessian", "ggn")]
     figure, axes = panels(
         message, titles, note="E: what a precision changes of the matrix; exact ones are drawn widest"
