@@ -188,7 +188,7 @@ def plot_balance(axes, arrays: Arrays, task: str, config: Config) -> None:
             values = now["H_o"][name] / now["H_f"][name]
             curve(axes, arrays, config, values, LOOKS[name][0], f"{label}{label}", LINES[name])
     axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
-    axes.set(yscale="log", ylabel=r"$\|H_o\| \, / \, \|H_f\|$", ylim=(0.15, 300))
+    axes.set(yscale="log", ylabel=r"$\|H_o\| \, / \, \|H_f\|$", ylim=(0.01, 300))  # room for the legend below
     log_ticks(axes.yaxis, 1, 10, 100)
     axes.legend(loc="lower right")
 
@@ -196,7 +196,7 @@ def plot_balance(axes, arrays: Arrays, task: str, config: Config) -> None:
 def plot_ends(axes, arrays: Arrays, config: Config) -> None:
     for color, task in enumerate(TASKS):
         ratio = np.abs(np.minimum(arrays[task]["smallest"], 0.0)) / arrays[task]["largest"]
-        curve(axes, arrays, config, ratio, f"C{3 + color}", task, ("-", "--")[color])
+        curve(axes, arrays, config, ratio, ("black", "0.5")[color], task, ("-", "--")[color])
     axes.set(yscale="log", ylabel=r"$|\lambda_{\min}| \, / \, \lambda_{\max}$")
     axes.legend(loc="lower left")
 
@@ -206,7 +206,8 @@ def plot_bursts(axes, arrays: Arrays, config: Config) -> None:
     correlations = burst_correlations(arrays, config)
     for seed, (lowest, rough) in enumerate(zip(*bursts(arrays, config), strict=True)):
         label = f"seed {config.seed + seed}: {correlations[seed]:.2f}"
-        axes.loglog(rough, lowest, "osD^v"[seed % 5], markersize=3, color=f"C{seed}", label=label)
+        look = {"marker": "osD^v"[seed % 5], "color": ("black", "0.45", "0.7")[seed % 3]}
+        axes.loglog(rough, lowest, linestyle="none", markersize=3, label=label, **look)
     axes.set(xlabel="roughness of the loss around the step", ylabel=r"$|\lambda_{\min}|$")
     axes.legend(loc="lower right", handletextpad=0.2, title="rank correlation", title_fontsize=8)
 

@@ -237,7 +237,7 @@ def heat(panel, arrays: Arrays, state: str):
     image = panel.imshow(values, vmin=0, vmax=1, cmap="magma_r", aspect="auto")
     for (row, column), value in np.ndenumerate(values):
         best = value <= values[row].min() + 0.005
-        weight, color = ("bold" if best else "normal"), ("white" if value > 0.6 else "black")
+        weight, color = ("bold" if best else "normal"), ("white" if value > 0.45 else "black")
         panel.text(column, row, f"{value:.2f}", ha="center", va="center", color=color, weight=weight, size=7.5)
     panel.set_xticks(range(len(NAMES)), list(NAMES.values()), rotation=90)
     panel.set_yticks(range(len(rows)), list(rows), fontsize=8)
@@ -260,7 +260,9 @@ def scatter(panel, arrays: Arrays) -> None:
     panel.set_xticks(range(len(NAMES)), list(NAMES.values()), rotation=90)
     panel.set_ylabel("relative error of $(K + \\delta)^{-1} g$")
     panel.set_xlabel("approximation")
-    panel.legend(loc="lower center", ncols=2)
+    low, high = panel.get_ylim()
+    panel.set_ylim(low, high * (high / low) ** 0.15)  # room for the legend
+    panel.legend(loc="upper center", ncols=2)
 
 
 def bars(panel, arrays: Arrays) -> None:

@@ -153,9 +153,9 @@ def plot_measures(axes, arrays: Arrays, config: Config) -> None:
             axes.plot(np.median(seeds), place, marker, color=color, ms=5, label=label)
     axes.axvline(1, color="black", ls=":", lw=1)
     axes.set_yticks(range(len(names)), [label.replace(" of", "\nof") for label, _ in names], fontsize=8)
-    axes.set(xscale="log", xlim=(LEAST / 1.5, 3), ylim=(len(names) + 0.5, -0.6))
+    axes.set(xscale="log", xlim=(LEAST / 1.5, 3), ylim=(len(names) + 1.0, -0.6))
     axes.set_xlabel("measure / what it stands for")
-    axes.legend(loc="lower left", ncols=3, fontsize=7.5, columnspacing=0.8, handletextpad=0.2)
+    axes.legend(loc="lower left", ncols=2, fontsize=7.5, columnspacing=0.8, handletextpad=0.2)
 
 
 LEAST = 1e-3
