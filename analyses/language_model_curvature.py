@@ -335,7 +335,7 @@ def look(matrix: str) -> tuple[str, str]:
         return color, f"{marker}-"
     others = [name for name in MATRICES if name not in BLOCKS]
     place = others.index(matrix)
-    return ("#E69F00", "#56B4E9", "black", "0.5", "0.7")[place % 5], f"{'vx*<>'[place % 5]}--"
+    return ("#7F3B08", "#999933", "black", "0.5", "0.7")[place % 5], f"{'vx*<>'[place % 5]}--"
 
 
 def draw(axes, arrays: Arrays, found: np.ndarray, matrix: str) -> None:
