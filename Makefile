@@ -20,7 +20,7 @@ check: $(READY)
 	$(BIN)/mypy
 
 nightly: $(READY)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "slow or not slow"
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "slow or not slow"
 
 # The quick tests against the newest release of everything, on another interpreter: make newest NEWEST=python3.13
 NEWEST ?= python3

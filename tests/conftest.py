@@ -37,6 +37,15 @@ def release_compiled_programs_within_a_long_module(request):
         jax.clear_caches()
 
 
+LONGEST = ("test_full_size.py", "test_claims.py")
+"""Files that take a quarter of the nightly run each."""
+
+
+def pytest_collection_modifyitems(items):
+    """Those come first, so that no process works on one of them when the others have ended."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 SEEDS = (1, 2, 3)
 
 
