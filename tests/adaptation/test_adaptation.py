@@ -20,7 +20,6 @@ from compare import assert_close
 from oracles import hessian as naive_hessian
 
 
-@pytest.mark.slow
 def test_pullback_sums_to_the_hessian_of_a_users_model():
     risk, params = CASES["block_pre/cross_entropy"](jax.random.key(1))
     change, factors = lora(params, "attention", 1, jax.random.key(2))

@@ -61,7 +61,6 @@ def test_a_small_basis_finds_the_same_pairs(key):
         eigenpairs(operator, key, 2, basis=5)
 
 
-@pytest.mark.slow
 def test_residuals_of_pairs_that_an_operator_in_bfloat16_found(key):
     """Its own residuals are of the iteration; one product in float64 bounds the distance to the true eigenvalues."""
     random = np.random.default_rng(0)

@@ -150,7 +150,6 @@ def test_a_killed_run_goes_on_with_the_same_numbers(tmp_path):
         short(session=Session(tmp_path), localization=2.0)
 
 
-@pytest.mark.slow
 def test_temperatures_side_by_side_have_the_coefficients_of_their_spectrum():
     betas = (0.05, 0.2, 1.0)
     found = at_temperatures(RISK, BEST, jax.random.key(1), betas, localization=3.0)

@@ -65,7 +65,6 @@ def test_embeddings_are_unit_vectors_that_padding_does_not_change(key):
     assert_close(jax.jit(from_linen(module))(params, shorter)[0, 0], found[0, 0], 1e-12)
 
 
-@pytest.mark.slow
 def test_pair_logits_are_scaled_cosines_of_each_first_with_each_second(key):
     module, params, batch = small_encoder(key)
     predict = pair_logits(from_linen(module), 20.0)

@@ -116,7 +116,6 @@ def fixed_heads_memorize_as_many_as_their_weights_are_independent(key: PRNGKey, 
     source="derived here: at zero softmax is uniform; compare Cabannes, Dohmatob, Bietti, arXiv 2310.02984",
     tolerance=1e-12,
     because=ROUNDING,
-    slow=True,
 )
 def the_first_step_stores_outer_products(key: PRNGKey) -> Expectation:
     """Autodiff gradient and Hessian of the cross-entropy of an associative memory at zero."""
