@@ -52,10 +52,17 @@ def as_notebook(script: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["01_curvature_of_your_network", "05_attention_becomes_an_svm", "07_write_a_claim"])
-def test_a_tutorial_runs_as_a_notebook_and_shows_its_pictures(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("01_curvature_of_your_network", "image/png"),
+        ("05_attention_becomes_an_svm", "image/png"),
+        ("07_write_a_claim", "text/html"),  # verdicts, as tables
+    ],
+)
+def test_a_tutorial_runs_as_a_notebook_and_shows_its_results(name, shown, tmp_path):
     outputs = executed(as_notebook(TUTORIALS / f"{name}.py"), tmp_path)
-    assert {"image/png", "text/plain"} <= kinds(outputs)
+    assert {shown, "text/plain"} <= kinds(outputs)
     assert not [output for cell in outputs for output in cell if output.get("name") == "stderr"]
 
 

@@ -14,7 +14,8 @@ def show_progress(bar: ProgressBar, description: str) -> Callable[[TrainingProgr
     task = bar.add_task(description, total=None, status="")
 
     def report(now: TrainingProgress) -> None:
-        bar.update(task, completed=now.step, total=now.steps, status=_status(now))
+        # In a notebook a bar that stops is not drawn again: its end is drawn here.
+        bar.update(task, completed=now.step, total=now.steps, status=_status(now), refresh=now.step == now.steps)
 
     return report
 
