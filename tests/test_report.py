@@ -154,6 +154,8 @@ def test_a_figure_is_stale_when_its_code_changed(script):
     assert staleness({"sources": sources}, script).changed == ()
     older = {**sources, "attnlab/icl/depth.py": "0", "attnlab/gone.py": "0"}
     assert staleness({"sources": older}, script).changed == ("attnlab/gone.py", "attnlab/icl/depth.py")
+    framed = {**sources, "attnlab/training/report.py": "a digest of what draws progress bars"}
+    assert staleness({"sources": framed}, script).changed == ()
 
 
 def test_an_older_manifest_is_compared_by_its_commit(script):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from attnlab.runs import source_digests
+from attnlab.runs.provenance import in_frame
 
 
 class Staleness(NamedTuple):
@@ -25,7 +26,8 @@ def staleness(record: Mapping[str, Any], script: Path | None) -> Staleness:
     current = source_digests(script)
     if "sources" in record:
         made_from = record["sources"]
-        changed = [name for name in current | made_from if current.get(name) != made_from.get(name)]
+        differ = [name for name in current | made_from if current.get(name) != made_from.get(name)]
+        changed = [name for name in differ if not in_frame(name)]  # a manifest of before may count one of the frame
         return Staleness(tuple(sorted(changed)), "")
     return _by_commit(record.get("git_commit"), script, set(current))
 

@@ -46,11 +46,15 @@ def _command(words: Sequence[str]) -> str:
 
 
 RUNS = ("runs/__init__", "runs/files", "runs/provenance")
-FRAME = ("analysis", "cli", "checks", "compiled", "display", "expectation", "report", "types", "verification", *RUNS)
+FRAME = (
+    *("analysis", "cli", "checks", "compiled", "display", "expectation", "report", "types", "verification"),
+    *("training/report", *RUNS),
+)
 """Modules and packages that no number depends on."""
 
 
-def _in_frame(name: str) -> bool:
+def in_frame(name: str) -> bool:
+    """Whether no number depends on the module in the file `name`."""
     module = name.partition("/")[2].removesuffix(".py")
     return module in FRAME or module.partition("/")[0] in FRAME
 
@@ -89,7 +93,7 @@ def _imported(script: Path) -> dict[str, Path]:
             for length in range(min(2, len(parts)), len(parts) + 1):
                 path = _file_of(root.joinpath(*parts[:length]))
                 name = "" if path is None else path.relative_to(root).as_posix()
-                if path is not None and name not in found and not _in_frame(name):
+                if path is not None and name not in found and not in_frame(name):
                     found[name] = path
                     waiting.append(path)
     return found
