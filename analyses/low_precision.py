@@ -251,7 +251,7 @@ def plot_errors(axes, found: Arrays) -> None:
         axes.axhline(bound, color=f"C{color}", linestyle="--", label=f"Weyl's bound, {dtype}")
     line = np.array([1e-9, 1.0])
     axes.plot(line, line, color="black", linewidth=0.7, label="as large as the eigenvalue")
-    axes.axvspan(axes.get_xlim()[0], 2.0**-52, color="0.9", label="below float64's epsilon", zorder=0)
+    axes.axvspan(axes.get_xlim()[0], 2.0**-52, ymax=0.5, color="0.9", label="below float64's epsilon", zorder=0)
     axes.set(xlabel=r"$|\lambda| / \Vert H\Vert_2$", ylabel="error / norm")
     head_room(axes, 0.9)
     axes.legend(fontsize=7.5, loc="upper left")
@@ -288,7 +288,7 @@ def plot_noise(axes, arrays: Arrays) -> None:
             axes.plot(np.full(len(values), place), values, "ov"[color - 1], color=f"C{color}", label=label)
     for dtype, bits in (("float32", 23), ("bfloat16", 7)):
         axes.axhline(2.0**-bits, color="black", linewidth=0.7, linestyle=":")
-        axes.annotate(f"epsilon of {dtype}", (-0.3, 2.0**-bits), fontsize=7.5, va="bottom")
+        axes.annotate(f"epsilon of {dtype}", (1.5, 2.0**-bits), fontsize=7.5, ha="center", va="bottom")
     axes.set(yscale="log", ylabel=r"$\Vert E\Vert_2$ / norm", xlabel="part and state")
     axes.set_xticks(range(len(names)), names, fontsize=8)
     axes.legend(fontsize=7.5, loc="center left")

@@ -10,6 +10,9 @@ import numpy as np
 
 from attnlab.types import PyTree
 
+SMALLEST, LARGEST = float(np.finfo(float).tiny), float(np.finfo(float).max)
+"""Bounds of what is positive, and of what is finite."""
+
 
 def is_concrete(tree: PyTree) -> bool:
     """Whether no leaf of `tree` is a tracer, so that its values can be looked at."""

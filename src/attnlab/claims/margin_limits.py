@@ -280,10 +280,10 @@ def joint_training_finds_both_margins(key: PRNGKey) -> Expectation:
     slow=True,
 )
 def joint_training_relaxes_what_does_not_support(key: PRNGKey) -> list[Expectation]:
-    """First tokens at different distances from the boundary: few support the classifier, and p
-    grows twice as fast as v. The relaxed solution of the limit is missed by up to 0.2 here, in instances where tokens
-    nearly support the classifier; it is missed by up to 0.1 where v grows three times as fast as p. Instances of a
-    strict margin below 0.24, one in twenty, are drawn anew: the margins of p, at a norm of 500, are too small there."""
+    """First tokens at different distances from the boundary: few support the classifier, and p grows twice as fast as v.
+    The relaxed solution of the limit is missed by up to 0.24 here, in instances where tokens nearly support the
+    classifier; it is missed by up to 0.1 where v grows three times as fast as p. Instances of a strict margin below
+    0.24, one in twenty, are drawn anew: the margins of p, at a norm of 500, are too small there."""
     first = np.zeros(6, int)
     for part in range(20):
         tokens, labels = joint_case(jax.random.fold_in(key, part))

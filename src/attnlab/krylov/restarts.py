@@ -170,8 +170,6 @@ def restart_cycle(
     rotation = jnp.where(known, ritz.vectors[:, picked], state.rotation)
     limit = tolerance * scale
     converged = known & jnp.all(residuals <= limit)
-    # A lock drops A V - V Theta = f s^T for good. Vectors of one eigenspace, of which more is found later, are mixed
-    # after it: what they lack is |<s, c>| at a unit c, up to the length of s, and remainders of several locks add up.
     floor = state.floor + length(remainders)
     lockable = known & (floor <= limit * _share_of_locks(state.draw.number.astype(limit.dtype), plan))
 
@@ -236,8 +234,12 @@ def _picked(conditions: list[Array], changes: list[Change], otherwise: Change) -
 
 
 def _share_of_locks(number: Array, plan: RestartPlan) -> Array:
-    """The share of the tolerance that all locks up to this one may take. Mostly there is one; each later one has found
-    another of the wanted, so that their even parts of the rest suffice."""
+    """The share of the tolerance that all locks up to this one may take.
+
+    A lock drops A V - V Theta = f s^T for good. Vectors of one eigenspace, of which more is found later, are mixed
+    after it: what they lack is |<s, c>| at a unit c, up to the length of s, and remainders of several locks add up.
+    Mostly there is one; each later one has found another of the wanted, so that their even parts of the rest suffice.
+    """
     return jnp.minimum(1, FIRST_LOCK + (1 - FIRST_LOCK) * number / (plan.wanted + 1))
 
 

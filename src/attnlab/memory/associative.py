@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from attnlab.checks import (
+    LARGEST,
     check_finite,
     check_key,
     check_leading_axis,
@@ -19,8 +20,6 @@ from attnlab.models.adapters import from_function
 from attnlab.models.heads import softmax_weights
 from attnlab.objectives import Objective, objective
 from attnlab.types import Params, PRNGKey, Real
-
-LARGEST = np.finfo(float).max
 
 
 def recall_objective(keys: Float[Array, "n d"], outputs: Float[Array, "M v"], labels: Int[Array, " n"]) -> Objective:

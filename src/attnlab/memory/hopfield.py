@@ -5,14 +5,11 @@ Ramsauer et al., arXiv 2008.02217: the update x -> X^T softmax(beta X x) over th
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
-from attnlab.checks import check_key, check_number, check_positive
+from attnlab.checks import LARGEST, SMALLEST, check_key, check_number, check_positive
 from attnlab.models.heads import softmax_weights
 from attnlab.types import PRNGKey, Real, Scalar
-
-SMALLEST, LARGEST = np.finfo(float).tiny, np.finfo(float).max
 
 
 def _check_beta(beta: Real) -> None:

@@ -13,7 +13,7 @@ import scipy.optimize
 import scipy.special
 from jaxtyping import Array, Float
 
-from attnlab.checks import check_key, check_number, check_positive
+from attnlab.checks import LARGEST, SMALLEST, check_key, check_number, check_positive
 from attnlab.data.sparse import Code, code_word, sparse_tokens
 from attnlab.models.heads import softmax_weights
 from attnlab.types import PRNGKey, Real
@@ -22,13 +22,11 @@ from attnlab.types import PRNGKey, Real
 def _check_code(key: PRNGKey, code: Code, iterations: int) -> None:
     check_key(key)
     check_positive(sections=code.sections, entries=code.entries, rows=code.rows, iterations=iterations)
-    check_number(
-        "power", code.power, np.finfo(float).tiny, np.finfo(float).max, "It is that of the signal over the noise."
-    )
+    check_number("power", code.power, SMALLEST, LARGEST, "It is that of the signal over the noise.")
 
 
 def _check_error(error: float) -> None:
-    check_number("error", error, np.finfo(float).tiny, 0.5, "It is a probability; half is what guessing has.")
+    check_number("error", error, SMALLEST, 0.5, "It is a probability; half is what guessing has.")
 
 
 def decode(key: PRNGKey, code: Code, iterations: int, onsager: bool = True) -> Float[Array, " T"]:
