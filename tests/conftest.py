@@ -6,6 +6,9 @@ from pathlib import Path
 # Test programs run once: compiling them quickly beats running them quickly. Set before JAX reads it.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
+# One device: what spreads over many is tested in processes of its own.
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "1")
+
 import jax
 import pytest
 

@@ -3,9 +3,11 @@
 No heavy import at the top: `--help` answers at once. Scripts import JAX inside `compute` and matplotlib inside `plot`.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 import sys
 import time
@@ -232,7 +234,8 @@ def progress_display(console: Console) -> Progress:
 
 
 def configure_jax(dtype: str) -> None:
-    """Set the precision, and keep compiled programs between runs in the user's cache folder.
+    """Set the precision, keep compiled programs between runs in the user's cache folder, and make the cores of the CPU
+    devices, over which independent products spread, unless `JAX_NUM_CPU_DEVICES` or `XLA_FLAGS` says how many.
 
     For commands, which own their process; a library call never does this.
     """
@@ -240,3 +243,11 @@ def configure_jax(dtype: str) -> None:
 
     jax.config.update("jax_enable_x64", dtype == "float64")
     keep_compiled_programs()
+    if "JAX_NUM_CPU_DEVICES" not in os.environ and "device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):  # once JAX has computed something its devices stay what they are
+            jax.config.update("jax_num_cpu_devices", _cores())
+
+
+def _cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

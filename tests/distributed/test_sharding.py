@@ -8,17 +8,20 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import local_devices
 import numpy as np
 import pytest
 import sharded_parameters
 
 DATA, PARAMETERS = (Path(__file__).with_name(f"sharded_{what}.py") for what in ("curvature", "parameters"))
+LOCAL = Path(__file__).with_name("local_devices.py")
 
 
 def start(program, *arguments):
     # The quick test takes the flags of the suite, with which a program compiles faster.
-    quick = program == PARAMETERS and "--all" not in arguments
-    environment = {name: value for name, value in os.environ.items() if quick or name != "XLA_FLAGS"}
+    quick = program == LOCAL or (program == PARAMETERS and "--all" not in arguments)
+    left_out = {"JAX_NUM_CPU_DEVICES"} if quick else {"JAX_NUM_CPU_DEVICES", "XLA_FLAGS"}
+    environment = {name: value for name, value in os.environ.items() if name not in left_out}
     command = [sys.executable, program, *map(str, arguments)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -75,3 +78,19 @@ def test_data_on_eight_devices_of_one_process():
 @pytest.mark.parametrize("spread", [1, 2])
 def test_data_on_two_processes(spread):
     assert_same(in_two_processes(DATA, "--spread", spread), single(DATA))
+
+
+def test_independent_products_spread_over_the_devices_of_a_machine_by_themselves():
+    """Samples, chains and rows, over three devices or as many as divide them, give the numbers of one."""
+    found, expected = finish(start(LOCAL, 3)), local_devices.measure()
+    assert found["devices"] == {"6": 3, "3": 3, "5": 1, "1": 1}
+    assert set(expected["devices"].values()) == {1}
+    assert found["where it was"] == ["cpu:2", "cpu:2"]  # there the parameters were put
+    assert found["products told"] == [108, 108]
+    assert found["samples before NaN"][0] == 3
+    for name in ("within jit", "samples before NaN"):
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-12)
+    assert found["numbers"]["long"] == found["numbers"]["again"]
+    chains = [{"chains": numbers["numbers"].pop("chains")} for numbers in (found, expected)]
+    assert_same(*chains, tolerance=1e-8)  # 600 steps one after the other
+    assert_same(found["numbers"], expected["numbers"], tolerance=1e-12)

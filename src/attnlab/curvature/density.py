@@ -1,10 +1,10 @@
 """The spectral density of an operator by stochastic Lanczos quadrature, with its error."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from html import escape
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from attnlab.curvature.guards import (
 from attnlab.curvature.operator import Operator
 from attnlab.display import Words, line, whatever_it_holds
 from attnlab.krylov.lanczos import Recurrence, Tridiagonal, advance, begin, finish, gauss_quadrature
+from attnlab.local_devices import everywhere, local_sharding, side_by_side, together_again
 from attnlab.plotting.curves import density_on_logarithm
 from attnlab.plotting.inline import picture
 from attnlab.runs.progress import Clock
@@ -135,7 +136,8 @@ def spectral_density(
         steps: Lanczos steps of each: nodes of its Gauss rule; by default 64, or as many as the operator has rows.
         session: where to save, every second at most, after a multiple of 16 steps, what to call every 16 steps with a
             `Progress` (`print_progress` is one), how many samples run `together`, a divisor of `samples`, and their
-            `sharding` over devices. With several processes, a directory for each. At the end it holds `result.npz`
+            `sharding` over devices: by default, of an operator on one device, over all of this machine (see
+            `attnlab.local_devices`). With several processes, a directory for each. At the end it holds `result.npz`
             (nodes, weights) and `manifest.json`. Without directory and report it is one compiled program.
 
     Raises `ValueError` for numbers that do not fit, an operator that is not symmetric or a directory of another
@@ -167,6 +169,14 @@ def project(
     check_range("steps", steps, 1, operator.dimension, "A Krylov space has no more dimensions than the operator.")
     _check_session(session, samples)
     check_samples_fit(operator, session.together)
+    local = None if session.sharding is not None else local_sharding(operator, samples // session.together)
+    if local is None:
+        return _project(operator, key, samples, steps, session)
+    session = replace(session, together=session.together * local.num_devices, sharding=local)
+    return together_again(_project(everywhere(operator, local), key, samples, steps, session), operator)
+
+
+def _project(operator: Operator, key: PRNGKey, samples: int, steps: int, session: Session) -> Tridiagonal:
     keys = jax.random.split(key, (samples // session.together, session.together))
     if session.in_chunks:
         return _in_chunks(operator, keys, steps, session)
@@ -209,6 +219,11 @@ def _begin(operator: Operator, keys: Array, sharding: Sharding | None) -> Recurr
     return jax.vmap(begin)(starts if sharding is None else jax.lax.with_sharding_constraint(starts, sharding))
 
 
+def _of_samples_alone(sharding: Sharding | None) -> TypeGuard[NamedSharding]:
+    """Whether nothing but samples lies along the devices: each has vectors of its own, and all of the operator."""
+    return isinstance(sharding, NamedSharding) and tuple(sharding.spec) == sharding.mesh.axis_names
+
+
 class _Entries(NamedTuple):
     """What steps of the recurrence give: two arrays (..., steps) of entries of the projections."""
 
@@ -219,12 +234,18 @@ class _Entries(NamedTuple):
 def _advance(
     operator: Operator, state: Recurrence, steps: int, sharding: Sharding | None
 ) -> tuple[Recurrence, _Entries]:
-    def one_probe(state: Recurrence) -> tuple[Recurrence, tuple[Array, Array]]:
+    def one_probe(operator: Operator, state: Recurrence) -> tuple[Recurrence, tuple[Array, Array]]:
         return advance(operator.flat_mv, state, steps)
 
-    # One sample is not vectorised: products of a single batched vector are slower on a CPU.
-    state, entries = jax.lax.map(one_probe, state) if len(state.norm) == 1 else jax.vmap(one_probe)(state)
-    if isinstance(sharding, NamedSharding):
+    def own(operator: Operator, state: Recurrence) -> tuple[Recurrence, tuple[Array, Array]]:
+        one = partial(one_probe, operator)
+        # One sample is not vectorised: products of a single batched vector are slower on a CPU.
+        return jax.lax.map(one, state) if len(state.norm) == 1 else jax.vmap(one)(state)
+
+    if operator.layout is None and _of_samples_alone(sharding):
+        own = side_by_side(own, sharding)
+    state, entries = own(operator, state)
+    if isinstance(sharding, NamedSharding) and not sharding.is_fully_addressable:
         # The vectors stay spread; of the numbers every process needs all.
         everywhere = NamedSharding(sharding.mesh, PartitionSpec())
         numbers = state[2:]

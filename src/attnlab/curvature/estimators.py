@@ -2,25 +2,23 @@
 log-determinant, condition number; and solutions of linear systems."""
 
 import math
-from collections.abc import Callable
-from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from attnlab.checks import check_number, check_whole, is_concrete
+from attnlab.checks import check_number, is_concrete
+from attnlab.curvature.averages import mean_over_samples, nonzero
 from attnlab.curvature.density import SpectralDensity, project, quadrature
-from attnlab.curvature.guards import check_operator_and_key, check_symmetric, non_finite
+from attnlab.curvature.guards import check_operator_and_key
 from attnlab.curvature.operator import Operator, wide_unravel
 from attnlab.curvature.spectrum import eigenpairs
 from attnlab.krylov.lanczos import Tridiagonal, with_node
 from attnlab.runs.session import AT_ONCE, Session
 from attnlab.statistics import Estimate, estimate
 from attnlab.trees import length, power_of_two
-from attnlab.types import PRNGKey, PyTree
+from attnlab.types import PRNGKey
 
 
 def trace(operator: Operator, key: PRNGKey, *, samples: int = 48) -> Estimate:
@@ -48,7 +46,7 @@ def trace(operator: Operator, key: PRNGKey, *, samples: int = 48) -> Estimate:
         >>> float(found.value), float(found.standard_error), found.samples  # exact: the operator is diagonal
         (5.0, 0.0, 4)
     """
-    return _mean(operator, key, samples, jnp.vdot)
+    return mean_over_samples(operator, key, samples, jnp.vdot)
 
 
 def squared_frobenius_norm(operator: Operator, key: PRNGKey, *, samples: int = 48) -> Estimate:
@@ -84,7 +82,7 @@ def _squared_in_units(operator: Operator, key: PRNGKey, samples: int) -> tuple[E
     """The squared norm in the square of a unit, which is near the size of an image."""
     check_operator_and_key(operator, key)
     unit = _unit(operator, key)
-    return _mean(operator, key, samples, _squared_length, jnp.asarray, unit), unit
+    return mean_over_samples(operator, key, samples, _squared_length, jnp.asarray, unit), unit
 
 
 @jax.jit
@@ -101,7 +99,7 @@ def square_root(estimate: Estimate) -> Estimate:
     """
     value, error = jnp.asarray(estimate.value), jnp.asarray(estimate.standard_error)
     root = jnp.sqrt(value)
-    return Estimate(root, jnp.where(root > 0, error / _nonzero(2 * root), jnp.sqrt(error)), estimate.samples)
+    return Estimate(root, jnp.where(root > 0, error / nonzero(2 * root), jnp.sqrt(error)), estimate.samples)
 
 
 def _squared_length(sample: Array, image: Array) -> Array:
@@ -124,82 +122,7 @@ def diagonal(operator: Operator, key: PRNGKey, *, samples: int = 48) -> Estimate
         [1.0, 4.0]
     """
     check_operator_and_key(operator, key)
-    return _mean(operator, key, samples, jnp.multiply, wide_unravel(operator))
-
-
-Measure = Callable[[Array, Array], Array]
-
-
-def _mean(
-    operator: Operator,
-    key: PRNGKey,
-    samples: int,
-    measure: Measure,
-    unravel: Callable[[Array], PyTree] = jnp.asarray,
-    unit: Array | None = None,
-) -> Estimate:
-    check_operator_and_key(operator, key)
-    check_whole(samples=samples)
-    unit = jnp.ones((), operator.flat_dtype) if unit is None else unit
-    mean, error, asymmetry, finite = _probe(operator, jax.random.split(key, samples), measure, unit)
-    if not is_concrete(mean):
-        value, error = (unravel(jnp.where(finite == samples, part, jnp.nan)) for part in (mean, error))
-        return Estimate(value, error, samples)
-    estimate = Estimate(unravel(mean), unravel(error), int(finite))
-    if finite < samples:
-        raise non_finite(operator, f"for sample {finite} of {samples}", estimate if finite else None)
-    check_symmetric(asymmetry, operator.epsilon)
-    return estimate
-
-
-class _Welford(NamedTuple):
-    """Of the samples before the first that is not finite: their number, mean and root of the sum of squared
-    differences, the last sample and its image, the asymmetry seen."""
-
-    seen: Array
-    mean: Array
-    spread: Array
-    sample: Array
-    image: Array
-    asymmetry: Array
-
-
-@jax.jit(static_argnames=("measure",))
-def _probe(operator: Operator, keys: Array, measure: Measure, unit: Array) -> tuple[Array, Array, Array, Array]:
-    """Mean of measure(z, A z / unit) over the samples before the first that is not finite, its standard error, how far
-    <A u, v> and <u, A v> of two consecutive samples differ relative to |A u| |v|, and the number of those samples; no
-    more than two samples are held (Welford; the root of the squares, which does not overflow)."""
-    dtype = operator.flat_dtype
-
-    def step(state: _Welford, item: tuple[Array, Array]) -> tuple[_Welford, None]:
-        key, count = item
-        number = count.astype(dtype)
-        sample = operator.sample(jax.random.rademacher, key)
-        image = operator.flat_mv(sample) / unit
-        difference = measure(sample, image) - state.mean
-        mean = state.mean + difference / number
-        spread = _hypotenuse(state.spread, jnp.abs(difference) * jnp.sqrt((number - 1) / number))
-        gap = jnp.abs(jnp.vdot(state.image, sample) - jnp.vdot(state.sample, image))
-        size = (length(state.image) + length(image)) * jnp.linalg.norm(sample)
-        asymmetry = jnp.where(count > 1, jnp.maximum(state.asymmetry, gap / _nonzero(size)), 0)
-        new = _Welford(count, mean, spread, sample, image, asymmetry)
-        good = (state.seen == count - 1) & jnp.all(jnp.isfinite(mean))
-        return jax.tree.map(partial(jnp.where, good), new, state), None
-
-    shape = jax.eval_shape(measure, *[jax.ShapeDtypeStruct((operator.flat_size,), dtype)] * 2).shape
-    counts = jnp.arange(1, len(keys) + 1)
-    nothing, vector = jnp.zeros(shape, dtype), jnp.zeros(operator.flat_size, dtype)
-    start = _Welford(jnp.zeros_like(counts[0]), nothing, nothing, vector, vector, jnp.zeros((), dtype))
-    state, _ = jax.lax.scan(step, start, (keys, counts))
-    number = state.seen.astype(dtype)
-    error = jnp.where(number > 1, state.spread / jnp.sqrt(_nonzero(number * (number - 1))), jnp.inf)
-    return state.mean, error, state.asymmetry, state.seen
-
-
-def _hypotenuse(a: Array, b: Array) -> Array:
-    """(a^2 + b^2)^1/2 of numbers that are not negative, whose squares may be out of range."""
-    large, small = jnp.maximum(a, b), jnp.minimum(a, b)
-    return large * jnp.sqrt(1 + (small / _nonzero(large)) ** 2)
+    return mean_over_samples(operator, key, samples, jnp.multiply, wide_unravel(operator))
 
 
 def log_determinant(
@@ -297,7 +220,3 @@ def condition_number(
         )
     bound = high_error / (low - low_error) + high / low * (low_error / (low - low_error))
     return Estimate(high / low, jnp.zeros_like(bound), 1, bound)
-
-
-def _nonzero(number: Array) -> Array:
-    return jnp.where(number == 0, 1, number)

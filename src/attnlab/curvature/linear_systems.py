@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from attnlab.checks import check_number, check_same_structure, check_whole, is_concrete
+from attnlab.curvature.averages import nonzero
 from attnlab.curvature.guards import check_operator, check_symmetric, non_finite
 from attnlab.curvature.operator import Operator, wide_unravel
 from attnlab.krylov.lanczos import Recurrence, advance, begin, relative_asymmetry
@@ -98,7 +99,7 @@ def _minres(
         # recurrence has no digits left, it counts as faded.
         seen, norm = jnp.hypot(rotated, cosine * beta), lanczos.scale + jnp.abs(shift)
         least = seen <= jnp.finfo(norm.dtype).eps ** 0.5 * norm
-        third = _nonzero(jnp.hypot(rotated, beta))
+        third = nonzero(jnp.hypot(rotated, beta))
         direction = (vector - first * state.direction_before - second * state.direction) / third
         new_cosine, new_sine = rotated / third, beta / third
         return _Minres(
@@ -124,8 +125,4 @@ def _minres(
     )
     image = operator.flat_mv(state.solution) + shift * state.solution
     asymmetry = relative_asymmetry(state.lanczos.asymmetry, state.lanczos.scale)
-    return state.solution, length(target - image) / _nonzero(size), state.steps + 1, asymmetry
-
-
-def _nonzero(number: Array) -> Array:
-    return jnp.where(number == 0, 1, number)
+    return state.solution, length(target - image) / nonzero(size), state.steps + 1, asymmetry

@@ -6,12 +6,14 @@ from dataclasses import dataclass, field, replace
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
+from jax.sharding import NamedSharding
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from attnlab.checks import check_same_structure
 from attnlab.derivatives import FORWARD, Route
 from attnlab.display import Words, line, listed, whatever_it_holds
+from attnlab.local_devices import everywhere, local_sharding, side_by_side, together_again
 from attnlab.sharding import Layout
 from attnlab.trees import block_slices, dimension, power_of_two
 from attnlab.types import Params, PRNGKey, PyTree
@@ -114,7 +116,7 @@ class Operator:
         """
         _check_dense_size(self)
         own = getattr(self.linear.func, "dense", None)
-        return _dense(self.in_order()) if own is None else own(*self.linear.args)
+        return _dense_by_products(self.in_order()) if own is None else own(*self.linear.args)
 
     def blocks(self) -> dict[tuple[str, str], Float[Array, "rows columns"]]:
         """The dense matrix cut at the leaves of the parameters: (row leaf, column leaf) -> block."""
@@ -193,10 +195,20 @@ def apply(linear: Partial, vector: Params) -> Params:
     return linear(vector)
 
 
-@jax.jit
-def _dense(operator: Operator) -> Float[Array, "n n"]:
-    identity = jnp.eye(operator.dimension, dtype=operator.flat_dtype)
-    return jax.lax.map(operator.flat_mv, identity, batch_size=_rows_at_once(operator))
+def _dense_by_products(operator: Operator) -> Float[Array, "n n"]:
+    local = local_sharding(operator, operator.dimension)
+    if local is None:
+        return _dense(operator, None)
+    return together_again(_dense(everywhere(operator, local), local), operator)
+
+
+@jax.jit(static_argnames=("sharding",))
+def _dense(operator: Operator, sharding: NamedSharding | None) -> Float[Array, "n n"]:
+    def rows(operator: Operator, identity: Float[Array, "rows n"]) -> Float[Array, "rows n"]:
+        return jax.lax.map(operator.flat_mv, identity, batch_size=_rows_at_once(operator))
+
+    over_devices = rows if sharding is None else side_by_side(rows, sharding)
+    return over_devices(operator, jnp.eye(operator.dimension, dtype=operator.flat_dtype))
 
 
 def _rows_at_once(operator: Operator) -> int:

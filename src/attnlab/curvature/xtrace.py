@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from attnlab.checks import check_range, check_whole, is_concrete
+from attnlab.curvature.averages import nonzero
 from attnlab.curvature.guards import check_memory, check_operator_and_key, check_symmetric, non_finite
 from attnlab.curvature.operator import Operator
 from attnlab.statistics import Estimate, estimate
@@ -66,8 +67,3 @@ def _xtrace(operator: Operator, key: PRNGKey, count: int) -> tuple[Float[Array, 
     estimates = inside + scale * jnp.sum(outside * outside_images, axis=0)
     size = nonzero(jnp.linalg.norm(projected))
     return estimates * unit, jnp.linalg.norm(projected - projected.T) / size
-
-
-def nonzero(number: Array) -> Array:
-    """The number, or 1 for zero: a divisor."""
-    return jnp.where(number == 0, 1, number)

@@ -4,11 +4,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Key
 
 from attnlab.degeneracy.chains import BURN_IN, PIECES, ChainState, Piece, Plan, first_state, localised, run_piece
 from attnlab.degeneracy.posterior import Posterior, Sampler
 from attnlab.degeneracy.summary import Summary, summarise
+from attnlab.local_devices import everywhere, local_sharding, together_again
 from attnlab.runs.checkpoint import fingerprint
 from attnlab.runs.progress import Clock
 from attnlab.runs.session import Session, fold
@@ -45,13 +47,15 @@ def run_chains(posterior: Posterior, plan: Plan, key: PRNGKey, session: Session)
     """All pieces, those of the burn-in first; saved and reported one by one."""
     session.check_one_by_one("chains, which run side by side anyway")
     total, temperatures = BURN_IN + PIECES, posterior.scale.shape[0]
+    local = local_sharding(posterior, plan.chains)
+    spread = posterior if local is None else everywhere(posterior, local)
 
     def chunks(state: ChainState) -> int | None:
         done = int(state.time[0]) // plan.length
         return done if done < total else None
 
     def advance(state: ChainState, number: int) -> tuple[ChainState, Piece]:
-        state, piece = _run(posterior, state, plan)
+        state, piece = _run(spread, state if local is None else _by_chains(state, local), plan)
         _check_finite(state, piece, number, plan)
         return state, piece
 
@@ -72,7 +76,14 @@ def run_chains(posterior: Posterior, plan: Plan, key: PRNGKey, session: Session)
             part=part,
             watch=watch,
         )
-        return list(running.parts)
+        return list(running.parts) if local is None else together_again(list(running.parts), posterior)
+
+
+def _by_chains(state: ChainState, sharding: NamedSharding) -> ChainState:
+    """Each device has chains of its own; what tunes them all it has whole."""
+    chains = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+    points = jax.device_put(state.points, chains)
+    return ChainState(**{**everywhere(state._asdict(), sharding), "points": points})
 
 
 def _check_finite(state: ChainState, piece: Piece, number: int, plan: Plan) -> None:
