@@ -7,7 +7,8 @@ language model of two blocks (535,040 parameters, 16 x 64 tokens, cross-entropy)
 hessian-eigenthings (torch) and matfree (JAX) run in the interpreter PYTHON, an environment of their own where
 `pip install -e ".[peers]"` was said, one process each, and wait while another runs. What it lacks is skipped with a
 message. Everything runs once before it is timed; a peer whose top eigenvalues are not ours to 1 % is not compared, and
-that is said; else ours and the peer take turns. Ratios are of medians of wall time, peer / ours: above 1 we are ahead.
+that is said; else ours and the peer take turns, each on all cores. Ratios are of medians of wall time, peer / ours: above 1
+we are ahead.
 Compile time is reported apart: the first call less that median, of a peer in torch its warm-up. On a busy machine pin
 it to one core (`taskset -c 0`) and read CPU times.
 
@@ -16,6 +17,7 @@ error bars). matfree takes any product, and answers for what it makes of it alon
 """
 
 import argparse
+import os
 import statistics
 import sys
 import tempfile
@@ -305,6 +307,7 @@ def main():
     parser.add_argument("--peers", default=sys.executable, metavar="PYTHON", help="interpreter that has the peers")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
+    jax.config.update("jax_num_cpu_devices", os.cpu_count())
     table = Table()
     if not arguments.gates:
         performance(table, arguments.quick, arguments.peers)

@@ -1,6 +1,6 @@
 """Learning coefficients by devinterp, in an interpreter that has it: `devinterp_worker.py PROBLEM.npz OPTIONS.json`.
 
-Prints a line of JSON: the coefficient of each chain, and the CPU seconds of a short and of a long run after one that
+Prints a line of JSON: the coefficient of each chain, and the seconds of a short and of a long run after one that
 warms up.
 """
 
@@ -36,21 +36,21 @@ def losses(model, tokens):
 
 
 def run(arrays, options, draws):
-    """Chains of so many draws: coefficient of each, CPU seconds."""
+    """Chains of so many draws: coefficient of each, seconds."""
     dataset = Dataset.from_dict({"input_ids": arrays["tokens"].tolist()}).with_format("torch")
-    began = time.process_time()
+    began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         found = llc(
             Model(arrays), dataset, {}, lr=options["step"] ** 2, n_beta=options["scale"], num_chains=options["chains"],
             num_draws=draws, batch_size=options["batch"], localization=options["localization"], loss_fn=losses,
             device="cpu", match_sampling_input_ids_across_chains=False, output_path=f"{folder}/run",
         )  # fmt: skip
-    return found.llc_per_chain.values.tolist(), time.process_time() - began
+    return found.llc_per_chain.values.tolist(), time.perf_counter() - began
 
 
 def main():
-    torch.set_num_threads(1)
     arrays, options = dict(np.load(sys.argv[1])), json.loads(sys.argv[2])
+    torch.set_num_threads(options["threads"])
     run(arrays, options, 20)
     short, long = (run(arrays, options, draws) for draws in options["draws"])
     print(json.dumps({"values": long[0], "seconds": [short[1], long[1]]}))

@@ -13,7 +13,9 @@ from attnlab.checks import is_concrete
 from attnlab.objectives import BatchedObjective
 from attnlab.types import PyTree
 
-Held, Items, Found = TypeVar("Held"), TypeVar("Items"), TypeVar("Found")
+Held = TypeVar("Held")
+Items = TypeVar("Items")
+Found = TypeVar("Found")
 
 AXIS = "samples"
 

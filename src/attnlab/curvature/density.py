@@ -242,9 +242,8 @@ def _advance(
         # One sample is not vectorised: products of a single batched vector are slower on a CPU.
         return jax.lax.map(one, state) if len(state.norm) == 1 else jax.vmap(one)(state)
 
-    if operator.layout is None and _of_samples_alone(sharding):
-        own = side_by_side(own, sharding)
-    state, entries = own(operator, state)
+    alone = operator.layout is None and _of_samples_alone(sharding)
+    state, entries = (side_by_side(own, sharding) if alone else own)(operator, state)
     if isinstance(sharding, NamedSharding) and not sharding.is_fully_addressable:
         # The vectors stay spread; of the numbers every process needs all.
         everywhere = NamedSharding(sharding.mesh, PartitionSpec())
