@@ -7,10 +7,9 @@ language model of two blocks (535,040 parameters, 16 x 64 tokens, cross-entropy)
 hessian-eigenthings (torch) and matfree (JAX) run in the interpreter PYTHON, an environment of their own where
 `pip install -e ".[peers]"` was said, one process each, and wait while another runs. What it lacks is skipped with a
 message. Everything runs once before it is timed; a peer whose top eigenvalues are not ours to 1 % is not compared, and
-that is said; else ours and the peer take turns, each on all cores. Ratios are of medians of wall time, peer / ours: above 1
-we are ahead.
-Compile time is reported apart: the first call less that median, of a peer in torch its warm-up. On a busy machine pin
-it to one core (`taskset -c 0`) and read CPU times.
+that is said; else ours and the peer take turns, each on all cores. Ratios are of medians of wall time, peer / ours:
+above 1 we are ahead. Compile time is reported apart: the first call less that median, of a peer in torch its warm-up.
+On a busy machine pin it to one core (`taskset -c 0`) and read CPU times.
 
 The gates come last: what each library gets right on a small model (symmetry, unequal batches, a tiny loss, honest
 error bars). matfree takes any product, and answers for what it makes of it alone.
