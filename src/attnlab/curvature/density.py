@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from html import escape
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -219,9 +219,12 @@ def _begin(operator: Operator, keys: Array, sharding: Sharding | None) -> Recurr
     return jax.vmap(begin)(starts if sharding is None else jax.lax.with_sharding_constraint(starts, sharding))
 
 
-def _of_samples_alone(sharding: Sharding | None) -> TypeGuard[NamedSharding]:
-    """Whether nothing but samples lies along the devices: each has vectors of its own, and all of the operator."""
-    return isinstance(sharding, NamedSharding) and tuple(sharding.spec) == sharding.mesh.axis_names
+def _of_samples_alone(operator: Operator, sharding: Sharding | None) -> NamedSharding | None:
+    """The sharding, where nothing but samples lies along the devices: each has vectors of its own, and all of the
+    operator."""
+    if operator.layout is None and isinstance(sharding, NamedSharding):
+        return sharding if tuple(sharding.spec) == sharding.mesh.axis_names else None
+    return None
 
 
 class _Entries(NamedTuple):
@@ -242,8 +245,8 @@ def _advance(
         # One sample is not vectorised: products of a single batched vector are slower on a CPU.
         return jax.lax.map(one, state) if len(state.norm) == 1 else jax.vmap(one)(state)
 
-    alone = operator.layout is None and _of_samples_alone(sharding)
-    state, entries = (side_by_side(own, sharding) if alone else own)(operator, state)
+    alone = _of_samples_alone(operator, sharding)
+    state, entries = (own if alone is None else side_by_side(own, alone))(operator, state)
     if isinstance(sharding, NamedSharding) and not sharding.is_fully_addressable:
         # The vectors stay spread; of the numbers every process needs all.
         everywhere = NamedSharding(sharding.mesh, PartitionSpec())
