@@ -156,14 +156,12 @@ def plot(arrays: Arrays, config: Config):
 
     share, rank = fitted_share(arrays, config), int(arrays["rank"])
     slopes = ", ".join(f"{local_slopes(config.dims, rows)[1][-1]:.2f}" for rows in arrays["scaling"])
-    limits, missed = ", ".join(f"{1 - exponent:g}" for exponent in EXPONENTS), 100 * excess(arrays, config).max()
     figure, axes = panels(
-        f"Random labels are fitted up to {share:g} times the rank {rank} of the Jacobian; recall errs by the\n"
-        f"mass of what is not stored within {missed:.1g} %, with slopes {slopes} in $d$ (limits {limits})",
+        f"Attention layers fit as many random labels as their Jacobian has rank: {share:g} times {rank}",
         [
             "numbers that $h$ heads can fit",
             f"fitting random labels, rank {rank}",
-            "recall: local slope of the error in $d$",
+            f"recall errs with slopes {slopes} in $d$",
             "finding one token among $L$",
         ],
         note=f"(b): median and range over {arrays['fits'].shape[1]} starts. (c): means of {config.draws} memories that "

@@ -216,31 +216,21 @@ def plot_spectra(axes, now: Arrays) -> None:
 
 
 def details(arrays: Arrays, config: Config):
-    """Columns: initialisation and training; rows: block grid, spectra, block spectra. Below: what they are made of."""
-    import matplotlib.pyplot as plt
+    """The blocks of the Hessian before and after training, their spectra, and what they are made of."""
+    from attnlab.plotting.panels import panels
 
-    from attnlab.plotting.panels import WIDTH, name_panels, say
-
-    figure = plt.figure(figsize=(WIDTH, 12.5))
-    grid = figure.add_gridspec(4, 2, height_ratios=(0.9, 1, 0.9, 1))
-    named = {}
-    for column, stage in enumerate(STAGES):
-        now = arrays[stage]
-        when = {"initial": "at initialisation", "trained": f"after {config.steps} steps"}[stage]
-        panel = figure.add_subplot(grid[0, column])
-        plot_grid(figure, panel, now, top_decade(arrays))
-        named[0, column] = panel, f"Hessian blocks, {when}"
-        named[1, column] = plot_densities(figure, grid[1, column], now), f"spectra, {when}"
-        panel = figure.add_subplot(grid[2, column])
-        plot_block_spectra(panel, now)
-        named[2, column] = panel, f"blocks of $H$, {when}"
-    named[3, 0] = figure.add_subplot(grid[3, :]), "what the blocks are made of"
-    plot_factors(named[3, 0][0], arrays)
-    name_panels(*zip(*(named[place] for place in sorted(named)), strict=True))
     worst = max(max(arrays[stage]["closed form error"].values()) for stage in STAGES)
-    say(
-        figure, f"The closed form agrees with autodiff to {float(worst):.0e}", "bands: two standard errors over samples"
-    )
+    whens = ("at initialisation", f"after {config.steps} steps")
+    titles = [
+        "entries of $H$, at initialisation",
+        "what its blocks are made of",
+        *(f"their spectra, {when}" for when in whens),
+    ]
+    figure, shown = panels(f"The closed form agrees with autodiff to {float(worst):.0e}", titles, height=3)
+    plot_grid(figure, shown[0], arrays["initial"], top_decade(arrays))
+    plot_factors(shown[1], arrays)
+    for panel, stage in zip(shown[2:], STAGES, strict=True):
+        plot_block_spectra(panel, arrays[stage])
     return figure
 
 
@@ -254,25 +244,6 @@ def plot_grid(figure, axes, now: Arrays, top: float) -> None:
     sizes = {block: len(now["block eigenvalues"]["hessian"][block]) for block in BLOCKS}
     image = block_grid(axes, now["matrix"]["hessian"], sizes, (top - 6, top), BLOCKS)
     figure.colorbar(image, ax=axes, label=r"$\log_{10}|\mathrm{entry}|$", shrink=0.85, extend="min")
-
-
-def plot_densities(figure, place, now: Arrays):
-    """H, H_o and H_f above one another on one axis of eigenvalues; returns the topmost panel."""
-    from attnlab.plotting.matrices import density_with_band
-    from attnlab.plotting.style import PARTS as LOOKS
-
-    ticks = np.array([-1, -0.1, -0.01, 0, 0.01, 0.1, 1])
-    rows = place.subgridspec(len(PARTS), 1, hspace=0.08).subplots(sharex=True, sharey=True)
-    for axes, (part, label) in zip(rows, PARTS.items(), strict=True):
-        mean, error, exact = now["density"][part]
-        color = "gray" if part == "hessian" else LOOKS[part][0]  # the exact one is drawn in black
-        density_with_band(axes, now["grid"], mean, error, exact, color, f"${label}$: Lanczos")
-        axes.legend(loc="upper left", handlelength=1)
-    axes.set(yscale="log", ylim=(1e-3, 9), xlim=(now["grid"][0], now["grid"][-1]), yticks=(1e-2, 1))
-    axes.set_xticks(np.arcsinh(ticks * RELATIVE_RANGE), [f"{tick:g}" for tick in ticks])
-    axes.set_xlabel(rf"eigenvalue / $\|H\|$, $\|H\|$ = {float(now['scale']) * RELATIVE_RANGE:.2g} (asinh axis)")
-    rows[1].set_ylabel("density per unit of asinh")
-    return rows[0]
 
 
 def plot_block_spectra(axes, now: Arrays) -> None:
@@ -315,8 +286,8 @@ def plot_factors(axes, arrays: Arrays) -> None:
         values = (np.where(mine, value, 0.0) for value in (before, after))
         before_and_after(axes, [SYMBOLS[symbol] for (_, symbol), _ in ordered], *values, f"C{color}", label, 0.0)
     axes.invert_yaxis()
-    axes.set_xlabel("norm, root mean square over tokens (open: initial, filled: trained)")
-    axes.legend(loc="best")
+    axes.set_xlabel("norm, root mean square over tokens\n(open: initial, filled: trained)")
+    axes.legend(loc="lower right", fontsize=7.5)
 
 
 def kind_of(role: str) -> str:

@@ -238,18 +238,20 @@ def plot(arrays: Arrays, config: Config):
     outside = [
         [series(arrays, config, depth, "initial", "shares")[-1, :, part, 1].mean() for depth in ends] for part in (1, 0)
     ]
-    shares = " and of H ".join(f"{shallow:.2f} to {deep:.2f}" for shallow, deep in outside)
+    (g_shallow, g_deep), (h_shallow, h_deep) = outside
     message = (
-        f"With {config.classes[-1]:,} classes the share of G between matrices is {shares}\n"
-        f"as depth grows; steps by matrices keep {least_kept(arrays):.2f} or more of the decrease"
+        f"Not block-diagonal: with {config.classes[-1]:,} classes {h_shallow:.2f} to {h_deep:.2f} of $H$ "
+        "lies between matrices (initial)"
     )
     titles = (
-        "Gauss-Newton matrix G of perceptrons",
-        "Hessian H of perceptrons",
-        "the other networks",
-        "steps of the blocks",
+        f"$G$ of perceptrons: {g_shallow:.2f} to {g_deep:.2f} there",
+        f"$H$ of perceptrons: {h_shallow:.2f} to {h_deep:.2f} there",
+        "language models",
+        f"steps by matrices keep {least_kept(arrays):.2f} or more",
     )
-    note = f"large marks: means over {config.seeds} starts, thin lines and dots: each start; dashed: trained"
+    note = (
+        f"$G$: Gauss-Newton matrix; marks: means over {config.seeds} starts, thin lines and dots: each; dashed: trained"
+    )
     figure, axes = panels(message, titles, note=note, height=3.3)
     for panel, part in zip(axes[:2], (1, 0), strict=True):
         by_classes(panel, arrays, config, part)
@@ -309,12 +311,13 @@ def bars(panel, arrays: Arrays) -> None:
                 if "errors" in arrays[name][STATES[state]]:
                     errors = arrays[name][STATES[state]]["errors"][:, part, column]
                     panel.errorbar(np.full(len(values), x), values, errors, fmt="none", color="black", lw=0.8)
-            ticks.append((place, f"{name}: {kind}"))
+            words = "" if "hidden" in name else " words"
+            ticks.append((place, f"{name}{words}: {kind}"))
             place += 1
     panel.set_xticks([x for x, _ in ticks], [label for _, label in ticks], rotation=55, ha="right", fontsize=7.5)
     panel.set_ylim(0, 1.35)
     panel.set_ylabel("share off the diagonal")
-    panel.set_xlabel("network, number of words, blocks")
+    panel.set_xlabel("network: blocks")
     panel.legend(fontsize=7.5, ncols=2, loc="upper left", columnspacing=1)
 
 

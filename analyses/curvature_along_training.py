@@ -233,30 +233,36 @@ def burst_correlations(arrays: Arrays, config: Config) -> np.ndarray:
 
 
 def details(arrays: Arrays, config: Config):
-    """By task: loss and entropy, norms of the diagonal blocks, moments and residual, ends of the spectrum."""
+    """Norms of the diagonal blocks by task; losses and attention entropies; ends of the spectrum."""
     from attnlab.plotting.panels import panels
 
-    kinds = ("loss and attention entropy", "norms of the diagonal blocks", "moments and residual", "spectrum of $H$")
-    titles = [f"{task}: {kind}" for kind in kinds for task in TASKS]
+    titles = [
+        *(f"{task}: norms of the diagonal blocks" for task in TASKS),
+        "losses, and gradients in the outputs",
+        "ends of the spectrum",
+    ]
     ends = ", ".join(f"{np.median(arrays[task]['losses'][:, -1]):.2g} ({task})" for task in TASKS)
-    note = f"lines: medians over {config.seeds} seeds, bands: their range"
-    figure, axes = panels(f"Behind it: losses end at {ends}", titles, note=note, height=2.5)
-    for column, task in enumerate(TASKS):
-        for draw, panel in zip((plot_loss, plot_norms, plot_moments, plot_spectrum), axes[column::2], strict=True):
-            draw(panel, arrays, task, config)
+    note = f"lines: medians over {config.seeds} seeds, bands: their range; (c), (d) black: digits, grey: addition"
+    figure, axes = panels(f"Behind it: losses end at {ends}", titles, note=note)
+    for panel, task in zip(axes, TASKS, strict=False):
+        plot_norms(panel, arrays, task, config)
+    for task, color in zip(TASKS, ("black", "0.55"), strict=True):
+        plot_losses(axes[2], arrays, task, config, color)
+        curve(axes[3], arrays, config, arrays[task]["largest"], color, rf"{task}: $\lambda_{{\max}}$")
+        curve(axes[3], arrays, config, np.abs(arrays[task]["smallest"]), color, r"$|\lambda_{\min}|$", "--")
+    axes[2].set(xscale="log", yscale="log", xlabel="training step", ylabel="loss, norm")
+    axes[3].set(yscale="log", ylabel="|eigenvalue|")
+    for panel in axes[2:]:
+        legend_above(panel, ncols=2)
     return figure
 
 
-def plot_loss(axes, arrays: Arrays, task: str, config: Config) -> None:
+def plot_losses(axes, arrays: Arrays, task: str, config: Config, color: str) -> None:
     from attnlab.plotting.curves import range_band
 
     losses = arrays[task]["losses"]
-    range_band(axes, np.arange(1, losses.shape[1] + 1), losses.T, "C0", "loss")
-    axes.set(xscale="log", yscale="log", xlabel="training step", ylabel="training loss")
-    right = axes.twinx()
-    range_band(right, shown_steps(arrays, config), arrays[task]["entropy"].T, "C1", "entropy", "--")
-    right.set_ylabel("entropy (nats), dashed", color="C1")
-    right.spines["right"].set_visible(True)
+    range_band(axes, np.arange(1, losses.shape[1] + 1), losses.T, color, f"{task}: loss")
+    range_band(axes, shown_steps(arrays, config), arrays[task]["gradient"].T, color, "gradient", "-.")
 
 
 def plot_norms(axes, arrays: Arrays, task: str, config: Config) -> None:
@@ -276,26 +282,6 @@ def legend_above(axes, **options) -> None:
     low, high = axes.get_ylim()
     axes.set_ylim(low, high * (high / low) ** 0.45)
     axes.legend(loc="upper center", fontsize=7.5, columnspacing=1, handlelength=1.6, **options)
-
-
-def plot_moments(axes, arrays: Arrays, task: str, config: Config) -> None:
-    names = {"first": r"$\|m_i\|^2$", "second": r"$\mathrm{tr}\,\Sigma_i$", "gradient": r"gradient $\|g\|$"}
-    for color, (name, label) in enumerate(names.items()):
-        curve(axes, arrays, config, arrays[task][name], f"C{color}", label, ("-", "--", "-.")[color])
-    axes.set(yscale="log", ylabel="size, mean over tokens")
-    legend_above(axes, ncols=3)
-
-
-def plot_spectrum(axes, arrays: Arrays, task: str, config: Config) -> None:
-    curve(axes, arrays, config, arrays[task]["largest"], "C0", r"$\lambda_{\max}$")
-    curve(axes, arrays, config, np.abs(arrays[task]["smallest"]), "C1", r"$|\lambda_{\min}|$", "--")
-    axes.set(yscale="log", ylabel="|eigenvalue|")
-    right = axes.twinx()
-    right.plot(shown_steps(arrays, config), 100 * np.median(arrays[task]["negative"], axis=0), ":", color="C2")
-    right.set(ylim=(0, 60))
-    right.set_ylabel("negative (%), dotted", color="C2")
-    right.spines["right"].set_visible(True)
-    legend_above(axes, ncols=2)
 
 
 def findings(arrays: Arrays, config: Config) -> list[Expectation]:

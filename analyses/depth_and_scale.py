@@ -192,12 +192,15 @@ def plot_depth(axes, arrays: Arrays) -> None:
 
 
 def plot_powers(axes, arrays: Arrays) -> None:
-    spreads = arrays["spreads"]
+    from attnlab.plotting.style import BLOCKS, PARTS
+
+    spreads, fixed = arrays["spreads"], {**PARTS, "value": BLOCKS["value"]}
+    colors = {"spread": "black", "gradient": "0.5"} | {name: look[0] for name, look in fixed.items()}
     for number, (name, exponent) in enumerate(EXPONENTS.items()):
         values, marker = arrays["power"][name], "osD^v"[number]
         size = 7 if name == "spread" else 3.5  # it lies where the functional part does
         label = rf"{LABELS[name]}: $\epsilon^{exponent}$"
-        axes.loglog(spreads, values, marker, color=f"C{number}", ms=size, mfc="none", label=label)
+        axes.loglog(spreads, values, marker, color=colors[name], ms=size, mfc="none", label=label)
         axes.loglog(spreads, values[0] * (spreads / spreads[0]) ** exponent, ":", color="black", lw=1, zorder=0)
     axes.set(xlabel=r"spread $\epsilon$ of the input tokens", ylabel="norm", ylim=(1e-17, 1e12))
     axes.legend(loc="upper left", fontsize=7.5, ncols=2, columnspacing=0.6, handletextpad=0.2)

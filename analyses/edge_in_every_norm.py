@@ -168,12 +168,16 @@ def details(arrays: Arrays, config: Config):
 
     note = f"lines: medians, bands: range over {config.seeds} seeds"
     held = held_panels(config)
-    figure, shown = panels("Training losses of the runs in their own norms", list(held), note=note)
+    falls = [np.median(arrays[name]["losses"][:, 0] / arrays[name]["losses"][:, -1]) for name in config.runs]
+    message = f"The losses fall by {min(falls):.2g} to {max(falls):.2g} times along the same runs (medians)"
+    figure, shown = panels(message, list(held), note=note)
     for axes, names in zip(shown, held.values(), strict=True):
         for number, name in enumerate(names):
             losses = arrays[name]["losses"].T
             range_band(axes, np.arange(len(losses)), losses, f"C{number}", name, LINES[number])
         axes.set(yscale="log", xlabel="step", ylabel="training loss")
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, high * (high / low) ** 0.4)  # room for the legend
         axes.legend(loc="upper right", fontsize=7.5)
     return figure
 

@@ -159,13 +159,20 @@ def runs_of(config: Config, prefixes: str | tuple[str, ...]) -> list[str]:
 
 
 def details(arrays: Arrays, config: Config):
-    """The loss of every run, and of the adaptive ones the sharpness without a preconditioner."""
+    """The losses, and of the adaptive rules the sharpness without a preconditioner."""
     from attnlab.plotting.panels import panels
 
-    titles = [f"loss, {title.partition(';')[0]}" for title in PANELS] + ["adaptive: sharpness of $H$ itself"]
-    where = "Training losses of all runs, and the sharpness that preconditioning hides"
-    figure, (*shown, plain) = panels(where, titles, note="one seed")
-    for axes, prefixes in zip(shown, PANELS.values(), strict=True):
+    adaptive = runs_of(config, PANELS["adaptive, preconditioned"])
+    ends = [arrays[name]["raw"][-1] for name in adaptive]
+    message = "Training losses"
+    if ends:
+        message = (
+            f"Preconditioned rules have no edge in the plain sharpness: it ends at {min(ends):.0f} to {max(ends):.0f}"
+        )
+    solved = [arrays[name]["losses"][-1] for name in config.runs if name.startswith("control")]
+    note = "one seed" + (f"; the controls (not shown) end at losses of {max(solved):.0e} at most" if solved else "")
+    figure, (*shown, plain) = panels(message, [*LOSSES, "adaptive: sharpness of $H$ itself"], note=note)
+    for axes, prefixes in zip(shown, LOSSES.values(), strict=True):
         starts, least = [], []
         for number, name in enumerate(runs_of(config, prefixes)):
             losses = arrays[name]["losses"]
@@ -176,11 +183,19 @@ def details(arrays: Arrays, config: Config):
             axes.set(yscale="log", ylim=(0.7 * min(least), 10 * max(starts)))
         axes.set(xlabel="step", ylabel="training loss")
         axes.legend(loc="upper right", fontsize=7.5)
-    for number, name in enumerate(runs_of(config, PANELS["adaptive, preconditioned"])):
+    for number, name in enumerate(adaptive):
         plain.plot(arrays[name]["steps"], arrays[name]["raw"], color=f"C{number}", ls=LINES[number], lw=1.1, label=name)
     plain.set(xlabel="step", ylabel=r"$\lambda_1(H)$", ylim=(0, 1.5 * plain.get_ylim()[1]))
     plain.legend(loc="upper left", fontsize=7.5)
     return figure
+
+
+LOSSES = {
+    "loss, gradient descent": ("GD",),
+    "loss, momentum and rotated bases": ("heavy ball", "Nesterov", "Shampoo", "SOAP"),
+    "loss, adaptive": ("RMSProp", "Adam", "Adafactor"),
+}
+"""Panels of the details: the beginnings of the names of their runs."""
 
 
 def first_broken(losses: np.ndarray) -> int:

@@ -295,9 +295,8 @@ def plot(arrays: Arrays, config: Config):
 
 def note(arrays: Arrays, config: Config) -> str:
     """What the weights are and what bars mean."""
-    return (
-        f"weights: {arrays['formats']}; bars and bands: two standard errors over {config.texts} texts and their vectors"
-    )
+    stored = str(arrays["formats"]).replace("Q4_1", "in 4 bits (Q4_1)")
+    return f"weights stored: {stored}; bars and bands: two standard errors over {config.texts} texts and their vectors"
 
 
 def details(arrays: Arrays, config: Config):

@@ -322,7 +322,9 @@ def details(arrays: Arrays, config: Config):
     part = arrays["staircase"]
     times = np.maximum(part["times"], 0.05)
     note = "dots: sampled, bars: two errors, cut off below; lines: the Hessian's quadratic form; colours: seeds"
-    message = "One layer of linear attention learns rank after rank, and its learning coefficient climbs"
+    levels = [np.median(values) for values in levels_at_rest(arrays).values()]
+    climbs = f" climbs from {levels[0]:.2f} to {levels[-1]:.2f}" if levels else " along training"
+    message = f"One layer of linear attention learns rank after rank, and its learning coefficient{climbs}"
     figure, (risk, coefficient) = panels(message, ["risk along gradient flow", "learning coefficient"], note=note)
     for seed in range(len(part["risks"])):
         values, errors = part["found"][seed, :, 0], part["found"][seed, :, 1]
@@ -340,7 +342,7 @@ def details(arrays: Arrays, config: Config):
         risk.text(times[-1], plateau, f"rank {rank}", ha="right", va="bottom", fontsize=7.5)
     risk.set(xscale="log", xlabel="time of gradient flow", ylabel="risk")
     coefficient.set(xscale="log", xlabel="time of gradient flow", ylabel=r"coefficient $\hat\lambda$", ylim=(-3, 4))
-    risk.legend(loc="lower left")
+    risk.legend(loc="center right", bbox_to_anchor=(1, 0.72))
     return figure
 
 

@@ -176,22 +176,42 @@ def message(arrays: Arrays, config: Config) -> str:
 
 
 def details(arrays: Arrays, config: Config):
-    """Each measure over what it stands for, along training, by run."""
+    """Each measure over what it stands for, along training, by run; and whether it follows that."""
     from attnlab.plotting.curves import range_band
-    from attnlab.plotting.panels import panels
+    from attnlab.plotting.panels import legend_below, panels
 
     note = f"lines: medians, bands: range over {config.seeds} seeds; axis linear below 0.1"
-    message = "What stands for the highest eigenvalue, over it, along training"
-    figure, shown = panels(message, list(config.runs), note=note)
-    for axes, name in zip(shown, config.runs, strict=True):
+    ranks = [rank for run in config.runs for rank in following(arrays, run).values()]
+    message = f"Cheap measures follow the eigenvalue with rank correlations of {min(ranks):.2f} to {max(ranks):.2f}"
+    figure, shown = panels(message, [*config.runs, "rank correlation with what it stands for"], note=note)
+    for axes, name in zip(shown, config.runs, strict=False):
         for number, (label, measure) in enumerate(list(MEASURES.items())[1:], 1):
             line = ("-", "--", "-.", ":")[number - 1]
             range_band(axes, arrays[name]["steps"][0], relative(arrays, name, measure).T, f"C{number}", label, line)
         axes.axhline(1, color="black", ls=":", lw=1)
         axes.set_yscale("symlog", linthresh=0.1)
         axes.set(xlabel="step", ylabel="measure / what it stands for", ylim=(-0.03, 3))
-    shown[-1].legend(loc="center right", fontsize=7.5)
+    for number, run in enumerate(config.runs):
+        color, marker = LOOKS[run]
+        found = list(following(arrays, run).values())
+        shown[-1].plot(found, np.arange(len(found)) + 0.2 * (number - 1), marker, color=color, label=run)
+    shown[-1].axvline(1, color="black", ls=":", lw=1)
+    labels = [label.replace(" of", "\nof") for label in following(arrays, config.runs[0])]
+    shown[-1].set_yticks(range(len(labels)), labels, fontsize=8)
+    shown[-1].set(xlim=(-1.05, 1.05), ylim=(len(labels) + 0.8, -0.6), xlabel="Spearman's, mean over the seeds")
+    shown[-1].legend(loc="lower left", fontsize=7.5)
+    legend_below(figure, shown[0], columns=2)
     return figure
+
+
+def following(arrays: Arrays, run: str) -> dict[str, float]:
+    """Rank correlation along training of each measure with what it stands for, mean over the seeds."""
+    found = {}
+    for label, measure in list(MEASURES.items())[1:]:
+        stood = arrays[run]["ratio" if measure == "critical" else "top"]
+        pairs = zip(arrays[run][measure], stood, strict=True)
+        found[label] = float(np.mean([rank_correlation(*pair) for pair in pairs]))
+    return found
 
 
 def late(values: np.ndarray) -> np.ndarray:
@@ -243,11 +263,9 @@ def tables(arrays: Arrays, config: Config) -> list[Table]:
         for label, measure in list(MEASURES.items())[1:]:
             share = relative(arrays, name, measure)
             middle = share.shape[1] // 2
-            stood = arrays[name]["ratio" if measure == "critical" else "top"]
-            follows = np.mean([rank_correlation(a, b) for a, b in zip(arrays[name][measure], stood, strict=True)])
             cost = costs.get(measure, f"{np.median(arrays[name]['passes']):.0f} passes")
             halves = (f"{np.median(share[:, :middle]):.3g}", f"{np.median(share[:, middle:]):.3g}")
-            table.add_row(name, label, *halves, f"{follows:.2f}", cost)
+            table.add_row(name, label, *halves, f"{following(arrays, name)[label]:.2f}", cost)
     return [table]
 
 

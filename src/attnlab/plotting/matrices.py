@@ -31,15 +31,6 @@ def block_grid(
     return image
 
 
-def density_with_band(
-    axes: Axes, grid: np.ndarray, mean: np.ndarray, error: np.ndarray, exact: np.ndarray, color: str, label: str
-) -> None:
-    """An estimated density with a band of two standard errors, and the exact one as a dashed black line."""
-    axes.fill_between(grid, np.maximum(mean - 2 * error, 0), mean + 2 * error, color=color, alpha=0.3, linewidth=0)
-    axes.plot(grid, mean, color=color, label=label)
-    axes.plot(grid, exact, color="black", linewidth=0.8, linestyle=(0, (2, 2)))
-
-
 def signed_spectrum(axes: Axes, eigenvalues: np.ndarray, color: str, label: str) -> None:
     """|eigenvalues| by rank on a logarithmic axis: positive ones as dots, negative ones as open triangles."""
     order = np.argsort(-np.abs(eigenvalues))
