@@ -89,7 +89,7 @@ def statistics(spectra) -> dict[str, np.ndarray]:
 
 SHOWN = 0.2
 """Standard deviation of the embeddings whose spectra are shown."""
-LINES = {"softmax": ("black", "-", "o"), "linear": ("0.4", "--", "s"), "pre-LN": ("0.65", "-.", "^")}
+LINES = {"softmax": ("#332288", "-", "o"), "linear": ("0.4", "--", "s"), "pre-LN": ("0.65", "-.", "^")}
 """Colour, line and marker of each kind of layer; colours are for the blocks."""
 
 
@@ -130,7 +130,7 @@ def plot(arrays: Arrays, config: Config):
     scales = np.array([scale for scale in config.scales if scale <= 0.5])
     start = np.median(arrays[kind]["ratio"][:, 0])
     law = start * (scales / scales[0]) ** (value - query)
-    shown[0].plot(scales, law, ":", color="C5", lw=2, label=rf"law of small $\sigma$, $\sigma^{{{value - query}}}$")
+    shown[0].plot(scales, law, ":", color="black", label=rf"law of small $\sigma$, $\sigma^{{{value - query}}}$")
     shown[0].set_yscale("log")
     shown[1].set_ylim(0, 1)
     shown[0].legend(loc="upper right")
