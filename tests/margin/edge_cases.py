@@ -97,3 +97,23 @@ def contradict(gram, rounded):
     change = solve_rational(gram, [-dot(row, rounded) for row in gram])
     inside = [a + b for a, b in zip(rounded, change, strict=True)]
     return all(value >= 0 for value in inside) and sum(inside) > 0 and not any(dot(row, inside) for row in gram)
+
+
+def bracket(problem, found):
+    """Bounds on the maximal l_p margin that the rounded answer proves: rational scores and combinations of rows, whose
+    norms alone are floating-point numbers. Nothing of the certificate is taken."""
+    p = problem.norm[1]
+    q = p / (p - 1)
+    rows = [
+        [a * b for a in difference for b in query]
+        for difference, query in (
+            (rational(problem.differences[k : k + 1])[0], rational(problem.queries[owner : owner + 1])[0])
+            for k, owner in enumerate(problem.owner)
+        )
+    ]
+    direction = [Fraction(float(value)) for value in np.ravel(found.direction)]
+    multipliers = [Fraction(float(value)) for value in found.multipliers]
+    least = min(dot(row, direction) for row in rows)
+    combined = [float(dot(multipliers, column)) for column in zip(*rows, strict=True)]
+    lower = float(least) / np.linalg.norm([float(value) for value in direction], ord=p)
+    return lower, np.linalg.norm(combined, ord=q) / float(sum(multipliers))

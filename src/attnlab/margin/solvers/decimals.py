@@ -60,6 +60,7 @@ class ExactRows:
         scale = np.array([value.sqrt() if value else ONE for value in squared])
         self.differences = differences / scale[:, None]
         self.bound = to_decimal(problem.bound) / scale
+        self.top = self.bound.max()
         self.strict = np.asarray(problem.bound) > 0
 
     def gram(self, members: list[int], k: int) -> Decimals:
@@ -141,14 +142,25 @@ def solve(rows: Rows, start: PrimalDual) -> PrimalDual:
     """The max-margin W or Gordan's multipliers of a problem, from a guess of the latter (see the module)."""
     with decimal.localcontext(prec=DIGITS):
         exact = ExactRows(rows.problem)
-        top = exact.bound.max()
-        active = _least_hull(exact, exact.bound / top, start.dual)
-        members, inside = active.members, active.multipliers
-        level = 1 - (exact.bound[members] @ inside) / top
-        if level > NO_MARGIN:
-            inside = inside * (top / level)
-            return exact.prove("frobenius", members, inside, exact.combine(members, inside))
-        return exact.prove("frobenius", members, inside, _any_direction(exact))
+        members, inside, feasible = _multipliers(exact, start.dual)
+        matrix = exact.combine(members, inside) if feasible else _any_direction(exact)
+        return exact.prove("frobenius", members, inside, matrix)
+
+
+def frobenius_multipliers(exact: ExactRows, guess: np.ndarray) -> Decimals | None:
+    """lambda of all rows from a guess, in the digits of the context; None where the problem is infeasible."""
+    members, inside, feasible = _multipliers(exact, guess)
+    multipliers = np.full(len(guess), ZERO)
+    multipliers[members] = inside
+    return multipliers if feasible else None
+
+
+def _multipliers(exact: ExactRows, guess: np.ndarray) -> tuple[list[int], Decimals, bool]:
+    """The rows that hold and their multipliers; Gordan's, and False, where there is no margin."""
+    active = _least_hull(exact, exact.bound / exact.top, guess)
+    members, inside = active.members, active.multipliers
+    level = 1 - (exact.bound[members] @ inside) / exact.top
+    return (members, inside * (exact.top / level), True) if level > NO_MARGIN else (members, inside, False)
 
 
 def _least_hull(exact: ExactRows, bound: Decimals, guess: np.ndarray) -> ActiveRows:
@@ -195,4 +207,4 @@ def decimal_norm(array: Decimals, p: float) -> Decimal:
 
 def power(array: Decimals, exponent: Decimal) -> Decimals:
     """sign(x) |x|^exponent, 0 at 0."""
-    return np.vectorize(lambda x: x.copy_sign(abs(x) ** exponent) if x else x, otypes=[object])(array)
+    return np.vectorize(lambda x: (abs(x) ** exponent).copy_sign(x) if x else x, otypes=[object])(array)

@@ -10,9 +10,11 @@ The map is smooth in W for p >= 2 and in M for p <= 2 (where q >= 2): the method
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 
-from attnlab.margin.certificates import PrimalDual, prove
+from attnlab.margin.certificates import PROVED, PrimalDual, Status, prove, verdict
 from attnlab.margin.problems import exponent
 from attnlab.margin.rows import Rows
+from attnlab.margin.solvers import decimal_lp
+from attnlab.margin.solvers.decimal_lp import exponents
 
 EQUALITY_SHIFT = 1e-12
 """Proximal weight on the multipliers of equalities, in place of slack / lambda of an inequality."""
@@ -33,7 +35,7 @@ def solve(rows: Rows, start: PrimalDual) -> PrimalDual:
     """W of least l_p norm with scores(W) >= bound, from the Frobenius solution.
 
     p goes from 2 to where it is wanted in steps, each from the solution before: far from 2 the map between M and W is
-    so steep, or so flat, that Newton's method needs a near start.
+    so steep, or so flat, that Newton's method needs a near start. Where double precision proves nothing, decimals do.
     """
     norm = rows.problem.norm
     matrix, multipliers = rows.combine(start.dual), start.dual
@@ -41,15 +43,12 @@ def solve(rows: Rows, start: PrimalDual) -> PrimalDual:
         size = abs(matrix).max()  # W / size: its powers neither overflow nor vanish all together
         if not 0 < size < np.inf:
             break
-        found = _interior_point(rows.demanding(1 / size), p, matrix / size, multipliers)
-        matrix, multipliers = found[0] * size, found[1]
-    return prove(norm, rows, matrix, multipliers)
-
-
-def exponents(p: float, longest: float) -> np.ndarray:
-    """From 2, left out, to p: p - 1 changes by equal factors, of `longest` at most."""
-    stages = max(1, int(np.ceil(abs(np.log(p - 1)) / np.log(longest))))
-    return 1 + (p - 1) ** (np.arange(1, stages + 1) / stages)
+        inside, multipliers = _interior_point(rows.demanding(1 / size), p, matrix / size, multipliers)
+        matrix = inside * size
+    found = prove(norm, rows, matrix, multipliers)
+    if verdict(found.certificate, PROVED) == Status.SOLVED or matrix.size > decimal_lp.LARGEST:
+        return found
+    return decimal_lp.solve(rows, start) or found
 
 
 def _interior_point(
