@@ -146,15 +146,12 @@ def plot(arrays: Arrays, config: Config):
     from attnlab.plotting.panels import panels
 
     last = arrays["trace"]["unscaled"][-1, 0] * config.dims[-1] ** 0.5 / arrays["constant"]
-    message = (
-        f"Attention goes blind: its tokens are {fate(arrays)},\n"
-        f"its softmax saturates at {last:.2f} of the law $c_N / \\sqrt{{d}}$ at $d = {config.dims[-1]}$"
-    )
+    message = f"Attention alone goes blind: its tokens are {fate(arrays)}"
     titles = [
         "spread of the tokens by depth",
         "one layer: powers of the spread",
         f"softmax over {config.tokens} tokens saturates",
-        "mean of the trace over its law",
+        f"mean of the trace: {last:.2f} of its law at $d = {config.dims[-1]}$",
     ]
     note = (
         f"(a) median and range over {config.seeds} initialisations; (b) one seed, dotted: the predicted powers; "

@@ -16,7 +16,7 @@ from rich.table import Table
 from attnlab.analysis import Analysis, AnalysisConfig, Arrays
 from attnlab.expectation import Expectation, at_least, at_most
 
-STACKS = {"no skip connection": (False, False), "skip, branches over sqrt(depth)": (True, True), "skip": (True, False)}
+STACKS = {"no skip connection": (False, False), "skip, branches over √depth": (True, True), "skip": (True, False)}
 """Name of the stack: whether it has skip connections, whether its branches are scaled down."""
 
 
@@ -198,9 +198,7 @@ def plot_entropies(axes, part: Arrays, config: Config) -> None:
     highest, rows = np.log(config.length), part["entropy"].mean(axis=1)
     axes.plot(part["norms"].ravel(), part["entropy"].ravel(), ".", color="C0", ms=2, alpha=0.4, rasterized=True)
     axes.plot([], [], "o", color="C0", ms=3, label="rows of a random layer")
-    axes.plot(
-        part["spectral"], rows, "s-", color="C1", lw=0.8, ms=3.5, label="their mean, at the norm\nbounded spectrally"
-    )
+    axes.plot(part["spectral"], rows, "s-", color="C1", lw=0.8, ms=3.5, label="means, bounded spectrally")
     axes.plot(
         part["sizes"][::4], part["attained"][::4], "o", color="black", mfc="none", ms=5, label="scores that attain it"
     )
@@ -209,7 +207,7 @@ def plot_entropies(axes, part: Arrays, config: Config) -> None:
     axes.axhline(highest, color="0.6", lw=0.8)
     axes.set(xscale="log", xlim=(0.01, 1e3), ylim=(-0.1, 1.5 * highest))
     axes.set(xlabel="Euclidean norm of a row of scores", ylabel="entropy [nats]")
-    axes.legend(loc="upper right", ncols=2, fontsize=7.5, columnspacing=0.8, handletextpad=0.4)
+    axes.legend(loc="upper right", ncols=2, fontsize=7.5, columnspacing=0.7, handletextpad=0.3, handlelength=1.4)
 
 
 def plot_collapse(axes, part: Arrays) -> None:
@@ -252,7 +250,7 @@ def findings(arrays: Arrays, config: Config) -> list[Expectation]:
             source=rank,
         ),
         at_least(
-            f"rank residual after {config.depth} layers, branches over sqrt(depth)",
+            f"rank residual after {config.depth} layers, branches over √depth",
             scaled[-1],
             0.8,
             because="such branches leave the spread of order one",
