@@ -100,20 +100,18 @@ def contradict(gram, rounded):
 
 
 def bracket(problem, found):
-    """Bounds on the maximal l_p margin that the rounded answer proves: rational scores and combinations of rows, whose
-    norms alone are floating-point numbers. Nothing of the certificate is taken."""
-    p = problem.norm[1]
-    q = p / (p - 1)
-    rows = [
-        [a * b for a in difference for b in query]
-        for difference, query in (
-            (rational(problem.differences[k : k + 1])[0], rational(problem.queries[owner : owner + 1])[0])
-            for k, owner in enumerate(problem.owner)
-        )
-    ]
+    """Bounds on the maximal margin, l_p or nuclear, that the rounded answer proves: rational scores and combinations of
+    rows, whose norms alone are floating-point numbers. Nothing of the certificate is taken."""
+    differences, queries = rational(problem.differences), rational(problem.queries)
+    owned = [queries[owner] for owner in problem.owner]
+    rows = [[a * b for a in difference for b in query] for difference, query in zip(differences, owned, strict=True)]
     direction = [Fraction(float(value)) for value in np.ravel(found.direction)]
     multipliers = [Fraction(float(value)) for value in found.multipliers]
-    least = min(dot(row, direction) for row in rows)
-    combined = [float(dot(multipliers, column)) for column in zip(*rows, strict=True)]
-    lower = float(least) / np.linalg.norm([float(value) for value in direction], ord=p)
-    return lower, np.linalg.norm(combined, ord=q) / float(sum(multipliers))
+    least = float(min(dot(row, direction) for row in rows))
+    combined = np.array([float(dot(multipliers, column)) for column in zip(*rows, strict=True)])
+    if problem.norm == "nuclear":
+        own, dual = (np.linalg.svd(m.reshape(problem.shape), compute_uv=False) for m in (found.direction, combined))
+        return least / own.sum(), dual.max() / float(sum(multipliers))
+    p = problem.norm[1]
+    own, dual = np.linalg.norm(found.direction.ravel(), ord=p), np.linalg.norm(combined, ord=p / (p - 1))
+    return least / own, dual / float(sum(multipliers))

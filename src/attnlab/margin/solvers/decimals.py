@@ -18,8 +18,18 @@ from typing import Any
 import numpy as np
 
 from attnlab.margin.certificates import Certificate, PrimalDual, support
-from attnlab.margin.problems import MarginProblem, Norm, dual_exponent, exponent
+from attnlab.margin.problems import MarginProblem, Norm
 from attnlab.margin.rows import Rows
+from attnlab.margin.solvers.decimal_arrays import (
+    ONE,
+    ZERO,
+    Decimals,
+    decimal_norm,
+    dual_norm,
+    matrix_norm,
+    to_decimal,
+    to_float,
+)
 
 DIGITS = 200
 """Rows that agree to double precision have Gram matrices of condition 1e32, bent by the margin to 1e64; so many digits
@@ -39,15 +49,6 @@ SIGN_SLACK: Any = Decimal("1e-30")
 
 GUESSED = 1e-4
 """Multipliers of a guess that count, relative to the largest."""
-
-Decimals = Any
-"""An array of `Decimal`, whose kind NumPy's types do not know."""
-
-ZERO: Any = Decimal(0)
-ONE: Any = Decimal(1)
-
-to_decimal = np.vectorize(Decimal, otypes=[object])
-to_float = np.vectorize(float, otypes=[float])
 
 
 class ExactRows:
@@ -83,8 +84,8 @@ class ExactRows:
         broken: Any = np.where(self.free, abs(scores), -scores)[~strict]
         broken = max(broken, default=ZERO) / decimal_norm(matrix, 2)
         weight, total = inside[strict[members]].sum(), self.bound[members] @ inside
-        margin = (scores[strict] / self.bound[strict]).min() / decimal_norm(matrix, exponent(norm))
-        upper = decimal_norm(combined, dual_exponent(norm))
+        margin = (scores[strict] / self.bound[strict]).min() / matrix_norm(matrix, norm)
+        upper = dual_norm(combined, norm)
         parts: Any = margin, upper / total, broken, decimal_norm(combined, 2) / weight
         certificate = Certificate(*to_float(np.array(parts)))
         dual = np.zeros(len(self.owner))
@@ -192,19 +193,3 @@ def _any_direction(exact: ExactRows) -> Decimals:
         if row.any():
             return row
     return row + ONE
-
-
-def decimal_norm(array: Decimals, p: float) -> Decimal:
-    """Entrywise l_p norm."""
-    sizes = abs(array).ravel()
-    largest = sizes.max()
-    if p == np.inf or not largest:
-        return largest
-    if p in (1, 2):
-        return sizes.sum() if p == 1 else (sizes @ sizes).sqrt()
-    return largest * power(sizes / largest, Decimal(p)).sum() ** (1 / Decimal(p))
-
-
-def power(array: Decimals, exponent: Decimal) -> Decimals:
-    """sign(x) |x|^exponent, 0 at 0."""
-    return np.vectorize(lambda x: (abs(x) ** exponent).copy_sign(x) if x else x, otypes=[object])(array)

@@ -17,7 +17,8 @@ import scipy.sparse
 from attnlab.margin.certificates import PROVED, PrimalDual, Status, prove, verdict
 from attnlab.margin.problems import exponent
 from attnlab.margin.rows import Rows
-from attnlab.margin.solvers.decimals import DIGITS, ZERO, Decimals, ExactRows, to_decimal, to_float
+from attnlab.margin.solvers.decimal_arrays import ZERO, Decimals, to_decimal, to_float
+from attnlab.margin.solvers.decimals import DIGITS, ExactRows
 
 ROUNDS = 20
 """Of refinement; three to eight are needed."""

@@ -13,8 +13,8 @@ from scipy.linalg import cho_factor, cho_solve
 from attnlab.margin.certificates import PROVED, PrimalDual, Status, prove, verdict
 from attnlab.margin.problems import exponent
 from attnlab.margin.rows import Rows
-from attnlab.margin.solvers import decimal_lp
-from attnlab.margin.solvers.decimal_lp import exponents
+from attnlab.margin.solvers import decimal_norms
+from attnlab.margin.solvers.decimal_norms import exponents
 
 EQUALITY_SHIFT = 1e-12
 """Proximal weight on the multipliers of equalities, in place of slack / lambda of an inequality."""
@@ -46,9 +46,9 @@ def solve(rows: Rows, start: PrimalDual) -> PrimalDual:
         inside, multipliers = _interior_point(rows.demanding(1 / size), p, matrix / size, multipliers)
         matrix = inside * size
     found = prove(norm, rows, matrix, multipliers)
-    if verdict(found.certificate, PROVED) == Status.SOLVED or matrix.size > decimal_lp.LARGEST:
+    if verdict(found.certificate, PROVED) == Status.SOLVED:
         return found
-    return decimal_lp.solve(rows, start) or found
+    return decimal_norms.solve(rows, start) or found
 
 
 def _interior_point(

@@ -16,8 +16,9 @@ from typing import NamedTuple
 import numpy as np
 from scipy.linalg.lapack import dgesv, dpotrf, dpotrs, dtrtri
 
-from attnlab.margin.certificates import PrimalDual, prove
+from attnlab.margin.certificates import PrimalDual, Status, prove, verdict
 from attnlab.margin.rows import Rows
+from attnlab.margin.solvers import decimal_norms
 
 
 @dataclass(frozen=True)
@@ -63,18 +64,24 @@ RIDGE = 1e-8
 NEAR, ROUNDING = 1e-6, 1e-13
 """See `_mended`: of the largest bound."""
 
+ENOUGH = 1e-8
+"""Gap up to which an answer in double precision is taken."""
+
 WORKING_SET_ABOVE = 400
 """Up to so many rows all of them are taken at once."""
 
 
 def solve(rows: Rows, start: PrimalDual) -> PrimalDual:
-    """W of least nuclear norm with scores(W) >= bound, from the Frobenius solution."""
+    """W of least nuclear norm with scores(W) >= bound, from the Frobenius solution; by decimals where double precision
+    does not prove it to `ENOUGH`."""
     matrix, multipliers = _working_set(rows, start.dual)
     found = prove("nuclear", rows, matrix, multipliers)
     mended = _mended(rows, matrix)
-    if mended is None:
+    if mended is not None:
+        found = max(found, prove("nuclear", rows, mended, multipliers), key=lambda each: each.certificate.margin)
+    if verdict(found.certificate, ENOUGH) == Status.SOLVED:
         return found
-    return max(found, prove("nuclear", rows, mended, multipliers), key=lambda each: each.certificate.margin)
+    return decimal_norms.solve(rows, start) or found
 
 
 def _mended(rows: Rows, matrix: np.ndarray) -> np.ndarray | None:
