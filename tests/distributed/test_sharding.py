@@ -80,9 +80,10 @@ def test_data_on_two_processes(spread):
     assert_same(in_two_processes(DATA, "--spread", spread), single(DATA))
 
 
-def test_independent_products_spread_over_the_devices_of_a_machine_by_themselves():
+@pytest.mark.parametrize("everything", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "all"])
+def test_independent_products_spread_over_the_devices_of_a_machine_by_themselves(everything):
     """Samples, chains and rows, over three devices or as many as divide them, give the numbers of one."""
-    found, expected = finish(start(LOCAL, 3)), local_devices.measure()
+    found, expected = finish(start(LOCAL, 3, *["--all"] * everything)), local_devices.measure(everything)
     assert found["devices"] == {"6": 3, "3": 3, "5": 1, "1": 1}
     assert set(expected["devices"].values()) == {1}
     assert found["where it was"] == ["cpu:2", "cpu:2"]  # there the parameters were put
@@ -91,6 +92,6 @@ def test_independent_products_spread_over_the_devices_of_a_machine_by_themselves
     for name in ("within jit", "samples before NaN"):
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-12)
     assert found["numbers"]["long"] == found["numbers"]["again"]
-    chains = [{"chains": numbers["numbers"].pop("chains")} for numbers in (found, expected)]
+    chains = [{"chains": numbers["numbers"].pop("chains", [1.0])} for numbers in (found, expected)]
     assert_same(*chains, tolerance=1e-8)  # 600 steps one after the other
     assert_same(found["numbers"], expected["numbers"], tolerance=1e-12)
