@@ -324,7 +324,7 @@ def details(arrays: Arrays, config: Config):
     note = "dots: sampled, bars: two errors, cut off below; lines: the Hessian's quadratic form; colours: seeds"
     levels = [np.median(values) for values in levels_at_rest(arrays).values()]
     climbs = f" climbs from {levels[0]:.2f} to {levels[-1]:.2f}" if levels else " along training"
-    message = f"One layer of linear attention learns rank after rank, and its learning coefficient{climbs}"
+    message = f"As linear attention learns rank after rank its learning coefficient{climbs}"
     figure, (risk, coefficient) = panels(message, ["risk along gradient flow", "learning coefficient"], note=note)
     for seed in range(len(part["risks"])):
         values, errors = part["found"][seed, :, 0], part["found"][seed, :, 1]
