@@ -160,14 +160,17 @@ def plot_spectra(axes, part: Arrays, position: int) -> None:
 
 
 def details(arrays: Arrays, config: Config):
-    """The spectra of the blocks of every kind of layer."""
+    """The spectra of the blocks of the other kinds of layer."""
     from attnlab.plotting.panels import panels
 
-    position = shown_scale(config)
-    note = f"lines: medians, bands: range over {config.starts} starts"
-    message = f"Spectra of the diagonal blocks, embeddings of standard deviation {config.scales[position]:g}"
-    figure, shown = panels(message, list(config.kinds), note=note)
-    for axes, kind in zip(shown, config.kinds, strict=True):
+    position, others = shown_scale(config), config.kinds[1:] or config.kinds
+    note = f"lines: medians, bands: range over {config.starts} starts; embeddings of standard deviation "
+    ratios = [float(np.median(arrays[kind]["ratio"][:, position])) for kind in others]
+    message = "The value block over the query block: " + ", ".join(
+        f"{ratio:.2g} times ({kind})" for kind, ratio in zip(others, ratios, strict=True)
+    )
+    figure, shown = panels(message, list(others), note=f"{note}{config.scales[position]:g}")
+    for axes, kind in zip(shown, others, strict=True):
         plot_spectra(axes, arrays[kind], position)
         axes.legend(loc="lower left")
     return figure
