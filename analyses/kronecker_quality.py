@@ -181,6 +181,10 @@ def kind_of(weight: str) -> str:
     return weight.split("/")[-1]
 
 
+SHOWN = {f"layer_{number}": f"layer {number + 1}" for number in range(9)} | {"up": "MLP, first", "down": "MLP, second"}
+"""What a kind of weight is called in the picture, where not by its own name."""
+
+
 def by_kind(arrays: Arrays, name: str, state: str, measure: str) -> dict[str, np.ndarray]:
     """Median over seeds and layers, (approximations,), by kind of weight."""
     each = arrays[name][state]
@@ -197,16 +201,14 @@ def plot(arrays: Arrays, config: Config):
     from attnlab.plotting.panels import panels
 
     medians = {state: median_errors(arrays, state) for state in STATES}
-    shown = ", ".join(f"{now['kfac']:.2f} and {now['kfoc']:.2f} {state}" for state, now in medians.items())
-    message = (
-        f"K-FAC and the nearest Kronecker product err {shown};\n"
-        f"SOAP {medians['trained']['soap']:.2f} trained (medians, each at its best scale)"
-    )
+    trained = medians["trained"]
+    kfac, nearest = trained["kfac"], trained["kfoc"]
+    message = f"Trained, K-FAC errs by {kfac:.2f}, the nearest Kronecker product by {nearest:.2f} (medians)"
     note = f"medians over {config.seeds} starts and layers; bold: the best of a row"
     figure, axes = panels(message, STATES, note=note, height=4.6, sharey=True)
     for panel, state in zip(axes, STATES, strict=True):
         image = heat(panel, arrays, state)
-    figure.colorbar(image, ax=axes, label="error at the best scale, min ||cK - F|| / ||F||", shrink=0.8)
+    figure.colorbar(image, ax=axes, label=r"error at the best scale, $\min_c \|cK - F\| \,/\, \|F\|$", shrink=0.8)
     return figure
 
 
@@ -232,7 +234,11 @@ def details(arrays: Arrays, config: Config):
 
 def heat(panel, arrays: Arrays, state: str):
     """Matrices by approximations, with their numbers."""
-    rows = {f"{name}: {kind}": v for name in arrays for kind, v in by_kind(arrays, name, state, "shape").items()}
+    rows = {
+        f"{name}: {SHOWN.get(kind, kind)}": values
+        for name in arrays
+        for kind, values in by_kind(arrays, name, state, "shape").items()
+    }
     values = np.array(list(rows.values()))
     image = panel.imshow(values, vmin=0, vmax=1, cmap="magma_r", aspect="auto")
     for (row, column), value in np.ndenumerate(values):

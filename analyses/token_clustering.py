@@ -324,9 +324,10 @@ def details(arrays: Arrays, config: Config):
     part, real = arrays["angles"], arrays["real"]
     titles = ["tokens drawn in 64 dimensions", "clusters over tokens", *(f"cosines, {MODELS.get(n, n)}" for n in real)]
     note = f"bands: range over {config.seeds} seeds; trained weights, and the same shuffled within each matrix"
-    figure, (drawn, clusters, *cosines) = panels(
-        "Tokens drawn at random, and the cosines of real ones", titles, note=note
-    )
+    ends = {name: each["trained"]["within"][:, -1].mean() for name, each in real.items()}
+    shown = ", ".join(f"{MODELS.get(name, name)} {value:.2f}" for name, value in ends.items())
+    message = f"Mean cosine of two tokens of a text behind the last layer: {shown}"
+    figure, (drawn, clusters, *cosines) = panels(message, titles, note=note)
     for number, beta in enumerate(ANGLE_BETAS):
         label = rf"$\beta = {beta:g}$"
         range_band(drawn, part["times"], part["drawn"][:, number].T, f"C{number}", label, ("-", "--", "-.")[number])
