@@ -222,8 +222,9 @@ def details(arrays: Arrays, config: Config):
     groups = np.flatnonzero(arrays["share"] > 0)
     for number, (name, losses) in enumerate(ends.items()):
         last.plot(groups + 1, losses[groups], "os"[number], color=f"C{number}", label=name)
-    last.set(xlabel="group, from the most frequent words", ylabel="cross-entropy [nats]", ylim=(0, 1.05 * top))
-    last.legend(loc="lower right")
+    last.set(xlabel="group, from the most frequent words", ylabel="cross-entropy [nats]", ylim=(0, 1.3 * top))
+    last.xaxis.get_major_locator().set_params(integer=True)
+    last.legend(loc="upper left")
     return figure
 
 
