@@ -181,7 +181,11 @@ def _newton(
 def _lower(
     exact: ExactRows, powers: _Power, q: Decimal, point: _Point, move: Decimals, slacks: Decimals
 ) -> tuple[_Point | None, list[int]]:
-    """A point along the move at which f is lower, or None; and the multiplier of an inequality that it empties."""
+    """A point along the move at which f is lower, or None; and the multiplier of an inequality that it empties.
+
+    For q < 2 an entry of M near zero has a curvature that falls so fast that Newton's step goes beyond its place as far
+    as it was before it; q - 1 of the step, which minimises the quadratic above f, does not.
+    """
     falling = np.flatnonzero((move < 0) & ~exact.free)
     reach = -point.multipliers[falling] / move[falling]
     length = min(ONE, *reach) if len(falling) else ONE
@@ -192,6 +196,7 @@ def _lower(
         moved[first] = ZERO
         found = _point(exact, powers, q, moved)
         if found.value <= point.value + Decimal("1e-4") * length * slope:
-            return found, first
+            shorter = _point(exact, powers, q, point.multipliers + (q - 1) * length * move) if q < 2 else found
+            return (found, first) if found.value <= shorter.value else (shorter, [])
         length, first = length / 2, []
     return None, []
