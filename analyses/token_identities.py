@@ -198,7 +198,7 @@ def plot_entropies(axes, part: Arrays, config: Config) -> None:
     highest, rows = np.log(config.length), part["entropy"].mean(axis=1)
     axes.plot(part["norms"].ravel(), part["entropy"].ravel(), ".", color="C0", ms=2, alpha=0.4, rasterized=True)
     axes.plot([], [], "o", color="C0", ms=3, label="rows of a random layer")
-    axes.plot(part["spectral"], rows, "s-", color="C1", lw=0.8, ms=3.5, label="means, bounded spectrally")
+    axes.plot(part["spectral"], rows, "s-", color="C1", lw=0.8, ms=3.5, label="at the spectral bound")
     axes.plot(
         part["sizes"][::4], part["attained"][::4], "o", color="black", mfc="none", ms=5, label="scores that attain it"
     )
