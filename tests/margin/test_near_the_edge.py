@@ -78,7 +78,7 @@ def test_margins_near_the_edge_in_other_norms(norm):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("norm", [*(("lp", p) for p in (1.05, 1.3, 1.7, 3.0, 8.0, 20.0)), "nuclear"], ids=str)
+@pytest.mark.parametrize("norm", [*(("lp", p) for p in (1.05, 1.3, 1.7, 3.0, 8.0)), "nuclear"], ids=str)
 def test_many_margins_near_the_edge_in_other_norms(norm):
     assert proved_in_norm(norm, 60) < 1e-9
 

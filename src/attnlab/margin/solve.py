@@ -21,8 +21,7 @@ def max_margin(problem: MarginProblem, *, method: str | None = None, tolerance: 
     is `SOLVED`; what is reached is 1e-10 or better, in the nuclear norm about 1e-9 where the rank is not clear. The
     arithmetic is NumPy's in double precision, whatever JAX is set to. Where that proves nothing, decimals decide, down
     to margins of 1e-14 of the rows' norms, which count as none: in the Frobenius norm, in the nuclear one and for
-    1 < p < infinity up to 256 entries of W (some seconds), and for p = 1 and infinity mostly. A zero query is
-    infeasible.
+    1 < p <= 8 up to 256 entries of W (some seconds), and for other p mostly. A zero query is infeasible.
     In a traced function `frobenius_traced` stands in, `frobenius_batch` for many small problems. Raises `ValueError`
     for an unknown method or norm and a tolerance outside (0, 1), `TypeError` for what is no concrete problem.
 

@@ -23,7 +23,7 @@ from attnlab.margin.rows import Rows
 from attnlab.margin.solvers.decimal_arrays import EQUAL, ONE, ZERO, Decimals, power, singular_values, solve_positive
 from attnlab.margin.solvers.decimals import DIGITS, SLACK, ExactRows, frobenius_multipliers
 
-LONGEST_STAGE = 2.5
+LONGEST_STAGE = 2.0
 """Factor by which p - 1 changes at once."""
 
 NEARLY_NUCLEAR = 2e-11
@@ -35,10 +35,10 @@ ROUGHLY = Decimal("0.1")
 LARGEST = 256
 """Entries of W up to which this is tried: each takes a millisecond or two a step, for its power."""
 
-STEPS = 200
-"""Newton steps of a stage, at most."""
+STEPS = 60
+"""Newton steps of a stage, at most; five to fifteen are needed."""
 
-HALVINGS = 40
+HALVINGS = 30
 
 RIDGE = Decimal("1e-100")
 """Added to the Hessian, relative to its diagonal: rows that depend on one another."""
@@ -148,6 +148,8 @@ def _minimum(exact: ExactRows, powers: _Power, p: float, multipliers: Decimals, 
     total = exact.bound @ multipliers
     size = (total / (q * (point.value + total))) ** (1 / (q - 1))  # the least f along the ray
     point = _point(exact, powers, q, multipliers * size)
+    if q < 2:
+        return _primal_minimum(exact, q, point, tolerance)
     active = exact.free | (point.multipliers > 0)
     for _ in range(STEPS):
         slacks = exact.scores(point.matrix) - exact.bound
@@ -168,6 +170,80 @@ def _minimum(exact: ExactRows, powers: _Power, p: float, multipliers: Decimals, 
     return point
 
 
+def _primal_minimum(exact: ExactRows, q: Decimal, point: _Point, tolerance: Decimal) -> _Point:
+    """The same for q < 2, where the curvature of f has no bound near an entry 0 of M: Newton's method on W, too.
+
+    W^(p-1) = M and scores(W) = bound on the rows that hold are linearised in (W, lambda), the smooth side of the map.
+    """
+    p = q / (q - 1)
+    multipliers, matrix = point.multipliers, point.matrix
+    active = exact.free | (multipliers > 0)
+    for _ in range(STEPS):
+        combined = exact.combine(list(range(len(multipliers))), multipliers)
+        slacks = exact.scores(matrix) - exact.bound
+        error = _distance(exact, active, combined, matrix, slacks, p)
+        if error <= tolerance:
+            outside = np.where(active, ZERO, slacks)
+            worst = int(outside.argmin())
+            if outside[worst] >= -tolerance * exact.top:
+                break
+            active[worst] = True
+            error = _distance(exact, active, combined, matrix, slacks, p)
+        move, turn = _primal_dual_step(exact, active, combined, matrix, slacks, p)
+        length, emptied = _until_empty(exact, multipliers, move)
+        for _ in range(HALVINGS):
+            new = multipliers + length * move
+            new[emptied] = ZERO
+            turned = matrix + length * turn
+            ahead = exact.combine(list(range(len(new))), new)
+            after = _distance(exact, active, ahead, turned, exact.scores(turned) - exact.bound, p)
+            if after <= (1 - Decimal("1e-4") * length) * error:
+                break
+            length, emptied = length / 2, []
+        else:
+            break
+        multipliers, matrix = new, turned
+        active[emptied] = False
+    return _Point(multipliers, matrix, ZERO, None)
+
+
+def _distance(
+    exact: ExactRows, active: np.ndarray, combined: Decimals, matrix: Decimals, slacks: Decimals, p: Decimal
+) -> Decimal:
+    """How far the two conditions are from holding, each relative to its largest term."""
+    powers = power(matrix, p - 1)
+    stationary = abs(powers - combined).max() / max(abs(powers).max(), abs(combined).max())
+    return stationary + max(abs(slacks[active])) / exact.top
+
+
+def _primal_dual_step(
+    exact: ExactRows, active: np.ndarray, combined: Decimals, matrix: Decimals, slacks: Decimals, p: Decimal
+) -> tuple[Decimals, Decimals]:
+    """dlambda and dW: dW = C (M + dM - W^(p-1)) with C = 1 / ((p-1) |W|^(p-2)), and <a_k, W + dW> = bound_k."""
+    sizes = np.maximum(abs(matrix), FLAT * abs(matrix).max())
+    compliance = power(sizes, 2 - p) / (p - 1)
+    offset = compliance * (combined - power(matrix, p - 1))
+    moving = np.flatnonzero(active)
+    rows = exact.differences[moving][:, :, None] * exact.queries[exact.owner[moving]][:, None, :]
+    entries = rows.reshape(len(moving), -1)
+    system = (entries * compliance.ravel()) @ entries.T
+    ridge = np.where(np.eye(len(moving), dtype=bool), RIDGE * max(system.diagonal()), ZERO)
+    inside = solve_positive(system + ridge, -slacks[moving] - entries @ offset.ravel())
+    move = np.full(len(slacks), ZERO)
+    move[moving] = inside
+    return move, offset + compliance * (inside @ entries).reshape(matrix.shape)
+
+
+def _until_empty(exact: ExactRows, multipliers: Decimals, move: Decimals) -> tuple[Decimal, list[int]]:
+    """The step up to 1 that leaves no multiplier of an inequality below zero, and the row that it empties."""
+    falling = np.flatnonzero((move < 0) & ~exact.free)
+    if not len(falling):
+        return ONE, []
+    reach = -multipliers[falling] / move[falling]
+    length = min(ONE, *reach)
+    return length, [int(falling[reach.argmin()])] if length < 1 else []
+
+
 def _newton(
     exact: ExactRows, powers: _Power, q: Decimal, point: _Point, moving: np.ndarray, slacks: Decimals
 ) -> Decimals:
@@ -181,22 +257,14 @@ def _newton(
 def _lower(
     exact: ExactRows, powers: _Power, q: Decimal, point: _Point, move: Decimals, slacks: Decimals
 ) -> tuple[_Point | None, list[int]]:
-    """A point along the move at which f is lower, or None; and the multiplier of an inequality that it empties.
-
-    For q < 2 an entry of M near zero has a curvature that falls so fast that Newton's step goes beyond its place as far
-    as it was before it; q - 1 of the step, which minimises the quadratic above f, does not.
-    """
-    falling = np.flatnonzero((move < 0) & ~exact.free)
-    reach = -point.multipliers[falling] / move[falling]
-    length = min(ONE, *reach) if len(falling) else ONE
-    first = [int(falling[reach.argmin()])] if length < 1 else []
+    """A point along the move at which f is lower, or None; and the multiplier of an inequality that it empties."""
+    length, first = _until_empty(exact, point.multipliers, move)
     slope = slacks @ move
     for _ in range(HALVINGS):
         moved = point.multipliers + length * move
         moved[first] = ZERO
         found = _point(exact, powers, q, moved)
         if found.value <= point.value + Decimal("1e-4") * length * slope:
-            shorter = _point(exact, powers, q, point.multipliers + (q - 1) * length * move) if q < 2 else found
-            return (found, first) if found.value <= shorter.value else (shorter, [])
+            return found, first
         length, first = length / 2, []
     return None, []
