@@ -151,7 +151,7 @@ def plot(arrays: Arrays, config: Config):
         "spread of the tokens by depth",
         "one layer: powers of the spread",
         f"softmax over {config.tokens} tokens saturates",
-        f"mean of the trace: {last:.2f} of its law at $d = {config.dims[-1]}$",
+        f"mean trace: {last:.2f} of its law at $d = {config.dims[-1]}$",
     ]
     note = (
         f"(a) median and range over {config.seeds} initialisations; (b) one seed, dotted: the predicted powers; "

@@ -324,8 +324,7 @@ def details(arrays: Arrays, config: Config):
     part, real = arrays["angles"], arrays["real"]
     titles = ["tokens drawn in 64 dimensions", "clusters over tokens", *(f"cosines, {MODELS.get(n, n)}" for n in real)]
     note = f"bands: range over {config.seeds} seeds; trained weights, and the same shuffled within each matrix"
-    ends = {name: each["trained"]["within"][:, -1].mean() for name, each in real.items()}
-    shown = ", ".join(f"{MODELS.get(name, name)} {value:.2f}" for name, value in ends.items())
+    shown = ", ".join(f"{MODELS.get(n, n)} {each['trained']['within'][:, -1].mean():.2f}" for n, each in real.items())
     message = f"Mean cosine of two tokens of a text behind the last layer: {shown}"
     figure, (drawn, clusters, *cosines) = panels(message, titles, note=note)
     for number, beta in enumerate(ANGLE_BETAS):

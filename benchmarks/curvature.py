@@ -16,7 +16,6 @@ error bars). matfree takes any product, and answers for what it makes of it alon
 """
 
 import argparse
-import os
 import statistics
 import sys
 import tempfile
@@ -34,6 +33,7 @@ from peers import gates
 from peers.cases import CASES, attention, gates_model, gpt
 from peers.client import peer_versions, peers_of
 
+from attnlab.analysis import make_cores_devices
 from attnlab.attention import attention_hessian
 from attnlab.curvature import block_densities, eigenpairs, ggn, hessian, spectral_density
 from attnlab.runs.session import Session
@@ -306,7 +306,7 @@ def main():
     parser.add_argument("--peers", default=sys.executable, metavar="PYTHON", help="interpreter that has the peers")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    jax.config.update("jax_num_cpu_devices", os.cpu_count())
+    make_cores_devices()
     table = Table()
     if not arguments.gates:
         performance(table, arguments.quick, arguments.peers)

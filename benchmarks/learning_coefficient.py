@@ -11,7 +11,6 @@ stands beside it. Ratios are peer / ours in time: above 1, we are ahead.
 import argparse
 import json
 import math
-import os
 import subprocess
 import tempfile
 import time
@@ -25,6 +24,7 @@ import numpy as np
 import optax
 from common.results import write_results
 
+from attnlab.analysis import cores, make_cores_devices
 from attnlab.data.markov import markov_sequences, random_transitions
 from attnlab.degeneracy.diagnostics import error_of_mean
 from attnlab.degeneracy.estimate import learning_coefficient
@@ -36,7 +36,6 @@ VOCABULARY, WIDTH, HIDDEN, SEQUENCES, LENGTH = 64, 32, 64, 1024, 16
 CHAINS, BATCH, LOCALIZATION = 4, 32, 100.0
 SCALE = SEQUENCES / math.log(SEQUENCES)
 STEP = 0.02
-CORES = os.cpu_count() or 1
 WORKER = Path(__file__).parent / "peers" / "devinterp_worker.py"
 
 
@@ -107,7 +106,7 @@ def devinterp(python: str, params: dict, tokens: np.ndarray, draws: tuple[int, i
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "problem.npz"
         np.savez(file, tokens=tokens, **{name: np.asarray(leaf, np.float32) for name, leaf in params.items()})
-        for threads in {1, CORES}:
+        for threads in {1, cores()}:
             command = [python, WORKER, file, json.dumps({**options, "threads": threads})]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
@@ -123,7 +122,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the ratios here")
     parser.add_argument("--peers", help="an interpreter with devinterp and torch")
     options = parser.parse_args()
-    jax.config.update("jax_num_cpu_devices", CORES)
+    make_cores_devices()
     lengths, rounds, draws = ((64, 256), 3, (50, 150)) if options.quick else ((256, 2048), 5, (100, 500))
     risk, params, tokens = problem(200 if options.quick else 1000)
     key = jax.random.key(1)

@@ -235,7 +235,7 @@ def progress_display(console: Console) -> Progress:
 
 def configure_jax(dtype: str) -> None:
     """Set the precision, keep compiled programs between runs in the user's cache folder, and make the cores of the CPU
-    devices, over which independent products spread, unless `JAX_NUM_CPU_DEVICES` or `XLA_FLAGS` says how many.
+    devices, over which independent products spread.
 
     For commands, which own their process; a library call never does this.
     """
@@ -243,11 +243,19 @@ def configure_jax(dtype: str) -> None:
 
     jax.config.update("jax_enable_x64", dtype == "float64")
     keep_compiled_programs()
+    make_cores_devices()
+
+
+def make_cores_devices() -> None:
+    """Make the cores of the CPU devices, unless `JAX_NUM_CPU_DEVICES` or `XLA_FLAGS` says how many there are, or JAX
+    has computed something."""
+    import jax
+
     if "JAX_NUM_CPU_DEVICES" not in os.environ and "device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # once JAX has computed something its devices stay what they are
-            jax.config.update("jax_num_cpu_devices", _cores())
+            jax.config.update("jax_num_cpu_devices", cores())
 
 
-def _cores() -> int:
-    """Those that this process may use."""
+def cores() -> int:
+    """How many this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

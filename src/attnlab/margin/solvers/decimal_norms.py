@@ -5,9 +5,9 @@ value in a Schatten norm, the multipliers of the least W with scores(W) >= bound
 
     minimise f(lambda) = (1/q) ||M||_q^q - bound^T lambda  over  lambda >= 0 (free on equalities),
 
-whose gradient is scores(W) - bound. Newton's method on the rows that hold, one after the other as they are violated; p
-goes from 2, which `decimals` solves, to where it is wanted. The nuclear norm is Schatten's for p = 1: at p = 1 + h the
-gap is at most h times the logarithm of the rank.
+whose gradient is scores(W) - bound. Newton's method on the rows that hold, one after the other as they are violated, in
+lambda for q >= 2 and in (W, lambda) for q < 2; p goes from 2, which `decimals` solves, to where it is wanted. The
+nuclear norm is Schatten's for p = 1: at p = 1 + h the gap is at most h times the logarithm of the rank.
 """
 
 import decimal
@@ -122,11 +122,14 @@ def solve(rows: Rows, start: PrimalDual) -> PrimalDual | None:
         multipliers = frobenius_multipliers(exact, start.dual)
         if multipliers is None:
             return None
-        *between, last = exponents(p, LONGEST_STAGE)
-        for stage in between:
-            multipliers = _minimum(exact, powers, stage, multipliers, ROUGHLY).multipliers
-        point = _minimum(exact, powers, last, multipliers, SLACK)
-        return exact.prove(norm, list(range(len(multipliers))), point.multipliers, point.matrix)
+        try:
+            *between, last = exponents(p, LONGEST_STAGE)
+            for stage in between:
+                multipliers = _minimum(exact, powers, stage, multipliers, ROUGHLY).multipliers
+            point = _minimum(exact, powers, last, multipliers, SLACK)
+            return exact.prove(norm, list(range(len(multipliers))), point.multipliers, point.matrix)
+        except decimal.DecimalException:  # a division by zero or an overflow on the way: nothing is proved
+            return None
 
 
 def exponents(p: float, longest: float) -> Sequence[float]:
@@ -154,11 +157,9 @@ def _minimum(exact: ExactRows, powers: _Power, p: float, multipliers: Decimals, 
     for _ in range(STEPS):
         slacks = exact.scores(point.matrix) - exact.bound
         if max(abs(slacks[active]), default=ZERO) <= tolerance * exact.top:
-            outside = np.where(active, ZERO, slacks)
-            worst = int(outside.argmin())
-            if outside[worst] >= -tolerance * exact.top:
+            if (entering := _violated(exact, active, slacks, tolerance)) is None:
                 break
-            active[worst] = True
+            active[entering] = True
         moving = np.flatnonzero(active)
         move = np.full(len(slacks), ZERO)
         move[moving] = _newton(exact, powers, q, point, moving, slacks[moving])
@@ -183,11 +184,9 @@ def _primal_minimum(exact: ExactRows, q: Decimal, point: _Point, tolerance: Deci
         slacks = exact.scores(matrix) - exact.bound
         error = _distance(exact, active, combined, matrix, slacks, p)
         if error <= tolerance:
-            outside = np.where(active, ZERO, slacks)
-            worst = int(outside.argmin())
-            if outside[worst] >= -tolerance * exact.top:
+            if (entering := _violated(exact, active, slacks, tolerance)) is None:
                 break
-            active[worst] = True
+            active[entering] = True
             error = _distance(exact, active, combined, matrix, slacks, p)
         move, turn = _primal_dual_step(exact, active, combined, matrix, slacks, p)
         length, emptied = _until_empty(exact, multipliers, move)
@@ -207,6 +206,13 @@ def _primal_minimum(exact: ExactRows, q: Decimal, point: _Point, tolerance: Deci
     return _Point(multipliers, matrix, ZERO, None)
 
 
+def _violated(exact: ExactRows, active: np.ndarray, slacks: Decimals, tolerance: Decimal) -> int | None:
+    """Of the rows that are not active the one that is violated most; None where none is."""
+    outside = np.where(active, ZERO, slacks)
+    worst = int(outside.argmin())
+    return worst if outside[worst] < -tolerance * exact.top else None
+
+
 def _distance(
     exact: ExactRows, active: np.ndarray, combined: Decimals, matrix: Decimals, slacks: Decimals, p: Decimal
 ) -> Decimal:
@@ -224,11 +230,9 @@ def _primal_dual_step(
     compliance = power(sizes, 2 - p) / (p - 1)
     offset = compliance * (combined - power(matrix, p - 1))
     moving = np.flatnonzero(active)
-    rows = exact.differences[moving][:, :, None] * exact.queries[exact.owner[moving]][:, None, :]
-    entries = rows.reshape(len(moving), -1)
+    entries = _dense(exact, moving).reshape(len(moving), -1)
     system = (entries * compliance.ravel()) @ entries.T
-    ridge = np.where(np.eye(len(moving), dtype=bool), RIDGE * max(system.diagonal()), ZERO)
-    inside = solve_positive(system + ridge, -slacks[moving] - entries @ offset.ravel())
+    inside = _solved(system, -slacks[moving] - entries @ offset.ravel())
     move = np.full(len(slacks), ZERO)
     move[moving] = inside
     return move, offset + compliance * (inside @ entries).reshape(matrix.shape)
@@ -248,10 +252,17 @@ def _newton(
     exact: ExactRows, powers: _Power, q: Decimal, point: _Point, moving: np.ndarray, slacks: Decimals
 ) -> Decimals:
     """The step of the moving multipliers."""
-    rows = exact.differences[moving][:, :, None] * exact.queries[exact.owner[moving]][:, None, :]
-    hessian = powers.hessian(point.parts, q, rows)
-    ridge = RIDGE * max(hessian.diagonal())
-    return -solve_positive(hessian + np.where(np.eye(len(moving), dtype=bool), ridge, ZERO), slacks)
+    return -_solved(powers.hessian(point.parts, q, _dense(exact, moving)), slacks)
+
+
+def _dense(exact: ExactRows, moving: np.ndarray) -> Decimals:
+    """The rows a_k themselves, (k, d, e)."""
+    return exact.differences[moving][:, :, None] * exact.queries[exact.owner[moving]][:, None, :]
+
+
+def _solved(matrix: Decimals, right: Decimals) -> Decimals:
+    ridge = RIDGE * max(matrix.diagonal())
+    return solve_positive(matrix + np.where(np.eye(len(right), dtype=bool), ridge, ZERO), right)
 
 
 def _lower(
